@@ -1,0 +1,1 @@
+"""Measurements: `python -m cwcl_jax.benchmarks.loss`, `.step` and `.input`."""

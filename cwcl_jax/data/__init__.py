@@ -1,0 +1,1 @@
+"""Sources of examples, processors of each modality and the input pipeline."""

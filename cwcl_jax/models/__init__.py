@@ -1,0 +1,1 @@
+"""Encoders and towers of every modality, as Flax NNX modules without any sharding."""

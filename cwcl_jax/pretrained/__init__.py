@@ -1,0 +1,1 @@
+"""Import of foreign checkpoints: readers of files and rules that map their names."""

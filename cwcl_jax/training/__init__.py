@@ -1,0 +1,1 @@
+"""State, step, loop, sharding and checkpoints of a training run."""
