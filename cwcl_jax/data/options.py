@@ -1,0 +1,58 @@
+"""Options of the data: which examples, how each modality is prepared, how fast it is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """How a picture becomes `pixels`: uint8, (size, size, 3). Towers normalise on the device."""
+
+    size: int = 64
+    # Smallest share of the picture that a random training crop covers; 0 = no random crop.
+    crop_min_area: float = 0.0
+    flip: bool = False
+    # Larger pictures are skipped and counted before any of their pixels are decoded.
+    max_pixels: int = 64_000_000
+    # Shorter side before the central crop (256 for ImageNet at 224); 0 = `size`.
+    eval_resize: int = 0
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """How a caption becomes `tokens` and `mask`, both (max_tokens,)."""
+
+    # "" = the package's own small tokenizer; otherwise a folder, a tokenizer.json or a hub name.
+    tokenizer: str = ""
+    max_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class SpeechInputs:
+    """How a recording becomes `waveform` (int16, samples) and `length` (samples)."""
+
+    sample_rate: int = 16_000
+    max_seconds: float = 10.0
+    # Training takes a random window of a recording that is too long; evaluation its beginning.
+    random_crop: bool = True
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a run reads. `train` is a source line: `kind:path?option=value`, mixed with `::`."""
+
+    train: str = "scenes:train"
+    # Examples that one epoch draws, without replacement, from all; 0 = all of them.
+    examples_per_epoch: int = 0
+    shuffle: bool = True
+    image: ImageInputs = field(default_factory=ImageInputs)
+    text: TextInputs = field(default_factory=TextInputs)
+    speech: SpeechInputs = field(default_factory=SpeechInputs)
+    # Modality -> folder of embeddings made from the same source; replaces the raw input.
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    # Reader threads; 0 = one for each core that this process may use, at most 16.
+    threads: int = 0
+    # Batches kept ready on the host.
+    prefetch: int = 2
+    # The run fails when a larger share of the examples read so far was unusable.
+    max_skipped_share: float = 0.01

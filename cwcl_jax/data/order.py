@@ -1,0 +1,120 @@
+"""The one global order of examples: which example stands at which position of which epoch.
+
+A function of (seed, epoch, position) alone, computed where it is needed: no list of millions of
+indices exists, hosts need no agreement, and the number of hosts does not enter. Permutations are
+Feistel networks with cycle walking (Black and Rogaway, 2002).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from cwcl_jax.data.draws import hash_integers
+
+_ROUNDS = 6
+
+
+def permute(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.ndarray, " n"]:
+    """Images of `positions` under one permutation of range(size) that `key` names."""
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = [np.uint64(hash_integers(*key, size, r)) for r in range(_ROUNDS)]
+    values = _feistel(positions.astype(np.uint64), half, keys)
+    # The network permutes a power of four that is at least `size`: walk on until inside.
+    outside = values >= size
+    while outside.any():
+        values[outside] = _feistel(values[outside], half, keys)
+        outside = values >= size
+    return values.astype(np.int64)
+
+
+def _feistel(
+    values: UInt64[np.ndarray, " n"], half: int, keys: Sequence[np.uint64]
+) -> UInt64[np.ndarray, " n"]:
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (_scramble(right ^ key) & mask)
+    return left << shift | right
+
+
+def _scramble(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """The finaliser of SplitMix64 on an array."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+@dataclass(frozen=True)
+class GlobalOrder:
+    """Order of one or several parts (a mixture), whose examples are numbered one after another.
+
+    An epoch has `per_epoch` positions. Each part fills a fixed number of them (its share of the
+    weights), drawn from the part without replacement, in a new draw every epoch; a part whose
+    number exceeds its length starts over with a new draw. Positions of all parts are shuffled
+    together. Without `shuffle` everything keeps its order, and the parts follow each other.
+    """
+
+    lengths: tuple[int, ...]
+    weights: tuple[float, ...]
+    per_epoch: int
+    seed: int
+    shuffle: bool = True
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """Positions of an epoch that each part fills (largest remainders get the rest)."""
+        total = sum(self.weights)
+        exact = [self.per_epoch * weight / total for weight in self.weights]
+        quotas = [int(value) for value in exact]
+        by_rest = sorted(range(len(exact)), key=lambda k: (quotas[k] - exact[k], k))
+        for k in by_rest[: self.per_epoch - sum(quotas)]:
+            quotas[k] += 1
+        return tuple(quotas)
+
+    def indices(
+        self, epoch: int, positions: Int64[np.ndarray, " n"], attempt: int = 0
+    ) -> Int64[np.ndarray, " n"]:
+        """Example numbers at `positions` of an epoch.
+
+        `attempt` > 0 names replacements for unusable examples: from the same part, half its length
+        further in its order, so that a replacement is not near the positions it could repeat (and
+        outside the epoch's subset where that is less than half of the part).
+        """
+        if self.shuffle and len(self.lengths) > 1:
+            positions = permute(positions, self.per_epoch, self.seed, epoch, 1)
+        result = np.empty_like(positions)
+        start = first = 0
+        for part, (length, quota) in enumerate(zip(self.lengths, self.quotas, strict=True)):
+            inside = (positions >= start) & (positions < start + quota)
+            if inside.any():
+                ranks = positions[inside] - start
+                result[inside] = first + self._of_part(part, length, epoch, ranks, attempt)
+            start, first = start + quota, first + length
+        return result
+
+    def _of_part(
+        self, part: int, length: int, epoch: int, ranks: Int64[np.ndarray, " n"], attempt: int
+    ) -> Int64[np.ndarray, " n"]:
+        passes, ranks = np.divmod(ranks, length)
+        if attempt:
+            ranks = (ranks + length // 2 + attempt - 1) % length
+        if not self.shuffle:
+            return ranks
+        result = np.empty_like(ranks)
+        for number in np.unique(passes):
+            chosen = passes == number
+            key = (self.seed, epoch, 2 + part, int(number))
+            result[chosen] = permute(ranks[chosen], length, *key)
+        return result
+
+
+def order_of_source(
+    source: object, length: int, *, per_epoch: int, seed: int, shuffle: bool
+) -> GlobalOrder:
+    """The order of a source; a mixture (with `parts` and `weights`) keeps its shares."""
+    parts = getattr(source, "parts", None)
+    lengths = (length,) if parts is None else tuple(len(part) for part in parts)
+    weights = getattr(source, "weights", None) or lengths
+    return GlobalOrder(lengths, tuple(map(float, weights)), per_epoch or length, seed, shuffle)

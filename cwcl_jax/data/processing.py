@@ -1,0 +1,118 @@
+"""From what a source gives to the arrays that the towers take, one example and one batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cwcl_jax.data.audio import waveform
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.image import eval_pixels, train_pixels
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources.base import Example
+from cwcl_jax.data.text import TextTokenizer, load_tokenizer
+
+# What each modality needs of a source's example.
+FIELDS = {"image": "image", "text": "text", "speech": "audio"}
+_OPTIONS = {"image": "image", "text": "text", "speech": "speech"}
+
+
+class Processor:
+    """Turns examples into the inputs of the given modalities, as the options say."""
+
+    def __init__(self, config: DataConfig, modalities: Sequence[str]):
+        for modality in modalities:
+            if modality not in FIELDS and modality not in config.embeddings:
+                raise ValueError(
+                    f"Modality {modality!r} has no raw inputs (those with: {', '.join(FIELDS)}); "
+                    f"name its embeddings in data.embeddings[{modality!r}]."
+                )
+        self.config = config
+        self.modalities = tuple(modalities)
+        self.raw = tuple(m for m in modalities if m not in config.embeddings)
+        self.tokenizer: TextTokenizer | None = None
+        if "text" in self.raw:
+            self.tokenizer = load_tokenizer(config.text)
+
+    def fields(self) -> set[str]:
+        """What must be read of every example."""
+        return {FIELDS[modality] for modality in self.raw}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The options that decide the arrays, by modality."""
+        made: dict[str, Any] = {m: asdict(getattr(self.config, _OPTIONS[m])) for m in self.raw}
+        if self.tokenizer is not None:
+            made["tokenizer"] = self.tokenizer.fingerprint()
+        return made
+
+    def train_example(self, example: Example, draws: Draws) -> dict[str, Any]:
+        """Inputs of one example by modality; captions stay strings until the batch is made."""
+        inputs: dict[str, Any] = {}
+        for modality in self.modalities:
+            if modality in self.raw:
+                value = _field(example, FIELDS[modality])
+                inputs[modality] = self._train_value(modality, value, draws)
+            else:
+                inputs[modality] = {"embeds": _embeds(example, modality)}
+        return inputs
+
+    def _train_value(self, modality: str, value: Any, draws: Draws) -> Any:
+        if modality == "image":
+            return {"pixels": train_pixels(value, self.config.image, draws)}
+        if modality == "speech":
+            return waveform(value, self.config.speech, draws)
+        return draws.pick(usable_captions(value))
+
+    def eval_example(self, example: Example) -> dict[str, Any]:
+        """As `train_example`, without any randomness; the first caption stands for the example."""
+        inputs: dict[str, Any] = {}
+        for modality in self.modalities:
+            if modality not in self.raw:
+                inputs[modality] = {"embeds": _embeds(example, modality)}
+                continue
+            value = _field(example, FIELDS[modality])
+            if modality == "image":
+                inputs[modality] = {"pixels": eval_pixels(value, self.config.image)}
+            elif modality == "speech":
+                inputs[modality] = waveform(value, self.config.speech)
+            else:
+                inputs[modality] = usable_captions(value)[0]
+        return inputs
+
+    def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+        """Stacks inputs of several examples and tokenizes their captions."""
+        made = {}
+        for modality in self.modalities:
+            values = [example[modality] for example in examples]
+            if isinstance(values[0], str):
+                assert self.tokenizer is not None
+                made[modality] = self.tokenizer(values)
+            else:
+                names = values[0]
+                made[modality] = {n: np.stack([value[n] for value in values]) for n in names}
+        return made
+
+
+def usable_captions(value: str | Sequence[str]) -> list[str]:
+    """The captions of an example that hold any text."""
+    options = [value] if isinstance(value, str) else value
+    usable = [text.strip() for text in options if text and text.strip()]
+    if not usable:
+        raise BadExample("text empty")
+    return usable
+
+
+def _field(example: Example, name: str) -> Any:
+    value = example.get(name)
+    if value is None:
+        raise BadExample(f"{name} missing", f"the example has {', '.join(example)}")
+    return value
+
+
+def _embeds(example: Example, modality: str) -> np.ndarray:
+    vectors = example.get("embeds") or {}
+    if modality not in vectors:
+        raise BadExample("embeds missing", f"no vector for {modality!r}")
+    return vectors[modality]

@@ -1,0 +1,78 @@
+"""Examples that cannot be used: one exception for all of them, counted by kind, with a limit."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_LOG = logging.getLogger(__name__)
+_NAMED_PER_KIND = 5
+# With few examples read, a share says nothing yet; below this many skips nothing is refused.
+_ALWAYS_ALLOWED = 10
+
+
+class BadExample(Exception):
+    """An example that is unusable through no fault of the program; it is skipped and counted.
+
+    `kind` is one of a few stable words ("image unreadable", "text empty", "file missing", ...).
+    """
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+        self.detail = detail
+
+
+class TooManyBadExamples(RuntimeError):
+    """The share of unusable examples passed `data.max_skipped_share`."""
+
+
+class SkipCounter:
+    """Counts examples read and skipped, over threads; names the first few of each kind."""
+
+    def __init__(self, max_share: float):
+        self.max_share = max_share
+        self.read = 0
+        self._kinds: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """How many examples were skipped, by kind (a snapshot)."""
+        with self._lock:
+            return MappingProxyType(dict(self._kinds))
+
+    @property
+    def total(self) -> int:
+        """How many examples were skipped."""
+        with self._lock:
+            return self._kinds.total()
+
+    def add_read(self, count: int) -> None:
+        """Counts usable examples."""
+        with self._lock:
+            self.read += count
+
+    def add_skipped(self, name: str, error: BadExample) -> None:
+        """Counts and logs one skipped example; raises when the share passes the limit."""
+        with self._lock:
+            self._kinds[error.kind] += 1
+            of_kind, skipped = self._kinds[error.kind], self._kinds.total()
+            seen = self.read + skipped
+        if of_kind <= _NAMED_PER_KIND:
+            more = " (further ones of this kind are only counted)"
+            _LOG.warning(
+                "Skipped %s: %s%s", name, error, more if of_kind == _NAMED_PER_KIND else ""
+            )
+        if skipped > max(_ALWAYS_ALLOWED, self.max_share * seen):
+            raise TooManyBadExamples(
+                f"{skipped} of the {seen} examples read so far were unusable "
+                f"({_summary(self.kinds)}; last: {name}: {error}), more than the share "
+                f"data.max_skipped_share={self.max_share} allows. Repair the data or raise the "
+                "limit."
+            ) from error
+
+
+def _summary(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))

@@ -1,0 +1,136 @@
+"""What a source of examples is, and the one line that names it in a config.
+
+`kind:path?option=value&option=value`, several joined by `::`. A source is a random-access list of
+examples, picklable and without jax. An example is a dict with an "id" and any of "image" (encoded
+bytes or a PIL image), "text" (one caption or a list of them), "audio" (encoded bytes or a pair of
+int16 samples and rate), "label" (an integer) and "embeds" (modality -> vector).
+"""
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+from urllib.parse import unquote
+
+Example = dict[str, Any]
+ALL_FIELDS = ("image", "text", "audio", "label", "embeds")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A random-access list of examples."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Class names in label order, where examples have labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        """The example with at least `id`, and only the work that `fields` needs."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the examples, or their order, change."""
+        ...
+
+
+class SourceBase:
+    """Indexing with everything, and no classes: what most sources share."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return None
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{type(self).__name__} has {len(self)} examples; asked for {index}")
+        return self.read(index, ALL_FIELDS)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """One part of a source line."""
+
+    kind: str
+    path: str
+    options: Mapping[str, str]
+
+
+def parse_source_line(line: str) -> list[SourceLine]:
+    """Splits a source line; raises ValueError with the form it should have."""
+    parts = []
+    for part in line.split("::"):
+        kind, colon, rest = part.strip().partition(":")
+        path, _, query = rest.partition("?")
+        if not colon or not kind:
+            raise ValueError(
+                f"The source line {line!r} has the part {part!r} without a kind. Write "
+                "kind:path?option=value, for example scenes:train or "
+                "tars:/data/cc12m/{00000..01242}.tar."
+            )
+        options = {}
+        for item in filter(None, query.split("&")):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(
+                    f"The option {item!r} in {line!r} has no value; write {item}=value."
+                )
+            options[key] = unquote(value)
+        parts.append(SourceLine(kind, path, options))
+    return parts
+
+
+def call_with_options(
+    opener: Callable[..., Source], line: SourceLine, shared: Mapping[str, Any]
+) -> Source:
+    """Calls `opener(path, option=value...)`, options converted as its annotations say.
+
+    `shared` holds values that the opener may ask for by name, such as a cache folder.
+    """
+    parameters = list(inspect.signature(opener).parameters.values())[1:]
+    known = {p.name: p for p in parameters if p.name not in shared}
+    arguments = {p.name: shared[p.name] for p in parameters if p.name in shared}
+    for name, value in line.options.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"A source of kind {line.kind!r} has no option {name!r}.{hint} It has: "
+                f"{', '.join(sorted([*known, 'weight']))}."
+            )
+        arguments[name] = _convert(line.kind, name, value, known[name].annotation)
+    return opener(line.path, **arguments)
+
+
+def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
+    if annotation is str:
+        return value
+    if annotation is bool:
+        if value.lower() in ("1", "true", "yes"):
+            return True
+        if value.lower() in ("0", "false", "no"):
+            return False
+        raise ValueError(f"Option {name}={value!r} of {kind!r} must be true or false.")
+    try:
+        return annotation(value)
+    except ValueError as error:
+        raise ValueError(
+            f"Option {name}={value!r} of {kind!r} must be of type {annotation.__name__}."
+        ) from error
+
+
+def fingerprint_of(*parts: object) -> str:
+    """A short stable hash of what the parts print as."""
+    return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]

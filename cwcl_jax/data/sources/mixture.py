@@ -1,0 +1,32 @@
+"""Several sources as one: concatenated in order, with the share that each gets in training."""
+
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+
+from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+
+
+class Mixture(SourceBase):
+    """The concatenation of `parts`; `weights` are shares of the examples, None = by length."""
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None):
+        self.parts = list(parts)
+        self.weights = None if weights is None else [float(w) for w in weights]
+        self.starts = [0, *accumulate(len(part) for part in parts)]
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        names = [part.class_names for part in self.parts]
+        same = all(n is not None and list(n) == list(names[0] or ()) for n in names)
+        return names[0] if same else None
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part].read(index - self.starts[part], fields)
+
+    def fingerprint(self) -> str:
+        return fingerprint_of("mixture", self.weights, *(part.fingerprint() for part in self.parts))
