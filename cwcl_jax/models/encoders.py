@@ -1,0 +1,85 @@
+"""The table of encoders: what each name stands for, its presets, and its settings from a preset."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cwcl_jax.models import precomputed, text, vit
+from cwcl_jax.models.transformer import Execution
+
+
+class Encoder(Protocol):
+    """What a tower asks of an encoder; no key means deterministic."""
+
+    config: Any
+
+    @property
+    def feature_width(self) -> int: ...
+
+    def __call__(
+        self, inputs: Mapping[str, Any], key: jax.Array | None = None
+    ) -> Float[Array, "b f"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFamily:
+    """One row of the table."""
+
+    config_class: type
+    build: Callable[..., Any]
+    presets: Mapping[str, Any]
+    modality: str
+    """What it reads: "image", "text", "speech", or "any" for embeddings from a file."""
+
+
+ENCODERS: dict[str, EncoderFamily] = {
+    "vit": EncoderFamily(vit.VitConfig, vit.Vit, vit.PRESETS, "image"),
+    "text": EncoderFamily(text.TextConfig, text.TextTransformer, text.PRESETS, "text"),
+    "precomputed": EncoderFamily(precomputed.PrecomputedConfig, precomputed.Precomputed, {}, "any"),
+}
+
+
+def encoder_config(encoder: str, preset: str, overrides: Mapping[str, Any], pooling: str) -> Any:
+    """The encoder's own settings: its preset (or defaults), then the overrides by name."""
+    family = encoder_family(encoder)
+    values: dict[str, Any] = {}
+    if preset:
+        if preset not in family.presets:
+            raise ValueError(unknown(f"preset of encoder {encoder!r}", preset, family.presets))
+        values = dataclasses.asdict(family.presets[preset])
+    fields = {field.name for field in dataclasses.fields(family.config_class)}
+    for name, value in overrides.items():
+        if name not in fields:
+            raise ValueError(unknown(f"override of encoder {encoder!r}", name, fields))
+        # Lists come from JSON files; a static attribute of a module must be hashable.
+        values[name] = tuple(value) if isinstance(value, list) else value
+    if pooling:
+        if "pooling" not in fields:
+            raise ValueError(f"encoder {encoder!r} has no pooling; remove pooling={pooling!r}")
+        values["pooling"] = pooling
+    return family.config_class(**values)
+
+
+def encoder_family(encoder: str) -> EncoderFamily:
+    """The table's row, or an error that names the nearest."""
+    if encoder not in ENCODERS:
+        raise ValueError(unknown("encoder", encoder, ENCODERS))
+    return ENCODERS[encoder]
+
+
+def build_encoder(encoder: str, config: Any, execution: Execution, *, rngs: nnx.Rngs) -> Any:
+    """The module of an encoder."""
+    return encoder_family(encoder).build(config, execution, rngs=rngs)
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence of an error about an unknown name."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what}: {name!r}; {hint}known: {', '.join(known) or 'none'}"

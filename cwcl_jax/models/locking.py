@@ -1,0 +1,148 @@
+"""Which leaves are trained: Table 6 of the CWCL paper, LiT's L/U/u (arXiv 2111.07991), and between.
+
+Every leaf gets exactly one decision from its tower's `tune`:
+
+    all      the encoder and the head
+    none     nothing: a locked tower
+    head     the head; the encoder is locked
+    last:K   the top K blocks, everything after them (final norm, pooling), and the head
+    regexes  separated by commas; full matches on paths below the tower, such as
+             `encoder/blocks/1[01]/.*,head/.*`
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cwcl_jax.models.tower import TowerConfig
+
+_TOWER_PATH = re.compile(r"towers/([^/]+)/(.+)")
+_BLOCK_PATH = re.compile(r"encoder/blocks/(\d+)/.*")
+_STACKED_PATH = re.compile(r"encoder/blocks/[a-z].*")
+_AFTER_BLOCKS = re.compile(r"(encoder/(norm|pooler|pooling)|head)/.*")
+LOGIT_PATHS = ("logit_scale", "logit_bias")
+
+
+def decide(paths: Iterable[str], towers: Mapping[str, TowerConfig]) -> dict[str, bool]:
+    """For every path whether it is trained. Logit scale and bias always are."""
+    decisions: dict[str, bool] = {}
+    below: dict[str, list[str]] = {modality: [] for modality in towers}
+    for path in paths:
+        match = _TOWER_PATH.fullmatch(path)
+        if path in LOGIT_PATHS:
+            decisions[path] = True
+        elif match and match[1] in below:
+            below[match[1]].append(match[2])
+        else:
+            raise ValueError(
+                f"no tower decides about leaf {path!r}; the towers are {', '.join(towers)}"
+            )
+    for modality, names in below.items():
+        try:
+            trained = _trained(names, towers[modality].tune)
+        except ValueError as error:
+            raise ValueError(f"towers.{modality}.tune: {error}") from error
+        decisions.update({f"towers/{modality}/{name}": name in trained for name in names})
+    return decisions
+
+
+def _trained(names: list[str], tune: str) -> set[str]:
+    """The trained ones among the paths of one tower."""
+    if tune == "all":
+        return set(names)
+    if tune == "none":
+        return set()
+    if tune == "head":
+        return {name for name in names if name.startswith("head/")}
+    if tune.startswith("last:"):
+        return _top_blocks(names, tune)
+    trained: set[str] = set()
+    for pattern in (part.strip() for part in tune.split(",")):
+        matched = {name for name in names if re.fullmatch(pattern, name)}
+        if not matched:
+            raise ValueError(
+                f"{pattern!r} is none of all, none, head, last:K, and as a regex it matches no "
+                f"leaf below the tower; paths look like {', '.join(names[:3])}"
+            )
+        trained |= matched
+    return trained
+
+
+def _top_blocks(names: list[str], tune: str) -> set[str]:
+    """The paths that `last:K` unlocks."""
+    count = tune.removeprefix("last:")
+    blocks = {name: int(m[1]) for name in names if (m := _BLOCK_PATH.fullmatch(name))}
+    depth = 1 + max(blocks.values(), default=-1)
+    if depth == 0 and any(_STACKED_PATH.fullmatch(name) for name in names):
+        raise ValueError(f"{tune!r} needs separate layers: set scan_layers=False for this tower")
+    if not count.isdecimal() or not 0 <= int(count) <= depth:
+        raise ValueError(f"K of last:K is a number from 0 to {depth} (the depth), not {count!r}")
+    top = {name for name, index in blocks.items() if index >= depth - int(count)}
+    return top | {name for name in names if _AFTER_BLOCKS.fullmatch(name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSummary:
+    """One row of the table that is printed at start and saved."""
+
+    modality: str
+    part: str
+    """"encoder" or "head", or the name of a leaf that belongs to no tower."""
+    kind: str
+    """The encoder with its preset, or the kind of head."""
+    source: str
+    """The weights' name, or "from scratch"."""
+    state: str
+    """"locked", "tuned" or "partly tuned"."""
+    parameters: int
+    trained: int
+    dtype: str
+    bytes: int
+
+
+def describe(
+    leaves: Mapping[str, Any], decisions: Mapping[str, bool], towers: Mapping[str, TowerConfig]
+) -> list[PartSummary]:
+    """Rows for the start table: each tower's encoder and head, then the leaves of the logits."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path in leaves:
+        match = _TOWER_PATH.fullmatch(path)
+        key = (match[1], match[2].split("/", 1)[0]) if match else ("", path)
+        groups.setdefault(key, []).append(path)
+    for modality in towers:  # a tower without parameters still deserves its row
+        groups.setdefault((modality, "encoder"), [])
+    order = {modality: i for i, modality in enumerate(towers)}
+    ordered = sorted(groups, key=lambda group: (order.get(group[0], len(order)), group[1]))
+    return [_summary(key, groups[key], leaves, decisions, towers.get(key[0])) for key in ordered]
+
+
+def _summary(
+    group: tuple[str, str],
+    paths: list[str],
+    leaves: Mapping[str, Any],
+    decisions: Mapping[str, bool],
+    tower: TowerConfig | None,
+) -> PartSummary:
+    sizes = {path: math.prod(leaves[path].shape) for path in paths}
+    trained = sum(size for path, size in sizes.items() if decisions[path])
+    total = sum(sizes.values())
+    kind, source = "", ""
+    if tower is not None and group[1] == "encoder":
+        kind = f"{tower.encoder} {tower.preset}".strip()
+        source = tower.weights or "from scratch"
+    elif tower is not None:
+        kind = tower.head
+    states = {0: "locked", total: "tuned"}
+    return PartSummary(
+        modality=group[0],
+        part=group[1],
+        kind=kind,
+        source=source,
+        state="locked" if not trained else states.get(trained, "partly tuned"),
+        parameters=total,
+        trained=trained,
+        dtype=", ".join(sorted({str(leaves[path].dtype) for path in paths})),
+        bytes=sum(sizes[path] * leaves[path].dtype.itemsize for path in paths),
+    )

@@ -1,0 +1,56 @@
+"""From a sequence of tokens to one vector, without any influence of padding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from cwcl_jax.models.transformer import Execution, linear
+
+POOLINGS = ("cls", "mean", "last")
+
+
+def pool(
+    tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None, kind: str
+) -> Float[Array, "b d"]:
+    """Pool over the real tokens: the first ("cls"), their mean, or the last one.
+
+    A row without any real token gives zeros ("mean") or its first token, and finite gradients.
+    """
+    if kind == "cls":
+        return tokens[:, 0]
+    if kind not in POOLINGS:
+        raise ValueError(f"unknown pooling {kind!r}; choose one of {', '.join(POOLINGS)}")
+    if mask is None:
+        return jnp.mean(tokens, axis=1) if kind == "mean" else tokens[:, -1]
+    if kind == "last":
+        positions = jnp.arange(mask.shape[1])[None, :]
+        last = jnp.max(jnp.where(mask, positions, 0), axis=1)
+        return jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]
+    weights = mask.astype(jnp.float32)[:, :, None]
+    # `where` and not a product: a non-finite value at a masked place must not leak in.
+    total = jnp.sum(jnp.where(weights > 0, tokens.astype(jnp.float32), 0.0), axis=1)
+    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)).astype(tokens.dtype)
+
+
+class AttentionPool(nnx.Module):
+    """Each head has a learned score per token and averages its own slice of the values."""
+
+    def __init__(self, width: int, heads: int, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        if width % heads:
+            raise ValueError(f"pooling width {width} is not a multiple of heads {heads}")
+        self.score = linear(width, heads, execution, rngs)
+        self.value = linear(width, width, execution, rngs)
+        self.heads = heads
+
+    def __call__(
+        self, tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]
+    ) -> Float[Array, "b d"]:
+        b, s, d = tokens.shape
+        some = jnp.any(mask, axis=1)[:, None, None]
+        scores = self.score(tokens).astype(jnp.float32)
+        scores = jnp.where(mask[:, :, None] | ~some, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=1)
+        values = self.value(tokens).reshape(b, s, self.heads, d // self.heads)
+        pooled = jnp.einsum("bsh,bshk->bhk", weights, values.astype(jnp.float32)).reshape(b, d)
+        return jnp.where(some[:, 0], pooled, 0.0).astype(tokens.dtype)

@@ -1,0 +1,77 @@
+"""A tower: the encoder and the head of one modality. Its embeds are always L2-normalised."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cwcl_jax.models.encoders import build_encoder, encoder_config
+from cwcl_jax.models.heads import make_head
+from cwcl_jax.models.numerics import l2_normalize
+from cwcl_jax.models.transformer import Execution
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerConfig:
+    """One tower, as an experiment describes it."""
+
+    encoder: str
+    """"vit", "bert", "roberta", "bart", "whisper", "text", "conv_speech" or "precomputed"."""
+    preset: str = ""
+    """A size by name, for example "ViT-L/16", "tiny", "whisper-small", "MiniLM-L6"."""
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the encoder's own settings, replaced by name."""
+    weights: str = ""
+    """"" trains from scratch; else a file, a folder, a hub id, or "package:NAME"."""
+    tune: str = "all"
+    """"all", "none" (locked), "head", "last:K", or regexes of paths separated by commas."""
+    head: str = "linear"
+    """"none", "linear" or "mlp"."""
+    pooling: str = ""
+    """"" is the encoder's default."""
+    dtype: str = ""
+    """Compute type; "" is the experiment's."""
+    scan_layers: bool = False
+    remat: str = "none"
+    attention: str = "auto"
+
+
+class Tower(nnx.Module):
+    """Encoder, pooling and head of one modality."""
+
+    def __init__(self, config: TowerConfig, *, embed_dim: int, dtype: str, rngs: nnx.Rngs) -> None:
+        settings = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
+        execution = Execution(
+            dtype=jnp.dtype(config.dtype or dtype),
+            scan_layers=config.scan_layers,
+            remat=config.remat,
+            attention=config.attention,
+        )
+        self.encoder = build_encoder(config.encoder, settings, execution, rngs=rngs)
+        width = self.encoder.feature_width
+        self.head = nnx.data(make_head(config.head, width, embed_dim, execution, rngs=rngs))
+
+    @property
+    def feature_width(self) -> int:
+        """Width of `features`' rows."""
+        return self.encoder.feature_width
+
+    def features(
+        self, inputs: Mapping[str, Any], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b f"]:
+        """Pooled encoder output. Dropout is active only with `rngs`, whose stream is `dropout`."""
+        key = None if rngs is None else rngs.dropout()
+        return self.encoder(inputs, key)
+
+    def project(self, features: Float[Array, "b f"]) -> Float[Array, "b d"]:
+        """The head, then unit length in float32."""
+        embeds = features if self.head is None else self.head(features)
+        return l2_normalize(embeds)
+
+    def __call__(
+        self, inputs: Mapping[str, Any], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b d"]:
+        return self.project(self.features(inputs, rngs=rngs))

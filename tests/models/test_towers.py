@@ -1,0 +1,230 @@
+"""Towers, their split into leaves, and the decisions about what is trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cwcl_jax.models.leaves import split
+from cwcl_jax.models.locking import decide, describe
+from cwcl_jax.models.pooling import pool
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.models.two_towers import build_two_towers
+
+TINY_TEXT = {
+    "vocab_size": 50,
+    "max_tokens": 9,
+    "width": 16,
+    "depth": 3,
+    "heads": 2,
+    "mlp_width": 32,
+}
+TINY_IMAGE = {"image_size": 16, "width": 16, "depth": 3, "heads": 2, "mlp_width": 32}
+
+
+def towers(**changes):
+    image = {"overrides": TINY_IMAGE, "preset": "tiny", "tune": "none"} | changes.get("image", {})
+    text = {"overrides": TINY_TEXT} | changes.get("text", {})
+    return {"image": TowerConfig("vit", **image), "text": TowerConfig("text", **text)}
+
+
+def build(configs, **changes):
+    options = {"embed_dim": 8, "inverse_temperature": 10.0, "logit_bias": None, "dtype": "float32"}
+    return build_two_towers(configs, **(options | changes), rngs=nnx.Rngs(0))
+
+
+def images(count=2, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    return {"pixels": jnp.asarray(pixels)}
+
+
+def texts(lengths, size=9, seed=1):
+    tokens = np.random.default_rng(seed).integers(0, 50, (len(lengths), size), np.int32)
+    mask = np.arange(size)[None, :] < np.asarray(lengths)[:, None]
+    return {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask)}
+
+
+def test_embeds_have_unit_length_in_float32_whatever_the_compute_dtype():
+    model = build(towers(), dtype="bfloat16")
+    for modality, inputs in (("image", images()), ("text", texts([3, 9]))):
+        embeds = model.towers[modality](inputs)
+        assert embeds.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1.0, atol=1e-6)
+
+
+def test_abstract_and_concrete_builds_give_equal_definitions_and_shapes():
+    abstract, shapes = split(nnx.eval_shape(lambda: build(towers())))
+    concrete, leaves = split(build(towers()))
+    assert abstract == concrete
+    assert hash(abstract) == hash(concrete)
+    assert all(isinstance(shape, jax.ShapeDtypeStruct) for shape in shapes.values())
+    assert {p: (x.shape, x.dtype) for p, x in shapes.items()} == {
+        p: (x.shape, x.dtype) for p, x in leaves.items()
+    }
+    assert "towers/image/encoder/blocks/0/attention/query/kernel" in leaves
+
+
+def test_no_leaf_is_weakly_typed():
+    assert not any(leaf.weak_type for leaf in split(build(towers(), logit_bias=-10.0))[1].values())
+
+
+def test_merged_model_computes_what_the_original_does():
+    model = build(towers())
+    definition, leaves = split(model)
+    again = definition.merge(leaves)
+    np.testing.assert_array_equal(
+        model.towers["text"](texts([4])), again.towers["text"](texts([4]))
+    )
+    with pytest.raises(ValueError, match=r"missing.*logit_scale.*unexpected.*bogus"):
+        definition.merge({k: v for k, v in leaves.items() if k != "logit_scale"} | {"bogus": 0})
+
+
+def test_layers_keep_numerical_order_beyond_ten():
+    overrides = TINY_TEXT | {"depth": 12}
+    definition, _ = split(nnx.eval_shape(lambda: build(towers(text={"overrides": overrides}))))
+    order = [path.split("/")[4] for path in definition.paths if "text/encoder/blocks" in path]
+    assert list(dict.fromkeys(order)) == [str(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+def test_padding_cannot_influence_a_text_embedding(pooling):
+    tower = build(towers(text={"pooling": pooling})).towers["text"]
+    short, long = texts([4], size=4), texts([4], size=9)
+    long["tokens"] = long["tokens"].at[:, :4].set(short["tokens"])
+    np.testing.assert_allclose(tower(short), tower(long), atol=1e-6)
+    embedded = tower.encoder.embed(long["tokens"])
+
+    def first_feature(x):
+        hidden = tower.encoder.norm(tower.encoder.contextualise(x, long["mask"]))
+        return pool(hidden, long["mask"], pooling)[:, 0].sum()
+
+    gradient = jax.grad(first_feature)(embedded)
+    assert not np.any(np.asarray(gradient[:, 4:]))
+    assert np.any(np.asarray(gradient[:, :4]))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+def test_fully_masked_rows_have_finite_gradients(pooling):
+    definition, leaves = split(build(towers(text={"pooling": pooling})))
+
+    def total(leaves):
+        return definition.merge(leaves).towers["text"](texts([0, 5])).sum()
+
+    gradients = jax.grad(total)(leaves)
+    assert all(bool(jnp.isfinite(g).all()) for g in gradients.values())
+
+
+def test_dropout_is_active_only_with_rngs():
+    tower = build(towers(text={"overrides": TINY_TEXT | {"dropout": 0.5}})).towers["text"]
+    inputs = texts([5, 9])
+    np.testing.assert_array_equal(tower(inputs), tower(inputs))
+    first, again, other = (tower(inputs, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(np.asarray(first - other)).max() > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
+def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
+    plain, plain_leaves = split(build(towers()))
+    settings = {"scan_layers": True, "remat": remat}
+    scanned, shapes = split(nnx.eval_shape(lambda: build(towers(text=settings))))
+    leaves = {}
+    for path in shapes:
+        head, blocks, tail = path.partition("text/encoder/blocks/")
+        stack = [plain_leaves.get(f"{head}{blocks}{i}/{tail}") for i in range(3)]
+        leaves[path] = jnp.stack(stack) if blocks else plain_leaves[path]
+        assert leaves[path].shape == shapes[path].shape
+    inputs = texts([2, 9])
+
+    def total(definition):
+        return lambda leaves: definition.merge(leaves).towers["text"](inputs)[:, 0].sum()
+
+    value, gradients = jax.value_and_grad(total(scanned))(leaves)
+    expected, expected_gradients = jax.value_and_grad(total(plain))(plain_leaves)
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    name = "towers/text/encoder/blocks/{}mlp/up/kernel"
+    np.testing.assert_allclose(
+        gradients[name.format("")][2], expected_gradients[name.format("2/")], atol=1e-5
+    )
+
+
+def test_unknown_names_are_errors_that_name_the_nearest():
+    with pytest.raises(ValueError, match=r"tower 'image': unknown preset.*did you mean 'ViT-L/16'"):
+        build(towers(image={"preset": "ViT-L16"}))
+    with pytest.raises(ValueError, match=r"unknown override.*'dept'.*did you mean 'depth'"):
+        build(towers(text={"overrides": {"dept": 3}}))
+    with pytest.raises(ValueError, match=r"head='none' leaves features of width 16.*embed_dim=16"):
+        build(towers(image={"head": "none"}))
+    with pytest.raises(ValueError, match="unknown remat policy 'all'"):
+        build(towers(image={"remat": "all"}))
+
+
+def test_wrong_input_sizes_are_errors_that_name_the_remedy():
+    model = build(towers())
+    with pytest.raises(ValueError, match=r"pixels are 32x32.*image_size=32"):
+        model.towers["image"]({"pixels": jnp.zeros((1, 32, 32, 3), jnp.uint8)})
+    with pytest.raises(ValueError, match=r"10 tokens.*9 positions"):
+        model.towers["text"](texts([3], size=10))
+
+
+@pytest.mark.parametrize(
+    ("tune", "trained"),
+    [
+        # A block has 16 leaves, then two embeddings, the final norm (2) and the head.
+        ("all", 3 * 16 + 2 + 2 + 1),
+        ("none", 0),
+        ("head", 1),
+        ("last:0", 2 + 1),
+        ("last:2", 2 * 16 + 2 + 1),
+        ("encoder/blocks/1/.*, head/.*", 16 + 1),
+    ],
+)
+def test_every_leaf_has_one_decision(tune, trained):
+    configs = towers(text={"tune": tune}, image={"tune": "none"})
+    paths = split(nnx.eval_shape(lambda: build(configs)))[0].paths
+    decisions = decide(paths, configs)
+    assert set(decisions) == set(paths)
+    assert decisions["logit_scale"]
+    assert sum(d for p, d in decisions.items() if p.startswith("towers/image")) == 0
+    assert sum(d for p, d in decisions.items() if p.startswith("towers/text")) == trained
+
+
+def test_locking_errors_name_tower_and_remedy():
+    configs = towers(text={"tune": "last:9"})
+    paths = split(nnx.eval_shape(lambda: build(configs)))[0].paths
+    with pytest.raises(ValueError, match=r"towers.text.tune: K of last:K.*0 to 3.*'9'"):
+        decide(paths, configs)
+    with pytest.raises(ValueError, match="matches no leaf"):
+        decide(paths, towers(text={"tune": "encoder/blocks/7/.*"}))
+    with pytest.raises(ValueError, match="no tower decides about leaf 'towers/speech/x'"):
+        decide(["towers/speech/x"], configs)
+    scanned = towers(text={"tune": "last:1", "scan_layers": True})
+    paths = split(nnx.eval_shape(lambda: build(scanned)))[0].paths
+    with pytest.raises(ValueError, match="scan_layers=False"):
+        decide(paths, scanned)
+
+
+def test_description_counts_every_parameter_once():
+    configs = towers(text={"tune": "head"})
+    definition, leaves = split(nnx.eval_shape(lambda: build(configs)))
+    rows = describe(leaves, decide(definition.paths, configs), configs)
+    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in leaves.values())
+    states = {(row.modality, row.part): row.state for row in rows}
+    assert states[("image", "encoder")] == states[("text", "encoder")] == "locked"
+    assert states[("text", "head")] == "tuned"
+
+
+def test_precomputed_tower_normalises_what_it_is_given():
+    configs = {
+        "image": TowerConfig("precomputed", overrides={"width": 5}, head="none"),
+        "text": TowerConfig("text", overrides=TINY_TEXT),
+    }
+    model = build(configs, embed_dim=5)
+    embeds = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    expected = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        model.towers["image"]({"embeds": jnp.asarray(embeds)}), expected, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="width 4, the tower expects 5"):
+        model.towers["image"]({"embeds": jnp.zeros((3, 4))})
