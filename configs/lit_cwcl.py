@@ -1,0 +1,123 @@
+"""Image-text: a locked image tower, a text tower trained with CWCL (paper, section 4.1 and A.2).
+
+--config=configs/lit_cwcl.py                   scenes made by the package; any laptop
+--config=configs/lit_cwcl.py:loss=contrastive  the baseline CL, everything else equal
+--config=configs/lit_cwcl.py:paper             the paper's recipe; needs its data and weights
+--config=configs/lit_cwcl.py:paper,text=bert   with a pretrained BERT as text tower
+"""
+
+from ml_collections import ConfigDict
+
+from cwcl_jax.config import defaults, parse_argument
+from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.models.tower import TowerConfig
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    options = parse_argument(argument, paper=False, loss="cwcl", text="scratch")
+    config = defaults(name="lit_cwcl")
+    config.loss.name = options["loss"]
+    config.loss.weights_from = "image"
+    if options["paper"]:
+        config.name = "lit_cwcl_paper"
+        return paper(config, options["text"])
+    return scenes(config)
+
+
+def scenes(config: ConfigDict) -> ConfigDict:
+    """Pictures of coloured shapes, drawn as they are read; under three minutes on two cores."""
+    config.total_steps = 400
+    config.global_batch_size = 256
+
+    config.data.train = "scenes:train"
+    config.data.image.size = 64
+    config.data.text.max_tokens = 32
+
+    config.embed_dim = 96
+    config.towers.image = defaults(
+        TowerConfig,
+        encoder="vit",
+        preset="tiny",
+        weights="package:scenes_vit.npz",
+        tune="none",
+        head="none",
+    )
+    config.towers.text = defaults(TowerConfig, encoder="text", preset="tiny")
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 40
+    config.optimizer.weight_decay = 1e-4
+
+    for task in ("shape", "colour", "combination"):
+        config.evaluation.tasks[task] = defaults(
+            TaskConfig,
+            kind="zero_shot",
+            source=f"scenes:test?task={task}&n=1000",
+            templates="simple",
+            template_counts=(1, 5, 10),
+        )
+    config.evaluation.tasks.retrieval = defaults(
+        TaskConfig, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
+    )
+    config.checkpoint.every_steps = 200
+    return config
+
+
+def paper(config: ConfigDict, text: str) -> ConfigDict:
+    """70 epochs, each of 6 million pairs drawn anew from CC12M and YFCC15M; 4 A100."""
+    config.global_batch_size = 16_000
+    config.data.examples_per_epoch = 6_000_000
+    config.total_steps = 70 * 6_000_000 // 16_000
+    config.dtype = "bfloat16"
+    config.accumulation_steps = 4
+
+    config.data.train = "tars:/data/cc12m/{00000..01242}.tar::tars:/data/yfcc15m/{00000..01499}.tar"
+    config.data.image.size = 224
+    config.data.image.crop_min_area = 0.9
+    config.data.text.tokenizer = "bert-base-uncased"
+    config.data.text.max_tokens = 77
+
+    config.embed_dim = 1024
+    config.towers.image = defaults(
+        TowerConfig,
+        encoder="vit",
+        preset="ViT-L/16",
+        weights="/data/augreg/L_16.npz",
+        tune="none",
+        head="none",
+    )
+    config.towers.text = (
+        defaults(TowerConfig, encoder="bert", preset="BERT-base", weights="bert-base-uncased")
+        if text == "bert"
+        else defaults(TowerConfig, encoder="text", preset="B", overrides={"vocab_size": 30_522})
+    )
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.warmup_steps = 1_000
+    config.mesh.fsdp = 1
+
+    for dataset in ("imagenet", "imagenetv2", "imagenet-r", "imagenet-a", "imagenet_sketch"):
+        config.evaluation.tasks[dataset] = defaults(
+            TaskConfig,
+            kind="zero_shot",
+            source=f"clip_benchmark:/data/clip_benchmark/{dataset}",
+            templates="simple",
+            template_counts=(1, 5, 10),
+        )
+    config.evaluation.tasks.objectnet = defaults(
+        TaskConfig,
+        kind="zero_shot",
+        source="clip_benchmark:/data/clip_benchmark/objectnet",
+        templates="simple",
+        template_counts=(1, 5, 10),
+        crop_border=2,
+    )
+    config.evaluation.tasks.coco = defaults(
+        TaskConfig, kind="retrieval", source="clip_benchmark:/data/clip_benchmark/mscoco_captions"
+    )
+    config.evaluation.every_steps = 3_750
+    config.checkpoint.every_steps = 1_000
+    return config

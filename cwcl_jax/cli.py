@@ -1,0 +1,77 @@
+"""What the entry files share: flags, one line for a person who made a mistake, exit codes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
+
+# Exit codes, the same for every entry file and known to the launchers.
+DONE = 0
+FAILED = 1
+BAD_CONFIG = 2
+WATCHDOG = 43
+PREEMPTED = 75
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """`--config=FILE[:ARGUMENT]` and `--config.a.b=value`."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file with an optional argument, for example configs/lit_cwcl.py:loss=contrastive; "
+        "every field can be overridden, for example --config.optimizer.learning_rate=3e-4.",
+    )
+
+
+def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
+    """The frozen experiment that the flags name.
+
+    Raises:
+      ConfigError: no config file was given, it does not exist, or its fields are wrong.
+    """
+    if flag.value is None:
+        raise ConfigError("--config is missing; try --config=configs/lit_cwcl.py")
+    path = Path(str(flags.FLAGS["config"]._get_config_path()).split(":")[0])
+    if not path.exists():
+        raise ConfigError(f"--config={path}: there is no such file")
+    return from_config_dict(flag.value)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses the flags, calls `main` and exits with its code.
+
+    A ConfigError, here or in `main`, is one line on stderr and exit code 2.
+    """
+    try:
+        app.run(lambda argv: sys.exit(main(argv) or DONE), flags_parser=_parse_flags)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_CONFIG)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise ConfigError(f"{error}; see --help") from error
+    except (AttributeError, KeyError) as error:
+        raise ConfigError(_unknown_override(argv, error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"unexpected argument {rest[1]!r}; options start with --, see --help")
+    return rest
+
+
+def _unknown_override(argv: list[str], error: Exception) -> str:
+    """A sentence for an override of a field that the config does not have."""
+    near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+    if not near:
+        return f"the command line sets a field that the config does not have: {error}"
+    option = next((a for a in argv if near[2] in a), f"--config...{near[2]}")
+    return f"{option.split('=')[0]}: the config has no field {near[2]!r}; did you mean {near[1]!r}?"

@@ -1,0 +1,31 @@
+"""Trains one tower against another: `python -m cwcl_jax.train --config=configs/lit_cwcl.py`.
+
+The same command resumes an interrupted run, and says so when it is complete. Exit codes: 0 done,
+75 saved and stopped on request, 2 bad settings, 1 anything else.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from cwcl_jax import cli
+
+_CONFIG = cli.define_config_flag()
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; by default runs/<config>-<loss>."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Resolves the flags and trains."""
+    del argv
+    config = cli.resolve_config(_CONFIG)
+    # Here and not above: flags and settings are checked before the slow imports.
+    from cwcl_jax.training.run import train
+
+    workdir = _WORKDIR.value or f"runs/{config.name}-{config.loss.name}"
+    return train(config, Path(workdir))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Batches onto the devices ahead of the step, with the data position that belongs to each."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jax.sharding import Mesh
+
+from cwcl_jax.training import sharding
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What the training data gives; see `cwcl_jax.data.pipeline.train_batches`."""
+
+    steps_per_epoch: int
+
+    def __next__(self) -> dict[str, Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class DeviceBatch(NamedTuple):
+    """Attributes:
+    arrays: global arrays by modality.
+    index: this process's example numbers.
+    data_state: the position after this batch, to be saved with the step that used it.
+    """
+
+    arrays: dict[str, Any]
+    index: np.ndarray
+    data_state: dict[str, Any]
+
+
+class DeviceInput:
+    """An iterator of DeviceBatch that a thread keeps `depth` batches ahead.
+
+    Attributes:
+      waited: seconds that `next` spent waiting, since the last `reset_wait`.
+    """
+
+    def __init__(self, batches: Batches, mesh: Mesh, *, depth: int = 2):
+        self._batches = batches
+        self._mesh = mesh
+        self._queue: queue.Queue[DeviceBatch | BaseException] = queue.Queue(max(depth, 1))
+        self._stop = threading.Event()
+        self.waited = 0.0
+        self._thread = threading.Thread(target=self._fill, name="device-input", daemon=True)
+        self._thread.start()
+
+    def _fill(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._put(self._next_batch())
+        except BaseException as error:  # reaches the loop through the queue
+            self._put(error)
+
+    def _next_batch(self) -> DeviceBatch:
+        batch = dict(next(self._batches))
+        index = batch.pop("index")
+        state = self._batches.get_state()
+        return DeviceBatch(sharding.put_batch(self._mesh, batch), index, state)
+
+    def _put(self, item: DeviceBatch | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[DeviceBatch]:
+        return self
+
+    def __next__(self) -> DeviceBatch:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.waited += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def reset_wait(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """Ends the thread and the data behind it."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+        self._batches.close()

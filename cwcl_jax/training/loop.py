@@ -1,0 +1,189 @@
+"""The training loop: it sequences data, step, logs, checkpoints and evaluation, and no more."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from cwcl_jax.config import ExperimentConfig
+from cwcl_jax.training.checkpoint import Checkpoints
+from cwcl_jax.training.distributed import StopSignal
+from cwcl_jax.training.input import DeviceBatch, DeviceInput
+from cwcl_jax.training.metrics import Progress, Writer
+from cwcl_jax.training.state import Leaves, TrainState
+from cwcl_jax.training.step import TrainStep
+from cwcl_jax.training.workdir import write_json
+
+# Steps that may be under way on the devices: enough to hide dispatch, few enough that their
+# batches do not fill the memory.
+_IN_FLIGHT = 2
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names step, checkpoint and batch record."""
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: dict[str, jax.Array]
+    index: np.ndarray
+
+
+class Loop:
+    """Trains from a state to `config.total_steps`, or until asked to stop.
+
+    Args:
+      evaluate: called with (state, step) at the chosen interval; returns scalars to log.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        workdir: Path,
+        *,
+        step: TrainStep,
+        checkpoints: Checkpoints,
+        writers: list[Writer],
+        progress: Progress,
+        evaluate: Callable[[TrainState, int], dict[str, float]],
+    ):
+        self._config = config
+        self._workdir = workdir
+        self._step = step
+        self._checkpoints = checkpoints
+        self._writers = writers
+        self._progress = progress
+        self._evaluate = evaluate
+        self._unread: deque[_Pending] = deque()
+        self._last_values: dict[str, float] = {}
+
+    def run(
+        self,
+        state: TrainState,
+        locked: Leaves,
+        done: int,
+        batches: DeviceInput,
+        stop: StopSignal,
+    ) -> tuple[TrainState, bool]:
+        """The state after the last step, and whether all steps were done.
+
+        Raises:
+          NonFiniteLossError: checkpoints made before it remain.
+        """
+        config = self._config
+        clock = _Clock(config.global_batch_size, batches)
+        while done < config.total_steps:
+            batch = next(batches)
+            state, metrics = self._step(state, locked, batch.arrays)
+            done += 1
+            self._unread.append(_Pending(done, metrics, batch.index))
+            self._throttle()
+            if done == 1 or done % config.logging.every_steps == 0 or done == config.total_steps:
+                self._log(done, clock)
+            stopping = done < config.total_steps and stop.requested(done)
+            if self._save_is_due(done) or stopping:
+                self._save(done, state, batch)
+            if stopping:
+                self._progress.end()
+                return state, False
+            if self._evaluation_is_due(done):
+                self._run_evaluation(state, done)
+                clock.restart()
+        self._progress.end()
+        return state, True
+
+    def _throttle(self) -> None:
+        """Waits for the step before the last one."""
+        if len(self._unread) > _IN_FLIGHT:
+            jax.block_until_ready(self._unread[-_IN_FLIGHT - 1].metrics)
+
+    def _log(self, done: int, clock: _Clock) -> None:
+        """Reads what the devices have computed, checks every step of it, writes the last one."""
+        values = self._read_metrics()
+        values |= clock.lap(done)
+        for writer in self._writers:
+            writer.write(done, values)
+        remaining = (self._config.total_steps - done) * clock.seconds_per_step
+        self._progress.show(done, values, eta_seconds=remaining)
+
+    def _read_metrics(self) -> dict[str, float]:
+        """The newest step's metrics as floats, after checking every unread step's loss."""
+        while self._unread:
+            pending = self._unread.popleft()
+            values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
+            if not np.isfinite(values["loss"]):
+                self._report_non_finite(pending, values)
+            self._last_values = values
+        return dict(self._last_values)
+
+    def _report_non_finite(self, pending: _Pending, values: dict[str, float]) -> None:
+        path = self._workdir / f"non_finite_step_{pending.step}.json"
+        good = self._checkpoints.latest_step
+        record = {
+            "step": pending.step,
+            "last_good_checkpoint": good,
+            "metrics": {k: repr(v) for k, v in values.items()},
+            "example_index": pending.index.tolist(),
+        }
+        if jax.process_index() == 0:
+            write_json(path, record)
+        self._progress.end()
+        raise NonFiniteLossError(
+            f"the loss is {values['loss']} at step {pending.step}; last good checkpoint: "
+            f"{'none' if good is None else f'step {good}'}; the batch's example numbers and all "
+            f"metrics are in {path}. The same command resumes from that checkpoint; consider a "
+            "lower --config.optimizer.learning_rate or --config.optimizer.clip_norm"
+        )
+
+    def _save_is_due(self, done: int) -> bool:
+        every = self._config.checkpoint.every_steps
+        return done == self._config.total_steps or bool(every and done % every == 0)
+
+    def _save(self, done: int, state: TrainState, batch: DeviceBatch) -> None:
+        self._read_metrics()  # never a checkpoint of parameters that a NaN has reached
+        self._checkpoints.save(done, state, batch.data_state)
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        every = self._config.evaluation.every_steps
+        return bool(every and done % every == 0 and done < self._config.total_steps)
+
+    def _run_evaluation(self, state: TrainState, done: int) -> None:
+        self._progress.end()
+        values = self._evaluate(state, done)
+        for writer in self._writers:
+            writer.write(done, values)
+
+
+class _Clock:
+    """Examples per second and the share of time that the step waited for data."""
+
+    def __init__(self, global_batch_size: int, batches: DeviceInput):
+        self._size = global_batch_size
+        self._batches = batches
+        self._step: int | None = None
+        self.seconds_per_step = float("inf")
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.perf_counter()
+        self._batches.reset_wait()
+
+    def lap(self, done: int) -> dict[str, float]:
+        """Figures since the last lap; the first lap, which holds the compilation, gives none."""
+        seconds = time.perf_counter() - self._start
+        waited = self._batches.reset_wait()
+        previous, self._step = self._step, done
+        self._start = time.perf_counter()
+        if previous is None or done == previous:
+            return {}
+        self.seconds_per_step = seconds / (done - previous)
+        return {
+            "examples_per_second": self._size / self.seconds_per_step,
+            "data_wait": min(waited / seconds, 1.0),
+        }

@@ -1,0 +1,125 @@
+"""Schedules and the optimizer over a flat dict of trained leaves, path -> array."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import optax
+
+from cwcl_jax.training.options import OptimizerConfig
+
+Params = dict[str, jax.Array]
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the named schedule."""
+    rest = max(total_steps - config.warmup_steps, 1)
+    peak = config.learning_rate
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "rsqrt":
+            scale = config.rsqrt_timescale
+
+            def after(step):
+                return peak * (scale / (scale + step)) ** 0.5
+        case other:
+            raise ValueError(f"schedule={other!r} is not one of 'cosine', 'constant', 'rsqrt'")
+    if not config.warmup_steps:
+        return after
+    # Step 0 of the warm-up already moves: an update with learning rate 0 is a wasted step.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def decay_mask(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, bool]:
+    """Which leaves decay.
+
+    Raises:
+      ValueError: weight decay is on and the expression matches no leaf.
+    """
+    mask = {path: re.fullmatch(config.decay, path) is not None for path in paths}
+    if config.weight_decay and not any(mask.values()):
+        raise ValueError(
+            f"config.optimizer.decay={config.decay!r} matches no trained leaf; paths look like "
+            f"{next(iter(mask), '(none)')!r}"
+        )
+    return mask
+
+
+def learning_rate_factors(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, float]:
+    """Factor of the learning rate by path: the first matching multiplier, else layer decay.
+
+    Raises:
+      ValueError: an entry is not "regex=factor", or matches no leaf.
+    """
+    paths = list(paths)
+    factors = layer_decay_factors(config.layer_decay, paths)
+    unclaimed = set(paths)
+    for entry in config.multipliers:
+        expression, separator, factor = entry.rpartition("=")
+        if not separator:
+            raise ValueError(f"config.optimizer.multipliers entry {entry!r} is not 'regex=factor'")
+        matched = [path for path in paths if re.fullmatch(expression, path)]
+        if not matched:
+            raise ValueError(
+                f"config.optimizer.multipliers entry {entry!r} matches no trained leaf; paths "
+                f"look like {paths[0]!r}"
+            )
+        for path in unclaimed.intersection(matched):
+            factors[path] = float(factor)
+        unclaimed.difference_update(matched)
+    return factors
+
+
+_BLOCK = re.compile(r"(.*/blocks)/(\d+)/.*")
+
+
+def layer_decay_factors(decay: float, paths: Iterable[str]) -> dict[str, float]:
+    """`decay ** depth below the top`: heads and final norms 1, embeddings the lowest."""
+    paths = list(paths)
+    if decay == 1.0:
+        return dict.fromkeys(paths, 1.0)
+    top: dict[str, int] = {}
+    for path in paths:
+        if match := _BLOCK.fullmatch(path):
+            top[match[1]] = max(top.get(match[1], 0), int(match[2]))
+    factors = {}
+    for path in paths:
+        stack = next((name for name in top if path.startswith(name.removesuffix("blocks"))), None)
+        if stack is None:
+            depth = 0
+        elif match := _BLOCK.fullmatch(path):
+            depth = top[stack] - int(match[2]) + 1
+        else:
+            depth = top[stack] + 2 if "embed" in path else 0
+        factors[path] = decay**depth
+    return factors
+
+
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, paths: Iterable[str]
+) -> optax.GradientTransformation:
+    """AdamW with clipping, a decay mask and learning-rate factors by path."""
+    paths = list(paths)
+    factors = learning_rate_factors(config, paths)
+    steps = [
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, paths)),
+        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    ]
+    if any(factor != 1.0 for factor in factors.values()):
+        steps.append(scale_by_factors(factors))
+    return optax.chain(*steps)
+
+
+def scale_by_factors(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Each leaf's update times its factor."""
+    return optax.stateless(
+        lambda updates, _: {path: update * factors[path] for path, update in updates.items()}
+    )

@@ -1,0 +1,117 @@
+"""Settings of a training run that are not the data's, the towers' or the loss's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TemperatureConfig:
+    """The learned logit scale; `inverse_temperature = exp(logit_scale)`.
+
+    Attributes:
+      initial: inverse temperature at the start; CLIP's 1/0.07.
+      maximum: clamp after each step; CLIP's 100. 0 switches the clamp off.
+      trained: whether it learns at all.
+      bias: initial logit bias, used by the sigmoid loss only (SigLIP's -10).
+    """
+
+    initial: float = 1 / 0.07
+    maximum: float = 100.0
+    trained: bool = True
+    bias: float = -10.0
+
+    def __post_init__(self):
+        if self.initial <= 0:
+            raise ValueError(f"initial={self.initial} must be positive: it is 1/tau")
+        if self.maximum and self.initial > self.maximum:
+            raise ValueError(f"initial={self.initial} exceeds maximum={self.maximum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and what it applies to.
+
+    Attributes:
+      learning_rate: peak.
+      schedule: "cosine", "constant" or "rsqrt", each after a linear warm-up.
+      warmup_steps: steps of the warm-up.
+      final_fraction: learning rate at the end of "cosine", as a fraction of the peak.
+      rsqrt_timescale: steps over which "rsqrt" keeps about the peak.
+      weight_decay: decoupled, applied as `learning_rate * weight_decay * parameter`.
+      decay: regular expression of the leaves that decay (full match on the path).
+      clip_norm: global gradient norm; 0 switches clipping off.
+      multipliers: "regex=factor" entries for the learning rate; the first match counts.
+      layer_decay: factor per layer below the top of a tuned tower, 1.0 for none.
+    """
+
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    rsqrt_timescale: int = 10_000
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    decay: str = r".*/(kernel|embedding)"
+    clip_norm: float = 1.0
+    multipliers: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "constant", "rsqrt"):
+            raise ValueError(
+                f"schedule={self.schedule!r} is not one of 'cosine', 'constant', 'rsqrt'"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Attributes:
+    every_steps: interval of saves; 0 saves only at the end and when the run is interrupted.
+    keep: how many of the latest are kept.
+    asynchronous: whether the loop goes on while files are written.
+    accept_changes: resume although settings, tower weights or data differ from the saved ones.
+    """
+
+    every_steps: int = 500
+    keep: int = 2
+    asynchronous: bool = True
+    accept_changes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Attributes:
+    every_steps: interval of lines in metrics.jsonl, TensorBoard and on the terminal.
+    tensorboard: whether to write TensorBoard files.
+    wandb_project: name of a Weights & Biases project; "" for none (extra: wandb).
+    """
+
+    every_steps: int = 10
+    tensorboard: bool = True
+    wandb_project: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Attributes:
+    fsdp: devices over which parameters and optimizer state are split; the rest form the axis
+      `data`. The batch is split over both.
+    """
+
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Time limits, in seconds, of a run on several processes. 0 switches a deadline off."""
+
+    initialization_timeout: int = 300
+    heartbeat_timeout: int = 30
+    startup_deadline: float = 0.0
+    step_deadline: float = 0.0
+    evaluation_deadline: float = 0.0

@@ -1,0 +1,107 @@
+"""Meshes and shardings: the only module that knows how arrays lie on devices.
+
+Batches are split over both mesh axes; parameters and optimizer state over `fsdp` by a rule on
+path and shape. Models contain no sharding: XLA's partitioner carries these through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cwcl_jax.training.options import MeshConfig
+
+BATCH_AXES = ("data", "fsdp")
+
+# Below this size a leaf costs less to replicate than to gather.
+_MIN_SIZE_TO_SHARD = 2**14
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp) mesh over `devices`, by default all of the job's.
+
+    Raises:
+      ValueError: the number of devices is not divisible by `config.fsdp`.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    if config.fsdp < 1 or count % config.fsdp:
+        raise ValueError(
+            f"config.mesh.fsdp={config.fsdp} does not divide the number of devices, {count}; "
+            f"choose one of {[n for n in range(1, count + 1) if count % n == 0]}"
+        )
+    # Auto axes: with explicit ones, products such as z @ z.T of a split batch are type errors.
+    return jax.make_mesh(
+        (count // config.fsdp, config.fsdp),
+        BATCH_AXES,
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension is split over all devices."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def chunked_batch_sharding(mesh: Mesh) -> NamedSharding:
+    """(chunks, examples, ...): the second dimension is split over all devices."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def leaf_spec(shape: Sequence[int], fsdp: int) -> P:
+    """The rule for one leaf: the largest dimension that `fsdp` divides is split, if worth it."""
+    if fsdp == 1 or int(np.prod(shape)) < _MIN_SIZE_TO_SHARD:
+        return P()
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not divisible:
+        return P()
+    # The last of equals: kernels are (in, out), and outputs gather more cheaply than sums.
+    largest = max(divisible, key=lambda axis: (shape[axis], axis))
+    return P(*("fsdp" if axis == largest else None for axis in range(len(shape))))
+
+
+def leaf_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+    """Sharding of a parameter or of an optimizer leaf of the same shape."""
+    return NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape["fsdp"]))
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """`leaf_sharding` of every leaf of a tree of arrays or ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf), tree)
+
+
+def put_leaf(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """A host array, equal on all processes, onto the mesh by the rule for leaves."""
+    sharding = leaf_sharding(mesh, value)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """This process's part of a batch into global arrays, split over all devices.
+
+    Args:
+      batch: nested dict of host arrays (b / processes, ...).
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), dict(batch)
+    )
+
+
+def put_whole_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch that every process holds as a whole into global arrays, split over all devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i]),
+        dict(batch),
+    )

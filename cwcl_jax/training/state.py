@@ -1,0 +1,230 @@
+"""What a run carries: trained leaves, optimizer state, locked leaves, and how they come about.
+
+All leaves live in flat dicts, path -> array. `Blueprint` is the static side: the structure of
+the two towers, which leaves train, and where each lies on the mesh; building one costs no memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.models.leaves import ModelDef, split
+from cwcl_jax.models.locking import decide
+from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
+from cwcl_jax.pretrained import import_tower
+from cwcl_jax.training import sharding
+from cwcl_jax.training.optimizer import make_optimizer
+
+Leaves = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Attributes:
+    step: steps done, int32 scalar.
+    params: trained leaves, float32.
+    opt_state: optax state over `params`.
+    """
+
+    step: Any
+    params: Leaves
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerSource:
+    """Where a tower's weights came from: a path or "initialised", and the file's sha256."""
+
+    source: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """The static side of a run.
+
+    Attributes:
+      config: the experiment.
+      mesh: devices.
+      model_def: structure; `model_def.merge(leaves)` gives the TwoTowers.
+      abstract: every leaf as a ShapeDtypeStruct with its sharding.
+      trained: paths of the leaves that have gradients and optimizer state.
+    """
+
+    config: ExperimentConfig
+    mesh: Mesh
+    model_def: ModelDef
+    abstract: Leaves
+    trained: frozenset[str]
+
+    @property
+    def abstract_params(self) -> Leaves:
+        return {path: leaf for path, leaf in self.abstract.items() if path in self.trained}
+
+    @property
+    def abstract_locked(self) -> Leaves:
+        return {path: leaf for path, leaf in self.abstract.items() if path not in self.trained}
+
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(
+            self.config.optimizer, self.config.total_steps, sorted(self.abstract_params)
+        )
+
+    def abstract_state(self) -> TrainState:
+        """ShapeDtypeStructs with shardings of everything that a checkpoint holds."""
+        params = self.abstract_params
+        opt_state = jax.eval_shape(self.optimizer().init, params)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        return _with_shardings(self.mesh, TrainState(step, params, opt_state))
+
+    def features_are_locked(self, modality: str) -> bool:
+        """Whether nothing before the head of this tower trains."""
+        tower = f"towers/{modality}/"
+        return not any(
+            path.startswith(tower) and not path.startswith(tower + "head/") for path in self.trained
+        )
+
+
+def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
+    """The two towers and the logit scale, freshly initialised."""
+    return build_two_towers(
+        config.towers,
+        embed_dim=config.embed_dim,
+        inverse_temperature=config.temperature.initial,
+        logit_bias=config.temperature.bias if config.loss.name == "sigmoid" else None,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = True) -> Blueprint:
+    """The static side of a run; no array is allocated.
+
+    Args:
+      check_batch: whether the global batch must fit the mesh; training needs it.
+
+    Raises:
+      ConfigError: the global batch does not divide over devices and accumulation steps, or
+        nothing trains.
+    """
+    if check_batch:
+        _check_batch(config, mesh)
+    model_def, abstract = split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+    decisions = decide(abstract, config.towers)
+    trained = frozenset(
+        path
+        for path, is_trained in decisions.items()
+        if is_trained and (config.temperature.trained or path != "logit_scale")
+    )
+    if not any(path.startswith("towers/") for path in trained):
+        raise ConfigError("no leaf of either tower trains; set config.towers.<modality>.tune")
+    abstract = {
+        path: _locked_storage(leaf, config, path) if path not in trained else leaf
+        for path, leaf in abstract.items()
+    }
+    return Blueprint(config, mesh, model_def, _with_shardings(mesh, abstract), trained)
+
+
+def _check_batch(config: ExperimentConfig, mesh: Mesh) -> None:
+    pieces = mesh.size * config.accumulation_steps
+    if config.global_batch_size % pieces:
+        raise ConfigError(
+            f"config.global_batch_size={config.global_batch_size} is not divisible by "
+            f"{mesh.size} devices x config.accumulation_steps={config.accumulation_steps}"
+        )
+
+
+def _locked_storage(leaf: Any, config: ExperimentConfig, path: str) -> Any:
+    """Locked kernels live in the compute dtype: the same numbers in half the memory."""
+    modality = path.split("/")[1] if path.startswith("towers/") else ""
+    tower = config.towers.get(modality)
+    dtype = (tower.dtype if tower else "") or config.dtype
+    if dtype == "bfloat16" and leaf.dtype == jnp.float32 and path.endswith("/kernel"):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+    return leaf
+
+
+def _with_shardings(mesh: Mesh, tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding.leaf_sharding(mesh, leaf)
+        ),
+        tree,
+    )
+
+
+def initialise(blueprint: Blueprint) -> tuple[TrainState, Leaves, dict[str, TowerSource]]:
+    """Trained state, locked leaves and each tower's source, at step 0.
+
+    Weights are imported before anything is initialised, so that a bad file costs no time.
+    """
+    imported, sources = import_towers(blueprint)
+    rest = [path for path in blueprint.abstract if path not in imported]
+    leaves = imported | _initialise_leaves(blueprint, rest)
+    params = {path: leaves[path] for path in blueprint.abstract_params}
+    abstract = blueprint.abstract_state()
+    opt_state = jax.jit(
+        blueprint.optimizer().init,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state),
+    )(params)
+    locked = {path: leaves[path] for path in blueprint.abstract_locked}
+    step = sharding.put_leaf(blueprint.mesh, np.zeros((), np.int32))
+    return TrainState(step, params, opt_state), locked, sources
+
+
+def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:
+    """The leaves that come from files, and the source of each tower."""
+
+    def put(path: str, value: np.ndarray) -> jax.Array:
+        return sharding.put_leaf(blueprint.mesh, value.astype(blueprint.abstract[path].dtype))
+
+    imported: Leaves = {}
+    sources = {}
+    for modality, tower in blueprint.config.towers.items():
+        if not tower.weights:
+            sources[modality] = TowerSource("initialised", "")
+            continue
+        result = import_tower(tower, modality, blueprint.abstract, put=put)
+        imported |= result.leaves
+        sources[modality] = TowerSource(result.source, result.sha256)
+    return imported, sources
+
+
+def locked_leaves(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:
+    """Only the locked leaves, for a run whose trained leaves come from a checkpoint."""
+    imported, sources = import_towers(blueprint)
+    rest = [path for path in blueprint.abstract_locked if path not in imported]
+    leaves = imported | _initialise_leaves(blueprint, rest)
+    return {path: leaves[path] for path in blueprint.abstract_locked}, sources
+
+
+def _initialise_leaves(blueprint: Blueprint, paths: list[str]) -> Leaves:
+    """Fresh values of `paths`, each made where it lies; the others are never computed."""
+    if not paths:
+        return {}
+    config = blueprint.config
+    dtypes = {path: blueprint.abstract[path].dtype for path in paths}
+
+    def values(key: jax.Array) -> Leaves:
+        _, leaves = split(build_model(config, nnx.Rngs(key)))
+        return {path: leaves[path].astype(dtypes[path]) for path in paths}
+
+    shardings = {path: blueprint.abstract[path].sharding for path in paths}
+    return jax.jit(values, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def count(leaves: Mapping[str, Any]) -> tuple[int, int]:
+    """Numbers of parameters and of bytes."""
+    sizes = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in leaves.values()]
+    return sum(n for n, _ in sizes), sum(n * itemsize for n, itemsize in sizes)

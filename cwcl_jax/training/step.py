@@ -1,0 +1,253 @@
+"""The train step: one `jax.jit` over the global batch.
+
+    batch -> locked tower, outside the differentiated function -> features -> p, u
+          -> tuned tower -> v -> loss(u, v, p, logit_scale) -> gradients of trained leaves -> optax
+
+With accumulation the towers run over chunks of the batch, yet the loss sees all of its
+embeddings at once, so that the negatives stay those of the whole batch (Gao et al. 2021,
+"Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", GradCache): the chunks
+are embedded without gradient, the loss gives the gradient of each embedding, and a second pass
+pulls these back through the towers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from cwcl_jax.losses import make_loss
+from cwcl_jax.training import sharding
+from cwcl_jax.training.optimizer import make_schedule
+from cwcl_jax.training.state import Blueprint, Leaves, TrainState
+
+Metrics = dict[str, jax.Array]
+Batch = Mapping[str, Mapping[str, Any]]
+
+_NORM_EPSILON = 1e-12
+_SCALARS = ("logit_scale", "logit_bias")
+
+
+class TrainStep:
+    """`state, metrics = step(state, locked, batch)`, compiled once; `state` is donated.
+
+    Attributes:
+      traces: how often the step was traced; 1 after any number of steps.
+    """
+
+    def __init__(self, blueprint: Blueprint):
+        self._blueprint = blueprint
+        self._optimizer = blueprint.optimizer()
+        self._gradients = GradientFunction(blueprint)
+        self.traces = 0
+        config = blueprint.config
+        self._schedule = make_schedule(config.optimizer, config.total_steps)
+        self._jitted = jax.jit(
+            self._step,
+            in_shardings=(
+                _shardings(blueprint.abstract_state()),
+                _shardings(blueprint.abstract_locked),
+                sharding.batch_sharding(blueprint.mesh),
+            ),
+            out_shardings=(
+                _shardings(blueprint.abstract_state()),
+                sharding.replicated(blueprint.mesh),
+            ),
+            donate_argnums=0,
+        )
+
+    def __call__(
+        self, state: TrainState, locked: Leaves, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        return self._jitted(state, locked, batch)
+
+    def lower(self, batch: Any) -> Any:
+        """The step lowered for abstract inputs, to be compiled and analysed."""
+        blueprint = self._blueprint
+        return self._jitted.lower(blueprint.abstract_state(), blueprint.abstract_locked, batch)
+
+    def _step(self, state: TrainState, locked: Leaves, batch: Batch) -> tuple[TrainState, Metrics]:
+        self.traces += 1
+        gradients, metrics = self._gradients(state.params, locked, batch, state.step)
+        updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
+        params = self._clamp(optax.apply_updates(state.params, updates))
+        metrics |= {
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def _clamp(self, params: Any) -> Leaves:
+        maximum = self._blueprint.config.temperature.maximum
+        if not maximum or "logit_scale" not in params:
+            return params
+        return params | {"logit_scale": jnp.minimum(params["logit_scale"], math.log(maximum))}
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+class GradientFunction:
+    """Gradients of the trained leaves and the loss's diagnostics for one global batch."""
+
+    def __init__(self, blueprint: Blueprint):
+        config = blueprint.config
+        self._blueprint = blueprint
+        self._u, self._v = config.modalities
+        self._loss = make_loss(config.loss, mesh=blueprint.mesh, axes=sharding.BATCH_AXES)
+        self._locked_encoders = [
+            modality for modality in config.towers if blueprint.features_are_locked(modality)
+        ]
+        self._tuned = [
+            modality
+            for modality in config.towers
+            if any(path.startswith(f"towers/{modality}/") for path in blueprint.trained)
+        ]
+        self._key = jax.random.key(config.seed)
+
+    def __call__(
+        self, params: Leaves, locked: Leaves, batch: Batch, step: jax.Array
+    ) -> tuple[Leaves, Metrics]:
+        """Gradients (flat dict like `params`) and metrics.
+
+        Args:
+          batch: by modality, arrays of shape (b, ...); other entries are ignored.
+          step: folded into the key of dropout.
+        """
+        inputs = {modality: batch[modality] for modality in (self._u, self._v)}
+        key = jax.random.fold_in(self._key, step)
+        chunks = self._blueprint.config.accumulation_steps
+        if chunks == 1:
+            return self._direct(params, locked, inputs, key)
+        return self._cached(params, locked, inputs, key, chunks)
+
+    def _direct(
+        self, params: Leaves, locked: Leaves, inputs: Batch, key: jax.Array
+    ) -> tuple[Leaves, Metrics]:
+        features = self._locked_features(params, locked, inputs)
+
+        def objective(params: Leaves) -> tuple[jax.Array, Metrics]:
+            embeds, p = self._embed(params, locked, inputs, features, key)
+            return self._loss_of({**locked, **params}, embeds, p)
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    def _cached(
+        self, params: Leaves, locked: Leaves, inputs: Batch, key: jax.Array, chunks: int
+    ) -> tuple[Leaves, Metrics]:
+        mesh = self._blueprint.mesh
+        keys = jax.random.split(key, chunks)
+        chunked = split_chunks(mesh, inputs, chunks)
+
+        def embed_chunk(_, chunk: Any) -> tuple[None, Any]:
+            inputs, key = chunk
+            features = self._locked_features(params, locked, inputs)
+            embeds, p = self._embed(params, locked, inputs, features, key)
+            return None, (features, embeds, p)
+
+        _, (features, embeds, p) = jax.lax.scan(embed_chunk, None, (chunked, keys))
+        embeds, p = join_chunks(mesh, (embeds, p))
+
+        scalars = {name: params[name] for name in _SCALARS if name in params}
+        tuned = {modality: embeds[modality] for modality in self._tuned}
+
+        def objective(scalars: Leaves, tuned: Leaves) -> tuple[jax.Array, Metrics]:
+            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, p)
+
+        (from_scalars, from_embeds), metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+            scalars, tuned
+        )
+
+        def pull_back(total: Leaves, chunk: Any) -> tuple[Leaves, None]:
+            inputs, features, key, cotangents = chunk
+
+            def tuned_embeds(params: Leaves) -> Leaves:
+                embeds, _ = self._embed(params, locked, inputs, features, key)
+                return {modality: embeds[modality] for modality in self._tuned}
+
+            _, vjp = jax.vjp(tuned_embeds, params)
+            (gradients,) = vjp(cotangents)
+            return jax.tree.map(jnp.add, total, gradients), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        cotangents = split_chunks(mesh, from_embeds, chunks)
+        gradients, _ = jax.lax.scan(pull_back, zeros, (chunked, features, keys, cotangents))
+        return {**gradients, **from_scalars}, metrics
+
+    def _locked_features(
+        self, params: Leaves, locked: Leaves, inputs: Batch
+    ) -> dict[str, jax.Array]:
+        """Features of the towers whose encoder does not train: deterministic, no gradient."""
+        if not self._locked_encoders:
+            return {}
+        model = self._blueprint.model_def.merge({**params, **locked})
+        return {
+            modality: jax.lax.stop_gradient(model.towers[modality].features(inputs[modality]))
+            for modality in self._locked_encoders
+        }
+
+    def _embed(
+        self,
+        params: Leaves,
+        locked: Leaves,
+        inputs: Batch,
+        locked_features: Mapping[str, jax.Array],
+        key: jax.Array,
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Embeds of both modalities, and p: the normalised features of U, never differentiated."""
+        model = self._blueprint.model_def.merge({**params, **locked})
+        features = dict(locked_features)
+        for number, modality in enumerate((self._u, self._v)):
+            if modality not in features:
+                rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
+                features[modality] = model.towers[modality].features(inputs[modality], rngs=rngs)
+        embeds = {
+            modality: model.towers[modality].project(features[modality]) for modality in features
+        }
+        return embeds, jax.lax.stop_gradient(normalise(features[self._u]))
+
+    def _loss_of(
+        self, leaves: Leaves, embeds: Mapping[str, jax.Array], p: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        return self._loss(
+            embeds[self._u],
+            embeds[self._v],
+            p,
+            leaves["logit_scale"],
+            logit_bias=leaves.get("logit_bias"),
+        )
+
+
+def normalise(features: jax.Array) -> jax.Array:
+    """Rows of length 1, in float32."""
+    features = features.astype(jnp.float32)
+    squares = jnp.sum(features**2, axis=-1, keepdims=True)
+    return features * jax.lax.rsqrt(jnp.maximum(squares, _NORM_EPSILON**2))
+
+
+def split_chunks(mesh: jax.sharding.Mesh, tree: Any, chunks: int) -> Any:
+    """(b, ...) -> (chunks, b / chunks, ...), each device cutting up its own examples."""
+
+    def split(leaf: jax.Array) -> jax.Array:
+        pieces = leaf.reshape(mesh.size, chunks, -1, *leaf.shape[1:]).swapaxes(0, 1)
+        joined = pieces.reshape(chunks, -1, *leaf.shape[1:])
+        return jax.lax.with_sharding_constraint(joined, sharding.chunked_batch_sharding(mesh))
+
+    return jax.tree.map(split, tree)
+
+
+def join_chunks(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """The inverse of `split_chunks`."""
+
+    def join(leaf: jax.Array) -> jax.Array:
+        pieces = leaf.reshape(leaf.shape[0], mesh.size, -1, *leaf.shape[2:]).swapaxes(0, 1)
+        joined = pieces.reshape(-1, *leaf.shape[2:])
+        return jax.lax.with_sharding_constraint(joined, sharding.batch_sharding(mesh))
+
+    return jax.tree.map(join, tree)

@@ -1,0 +1,73 @@
+"""What a person sees at the start: towers, parameters, what trains, dtypes and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cwcl_jax.training.state import Blueprint, TowerSource, count
+
+_HEADER = ("tower", "encoder", "parameters", "trained", "bytes", "compute", "weights")
+
+
+def tower_table(blueprint: Blueprint, sources: Mapping[str, TowerSource]) -> str:
+    """A table of the towers with a line on the mesh below it."""
+    config = blueprint.config
+    rows = []
+    for modality, tower in config.towers.items():
+        leaves = {
+            p: a for p, a in blueprint.abstract.items() if p.startswith(f"towers/{modality}/")
+        }
+        parameters, size = count(leaves)
+        trained, _ = count({p: a for p, a in leaves.items() if p in blueprint.trained})
+        rows.append(
+            (
+                modality + (" (U: weights)" if modality == config.loss.weights_from else " (V)"),
+                f"{tower.encoder} {tower.preset}".strip(),
+                f"{parameters:,}",
+                trained_text(parameters, trained),
+                size_text(size),
+                tower.dtype or config.dtype,
+                sources[modality].source,
+            )
+        )
+    mesh = ", ".join(f"{axis} {size}" for axis, size in blueprint.mesh.shape.items())
+    device = blueprint.mesh.devices.flat[0].device_kind
+    return (
+        format_table(_HEADER, rows)
+        + f"\nloss {config.loss.name}, global batch {config.global_batch_size}"
+        + (f" in {config.accumulation_steps} chunks" if config.accumulation_steps > 1 else "")
+        + f", {config.total_steps} steps, mesh ({mesh}) of {device} devices"
+    )
+
+
+def trained_text(parameters: int, trained: int) -> str:
+    """`locked`, `all` or the number that trains."""
+    if trained == 0:
+        return "locked"
+    return "all" if trained == parameters else f"{trained:,}"
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: `3.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; the first to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if _is_number(row[i]) and row is not header else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in lines
+    )
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and cell[0].isdigit()

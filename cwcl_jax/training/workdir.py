@@ -1,0 +1,164 @@
+"""The folder of a run: resolved settings, environment, sources of the locked towers.
+
+config.json       resolved settings
+environment.json  versions and devices of the last start
+towers.json       source and sha256 of each tower's weights, trained leaves by tower
+data.json         fingerprint of the training data
+metrics.jsonl     one record a logged step
+checkpoints/      trained leaves, optimizer state, data position
+results.json, results.md, plots/   what the evaluation wrote
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cwcl_jax.config import ConfigError, ExperimentConfig, changed_fields, from_json, to_json
+from cwcl_jax.training.state import TowerSource
+
+# What may differ between two starts of one run without changing its numbers.
+_FREE = (
+    "config.checkpoint.",
+    "config.logging.",
+    "config.mesh.",
+    "config.distributed.",
+    "config.evaluation.",
+    "config.data.threads",
+    "config.data.prefetch",
+)
+_PACKAGES = [
+    "cwcl_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "transformers",
+    "ml_collections",
+    "numpy",
+    "pillow",
+]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_config(workdir: Path) -> ExperimentConfig:
+    """The resolved settings of a run.
+
+    Raises:
+      ConfigError: `workdir` is not the folder of a run.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
+    return from_json(path.read_text(encoding="utf-8"))
+
+
+def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
+    """Raises ConfigError if `workdir` holds a run with other settings that matter."""
+    if not (workdir / "config.json").exists() or config.checkpoint.accept_changes:
+        return
+    old = load_config(workdir)
+    changed = [path for path in changed_fields(old, config) if not path.startswith(_FREE)]
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with other settings ({', '.join(changed[:6])}"
+            f"{', ...' if len(changed) > 6 else ''}); give another --workdir, or resume with the "
+            "new settings by --config.checkpoint.accept_changes=True"
+        )
+
+
+def check_same_sources(
+    workdir: Path, sources: Mapping[str, TowerSource], config: ExperimentConfig
+) -> None:
+    """Raises ConfigError if a tower's file is not the one that the run began with."""
+    path = workdir / "towers.json"
+    if not path.exists() or config.checkpoint.accept_changes:
+        return
+    recorded = read_json(path)
+    for modality, source in sources.items():
+        old = recorded.get(modality, {})
+        if old.get("sha256", "") != source.sha256:
+            raise ConfigError(
+                f"the {modality} tower's weights changed since the run in {workdir} began: "
+                f"{old.get('source')} (sha256 {old.get('sha256', '')[:12]}) then, {source.source} "
+                f"(sha256 {source.sha256[:12]}) now; restore the file, give another --workdir, "
+                "or set --config.checkpoint.accept_changes=True"
+            )
+
+
+def check_same_data(
+    workdir: Path, fingerprint: Mapping[str, Any], config: ExperimentConfig
+) -> None:
+    """Raises ConfigError if the training data is not what the run began with."""
+    path = workdir / "data.json"
+    if not path.exists() or config.checkpoint.accept_changes:
+        return
+    changed = changed_fields(read_json(path), json.loads(json.dumps(fingerprint)), "data")
+    if changed:
+        raise ConfigError(
+            f"the training data changed since the run in {workdir} began ({', '.join(changed)}); "
+            "restore it, give another --workdir, or set --config.checkpoint.accept_changes=True"
+        )
+
+
+def write_records(
+    workdir: Path,
+    config: ExperimentConfig,
+    sources: Mapping[str, TowerSource],
+    trained: Mapping[str, list[str]],
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """Writes config.json, environment.json, towers.json and data.json."""
+    write_text(workdir / "config.json", to_json(config))
+    write_json(workdir / "environment.json", environment())
+    towers = {
+        modality: dataclasses.asdict(source) | {"trained": trained.get(modality, [])}
+        for modality, source in sources.items()
+    }
+    write_json(workdir / "towers.json", towers)
+    write_json(workdir / "data.json", dict(fingerprint))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and command of this start."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+    }

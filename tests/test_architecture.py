@@ -1,0 +1,83 @@
+"""Imports run one way, and special libraries stay in the one module that is allowed them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "cwcl_jax"
+
+# What each part may import of the package, besides itself.
+ALLOWED = {
+    "losses": set(),
+    "models": set(),
+    "data": set(),
+    "pretrained": {"models"},
+    "evaluation": {"losses", "models", "data", "pretrained"} - {"models"},
+    "config": {"losses", "models", "data", "evaluation", "training.options"},
+    "cli": {"config"},
+    "training": {"losses", "models", "data", "pretrained", "evaluation", "config", "cli"},
+}
+# Library -> the modules that may import it.
+OWNERS = {
+    "orbax": {"training.checkpoint"},
+    "torch": {"losses.torch_reference"},
+    "ml_collections": {"config", "cli"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_run_one_way(path):
+    module = module_name(path)
+    part = module.split(".")[0]
+    if part not in ALLOWED or module == "training.options":
+        assert module != "training.options" or not internal_imports(path)
+        return
+    for name in internal_imports(path):
+        top = name.split(".")[0]
+        assert top == part or top in ALLOWED[part] or name in ALLOWED[part], (
+            f"{module} imports cwcl_jax.{name}"
+        )
+
+
+def internal_imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, without the prefix `cwcl_jax.`."""
+    result = set()
+    for name in imported_names(path):
+        if not name.startswith("cwcl_jax."):
+            continue
+        inner = name.removeprefix("cwcl_jax.")
+        is_module = (ROOT / inner.replace(".", "/")).with_suffix(".py").exists()
+        is_package = (ROOT / inner.replace(".", "/") / "__init__.py").exists()
+        if is_module or is_package:
+            result.add(inner)
+    # `from cwcl_jax.training.options import X` names the module, not the package around it.
+    return {name for name in result if not any(other.startswith(name + ".") for other in result)}
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_library_has_one_owner(library):
+    users = {
+        module_name(path)
+        for path in FILES
+        if any(name.split(".")[0] == library for name in imported_names(path))
+    }
+    assert users <= OWNERS[library]

@@ -1,0 +1,84 @@
+"""The strict conversion of settings."""
+
+import dataclasses
+
+import pytest
+
+from cwcl_jax import config as config_module
+from cwcl_jax.config import ConfigError, changed_fields, from_json, parse_argument, to_json
+from tests.training.toy import toy_config
+
+
+def test_json_text_resolves_to_the_same_experiment():
+    config = toy_config(**{"optimizer.multipliers": ("towers/text/head/.*=0.5",)})
+    assert from_json(to_json(config)) == config
+
+
+def test_unknown_field_names_the_nearest_known_one():
+    plain = config_module.to_plain(toy_config())
+    plain["optimizer"]["learnin_rate"] = 1.0
+    with pytest.raises(ConfigError, match=r"config\.optimizer .*did you mean 'learning_rate'"):
+        config_module.from_config_dict(plain)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("total_steps", "many", r"config\.total_steps must be int"),
+        ("total_steps", True, r"config\.total_steps must be int"),
+        ("total_steps", 0, r"config\.total_steps must be at least 1"),
+        ("accumulation_steps", 3, r"global_batch_size=16 is not divisible"),
+        ("dtype", "float16", r"config\.dtype"),
+        ("loss.weights_from", "speech", r"'speech' is not one of the towers"),
+        ("loss.name", "cvcl", r"config\.loss: .*cvcl"),
+        ("optimizer.schedule", "linear", r"config\.optimizer: schedule='linear'"),
+        ("optimizer.warmup_steps", 9, r"warmup_steps=9 exceeds"),
+        ("temperature.initial", -1.0, r"config\.temperature: initial"),
+    ],
+)
+def test_wrong_value_is_an_error_that_names_the_field(path, value, message):
+    plain = config_module.to_plain(toy_config())
+    inner = plain
+    *parents, last = path.split(".")
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    with pytest.raises(ConfigError, match=message):
+        config_module.from_config_dict(plain)
+
+
+def test_integers_become_floats_where_floats_are_wanted():
+    assert toy_config(**{"optimizer.clip_norm": 2}).optimizer.clip_norm == 2.0
+
+
+def test_changed_fields_are_dotted_paths():
+    old = toy_config()
+    new = dataclasses.replace(old, seed=3)
+    assert changed_fields(old, new) == ["config.seed"]
+    assert changed_fields(old, from_json(to_json(old))) == []
+
+
+def test_one_tower_is_an_error():
+    plain = config_module.to_plain(toy_config())
+    del plain["towers"]["text"]
+    with pytest.raises(ConfigError, match="two modalities"):
+        config_module.from_config_dict(plain)
+
+
+def test_config_argument_options():
+    options = {"paper": False, "loss": "cwcl", "batch": 20}
+    assert parse_argument("", **options) == options
+    assert parse_argument("paper,loss=contrastive,batch=40", **options) == {
+        "paper": True,
+        "loss": "contrastive",
+        "batch": 40,
+    }
+    with pytest.raises(ConfigError, match="did you mean 'loss'"):
+        parse_argument("los=cwcl", **options)
+    with pytest.raises(ConfigError, match="wants a int"):
+        parse_argument("batch=many", **options)
+
+
+def test_modalities_are_u_then_v():
+    assert toy_config().modalities == ("image", "text")
+    assert toy_config(**{"loss.weights_from": "text"}).modalities == ("text", "image")

@@ -1,0 +1,115 @@
+"""Schedules, masks and factors, and agreement with an independent AdamW."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from cwcl_jax.training.optimizer import (
+    decay_mask,
+    layer_decay_factors,
+    learning_rate_factors,
+    make_optimizer,
+    make_schedule,
+)
+from cwcl_jax.training.options import OptimizerConfig
+
+PATHS = [
+    "towers/text/encoder/token_embedding/embedding",
+    "towers/text/encoder/blocks/0/mlp/kernel",
+    "towers/text/encoder/blocks/0/mlp/bias",
+    "towers/text/encoder/blocks/1/mlp/kernel",
+    "towers/text/encoder/norm/scale",
+    "towers/text/head/kernel",
+    "logit_scale",
+]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant", "rsqrt"])
+def test_warmup_rises_to_the_peak_and_never_wastes_a_step(schedule):
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=10)
+    values = np.array([make_schedule(config, 100)(step) for step in range(101)])
+    assert values[0] > 0
+    np.testing.assert_allclose(np.diff(values[:10]), 0.2, rtol=1e-5)
+    np.testing.assert_allclose(values[10], 2.0, rtol=1e-6)
+    assert values.max() <= 2.0 + 1e-6
+
+
+def test_schedules_after_the_warmup():
+    def at(step, **options):
+        return float(make_schedule(OptimizerConfig(learning_rate=1.0, **options), 100)(step))
+
+    assert at(50, schedule="cosine") == pytest.approx(0.5, abs=1e-6)
+    assert at(100, schedule="cosine", final_fraction=0.1) == pytest.approx(0.1, abs=1e-6)
+    assert at(99, schedule="constant") == 1.0
+    assert at(300, schedule="rsqrt", rsqrt_timescale=100) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_decay_reaches_kernels_and_embeddings_only():
+    mask = decay_mask(OptimizerConfig(), PATHS)
+    assert sorted(path for path in PATHS if not mask[path]) == [
+        "logit_scale",
+        "towers/text/encoder/blocks/0/mlp/bias",
+        "towers/text/encoder/norm/scale",
+    ]
+
+
+def test_decay_expression_that_matches_nothing_is_an_error():
+    with pytest.raises(ValueError, match="matches no trained leaf"):
+        decay_mask(OptimizerConfig(decay="kernels"), PATHS)
+
+
+def test_first_multiplier_wins_and_each_must_match():
+    config = OptimizerConfig(multipliers=(r"logit_scale=10", r".*/kernel=0.5", r".*=2"))
+    factors = learning_rate_factors(config, PATHS)
+    assert factors["logit_scale"] == 10
+    assert factors["towers/text/head/kernel"] == 0.5
+    assert factors["towers/text/encoder/norm/scale"] == 2
+    with pytest.raises(ValueError, match="matches no trained leaf"):
+        learning_rate_factors(OptimizerConfig(multipliers=("logit=10",)), PATHS)
+    with pytest.raises(ValueError, match="not 'regex=factor'"):
+        learning_rate_factors(OptimizerConfig(multipliers=("logit_scale",)), PATHS)
+
+
+def test_layer_decay_shrinks_towards_the_input():
+    factors = layer_decay_factors(0.5, PATHS)
+    assert factors["towers/text/head/kernel"] == 1.0
+    assert factors["towers/text/encoder/norm/scale"] == 1.0
+    assert factors["towers/text/encoder/blocks/1/mlp/kernel"] == 0.5
+    assert factors["towers/text/encoder/blocks/0/mlp/kernel"] == 0.25
+    assert factors["towers/text/encoder/token_embedding/embedding"] == 0.125
+    assert factors["logit_scale"] == 1.0
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_updates_equal_those_of_torch_adamw(clip_norm):
+    config = OptimizerConfig(
+        learning_rate=0.1, schedule="constant", weight_decay=0.3, clip_norm=clip_norm
+    )
+    rng = np.random.default_rng(0)
+    params = {"a/kernel": rng.normal(size=(3, 2)), "a/bias": rng.normal(size=2)}
+    params = {k: v.astype(np.float32) for k, v in params.items()}
+    ours = {k: jnp.asarray(v) for k, v in params.items()}
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in params.items()}
+    optimizer = make_optimizer(config, 10, params)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [theirs["a/kernel"]], "weight_decay": 0.3},
+            {"params": [theirs["a/bias"]], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+        eps=1e-8,
+    )
+    state = optimizer.init(ours)
+    for _ in range(5):
+        gradients = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
+        updates, state = optimizer.update(gradients, state, ours)
+        ours = {k: ours[k] + updates[k] for k in ours}
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradients[name])
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip_norm)
+        reference.step()
+    for name in params:
+        # 1e-5: five steps, and torch adds 1e-6 to the norm that it clips by.
+        np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,192 @@
+"""The train step: exact gradients, locked leaves untouched, one trace, any mesh, any chunking."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.losses.reference import cwcl_loss as dense_loss
+from cwcl_jax.training import sharding
+from cwcl_jax.training.options import MeshConfig
+from cwcl_jax.training.state import initialise, make_blueprint
+from cwcl_jax.training.step import GradientFunction, TrainStep, join_chunks, split_chunks
+from tests.training.toy import toy_config
+
+
+def setup(changes=None, *, devices=1, fsdp=1):
+    config = toy_config(**(changes or {}))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:devices])
+    blueprint = make_blueprint(config, mesh)
+    state, locked, _ = initialise(blueprint)
+    return blueprint, state, locked
+
+
+def host_batches(config, count):
+    batches = train_batches(
+        config.data,
+        config.modalities,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        process_index=0,
+        process_count=1,
+    )
+    result = [dict(next(batches)) for _ in range(count)]
+    batches.close()
+    for batch in result:
+        batch.pop("index")
+    return result
+
+
+def run(changes=None, *, steps=3, **placement):
+    """Losses by step, final params and locked leaves, on the host."""
+    blueprint, state, locked = setup(changes, **placement)
+    step = TrainStep(blueprint)
+    losses = []
+    for batch in host_batches(blueprint.config, steps):
+        state, metrics = step(state, locked, sharding.put_batch(blueprint.mesh, batch))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.params), jax.device_get(locked), step
+
+
+def test_step_is_traced_once():
+    *_, step = run(steps=4)
+    assert step.traces == 1
+
+
+def test_locked_leaves_are_bit_identical_after_training_with_weight_decay():
+    _, _, before = setup()
+    before = jax.device_get(before)
+    _, _, after, _ = run({"optimizer.weight_decay": 0.5})
+    assert before.keys() == after.keys()
+    assert any(path.startswith("towers/image/encoder/") for path in before)
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, err_msg=path)
+
+
+def test_every_trained_leaf_moves():
+    _, state, _ = setup()
+    before = jax.device_get(state.params)
+    _, after, _, _ = run()
+    unmoved = [path for path in before if np.array_equal(before[path], after[path])]
+    # A softmax over keys is unchanged by a bias that is added to all of them.
+    assert [path for path in unmoved if not path.endswith("key/bias")] == []
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("loss", ["cwcl", "contrastive"])
+def test_four_devices_give_the_losses_of_one(fsdp, loss):
+    one, *_ = run({"loss.name": loss})
+    four, *_ = run({"loss.name": loss}, devices=4, fsdp=fsdp)
+    np.testing.assert_allclose(four, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize(
+    "towers",
+    [
+        {},
+        {"towers.image.tune": "head", "towers.image.head": "linear"},
+        {"towers.image.tune": "all"},
+    ],
+    ids=["locked", "head", "both"],
+)
+def test_chunks_give_the_gradients_of_the_whole_batch(towers, devices):
+    def gradients(chunks):
+        blueprint, state, locked = setup({"accumulation_steps": chunks, **towers}, devices=devices)
+        (batch,) = host_batches(blueprint.config, 1)
+        batch = sharding.put_batch(blueprint.mesh, batch)
+        found, metrics = jax.jit(GradientFunction(blueprint))(
+            state.params, locked, batch, jnp.zeros((), jnp.int32)
+        )
+        return jax.device_get(found), float(metrics["loss"])
+
+    (whole, loss), (chunked, chunked_loss) = gradients(1), gradients(4)
+    np.testing.assert_allclose(chunked_loss, loss, rtol=1e-5)
+    assert whole.keys() == chunked.keys()
+    for path, value in whole.items():
+        scale = max(float(np.abs(value).max()), 1e-3)
+        np.testing.assert_allclose(chunked[path] / scale, value / scale, atol=1e-5, err_msg=path)
+
+
+def test_gradients_are_those_of_the_equations():
+    blueprint, state, locked = setup()
+    (batch,) = host_batches(blueprint.config, 1)
+    found, metrics = GradientFunction(blueprint)(
+        state.params, locked, batch, jnp.zeros((), jnp.int32)
+    )
+
+    def objective(params):
+        model = blueprint.model_def.merge({**params, **locked})
+        u = model.towers["image"](batch["image"])
+        v = model.towers["text"](batch["text"])
+        loss, _ = dense_loss(u, v, weights_from=u, logit_scale=model.logit_scale[...])
+        return loss
+
+    loss, expected = jax.value_and_grad(objective)(state.params)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    for path, value in expected.items():
+        scale = max(float(jnp.abs(value).max()), 1e-3)
+        np.testing.assert_allclose(found[path] / scale, value / scale, atol=1e-5, err_msg=path)
+
+
+def test_chunking_keeps_each_example_on_its_device_and_is_undone():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2))
+    x = jax.device_put(jnp.arange(32.0).reshape(16, 2), sharding.batch_sharding(mesh))
+    chunks = jax.jit(lambda x: split_chunks(mesh, x, 2))(x)
+    assert chunks.shape == (2, 8, 2)
+    homes = {s.device: set(np.asarray(s.data)[:, 0].tolist()) for s in x.addressable_shards}
+    for shard in chunks.addressable_shards:
+        assert set(np.asarray(shard.data)[..., 0].ravel().tolist()) == homes[shard.device]
+    np.testing.assert_array_equal(jax.jit(lambda c: join_chunks(mesh, c))(chunks), x)
+
+
+def test_logit_scale_is_clamped():
+    changes = {
+        "temperature.initial": 99.0,
+        "temperature.maximum": 99.5,
+        "optimizer.multipliers": ("logit_scale=1000",),
+    }
+    _, params, _, _ = run(changes, steps=4)
+    assert float(np.exp(params["logit_scale"])) <= 99.5 * (1 + 1e-6)
+
+
+def test_fixed_temperature_is_locked():
+    _, params, locked, _ = run({"temperature.trained": False})
+    assert "logit_scale" not in params
+    np.testing.assert_allclose(np.exp(locked["logit_scale"]), 1 / 0.07, rtol=1e-6)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_stores_locked_kernels_small():
+    blueprint, state, locked = setup({"dtype": "bfloat16"})
+    assert {leaf.dtype for leaf in state.params.values()} == {np.dtype("float32")}
+    kernels = [leaf for path, leaf in locked.items() if path.endswith("/kernel")]
+    assert kernels
+    assert {leaf.dtype for leaf in kernels} == {jnp.dtype("bfloat16")}
+    losses, *_ = run({"dtype": "bfloat16"})
+    exact, *_ = run()
+    # bfloat16 keeps eight bits: 1 % of a loss of about 5.
+    np.testing.assert_allclose(losses, exact, rtol=1e-2)
+
+
+def test_optimizer_state_covers_trained_leaves_only():
+    _, state, _ = setup()
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    trained = [leaf for leaf in state.params.values() if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(leaf.size for leaf in trained)
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    _, one, _ = setup()
+    _, four, _ = setup(devices=4, fsdp=4)
+    for path, value in one.params.items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(four.params[path]))
+
+
+def test_sigmoid_loss_trains_a_bias():
+    losses, params, _, _ = run({"loss.name": "sigmoid"})
+    assert "logit_bias" in params
+    assert float(params["logit_bias"]) != -10.0
+    assert np.isfinite(losses).all()
