@@ -1,0 +1,182 @@
+"""The classes of a task: their names in prompts, and which of them are candidates.
+
+Names come from the source, from a list, or from a file of the user's. Subsets and mappings
+(ImageNet-A and -R have 200 of ImageNet's classes, ObjectNet 113 that overlap) are files too.
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from cwcl_jax.evaluation.options import TaskConfig
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The candidates, and where each label of the source goes.
+
+    `names[c]` are the names of candidate c (synonyms share one class embedding); `candidate_of[l]`
+    is the candidate of the source's label l, or -1 when its items take no part.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    candidate_of: Int[np.ndarray, "l"]
+    source_names: tuple[str, ...]  # of the candidates, as the source calls them
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def titles(self) -> list[str]:
+        """One name per candidate, for tables."""
+        return [names[0] for names in self.names]
+
+    def of_labels(self, labels: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """The candidates of the source's labels, -1 for classes that are none."""
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.candidate_of):
+            raise ValueError(
+                f"the labels run from {labels.min()} to {labels.max()}, but the class list has "
+                f"{len(self.candidate_of)} names: they do not belong together."
+            )
+        return self.candidate_of[labels]
+
+
+def resolve_classes(source_names: Sequence[str] | None, task: TaskConfig) -> Classes:
+    """Reads `task.class_names` and `task.class_subset` against the source's own names."""
+    prompt_names = _prompt_names(source_names, task)
+    subset = _read_subset(task.class_subset) if task.class_subset else None
+    names: list[tuple[str, ...]] = []
+    own_names: list[str] = []
+    candidate_of = np.full(len(prompt_names), -1, np.int64)
+    used: set[str] = set()
+    for label, group in enumerate(prompt_names):
+        if group is None:
+            continue
+        own_name = source_names[label] if source_names is not None else group[0]
+        aliases = {str(label), own_name, *group}
+        if subset is not None and not aliases & subset:
+            continue
+        used |= aliases
+        candidate_of[label] = len(names)
+        names.append(group)
+        own_names.append(own_name)
+    if subset is not None and subset - used:
+        raise ValueError(
+            f"class_subset={task.class_subset!r} lists {sorted(subset - used)[:5]}, which are "
+            "neither class names nor indices of this source; correct the file."
+        )
+    if not names:
+        raise ValueError(f"no class is left for source {task.source!r}; check class_names.")
+    return Classes(tuple(names), candidate_of, tuple(own_names), _name_warnings(names))
+
+
+def _prompt_names(
+    source_names: Sequence[str] | None, task: TaskConfig
+) -> list[tuple[str, ...] | None]:
+    """The names of every source label; None for a class that the user's mapping leaves out."""
+    if not task.class_names:
+        if not source_names:
+            raise ValueError(
+                f"source {task.source!r} has no class names; set class_names to a file with one "
+                "name a line, in the order of the labels."
+            )
+        return [_checked((name,), label) for label, name in enumerate(source_names)]
+    given = read_class_names(task.class_names)
+    if isinstance(given, Mapping):
+        return _mapped(source_names, given, task)
+    if source_names is not None and len(given) != len(source_names):
+        raise ValueError(
+            f"class_names={task.class_names!r} has {len(given)} names, but the source has "
+            f"{len(source_names)} classes; give one name per class, in the order of the labels."
+        )
+    return [_checked((name,), label) for label, name in enumerate(given)]
+
+
+def _mapped(
+    source_names: Sequence[str] | None, given: Mapping[str, tuple[str, ...]], task: TaskConfig
+) -> list[tuple[str, ...] | None]:
+    if source_names is None:
+        raise ValueError(
+            f"class_names={task.class_names!r} maps names, but source {task.source!r} has none of "
+            "its own; give a plain list, one name a line."
+        )
+    missing = [name for name in source_names if name not in given]
+    if missing and task.unmapped_classes == "error":
+        raise ValueError(
+            f"class_names={task.class_names!r} does not list {len(missing)} of the source's "
+            f"{len(source_names)} classes, e.g. {missing[:3]}; add them, or set "
+            "unmapped_classes='drop' to leave their items out."
+        )
+    return [
+        _checked(given[name], label) if name in given else None
+        for label, name in enumerate(source_names)
+    ]
+
+
+def read_class_names(spec: str) -> list[str] | dict[str, tuple[str, ...]]:
+    """A list (one name a line, or separated by commas) or a mapping (.tsv with two columns, .json).
+
+    A mapping goes from the source's name of a class (a folder such as `n01440764`) to the name or
+    names that stand in prompts.
+    """
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        if "," in spec:
+            return [name.strip() for name in spec.split(",")]
+        raise FileNotFoundError(
+            f"class_names={spec!r} is not a file; give a path, or the names separated by commas."
+        )
+    if path.suffix == ".json":
+        return _names_from_json(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".tsv":
+        rows = [row for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+        broken = [row for row in rows if len(row) != 2]
+        if broken:
+            raise ValueError(
+                f"{path}: expected two columns (source name, prompt name): {broken[0]}"
+            )
+        return {source: (name.strip(),) for source, name in rows}
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [line.strip() for line in lines]
+
+
+def _names_from_json(path: Path) -> list[str] | dict[str, tuple[str, ...]]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON list of names or an object name -> name(s).")
+    return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in content.items()}
+
+
+def _read_subset(spec: str) -> set[str]:
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"class_subset={spec!r} is not a file; give one class name or index a line."
+        )
+    return {line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()}
+
+
+def _checked(names: tuple[str, ...], label: int) -> tuple[str, ...]:
+    if not names or any(not name.strip() for name in names):
+        raise ValueError(f"class {label} has an empty name; every class needs words for prompts.")
+    return names
+
+
+def _name_warnings(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    counts = Counter(name for group in names for name in set(group))
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if not twice:
+        return ()
+    shown = ", ".join(repr(name) for name in twice[:5])
+    return (
+        f"{len(twice)} class name(s) stand for more than one class ({shown}): their embeddings are "
+        "equal, and the class with the lower index wins the tie.",
+    )

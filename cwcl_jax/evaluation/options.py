@@ -1,0 +1,97 @@
+"""What to evaluate: one frozen `TaskConfig` per task, gathered in an `EvaluationConfig`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+KINDS = (
+    "zero_shot",
+    "intent",
+    "keywords",
+    "retrieval",
+    "alignment",
+    "linear_probe",
+    "few_shot",
+)
+UNMAPPED = ("error", "drop")
+FEATURES = ("embeds", "features")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One task. Fields that a kind does not use are ignored by it.
+
+    `templates` is "simple" (Table 3), "general" (A.3.5), "name" (the bare class name), "dataset"
+    (sentences of `template_source`, by class) or a file of the user's (`prompts.load_templates`);
+    "" is simple for zero_shot, dataset for intent, and for keywords dataset where there is a
+    `template_source`, else name. intent and keywords add the general templates to theirs.
+    """
+
+    kind: str = "zero_shot"
+    source: str = ""  # a source specification, as in data.train
+    modality: str = "image"  # the side that is classified, or retrieved with text: image | speech
+    max_items: int = 0  # 0 = all
+
+    # Classes and prompts (zero_shot, intent, keywords).
+    templates: str = ""
+    template_counts: tuple[int, ...] = ()  # e.g. (1, 5, 10): also with the first k templates
+    template_source: str = ""  # source whose sentences are the templates of "dataset"
+    sentences_per_class: int = 0  # at most so many of them per class; 0 = all
+    class_names: str = ""  # file, or names separated by commas; "" = the source's own
+    class_subset: str = ""  # file with the classes (names or indices) that stay candidates
+    unmapped_classes: str = "error"  # "drop": leave out classes that class_names does not list
+    top_k: tuple[int, ...] = (1, 5)
+    text_upper_bound: bool = True  # intent, keywords: classify the reference texts too
+    in_distribution: str = ""  # the task whose accuracy robustness is measured against
+    crop_border: int = 0  # pixels cut off every side first (ObjectNet's red frame: 2)
+
+    # Retrieval. The other side is the items' captions, or another modality of the same items.
+    partner: str = "text"
+    recall_k: tuple[int, ...] = (1, 5, 10)
+
+    # Alignment (Figures 7 and 8).
+    classes: int = 6
+    items_per_class: int = 20
+
+    # Linear probe and few-shot on frozen features.
+    train_source: str = ""
+    features: str = "embeds"  # embeds | features (before the projection head)
+    shots: tuple[int, ...] = (1, 5, 10)
+    repeats: int = 5
+
+    # Uncertainty.
+    bootstrap: int = 1000  # resamples for the intervals; 0 = none
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        _one_of("unmapped_classes", self.unmapped_classes, UNMAPPED)
+        _one_of("features", self.features, FEATURES)
+        for name in ("template_counts", "top_k", "recall_k", "shots"):
+            values = getattr(self, name)
+            if any(k < 1 for k in values):
+                raise ValueError(f"task field {name}={values!r}: every number must be at least 1.")
+        if not 0.0 < self.confidence < 1.0:
+            raise ValueError(
+                f"task field confidence={self.confidence}: give a share between 0 and 1, e.g. 0.95."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The tasks of an experiment, and how often training runs them."""
+
+    every_steps: int = 0  # 0 = only at the end of training
+    batch_size: int = 256  # examples per encode call; the last batch is padded to it
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"evaluation.batch_size={self.batch_size}: must be at least 1.")
+        if self.every_steps < 0:
+            raise ValueError(f"evaluation.every_steps={self.every_steps}: must be 0 or more.")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"task field {name}={value!r} is not known; use one of {list(allowed)}.")

@@ -1,0 +1,194 @@
+"""Writes what an evaluation found: results.json, results.md, pictures, and values per item."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cwcl_jax.evaluation.plots import plot_template_robustness
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.tables import CLASSIFICATION, PROBES, Table, result_tables, warning_lines
+
+
+def terminal_report(results: Sequence[TaskResult]) -> str:
+    """All tables, warnings and times as plain text."""
+    parts = [table.text() for table in result_tables(results)]
+    warnings = warning_lines(results)
+    if warnings:
+        parts.append("\n".join(["Warnings", *(f"- {line}" for line in warnings)]))
+    return "\n\n".join(parts)
+
+
+def write_report(
+    results: Sequence[TaskResult],
+    folder: Path,
+    *,
+    model: str,
+    pretrained: str = "",
+    more_tables: Sequence[Table] = (),
+) -> list[Path]:
+    """Writes every form of the results into `folder` and returns the files.
+
+    Args:
+      results: of the tasks that ran.
+      folder: made when it does not exist.
+      model: what results.json calls the model, e.g. the experiment's name.
+      pretrained: what results.json calls its weights, e.g. `step 3000`.
+      more_tables: comparisons that are made outside, added to results.md.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = clip_benchmark_records(results, model=model, pretrained=pretrained)
+    files = [folder / "results.json", folder / "results.md"]
+    files[0].write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    files[1].write_text(
+        markdown_report(results, model=model, pretrained=pretrained, more_tables=more_tables),
+        encoding="utf-8",
+    )
+    curves, chance = template_curves(results)
+    if curves:
+        path = folder / "template_robustness.png"
+        files.append(plot_template_robustness(curves, path, chance=chance))
+    for result in results:
+        files += _write_task_files(result, folder)
+    return files
+
+
+def markdown_report(
+    results: Sequence[TaskResult],
+    *,
+    model: str,
+    pretrained: str = "",
+    more_tables: Sequence[Table] = (),
+) -> str:
+    """One Markdown page: tables, per-class rows, warnings, times."""
+    parts = [f"## Evaluation of {model}" + (f" ({pretrained})" if pretrained else "")]
+    parts += [table.markdown() for table in (*result_tables(results), *more_tables)]
+    parts += [_per_class(result).markdown() for result in results if "per_class" in result.extras]
+    warnings = warning_lines(results)
+    if warnings:
+        parts.append("\n".join(["### Warnings", "", *(f"- {line}" for line in warnings)]))
+    parts.append(_times(results).markdown())
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def template_curves(
+    results: Sequence[TaskResult],
+) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
+    """Top-1 by number of templates, and chance, of the tasks that have template_counts."""
+    curves, chance = {}, {}
+    for result in results:
+        counts = result.extras.get("template_counts") or ()
+        if len(counts) > 1:
+            curves[result.name] = {k: result.metrics[f"top1_k{k}"] for k in counts}
+            chance[result.name] = result.chance[f"top1_k{counts[0]}"]
+    return curves, chance
+
+
+def clip_benchmark_records(
+    results: Sequence[TaskResult], *, model: str, pretrained: str = ""
+) -> list[dict[str, Any]]:
+    """One record per task and prompt set, as CLIP_benchmark writes them.
+
+    Keys that it does not know (`prompts`, `chance`, `intervals`, `name`) stand beside its own.
+    """
+    records = []
+    for result in results:
+        for task, prompts, renamed in _record_parts(result):
+            known = {new: old for new, old in renamed.items() if old in result.metrics}
+            records.append(
+                {
+                    "dataset": result.source,
+                    "model": model,
+                    "pretrained": pretrained,
+                    "task": task,
+                    "metrics": {new: result.metrics[old] for new, old in known.items()},
+                    "language": "en",
+                    "name": result.name,
+                    "prompts": prompts,
+                    "chance": {
+                        new: result.chance[old]
+                        for new, old in known.items()
+                        if old in result.chance
+                    },
+                    "intervals": {
+                        new: list(result.intervals[old])
+                        for new, old in known.items()
+                        if old in result.intervals
+                    },
+                }
+            )
+    return records
+
+
+def _record_parts(result: TaskResult) -> list[tuple[str, str, Mapping[str, str]]]:
+    """(CLIP_benchmark's task, prompts, its metric name -> ours) for every record of a result."""
+    if result.kind in CLASSIFICATION:
+        parts = []
+        for suffix, (name, _) in result.extras["prompt_sets"].items():
+            for prefix, what in (("", ""), ("text_", " (text itself)")):
+                renamed = {
+                    f"acc{key[len(prefix) + 3 : len(key) - len(suffix)]}": key
+                    for key in result.metrics
+                    if _is_metric(key, f"{prefix}top", suffix)
+                }
+                key = f"{prefix}mean_per_class_recall{suffix}"
+                if renamed:
+                    renamed |= {"mean_per_class_recall": key}
+                    parts.append(("zeroshot_classification", name + what, renamed))
+        return parts
+    if result.kind == "retrieval":
+        return [("zeroshot_retrieval", "", _retrieval_names(result))]
+    task = "linear_probe" if result.kind in PROBES else result.kind
+    return [(task, "", {key: key for key in result.metrics})]
+
+
+def _is_metric(key: str, start: str, end: str) -> bool:
+    middle = key[len(start) : len(key) - len(end)] if end else key[len(start) :]
+    return key.startswith(start) and key.endswith(end) and middle.isdigit()
+
+
+def _retrieval_names(result: TaskResult) -> dict[str, str]:
+    """`text_retrieval_recall@5` retrieves texts: it is our image_to_text_R@5."""
+    names = {}
+    for way in result.extras["directions"]:
+        target = way.rpartition("_to_")[2]
+        for key in result.metrics:
+            if key.startswith(f"{way}_"):
+                rest = key.removeprefix(f"{way}_").replace("R@", "recall@")
+                names[f"{target}_retrieval_{rest}"] = key
+    return names
+
+
+def _per_class(result: TaskResult) -> Table:
+    rows = result.extras["per_class"]
+    cells = tuple(tuple(_cell(value) for value in row.values()) for row in rows)
+    header = tuple(rows[0]) if rows else ("class",)
+    return Table(f"{result.name}: classes, worst first", header, cells)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{100 * value:.1f} %"
+    return str(value)
+
+
+def _times(results: Sequence[TaskResult]) -> Table:
+    names = list(dict.fromkeys(name for result in results for name in result.seconds))
+    rows = [
+        (result.name, *(f"{result.seconds.get(name, 0.0):.2f}" for name in names))
+        for result in results
+    ]
+    return Table("Seconds", ("task", *names), tuple(rows))
+
+
+def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
+    """Values per item (.npz), for paired tests."""
+    if not result.items:
+        return []
+    path = folder / "items" / f"{result.name}.npz"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **result.items)  # pyright: ignore[reportArgumentType]
+    return [path]

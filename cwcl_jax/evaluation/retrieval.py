@@ -1,0 +1,55 @@
+"""Cross-modal retrieval, both directions (CWCL Table 4): R@k and median rank.
+
+An item may have several captions. For an image any of its captions counts, for a caption only
+its own image. Ranks are exact; for ties see `ranking`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cwcl_jax.evaluation.ranking import both_match_ranks
+from cwcl_jax.evaluation.zero_shot import normalise
+
+
+def retrieval_ranks(
+    items: Float[np.ndarray, "n d"],
+    captions: Float[np.ndarray, "m d"],
+    owner: Int[np.ndarray, "m"],
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+    """Ranks of item -> caption and of caption -> item; `owner[j]` is the item of caption j."""
+    if len(owner) != len(captions):
+        raise ValueError(f"{len(captions)} captions but {len(owner)} owners.")
+    alone = np.setdiff1d(np.arange(len(items)), owner)
+    if len(alone):
+        raise ValueError(
+            f"{len(alone)} of {len(items)} items have no caption (the first: item {alone[0]}); "
+            "leave them out of the retrieval set."
+        )
+    return both_match_ranks(
+        normalise(items), normalise(captions), np.arange(len(items)), np.asarray(owner, np.int64)
+    )
+
+
+def recall_metrics(ranks: Int[np.ndarray, "n"], direction: str, ks: Sequence[int]) -> dict:
+    """`image_to_text_R@1` and so on, with the median and the mean rank."""
+    metrics = {f"{direction}_R@{k}": float(np.mean(ranks <= k)) for k in ks}
+    metrics[f"{direction}_median_rank"] = float(np.median(ranks))
+    metrics[f"{direction}_mean_rank"] = float(np.mean(ranks))
+    return metrics
+
+
+def recall_chance(
+    relevant: Int[np.ndarray, "n"], candidates: int, direction: str, ks: Sequence[int]
+) -> dict[str, float]:
+    """Expected R@k of a random order when query i has `relevant[i]` right candidates."""
+    return {f"{direction}_R@{k}": float(np.mean(1.0 - _miss(relevant, candidates, k))) for k in ks}
+
+
+def _miss(relevant: Int[np.ndarray, "n"], candidates: int, k: int) -> Float[np.ndarray, "n"]:
+    """Probability that none of the first k of `candidates` in random order is relevant."""
+    miss = np.ones(len(relevant))
+    for drawn in range(min(k, candidates)):
+        miss *= np.maximum(candidates - relevant - drawn, 0) / (candidates - drawn)
+    return miss

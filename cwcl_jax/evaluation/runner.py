@@ -1,0 +1,117 @@
+"""What every task needs: opened sources, their labels, and embeddings of items and sentences."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.pipeline import eval_batches
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.encoding import (
+    Clock,
+    Encode,
+    Items,
+    View,
+    encode_items,
+    encode_sentences,
+)
+from cwcl_jax.evaluation.options import TaskConfig
+
+# One analysis window of the log-mel features; a shorter recording holds no frame of its own.
+_FRAME_SECONDS = 0.025
+
+
+@dataclass
+class Runner:
+    """An encoder and the preparation of its inputs. `warnings` collects what a reader must know."""
+
+    encode: Encode
+    data: DataConfig
+    batch_size: int = 256
+    features: Encode | None = None  # like encode, before the projection head
+    clock: Clock = field(default_factory=Clock)
+    warnings: list[str] = field(default_factory=list)
+
+    def open(self, line: str, task: TaskConfig, *, option: str = "source") -> View:
+        """The source that `line` names, cut to `task.max_items`."""
+        if not line:
+            raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
+        source = open_source(line)
+        count = min(len(source), task.max_items or len(source))
+        return View(source, np.arange(count), crop_border=task.crop_border)
+
+    def select(self, view: View, chosen: Int[np.ndarray, "n"]) -> View:
+        """Some examples of `view`, by their place in it."""
+        return View(view.source, view.indices[chosen], crop_border=view.crop_border)
+
+    def labels(self, view: View) -> Int[np.ndarray, "n"]:
+        """The labels of all examples, without reading anything else of them."""
+        labels = [view.read(i, ("label",)).get("label") for i in range(len(view))]
+        if any(label is None for label in labels):
+            raise ValueError(
+                f"example {labels.index(None)} of the source has no label; this task needs a "
+                "source with labels."
+            )
+        return np.asarray(labels, np.int64)
+
+    def texts(self, view: View) -> list[tuple[str, ...]]:
+        """The captions of all examples, without reading anything else of them."""
+        texts = [view.read(i, ("text",)).get("text") or () for i in range(len(view))]
+        return [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+
+    def items(self, view: View, modality: str, *, features: str = "embeds") -> Items:
+        """`modality` of all examples, embedded. Unusable examples are left out, with a warning."""
+        batches = eval_batches(view, self.data, (modality,), batch_size=self.batch_size)
+        watched = self._count_short(batches, modality)
+        items = encode_items(watched, modality, encode=self._encoder(features), clock=self.clock)
+        if len(items) < len(view):
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in batches.skipped.items())
+            self.warn(
+                f"{len(view) - len(items)} of {len(view)} examples were unusable and are left out "
+                f"({kinds})."
+            )
+        return items
+
+    def sentences(self, sentences: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """Embeddings of `sentences` by the text tower."""
+        return encode_sentences(
+            sentences,
+            encode=self.encode,
+            data=self.data,
+            batch_size=self.batch_size,
+            clock=self.clock,
+        )
+
+    def warn(self, message: str) -> None:
+        """Adds a warning, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    def _encoder(self, features: str) -> Encode:
+        if features == "embeds":
+            return self.encode
+        if self.features is None:
+            raise ValueError(
+                "features='features' needs an encoder that gives the values before its projection "
+                "head; use features='embeds' with this one."
+            )
+        return self.features
+
+    def _count_short(
+        self, batches: Iterable[Mapping[str, Any]], modality: str
+    ) -> Iterator[Mapping[str, Any]]:
+        """The batches as they are; warns of recordings shorter than one frame."""
+        frame = round(_FRAME_SECONDS * self.data.speech.sample_rate)
+        short = 0
+        for batch in batches:
+            if "waveform" in batch[modality]:
+                short += int(np.sum((batch[modality]["length"] < frame) & batch["valid"]))
+            yield batch
+        if short:
+            self.warn(
+                f"{short} recording(s) are shorter than one frame ({frame} samples); they are "
+                "classified as they are, padded with silence."
+            )

@@ -1,0 +1,158 @@
+"""Is it a gain or noise: bootstrap intervals of one run, and paired tests between two.
+
+Both resample items (or groups of items that belong together, such as the captions of a picture or
+the recordings of a speaker); neither says anything about other seeds of training.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Num, Shaped
+
+from cwcl_jax.evaluation.options import TaskConfig
+
+# Resampled values at a time: 32 MiB of float64.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Run B against run A on the same items. `p_value` is two-sided."""
+
+    mean_a: float
+    mean_b: float
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+    test: str
+    items: int
+
+    def verdict(self, level: float = 0.05) -> str:
+        if self.p_value >= level:
+            return "no difference shown"
+        return "B is higher" if self.difference > 0 else "B is lower"
+
+
+def bootstrap_interval(
+    values: Shaped[np.ndarray, "n"],
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    groups: Int[np.ndarray, "n"] | None = None,
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values`; whole `groups` are drawn when given."""
+    sums, counts = _by_group(values, groups)
+    means = _resampled_means(sums[None], counts, resamples, seed)[0]
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def bootstrap_intervals(
+    hits: Mapping[str, Shaped[np.ndarray, "n"]],
+    task: TaskConfig,
+    *,
+    groups: Int[np.ndarray, "n"] | None = None,
+) -> dict[str, tuple[float, float]]:
+    """The intervals of several metrics that are means over items, as the task asks for them."""
+    if not task.bootstrap:
+        return {}
+    return {
+        name: bootstrap_interval(
+            values,
+            resamples=task.bootstrap,
+            confidence=task.confidence,
+            seed=task.seed,
+            groups=groups,
+        )
+        for name, values in hits.items()
+    }
+
+
+def paired_test(
+    a: Shaped[np.ndarray, "n"],
+    b: Shaped[np.ndarray, "n"],
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    groups: Int[np.ndarray, "n"] | None = None,
+) -> PairedTest:
+    """Compares the means of two runs item by item.
+
+    Right/wrong values of independent items get McNemar's exact test; other values, or groups, a
+    sign-flip test. The interval of the difference is a paired bootstrap.
+    """
+    if a.shape != b.shape:
+        raise ValueError(
+            f"the runs have {len(a)} and {len(b)} items: a paired test needs the same ones."
+        )
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    interval = bootstrap_interval(
+        b - a, resamples=resamples, confidence=confidence, seed=seed, groups=groups
+    )
+    binary = bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
+    if binary and groups is None:
+        test, p_value = "McNemar, exact", mcnemar(int(np.sum(a > b)), int(np.sum(b > a)))
+    else:
+        test, p_value = "sign flips", _sign_flip(b - a, groups, resamples, seed)
+    mean_a, mean_b = float(a.mean()), float(b.mean())
+    return PairedTest(mean_a, mean_b, mean_b - mean_a, interval, p_value, test, len(a))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p-value: the items that just one run gets right are fair coins."""
+    n, k = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    log_half = n * math.log(2.0)
+    tail = sum(
+        math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - log_half)
+        for i in range(k + 1)
+    )
+    return min(1.0, 2.0 * tail)
+
+
+def _by_group(
+    values: Shaped[np.ndarray, "n"], groups: Int[np.ndarray, "n"] | None
+) -> tuple[Float[np.ndarray, "g"], Num[np.ndarray, "g"]]:
+    """Sum of the values and number of items of every group (every item, without groups)."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("no items to resample.")
+    if groups is None:
+        return values, np.ones(len(values))
+    number = np.unique(groups, return_inverse=True)[1]
+    return np.bincount(number, weights=values), np.bincount(number).astype(np.float64)
+
+
+def _resampled_means(
+    sums: Float[np.ndarray, "v g"], counts: Float[np.ndarray, "g"], resamples: int, seed: int
+) -> Float[np.ndarray, "v r"]:
+    rng = np.random.default_rng(seed)
+    n, parts = len(counts), []
+    at_once = max(1, _CHUNK // n)
+    for start in range(0, resamples, at_once):
+        drawn = rng.integers(0, n, (min(at_once, resamples - start), n))
+        parts.append(sums[:, drawn].sum(axis=2) / counts[drawn].sum(axis=1)[None])
+    return np.concatenate(parts, axis=1)
+
+
+def _sign_flip(
+    difference: Float[np.ndarray, "n"],
+    groups: Int[np.ndarray, "n"] | None,
+    resamples: int,
+    seed: int,
+) -> float:
+    """Share of random sign patterns with a mean at least as far from 0 as the observed one."""
+    sums, _ = _by_group(difference, groups)
+    rng, n, reached = np.random.default_rng(seed), len(sums), 0
+    observed = abs(sums.sum())
+    at_once = max(1, _CHUNK // n)
+    for start in range(0, resamples, at_once):
+        signs = rng.integers(0, 2, (min(at_once, resamples - start), n)) * 2.0 - 1.0
+        reached += int(np.sum(np.abs(signs @ sums) >= observed - 1e-12))
+    return (reached + 1) / (resamples + 1)

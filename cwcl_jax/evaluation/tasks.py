@@ -1,0 +1,65 @@
+"""Runs the tasks of an evaluation: one function per kind, from a source to a `TaskResult`."""
+
+from collections.abc import Callable
+
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.evaluation.classification import run_classification
+from cwcl_jax.evaluation.encoding import Encode
+from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.retrieval_task import run_retrieval
+from cwcl_jax.evaluation.runner import Runner
+
+_RUN: dict[str, Callable[[str, TaskConfig, Runner], TaskResult]] = {
+    "zero_shot": run_classification,
+    "intent": run_classification,
+    "keywords": run_classification,
+    "retrieval": run_retrieval,
+}
+
+
+def run_task(
+    name: str,
+    task: TaskConfig,
+    *,
+    encode: Encode,
+    data: DataConfig,
+    batch_size: int = 256,
+    features: Encode | None = None,
+) -> TaskResult:
+    """One task with one encoder.
+
+    Args:
+      name: under which its numbers are reported.
+      task: what to do.
+      encode: `encode(modality, inputs) -> (b, d)`; gets batches of `batch_size`.
+      data: how pictures, sentences and recordings become inputs.
+      batch_size: examples per call.
+      features: like `encode`, before the projection head; for probes that ask for it.
+    """
+    runner = Runner(encode, data, batch_size, features)
+    try:
+        return _RUN[task.kind](name, task, runner)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"evaluation task {name!r}: {error}") from error
+
+
+def run_tasks(
+    config: EvaluationConfig,
+    *,
+    encode: Encode,
+    data: DataConfig,
+    features: Encode | None = None,
+) -> list[TaskResult]:
+    """All tasks of `config`, in its order."""
+    return [
+        run_task(
+            name,
+            task,
+            encode=encode,
+            data=data,
+            batch_size=config.batch_size,
+            features=features,
+        )
+        for name, task in config.tasks.items()
+    ]
