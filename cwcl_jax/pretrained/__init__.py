@@ -1,1 +1,7 @@
 """Import of foreign checkpoints: readers of files and rules that map their names."""
+
+from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
+from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.importer import ImportedTower, import_tower
+
+__all__ = ["ImportedTower", "WeightsMismatch", "import_tower", "write_augreg_npz"]

@@ -1,0 +1,31 @@
+"""The error of an import that does not fit, with the lists a person needs to see why."""
+
+from collections.abc import Sequence
+
+
+class WeightsMismatch(ValueError):
+    """A file and a tower that do not fit each other. Nothing was allocated or changed."""
+
+    def __init__(
+        self,
+        source: str,
+        what: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        wrong: Sequence[str] = (),
+        remedy: str,
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.wrong = tuple(wrong)
+        parts = [f"{source}: {what}"]
+        for name, entries in (
+            ("wrong", self.wrong),
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+        ):
+            if entries:
+                shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
+                parts.append(f"{name} ({len(entries)}): {shown}")
+        super().__init__("; ".join([*parts, remedy]))

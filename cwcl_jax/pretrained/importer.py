@@ -1,0 +1,124 @@
+"""Import of a tower's weights: locate, recognise, plan, check, and only then read and place."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained import vit_rules
+from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.locate import locate, sha256_of
+from cwcl_jax.pretrained.readers import Weights, open_weights
+from cwcl_jax.pretrained.rules import Family, Rule, fill, make_plan
+from cwcl_jax.pretrained.views import without_prefix
+
+FAMILIES: dict[str, Sequence[Family]] = {
+    "vit": [vit_rules.AUGREG, vit_rules.TRANSFORMERS],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedTower:
+    """The leaves of a tower that came from a file, and where they came from."""
+
+    leaves: dict[str, jax.Array]
+    """By full path, `towers/<modality>/...`, in the types that the tower asked for."""
+    source: str
+    sha256: str
+    initialised: tuple[str, ...]
+    """Full paths of leaves that the file does not hold: they keep their initial values."""
+    ignored: tuple[str, ...]
+    """Names of the file that were left out by rule: a classifier, a decoder."""
+
+
+def import_tower(
+    config: TowerConfig,
+    modality: str,
+    abstract: Mapping[str, Any],
+    *,
+    put: Callable[[str, np.ndarray], jax.Array] | None = None,
+) -> ImportedTower:
+    """Read `config.weights` into the leaves of one tower.
+
+    Args:
+      config: the tower, whose `weights` names a file, a folder or a hub id.
+      modality: the tower's name, which starts its paths.
+      abstract: shapes and types of the model's leaves by full path; other towers' are skipped.
+      put: places one array at its path, for example with its sharding; by default on the
+        default device. It is called leaf by leaf, so that only one array is twice in memory.
+    """
+    path = locate(config.weights)
+    prefix = f"towers/{modality}/"
+    leaves = {p.removeprefix(prefix): x for p, x in abstract.items() if p.startswith(prefix)}
+    weights = open_weights(path)
+    family = recognise(weights, config.encoder, modality)
+    view = family.view(weights)
+    plan = make_plan(view, family, leaves)
+    digest = sha256_of(path)
+    place = put if put is not None else _on_default_device
+    result = {}
+    # In the order of the file's names, so that an array of stacked layers is read once.
+    for assignment in sorted(plan.assignments, key=lambda item: item.names):
+        array = fill(view, assignment, leaves[assignment.target])
+        result[prefix + assignment.target] = place(prefix + assignment.target, array)
+    return ImportedTower(
+        leaves=result,
+        source=weights.source,
+        sha256=digest,
+        initialised=tuple(prefix + p for p in plan.initialised),
+        ignored=plan.ignored,
+    )
+
+
+def _on_default_device(path: str, array: np.ndarray) -> jax.Array:
+    del path
+    return jnp.asarray(array)
+
+
+def own_family(modality: str) -> Family:
+    """A file that this package exported: its names are the paths."""
+    return Family(
+        name="cwcl_jax",
+        signature=r"towers/.+",
+        view=lambda weights: without_prefix(weights, f"towers/{modality}/"),
+        rules=[
+            Rule(r"(head/.+)", r"\1", optional=True),
+            Rule(r"encoder/position_embedding", "encoder/position_embedding", "grid"),
+            Rule(r"(encoder/.+)", r"\1"),
+        ],
+        ignore=[r"towers/.+", r"logit_(scale|bias)"],
+    )
+
+
+def recognise(weights: Weights, encoder: str, modality: str) -> Family:
+    """The family whose signature the file's names show, or an error that says what was found."""
+    own = own_family(modality)
+    for family in [own, *FAMILIES.get(encoder, [])]:
+        if _signed(family, weights):
+            return family
+    others = {
+        family.name: name
+        for name, families in FAMILIES.items()
+        for family in families
+        if name != encoder and _signed(family, weights)
+    }
+    looks = f"it looks like a {next(iter(others))} file" if others else "no known kind of file"
+    known = ", ".join(family.name for family in [own, *FAMILIES.get(encoder, [])])
+    first = next(iter(weights.entries), "nothing at all")
+    remedy = f"known for encoder {encoder!r}: {known}"
+    if others:
+        remedy += f"; or set the tower's encoder to {next(iter(others.values()))!r}"
+    raise WeightsMismatch(
+        weights.source,
+        f"is not a file for encoder {encoder!r}: {looks} (its first array is {first!r})",
+        remedy=remedy,
+    )
+
+
+def _signed(family: Family, weights: Weights) -> bool:
+    return any(re.fullmatch(family.signature, name) for name in weights.entries)

@@ -1,0 +1,219 @@
+"""Rules from the names in a file to the paths of a tower, with every name accounted for.
+
+A rule is an anchored regex on a file's name, the path below the tower, and a named transform.
+A plan is made from shapes alone: it fails before any array is read, with all that does not fit.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.readers import Entry, Weights
+
+Shape = tuple[int, ...]
+# A transform may use the shape it is to give, for example to resample a position grid.
+Transform = Callable[[np.ndarray, Shape], np.ndarray]
+
+
+def _resample_grid(array: np.ndarray, shape: Shape) -> np.ndarray:
+    """Position embeddings (1, tokens, width) of another image size: corner-aligned linear.
+
+    big_vision's choice for AugReg models. A leading class token is what is left over from a square.
+    """
+    if array.shape == shape or array.ndim != 3 or array.shape[-1] != shape[-1]:
+        return array
+    old_side, new_side = int(array.shape[1] ** 0.5), int(shape[1] ** 0.5)
+    extra = array.shape[1] - old_side**2
+    if extra > 1 or shape[1] - new_side**2 != extra:
+        return array
+    weights = np.zeros((new_side, old_side), np.float32)
+    centres = np.linspace(0, old_side - 1, new_side)
+    for row, centre in enumerate(centres):
+        left = min(int(centre), max(old_side - 2, 0))
+        weights[row, left] += 1 - (centre - left)
+        if old_side > 1:
+            weights[row, left + 1] += centre - left
+    grid = array[0, extra:].astype(np.float32).reshape(old_side, old_side, -1)
+    grid = np.einsum("ia,jb,abd->ijd", weights, weights, grid)
+    return np.concatenate([array[:, :extra], grid.reshape(1, new_side**2, -1)], axis=1)
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "same": lambda x, shape: x,
+    "grid": _resample_grid,
+    # (d, heads, k) -> (d, heads * k); (heads, k) -> (heads * k); (heads, k, d) -> (heads * k, d)
+    "join_last": lambda x, shape: x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]),
+    "join_first": lambda x, shape: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),
+    # Rows of a table that a family does not use, for example BART's offset of two positions.
+    "drop_two_rows": lambda x, shape: x[2:],
+    # Row tables stored with a leading 1, or a cut of a longer table.
+    "add_axis": lambda x, shape: x[None],
+    "first_row": lambda x, shape: x[0],
+    "top_rows": lambda x, shape: x[: shape[0]],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`source` (full match) goes to `target`, where \\1 is the first group."""
+
+    source: str
+    target: str
+    transform: str = "same"
+    optional: bool = False
+    """Dropped silently where the tower has no such leaf or it has another shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The names of one kind of file."""
+
+    name: str
+    signature: str
+    """A regex that one name of the file matches if, and only if, it is of this kind."""
+    rules: Sequence[Rule]
+    ignore: Sequence[str] = ()
+    """Names that are known and not part of a tower, such as a classifier or a decoder."""
+    view: Callable[[Weights], Weights] = lambda weights: weights
+    """Brings a file's names and layouts into the form that the rules are written in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """One leaf: the names it is made of (several for stacked layers), and how."""
+
+    target: str
+    names: tuple[str, ...]
+    transform: str
+    stacked: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked assignment of a file to the leaves of a tower."""
+
+    assignments: tuple[Assignment, ...]
+    initialised: tuple[str, ...]
+    """Leaves that the file does not hold and that stay as initialised (a new head)."""
+    ignored: tuple[str, ...]
+    """Names of the file that were left out by rule."""
+
+
+def make_plan(weights: Weights, family: Family, leaves: Mapping[str, Any]) -> Plan:
+    """Match every name and every leaf, or raise `WeightsMismatch` with all that does not fit.
+
+    `leaves` are abstract, by path below the tower. Those below `head/` may be absent in the file.
+    """
+    found: dict[str, tuple[str, Rule]] = {}
+    ignored, unexpected, wrong = [], [], []
+    for name, entry in weights.entries.items():
+        target, rule = _match(name, family)
+        if rule is None:
+            known = any(re.fullmatch(pattern, name) for pattern in family.ignore)
+            (ignored if known else unexpected).append(name)
+            continue
+        leaf, layers = _leaf_of(target, leaves)
+        if leaf is None:
+            (ignored if rule.optional else unexpected).append(name)
+            continue
+        shape = leaf.shape[1:] if layers else leaf.shape
+        problem = _problem(entry, rule, shape)
+        if problem and rule.optional:
+            ignored.append(name)
+        elif problem:
+            wrong.append(f"{name} ({problem})")
+        else:
+            found[target] = (name, rule)
+    assignments, missing = _assign(leaves, found)
+    initialised = tuple(path for path in missing if path.startswith("head/"))
+    missing = [path for path in missing if path not in initialised]
+    if missing or unexpected or wrong:
+        raise WeightsMismatch(
+            weights.source,
+            f"does not fit the tower as a {family.name} file",
+            missing=missing,
+            unexpected=unexpected,
+            wrong=wrong,
+            remedy=_remedy(wrong),
+        )
+    return Plan(tuple(assignments), initialised, tuple(ignored))
+
+
+def _match(name: str, family: Family) -> tuple[str, Rule | None]:
+    """The target of a name, by the first rule that matches it."""
+    for rule in family.rules:
+        match = re.fullmatch(rule.source, name)
+        if match:
+            return match.expand(rule.target), rule
+    return "", None
+
+
+_LAYER = re.compile(r"(encoder/blocks)/(\d+)/(.+)")
+
+
+def _leaf_of(target: str, leaves: Mapping[str, Any]) -> tuple[Any, int]:
+    """The leaf of a target and its number of stacked layers (0: a leaf of its own)."""
+    if target in leaves:
+        return leaves[target], 0
+    layer = _LAYER.fullmatch(target)
+    stacked = leaves.get(f"{layer[1]}/{layer[3]}") if layer else None
+    if stacked is None or layer is None or int(layer[2]) >= stacked.shape[0]:
+        return None, 0
+    return stacked, stacked.shape[0]
+
+
+def _problem(entry: Entry, rule: Rule, shape: Shape) -> str:
+    """What is wrong with an array for a leaf of this shape, or an empty string."""
+    if entry.dtype.kind not in "fV":
+        return f"type {entry.dtype}, expected floating point"
+    # An array of this shape that takes no memory: the transform itself says what it would give.
+    stand_in = np.broadcast_to(np.zeros((), np.float32), entry.shape)
+    try:
+        given = TRANSFORMS[rule.transform](stand_in, shape).shape
+    except (ValueError, IndexError):
+        return f"shape {entry.shape} cannot be read as {rule.transform!r}"
+    return "" if given == tuple(shape) else f"shape {given}, expected {tuple(shape)}"
+
+
+def _assign(
+    leaves: Mapping[str, Any], found: Mapping[str, tuple[str, Rule]]
+) -> tuple[list[Assignment], list[str]]:
+    """The assignments of all leaves, and the leaves that nothing fills."""
+    assignments: list[Assignment] = []
+    missing: list[str] = []
+    for path, leaf in leaves.items():
+        targets, stacked = [path], False
+        if path not in found and path.startswith("encoder/blocks/"):
+            tail = path.removeprefix("encoder/blocks/")
+            if not tail.split("/")[0].isdecimal():
+                targets = [f"encoder/blocks/{i}/{tail}" for i in range(leaf.shape[0])]
+                stacked = True
+        absent = [target for target in targets if target not in found]
+        missing += absent
+        if not absent:
+            names = tuple(found[target][0] for target in targets)
+            assignments.append(Assignment(path, names, found[targets[0]][1].transform, stacked))
+    return assignments, missing
+
+
+def _remedy(wrong: Sequence[str]) -> str:
+    if wrong:
+        return "check the tower's preset and overrides against the file's sizes"
+    return "check that the file and the tower's encoder, preset, depth and pooling belong together"
+
+
+def fill(weights: Weights, assignment: Assignment, leaf: Any) -> np.ndarray:
+    """Read one leaf in its own type, transformed; stacked layers go into place one by one."""
+    transform = TRANSFORMS[assignment.transform]
+    dtype = np.dtype(leaf.dtype)
+    if not assignment.stacked:
+        array = transform(weights.read(assignment.names[0]), leaf.shape)
+        return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(leaf.shape)
+    result = np.empty(leaf.shape, dtype)
+    for i, name in enumerate(assignment.names):
+        result[i] = transform(weights.read(name), leaf.shape[1:])
+    return result

@@ -1,0 +1,109 @@
+"""Views of a file of weights: other names, other layouts, still nothing read in advance."""
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from cwcl_jax.pretrained.readers import Entry, Weights
+
+# How an array of a file becomes an array of the view.
+Layout = Callable[[np.ndarray], np.ndarray]
+
+
+class View:
+    """A file under other names, each with a layout change; shapes follow from the layouts."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, tuple[str, Layout]]) -> None:
+        self.source = weights.source
+        self._weights = weights
+        self._names = names
+        self._cached: tuple[str, np.ndarray] | None = None
+        self.entries = {
+            name: _entry_after(weights.entries[original], layout)
+            for name, (original, layout) in names.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        original, layout = self._names[name]
+        # Layers that are stacked in the file are read one after the other: keep the last array.
+        if self._cached is None or self._cached[0] != original:
+            self._cached = None
+            self._cached = (original, self._weights.read(original))
+        result = layout(self._cached[1])
+        if self._cached[1].nbytes == result.nbytes:
+            self._cached = None
+        return result
+
+
+def _entry_after(entry: Entry, layout: Layout) -> Entry:
+    stand_in = np.broadcast_to(np.zeros((), np.float32), entry.shape)
+    return Entry(tuple(layout(stand_in).shape), entry.dtype)
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _layer(index: int) -> Layout:
+    return lambda x: x[index]
+
+
+def unstacked(weights: Weights, pattern: str) -> Weights:
+    """Arrays with a leading layer axis, as one array per layer.
+
+    `pattern` has two groups around the place of the layer's number: `(.*encoderblock)(/.*)`
+    turns `Transformer/encoderblock/x` into `Transformer/encoderblock_0/x` and so on.
+    """
+    names: dict[str, tuple[str, Layout]] = {}
+    for name, entry in weights.entries.items():
+        match = re.fullmatch(pattern, name)
+        if match is None:
+            names[name] = (name, _same)
+            continue
+        for index in range(entry.shape[0]):
+            names[f"{match[1]}_{index}{match[2]}"] = (name, _layer(index))
+    return View(weights, names)
+
+
+def without_prefix(weights: Weights, pattern: str) -> Weights:
+    """Names without a leading match of `pattern`."""
+    names = {re.sub(f"^(?:{pattern})", "", name): (name, _same) for name in weights.entries}
+    return View(weights, names)
+
+
+_EMBEDDING = re.compile(r".*(embed|embeddings|embed_tokens|embed_positions|shared)(_\w+)?")
+
+
+def flax_names(weights: Weights) -> Weights:
+    """PyTorch's names and layouts as Flax's; a file that Flax wrote stays as it is.
+
+    `.` becomes `/`; a weight of one axis is a norm's `scale`, of two axes a `kernel` (transposed),
+    or an `embedding` (kept) below a module with such a name, of three (out, in, width) or four
+    (out, in, y, x) axes a convolution's kernel. Older files call a norm's weights gamma and beta.
+    """
+    if not any("." in name for name in weights.entries):
+        return weights
+    names: dict[str, tuple[str, Layout]] = {}
+    for name, entry in weights.entries.items():
+        *parents, last = name.split(".")
+        path = "/".join([*parents, last])
+        layout: Layout = _same
+        if last in ("weight", "gamma"):
+            parent = parents[-1] if parents else ""
+            leaf, layout = _weight(len(entry.shape), parent)
+            path = "/".join([*parents, leaf])
+        elif last == "beta":
+            path = "/".join([*parents, "bias"])
+        names[path] = (name, layout)
+    return View(weights, names)
+
+
+def _weight(axes: int, parent: str) -> tuple[str, Layout]:
+    """Flax's name and layout of a PyTorch `weight` with that many axes."""
+    if axes == 1:
+        return "scale", _same
+    if axes == 2 and _EMBEDDING.fullmatch(parent):
+        return "embedding", _same
+    order = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0)}[axes] if axes in (2, 3, 4) else None
+    return "kernel", _same if order is None else lambda x: x.transpose(order)
