@@ -1,1 +1,32 @@
-"""CWCL in JAX: align a trained tower with a locked one, in proportion to its similarities."""
+"""CWCL in JAX: align a trained tower with a locked one, in proportion to its similarities.
+
+    loss, diagnostics = cwcl_loss(u, v, weights_from=p, logit_scale=log_of_inverse_temperature)
+
+The names below are imported on first use, so that `import cwcl_jax` stays light.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cwcl_jax.losses import (
+        LossConfig,
+        contrastive_loss,
+        cwcl_loss,
+        make_loss,
+        sigmoid_loss,
+    )
+
+__all__ = ["LossConfig", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"]
+
+_HOME = dict.fromkeys(
+    ("LossConfig", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"),
+    "cwcl_jax.losses",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cwcl_jax' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

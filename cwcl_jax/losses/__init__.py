@@ -1,1 +1,6 @@
-"""Contrastive losses on arrays: the equations, their tiled form, and their form on a mesh."""
+"""Contrastive losses with soft targets: exact, linear in memory, on one device or any mesh."""
+
+from cwcl_jax.losses.make import LossFn, contrastive_loss, cwcl_loss, make_loss, sigmoid_loss
+from cwcl_jax.losses.options import LossConfig
+
+__all__ = ["LossConfig", "LossFn", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"]

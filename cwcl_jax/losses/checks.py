@@ -1,0 +1,126 @@
+"""Checks of a loss's arguments: shapes and types always, values on request."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+# A row's norm may differ from 1 by this much: bfloat16 rounds each entry by up to 2^-9.
+_NORM_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
+
+
+def check_embeds(name: str, x: Array) -> None:
+    """Raises unless `x` is a float array of rank 2 with at least one row and column."""
+    if not hasattr(x, "ndim"):
+        raise TypeError(f"{name} must be an array of shape (n, d), got {type(x).__name__}.")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have rank 2, (n, d); got shape {tuple(x.shape)}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be of a float type, got {x.dtype}; convert it first.")
+    if 0 in x.shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: an empty batch has no loss.")
+
+
+def check_pair(u: Array, v: Array) -> None:
+    """Raises unless u and v are embeds of the same number of pairs in the same space."""
+    check_embeds("u", u)
+    check_embeds("v", v)
+    check_rows("v", v, u.shape[0])
+    if u.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"u and v must have the same width, got {u.shape[1]} and {v.shape[1]}; project both "
+            "into one space."
+        )
+
+
+def check_rows(name: str, x: Array, n: int) -> None:
+    """Raises unless `x` has `n` rows."""
+    if x.shape[0] != n:
+        raise ValueError(f"{name} has {x.shape[0]} rows but u has {n}; row i of all is pair i.")
+
+
+def check_weights_from(p: Array, n: int) -> None:
+    """Raises unless p is (n, k) embeds or (n, channels, features) profiles."""
+    if getattr(p, "ndim", None) == 3:
+        check_embeds("weights_from", p[:, :, 0])
+    else:
+        check_embeds("weights_from", p)
+    check_rows("weights_from", p, n)
+
+
+def check_labels(labels: Array, n: int) -> None:
+    """Raises unless labels are n integers."""
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be one integer for each pair, got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}."
+        )
+    check_rows("labels", labels, n)
+
+
+def check_targets(targets: Array, n: int) -> None:
+    """Raises unless targets are (n, n)."""
+    if targets.shape != (n, n):
+        raise ValueError(
+            f"targets must have shape ({n}, {n}), one weight for each pair of u and v; got "
+            f"{tuple(targets.shape)}."
+        )
+
+
+def check_scalar(name: str, x: Array) -> None:
+    """Raises unless x is a float scalar."""
+    if x.shape != () or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be a float scalar, got {x.dtype} of shape {x.shape}.")
+
+
+def check_divisible(n: int, devices: int, axes: tuple[str, ...]) -> None:
+    """Raises unless n rows split evenly over the mesh."""
+    if n % devices:
+        raise ValueError(
+            f"u has {n} rows, not divisible by the {devices} devices of mesh axes {axes}; use a "
+            f"global batch size that is a multiple of {devices}."
+        )
+
+
+def check_values(arrays: dict[str, Array | None]) -> None:
+    """Checks values on the host, now or, under tracing, whenever the computation runs.
+
+    Knows "u", "v", "weights_from" (finite; rank 2: unit norm), "logit_scale", "logit_bias"
+    (finite) and "weights" (smallest entry, smallest row sum).
+    """
+    present = {name: x for name, x in arrays.items() if x is not None}
+    jax.debug.callback(_check_on_host, present)
+
+
+def _check_on_host(arrays: dict[str, np.ndarray]) -> None:
+    for name, x in arrays.items():
+        x = np.asarray(x)
+        kind = str(x.dtype)
+        x = x.astype(np.float64)
+        if name == "weights":
+            _check_weights(*x)
+            continue
+        if not np.isfinite(x).all():
+            rows = np.unique(np.nonzero(~np.isfinite(x))[0])[:5] if x.ndim else "(scalar)"
+            raise ValueError(f"{name} is not finite, first in rows {rows}.")
+        if x.ndim == 2:
+            norms = np.linalg.norm(x, axis=1)
+            worst = int(np.argmax(np.abs(norms - 1)))
+            if abs(norms[worst] - 1) > _NORM_TOLERANCE[kind]:
+                raise ValueError(
+                    f"{name} is not normalised: row {worst} has norm {norms[worst]:.6g}; divide "
+                    "rows by their L2 norm."
+                )
+
+
+def _check_weights(smallest: float, smallest_sum: float) -> None:
+    if not smallest >= 0:
+        raise ValueError(
+            f"weight_function (or targets) gives a negative or undefined weight, {smallest:.6g}; "
+            "weights must be at least 0."
+        )
+    if not smallest_sum > 0:
+        raise ValueError(
+            "weight_function (or targets) gives a row without any positive weight; every row "
+            "needs one."
+        )

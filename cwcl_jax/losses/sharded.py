@@ -1,0 +1,192 @@
+"""The sweeps over a mesh: the loss of the global batch, each device holding N/P rows.
+
+Two engines for `cwcl_jax.losses.fused.pair_losses`, equal to one device up to rounding:
+
+- `Gathered`: every device gathers all columns, sweeps its own rows against them, and sends the
+  column gradients back with one reduce-scatter. Memory O(N d) per device.
+- `Ring`: the columns travel from neighbour to neighbour, with their statistics or gradients; one
+  remote block is in memory besides the one that is on its way. Memory O(N d / P).
+
+The gradient rule lies outside of `shard_map`, so no collective is ever differentiated.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from cwcl_jax.losses.reference import wide
+from cwcl_jax.losses.tiles import (
+    Side,
+    Stats,
+    Tiling,
+    backward_sweep,
+    empty_stats,
+    forward_sweep,
+    inner,
+    merge,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeshEngine:
+    """Rows of every array are split over `axes` of `mesh`, in their order."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+
+    @property
+    def devices(self) -> int:
+        """Number of parts of the batch."""
+        count = 1
+        for axis in self.axes:
+            count *= self.mesh.shape[axis]
+        return count
+
+    def _map(self, function: Callable, arguments: tuple, replicated: tuple[int, ...], out_specs):
+        specs = tuple(P() if i in replicated else P(self.axes) for i, _ in enumerate(arguments))
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=out_specs, check_vma=False
+        )
+        return mapped(*arguments)
+
+    def forward(
+        self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats
+    ) -> tuple[Stats, Stats]:
+        """Statistics of all rows and columns, split like the rows."""
+        split = P(self.axes)
+        return self._map(
+            partial(self._forward, tiling), (rows, columns, scalars), (2,), (split, split)
+        )
+
+    def backward(self, tiling, rows, columns, scalars, row_factors, column_factors, needed):
+        """Gradients of both sides, split like the rows."""
+        split = P(self.axes)
+        return self._map(
+            partial(self._backward, tiling, needed),
+            (rows, columns, scalars, row_factors, column_factors),
+            (2,),
+            (split if needed[0] else None, split if needed[1] else None),
+        )
+
+    def sampled(self, p: Float[Array, "n k"], stride: int, body: Callable):
+        """`body(own, cosines, sum_over_columns)` for every `stride`-th row against all columns.
+
+        Each device has the cosines of the sampled rows with its own columns; the sample itself is
+        the only thing that travels.
+        """
+
+        def local(p):
+            n = p.shape[0]
+            wanted = jnp.arange(0, n * self.devices, stride) - lax.axis_index(self.axes) * n
+            here = (wanted >= 0) & (wanted < n)
+            rows = jnp.where(here[:, None], p[jnp.clip(wanted, 0, n - 1)], 0)
+            rows = lax.psum(rows, self.axes)
+            cosines = inner(rows, p, "highest")
+            own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
+            return body(own, cosines, lambda x: lax.psum(x, self.axes))
+
+        return self._map(local, (p,), (), P())
+
+
+class Gathered(_MeshEngine):
+    """All columns on every device."""
+
+    def _columns(self, columns: Side) -> tuple[Side, Array]:
+        n = columns["x"].shape[0]
+        everything = jax.tree.map(lambda x: lax.all_gather(x, self.axes, tiled=True), columns)
+        return everything, (lax.axis_index(self.axes) * n).astype(jnp.int32)
+
+    def _forward(self, tiling, rows, columns, scalars):
+        everything, first = self._columns(columns)
+        row_stats, column_stats = forward_sweep(tiling, rows, everything, scalars, first)
+        if "max" in column_stats:
+            largest = lax.pmax(column_stats["max"], self.axes)
+            column_stats["sum"] *= jnp.exp(column_stats["max"] - largest)
+            column_stats["max"] = largest
+        n = columns["x"].shape[0]
+        mine = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
+        for name, x in column_stats.items():
+            if name == "max":
+                column_stats[name] = mine(x)
+            elif name == "best_other":
+                column_stats[name] = mine(lax.pmax(x, self.axes))
+            else:
+                column_stats[name] = lax.psum_scatter(x, self.axes, tiled=True)
+        return row_stats, column_stats
+
+    def _backward(self, tiling, needed, rows, columns, scalars, row_factors, column_factors):
+        everything, first = self._columns(columns)
+        column_factors = jax.tree.map(
+            lambda x: lax.all_gather(x, self.axes, tiled=True), column_factors
+        )
+        du, dv = backward_sweep(
+            tiling, rows, everything, scalars, first, row_factors, column_factors, needed
+        )
+        if dv is not None:
+            dv = lax.psum_scatter(dv, self.axes, tiled=True)
+        return du, dv
+
+
+class Ring(_MeshEngine):
+    """Columns travel; after as many hops as devices, everything is home again."""
+
+    def _hop(self, tree):
+        """Passes what this device holds to the device before it."""
+        p = self.devices
+        passes = [(i, (i - 1) % p) for i in range(p)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axes, passes), tree)
+
+    def _place(self, scalars: Stats, hop: Array, n: int) -> tuple[Stats, Array]:
+        """Where the block of columns stands that is here after `hop` hops."""
+        me = lax.axis_index(self.axes)
+        owner = (me + hop) % self.devices
+        first = ((me - owner) * n).astype(jnp.int32)
+        return scalars | {"first_column": (owner * n).astype(jnp.int32)}, first
+
+    def _forward(self, tiling, rows, columns, scalars):
+        n = rows["x"].shape[0]
+        dtype = wide(rows["x"])
+
+        def step(carry, hop):
+            columns, column_stats, row_stats = carry
+            coming = self._hop(columns)  # asked for first, so that it can overlap the tiles
+            here, first = self._place(scalars, hop, n)
+            new_rows, new_columns = forward_sweep(tiling, rows, columns, here, first)
+            column_stats = self._hop(merge(column_stats, new_columns))
+            return (coming, column_stats, merge(row_stats, new_rows)), None
+
+        start = (
+            columns,
+            empty_stats(tiling, n, dtype, "columns"),
+            empty_stats(tiling, n, dtype, "rows"),
+        )
+        (_, column_stats, row_stats), _ = lax.scan(step, start, jnp.arange(self.devices))
+        return row_stats, column_stats
+
+    def _backward(self, tiling, needed, rows, columns, scalars, row_factors, column_factors):
+        n = rows["x"].shape[0]
+        dtype = wide(rows["x"])
+
+        def step(carry, hop):
+            travelling, dv, du = carry
+            coming = self._hop(travelling)
+            columns, factors = travelling
+            here, first = self._place(scalars, hop, n)
+            new_du, new_dv = backward_sweep(
+                tiling, rows, columns, here, first, row_factors, factors, needed
+            )
+            dv = None if dv is None else self._hop(dv + new_dv)
+            return (coming, dv, None if du is None else du + new_du), None
+
+        du = jnp.zeros(rows["x"].shape, dtype) if needed[0] else None
+        dv = jnp.zeros(columns["x"].shape, dtype) if needed[1] else None
+        start = ((columns, column_factors), dv, du)
+        (_, dv, du), _ = lax.scan(step, start, jnp.arange(self.devices))
+        return du, dv
