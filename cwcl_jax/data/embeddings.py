@@ -1,12 +1,197 @@
-"""Embeddings made once by a locked tower, read back beside (or instead of) the raw examples."""
+"""Embeddings of a whole source, made once and read at random: array_record files and a description.
 
-from collections.abc import Mapping
+A folder holds `description.json` and one file for every `shard_size` examples, in the source's
+order. The description says what the vectors depend on (weights, preprocessing, source): a folder
+made from anything else is refused. Files are dealt to hosts and appear only when complete, so an
+interrupted run continues with those that are missing.
+"""
 
-from cwcl_jax.data.sources.base import Source
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+_VERSION = 1
+_DESCRIPTION = "description.json"
+_DTYPES: dict[str, Any] = {
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+}
 
 
-def with_embeddings(source: Source, folders: Mapping[str, str]) -> Source:
-    """The source with the vectors of `folders` (modality -> folder) added to its examples."""
-    if not folders:
-        return source
-    raise NotImplementedError("data.embeddings")
+@dataclass(frozen=True)
+class EmbeddingDescription:
+    """What a folder of embeddings holds and what it was made from.
+
+    Attributes:
+      modality: the modality that was embedded.
+      shape: shape of one vector, usually (dim,).
+      dtype: "float16", "bfloat16" or "float32"; readers give float32.
+      count: number of examples of the source.
+      source: fingerprint of the source.
+      weights: hash of the tower's weights.
+      preprocessing: all else that decides the vectors (sizes, tokenizer, pooling, ...).
+      shard_size: examples in one file.
+    """
+
+    modality: str
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+    source: str
+    weights: str
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    shard_size: int = 8192
+
+    def __post_init__(self):
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} of embeddings must be one of {list(_DTYPES)}.")
+
+    def to_json(self) -> str:
+        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "EmbeddingDescription":
+        """The description of a folder."""
+        file = Path(folder) / _DESCRIPTION
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{folder} holds no embeddings ({_DESCRIPTION} is missing); make them with "
+                "python -m cwcl_jax.embed."
+            )
+        values = json.loads(file.read_text())
+        if values.pop("version", None) != _VERSION:
+            raise ValueError(f"{file} is of another version; make the embeddings again.")
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
+    def require(self, folder: str | Path, **expected: Any) -> None:
+        """Raises ValueError when a field of this description is not as expected."""
+        actual = json.loads(self.to_json())
+        for name, value in expected.items():
+            wanted = json.loads(json.dumps(value))
+            if actual[name] != wanted:
+                raise ValueError(
+                    f"The embeddings in {folder} are stale: {name} is {actual[name]!r} there and "
+                    f"{wanted!r} here. Make them again in another folder, or delete this one."
+                )
+
+    @property
+    def shards(self) -> int:
+        return max(1, -(-self.count // self.shard_size))
+
+    def shard_path(self, folder: str | Path, shard: int) -> Path:
+        return Path(folder) / f"vectors-{shard:05d}-of-{self.shards:05d}.array_record"
+
+    def rows(self, shard: int) -> range:
+        """The examples whose vectors a file holds."""
+        return range(shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size))
+
+
+class EmbeddingWriter:
+    """Writes one host's files: `for rows in writer.pending(): writer.write(rows, ...)`."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        description: EmbeddingDescription,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self.folder = Path(folder)
+        self.description = description
+        self._mine = range(process_index, description.shards, process_count)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / _DESCRIPTION
+        if file.exists():
+            there = EmbeddingDescription.read(folder)
+            there.require(folder, **json.loads(description.to_json(), object_hook=_no_version))
+        else:
+            temporary = file.with_suffix(f".{os.getpid()}.{process_index}")
+            temporary.write_text(description.to_json())
+            temporary.replace(file)
+
+    def pending(self) -> list[range]:
+        """Rows of the files of this host that do not exist yet."""
+        paths = {s: self.description.shard_path(self.folder, s) for s in self._mine}
+        return [self.description.rows(s) for s, path in paths.items() if not path.exists()]
+
+    def write(
+        self, rows: range, ids: Sequence[str], vectors: np.ndarray, valid: np.ndarray | None = None
+    ) -> None:
+        """Writes the file of `rows`; rows that are not `valid` keep their id without a vector."""
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if not len(rows) == len(ids) == len(vectors):
+            raise ValueError(f"{len(ids)} ids and {len(vectors)} vectors for {len(rows)} rows.")
+        if tuple(vectors.shape[1:]) != self.description.shape:
+            raise ValueError(
+                f"Vectors of shape {vectors.shape[1:]} where the description says "
+                f"{self.description.shape}."
+            )
+        path = self.description.shard_path(self.folder, rows.start // self.description.shard_size)
+        temporary = path.with_suffix(".unfinished")
+        # One record a group: reads are at random, and floats hardly compress.
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        stored = np.asarray(vectors).astype(_DTYPES[self.description.dtype])
+        for number, name in enumerate(ids):
+            key = name.encode()
+            body = stored[number].tobytes() if valid is None or valid[number] else b""
+            writer.write(len(key).to_bytes(4, "little") + key + body)
+        writer.close()
+        temporary.replace(path)
+
+    def is_complete(self) -> bool:
+        """Whether the files of all hosts exist."""
+        return not missing_files(self.folder, self.description)
+
+
+def _no_version(values: dict[str, Any]) -> dict[str, Any]:
+    values.pop("version", None)
+    return values
+
+
+def missing_files(folder: str | Path, description: EmbeddingDescription) -> list[Path]:
+    """Files that the description promises and that do not exist."""
+    paths = [description.shard_path(folder, shard) for shard in range(description.shards)]
+    return [path for path in paths if not path.exists()]
+
+
+class EmbeddingStore:
+    """Reads a complete folder: `store[i]` is the id and the float32 vector, None where unusable."""
+
+    def __init__(self, folder: str | Path):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.folder = Path(folder)
+        self.description = EmbeddingDescription.read(folder)
+        missing = missing_files(folder, self.description)
+        if missing:
+            raise FileNotFoundError(
+                f"The embeddings in {folder} are not complete ({len(missing)} of "
+                f"{self.description.shards} files are missing); run the same embed command again."
+            )
+        paths = [
+            str(self.description.shard_path(folder, s)) for s in range(self.description.shards)
+        ]
+        self._records = ArrayRecordDataSource(paths)
+        self._dtype = _DTYPES[self.description.dtype]
+
+    def __len__(self) -> int:
+        return self.description.count
+
+    def __getitem__(self, index: int) -> tuple[str, Float[np.ndarray, "..."] | None]:
+        record = self._records[index]
+        end = 4 + int.from_bytes(record[:4], "little")
+        name = record[4:end].decode()
+        if len(record) == end:
+            return name, None
+        vector = np.frombuffer(record, self._dtype, offset=end).astype(np.float32)
+        return name, vector.reshape(self.description.shape)

@@ -1,6 +1,5 @@
 """Options of the data: which examples, how each modality is prepared, how fast it is read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -48,8 +47,6 @@ class DataConfig:
     image: ImageInputs = field(default_factory=ImageInputs)
     text: TextInputs = field(default_factory=TextInputs)
     speech: SpeechInputs = field(default_factory=SpeechInputs)
-    # Modality -> folder of embeddings made from the same source; replaces the raw input.
-    embeddings: Mapping[str, str] = field(default_factory=dict)
     # Reader threads; 0 = one for each core that this process may use, at most 16.
     threads: int = 0
     # Batches kept ready on the host.

@@ -16,7 +16,6 @@ import grain
 import numpy as np
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.embeddings import with_embeddings
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import order_of_source
 from cwcl_jax.data.processing import Processor
@@ -110,9 +109,9 @@ class TrainBatches:
                 f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
                 "use a multiple of their number."
             )
-        self.source = with_embeddings(source or open_source(config.train), config.embeddings)
+        self.source = source or open_source(config.train)
         length = len(self.source)
-        self._processor = Processor(config, modalities)
+        self._processor = Processor(config, modalities, getattr(self.source, "embedded", ()))
         self._seed = seed
         self._global_size = global_batch_size
         self._local_size = global_batch_size // process_count
@@ -271,8 +270,8 @@ class EvalBatches:
             raise ValueError(
                 f"batch_size={batch_size} cannot be dealt to {process_count} hosts; use a multiple."
             )
-        self.source = with_embeddings(source, config.embeddings)
-        self._processor = Processor(config, modalities)
+        self.source = source
+        self._processor = Processor(config, modalities, getattr(source, "embedded", ()))
         self._fields = {*self._processor.fields(), "text", "label"}
         self._size = batch_size
         self._local = batch_size // process_count

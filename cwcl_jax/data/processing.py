@@ -22,23 +22,25 @@ _OPTIONS = {"image": "image", "text": "text", "speech": "speech"}
 class Processor:
     """Turns examples into the inputs of the given modalities, as the options say."""
 
-    def __init__(self, config: DataConfig, modalities: Sequence[str]):
+    def __init__(self, config: DataConfig, modalities: Sequence[str], embedded: Sequence[str] = ()):
         for modality in modalities:
-            if modality not in FIELDS and modality not in config.embeddings:
+            if modality not in FIELDS and modality not in embedded:
                 raise ValueError(
-                    f"Modality {modality!r} has no raw inputs (those with: {', '.join(FIELDS)}); "
-                    f"name its embeddings in data.embeddings[{modality!r}]."
+                    f"The source has no embeddings of the modality {modality!r} (it has "
+                    f"{', '.join(embedded) or 'none'}), and raw inputs exist only for "
+                    f"{', '.join(FIELDS)}. Add embeds=FOLDER to the source line."
                 )
         self.config = config
         self.modalities = tuple(modalities)
-        self.raw = tuple(m for m in modalities if m not in config.embeddings)
+        self.raw = tuple(m for m in modalities if m not in embedded)
         self.tokenizer: TextTokenizer | None = None
         if "text" in self.raw:
             self.tokenizer = load_tokenizer(config.text)
 
     def fields(self) -> set[str]:
         """What must be read of every example."""
-        return {FIELDS[modality] for modality in self.raw}
+        fields = {FIELDS[modality] for modality in self.raw}
+        return fields if len(self.raw) == len(self.modalities) else {*fields, "embeds"}
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the arrays, by modality."""

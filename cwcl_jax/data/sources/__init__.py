@@ -1,8 +1,10 @@
 """Opens the sources that a source line names; see `base` for the form of the line."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 
+from cwcl_jax.data.sources.arrays import open_arrays
 from cwcl_jax.data.sources.base import (
     Example,
     Source,
@@ -11,23 +13,59 @@ from cwcl_jax.data.sources.base import (
     call_with_options,
     parse_source_line,
 )
+from cwcl_jax.data.sources.embedded import Embedded, open_embeddings
 from cwcl_jax.data.sources.mixture import Mixture
 from cwcl_jax.data.sources.scenes import open_scenes
+from cwcl_jax.data.sources.speech import (
+    open_common_voice,
+    open_slurp,
+    open_speech_commands,
+    open_stop,
+)
+from cwcl_jax.data.sources.spoken import open_spoken
+from cwcl_jax.data.sources.subset import Subset
+from cwcl_jax.data.sources.tables import open_delimited, open_folder, open_jsonl
+from cwcl_jax.data.sources.tars import open_clip_benchmark, open_tars
+from cwcl_jax.data.sources.tfds import open_tfds
 
-__all__ = ["SOURCE_KINDS", "Example", "Mixture", "Source", "SourceBase", "open_source"]
+__all__ = [
+    "SOURCE_KINDS",
+    "Embedded",
+    "Example",
+    "Mixture",
+    "Source",
+    "SourceBase",
+    "Subset",
+    "open_source",
+]
 
 SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "scenes": open_scenes,
+    "tars": open_tars,
+    "clip_benchmark": open_clip_benchmark,
+    "csv": open_delimited,
+    "tsv": open_delimited,
+    "jsonl": open_jsonl,
+    "folder": open_folder,
+    "tfds": open_tfds,
+    "common_voice": open_common_voice,
+    "slurp": open_slurp,
+    "stop": open_stop,
+    "speech_commands": open_speech_commands,
+    "embeddings": open_embeddings,
+    "arrays": open_arrays,
+    "spoken": open_spoken,
 }
 
 
 def open_source(line: str, *, cache_dir: str = "") -> Source:
     """Opens a source line; several parts joined by `::` become a `Mixture`.
 
-    `cache_dir` receives the indexes of sources that cannot write beside their files.
+    Every kind also takes `weight=` (its share in a mixture) and `embeds=` (folders of embeddings
+    made from this very source, separated by commas). `cache_dir` receives the indexes of tars.
     """
     lines = parse_source_line(line)
-    weights = [_take_weight(part) for part in lines]
+    weights = [_weight(part) for part in lines]
     sources = [_open_one(part, cache_dir) for part in lines]
     if len(sources) == 1:
         return sources[0]
@@ -40,7 +78,7 @@ def open_source(line: str, *, cache_dir: str = "") -> Source:
     return Mixture(sources, given or None)
 
 
-def _take_weight(line: SourceLine) -> float | None:
+def _weight(line: SourceLine) -> float | None:
     text = line.options.get("weight")
     if text is None:
         return None
@@ -48,7 +86,7 @@ def _take_weight(line: SourceLine) -> float | None:
         weight = float(text)
     except ValueError:
         weight = 0.0
-    if not weight > 0:
+    if not 0 < weight < float("inf"):
         raise ValueError(f"weight={text!r} of {line.kind}:{line.path} must be a positive number.")
     return weight
 
@@ -60,9 +98,24 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
         raise ValueError(
             f"There is no source of kind {line.kind!r}.{hint} Kinds: {', '.join(SOURCE_KINDS)}."
         )
-    options = {key: value for key, value in line.options.items() if key != "weight"}
+    options = {key: v for key, v in line.options.items() if key not in ("weight", "embeds")}
     plain = SourceLine(line.kind, line.path, options)
-    source = call_with_options(SOURCE_KINDS[line.kind], plain, {"cache_dir": cache_dir})
+    opener = SOURCE_KINDS[line.kind]
+    if line.kind == "spoken":
+        source = _open_spoken(plain, cache_dir)
+    else:
+        source = call_with_options(opener, plain.path, plain, {"cache_dir": cache_dir})
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
-    return source
+    folders = line.options.get("embeds")
+    return Embedded(source, folders.split(",")) if folders else source
+
+
+def _open_spoken(line: SourceLine, cache_dir: str) -> Source:
+    """`spoken:KIND:PATH?...`: options that are not its own belong to the inner source."""
+    own = set(inspect.signature(open_spoken).parameters)
+    (inner,) = parse_source_line(line.path)
+    theirs = {key: value for key, value in line.options.items() if key not in own}
+    source = _open_one(SourceLine(inner.kind, inner.path, theirs), cache_dir)
+    mine = {key: value for key, value in line.options.items() if key in own}
+    return call_with_options(open_spoken, source, SourceLine("spoken", line.path, mine), {})

@@ -43,6 +43,9 @@ class Source(Protocol):
 class SourceBase:
     """Indexing with everything, and no classes: what most sources share."""
 
+    # Modalities whose embeddings come with the examples, so that no raw input is needed.
+    embedded: tuple[str, ...] = ()
+
     @property
     def class_names(self) -> Sequence[str] | None:
         return None
@@ -70,11 +73,14 @@ class SourceLine:
 
 def parse_source_line(line: str) -> list[SourceLine]:
     """Splits a source line; raises ValueError with the form it should have."""
-    parts = []
+    parts: list[SourceLine] = []
     for part in line.split("::"):
         kind, colon, rest = part.strip().partition(":")
+        if parts and (not colon or "/" in kind):
+            # A bare path has the kind of the part before it.
+            kind, colon, rest = parts[-1].kind, ":", part.strip()
         path, _, query = rest.partition("?")
-        if not colon or not kind:
+        if not colon or not kind or "/" in kind:
             raise ValueError(
                 f"The source line {line!r} has the part {part!r} without a kind. Write "
                 "kind:path?option=value, for example scenes:train or "
@@ -93,9 +99,9 @@ def parse_source_line(line: str) -> list[SourceLine]:
 
 
 def call_with_options(
-    opener: Callable[..., Source], line: SourceLine, shared: Mapping[str, Any]
+    opener: Callable[..., Source], first: Any, line: SourceLine, shared: Mapping[str, Any]
 ) -> Source:
-    """Calls `opener(path, option=value...)`, options converted as its annotations say.
+    """Calls `opener(first, option=value...)`, options converted as its annotations say.
 
     `shared` holds values that the opener may ask for by name, such as a cache folder.
     """
@@ -108,10 +114,10 @@ def call_with_options(
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
                 f"A source of kind {line.kind!r} has no option {name!r}.{hint} It has: "
-                f"{', '.join(sorted([*known, 'weight']))}."
+                f"{', '.join(sorted([*known, 'embeds', 'weight']))}."
             )
         arguments[name] = _convert(line.kind, name, value, known[name].annotation)
-    return opener(line.path, **arguments)
+    return opener(first, **arguments)
 
 
 def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:

@@ -13,6 +13,8 @@ class Mixture(SourceBase):
     def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None):
         self.parts = list(parts)
         self.weights = None if weights is None else [float(w) for w in weights]
+        embedded = [set(getattr(part, "embedded", ())) for part in parts]
+        self.embedded = tuple(sorted(set.intersection(*embedded)))
         self.starts = [0, *accumulate(len(part) for part in parts)]
 
     @property

@@ -1,0 +1,211 @@
+"""How fast input is read: `python -m cwcl_jax.benchmarks.input`.
+
+Makes tars of JPEGs of a usual web size and reads them as training does, to uint8 batches of 224.
+Beside it stand the bare decoder (the same images from memory, nothing else) and the `webdataset`
+package with the same decode, where it is installed. All use the same number of cores.
+"""
+
+import argparse
+import io
+import os
+import resource
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cwcl_jax.data import scenes
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.image import train_pixels
+from cwcl_jax.data.options import DataConfig, ImageInputs
+from cwcl_jax.data.pipeline import reader_threads, train_batches
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources.tar_index import build_index, load_index
+
+_INPUTS = ImageInputs(size=224, crop_min_area=0.5, flip=True)
+
+
+def make_jpeg(number: int, width: int = 512, height: int = 384) -> bytes:
+    """A picture with edges, gradients and grain, so that its size is that of a photograph."""
+    scene = scenes.draw(scenes.describe(0, 99, number), 64).resize((width, height))
+    grain = np.random.default_rng(number).normal(0, 9, (height, width, 3))
+    pixels = np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    """One tar of samples: a key and the bytes of each extension."""
+    with tarfile.open(path, "w") as tar:
+        for key, parts in samples:
+            for extension, data in parts.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def make_shards(folder: Path, shards: int, per_shard: int, distinct: int = 200) -> list[bytes]:
+    """Writes img2dataset-like tars; returns the distinct JPEGs."""
+    images = [make_jpeg(number) for number in range(distinct)]
+    for shard in range(shards):
+        samples = []
+        for number in range(per_shard):
+            parts = {
+                "jpg": images[(shard * per_shard + number) % distinct],
+                "txt": f"a picture number {number}".encode(),
+                "json": b'{"status": "success"}',
+            }
+            samples.append((f"{shard:05d}{number:04d}", parts))
+        write_tar(folder / f"{shard:05d}.tar", samples)
+    return images
+
+
+def rate_bare(images: list[bytes], seconds: float, threads: int) -> float:
+    """Images per second of decoding alone."""
+
+    def work(number: int) -> int:
+        done, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            data = images[(number + done * threads) % len(images)]
+            train_pixels(data, _INPUTS, Draws(number, done))
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(work, range(threads))) / seconds
+
+
+def _rate(batches: Iterator, size: int, seconds: float) -> float:
+    next(batches)
+    done, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        next(batches)
+        done += size
+    return done / (time.perf_counter() - begin)
+
+
+def rate_pipeline(line: str, seconds: float, threads: int, batch: int) -> float:
+    """Images per second of ready training batches, captions tokenized."""
+    config = DataConfig(train=line, image=_INPUTS, threads=threads)
+    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=batch)
+    try:
+        return _rate(batches, batch, seconds)
+    finally:
+        batches.close()
+
+
+def _decode_for_webdataset(sample: tuple[bytes, bytes]) -> tuple[np.ndarray, str]:
+    data, text = sample
+    return train_pixels(data, _INPUTS, Draws(len(data))), text.decode()
+
+
+def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> float | None:
+    """Images per second of `webdataset` with its worker processes; None where it is missing."""
+    try:
+        import webdataset
+    except ImportError:
+        return None
+    dataset = webdataset.WebDataset(paths * 1000, shardshuffle=False, empty_check=False)
+    dataset = dataset.shuffle(200).to_tuple("jpg", "txt").map(_decode_for_webdataset)
+    loader = webdataset.WebLoader(dataset.batched(batch), batch_size=None, num_workers=workers)
+    return _rate(iter(loader), batch, seconds)
+
+
+def time_to_index(folder: Path, samples: int = 10_000) -> float:
+    """Seconds to scan a tar of this many samples for the first time."""
+    path = folder / "many.tar"
+    body = {"jpg": b"x" * 30_000, "txt": b"a caption", "json": b"{}"}
+    write_tar(path, [(f"{number:09d}", body) for number in range(samples)])
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # Out of the page cache: the scan is a cold one.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin = time.perf_counter()
+    assert len(build_index(str(path))) == samples
+    return time.perf_counter() - begin
+
+
+def time_to_first_batch(folder: Path, images: list[bytes], shards: int = 1000) -> float:
+    """Seconds from opening this many indexed shards to the first batch of 256."""
+    samples = [(f"{n:06d}", {"jpg": image, "txt": b"a caption"}) for n, image in enumerate(images)]
+    write_tar(folder / "first.tar", samples[:20])
+    many = folder / "many"
+    many.mkdir()
+    for number in range(shards):
+        os.link(folder / "first.tar", many / f"{number:05d}.tar")
+        load_index(str(many / f"{number:05d}.tar"))
+    config = DataConfig(train=f"tars:{many}/{{00000..{shards - 1:05d}}}.tar", image=_INPUTS)
+    begin = time.perf_counter()
+    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=256)
+    next(batches)
+    taken = time.perf_counter() - begin
+    batches.close()
+    return taken
+
+
+def memory_over_epochs(line: str, threads: int) -> list[float]:
+    """Peak resident megabytes after each of five epochs."""
+    config = DataConfig(train=line, image=_INPUTS, threads=threads)
+    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=64)
+    peaks = []
+    for _ in range(5):
+        for _ in range(batches.steps_per_epoch):
+            next(batches)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    batches.close()
+    return peaks
+
+
+def main() -> None:
+    """Prints every figure with what it is compared to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
+    parser.add_argument("--threads", type=int, default=0, help="0 = one for each usable core")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements alternate; best counts")
+    options = parser.parse_args()
+    threads = reader_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = make_shards(folder, shards=4, per_shard=250)
+        print(f"{threads} threads, JPEG 512x384, {np.mean([len(i) for i in images]) / 1024:.0f} KB")
+        line = f"tars:{folder}/{{00000..00003}}.tar"
+        paths = [str(path) for path in sorted(folder.glob("0*.tar"))]
+        open_source(line)
+        rates: dict[str, list[float]] = {"bare": [], "pipeline": [], "webdataset": []}
+        for _ in range(options.rounds):
+            rates["bare"].append(rate_bare(images, options.seconds, threads))
+            rates["pipeline"].append(rate_pipeline(line, options.seconds, threads, options.batch))
+            other = rate_webdataset(paths, options.seconds, threads, options.batch)
+            if other is not None:
+                rates["webdataset"].append(other)
+        for kind, values in rates.items():
+            if values:
+                listed = ", ".join(f"{value:.0f}" for value in values)
+                print(f"{kind}: {max(values):.0f} images/s (rounds: {listed})")
+        print(f"pipeline / bare decoder: {max(rates['pipeline']) / max(rates['bare']):.2f}")
+        scenes_rate = rate_scenes(options.seconds, threads)
+        print(f"embedded scenes at 64: {scenes_rate:.0f} examples/s")
+        print(f"peak memory over epochs: {memory_over_epochs(line, threads)} MB")
+        print(f"index of 10,000 samples, cold: {time_to_index(folder):.2f} s")
+        print(f"1,000 indexed shards to first batch: {time_to_first_batch(folder, images):.2f} s")
+
+
+def rate_scenes(seconds: float, threads: int) -> float:
+    """Examples per second of the embedded scenes, drawn, captioned and tokenized."""
+    config = DataConfig(threads=threads)
+    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=128)
+    try:
+        return _rate(batches, 128, seconds)
+    finally:
+        batches.close()
+
+
+if __name__ == "__main__":
+    main()

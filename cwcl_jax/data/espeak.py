@@ -1,0 +1,111 @@
+"""Speech from espeak-ng in this process, through ctypes: text and a voice in, int16 samples out.
+
+The library comes with the package espeakng-loader (GPL-3, extra `speech`) and is loaded when the
+first sentence is spoken. It has one global state: calls take turns, and its output differs by a few
+samples with what it said before, so recordings are repeatable in content but not bit for bit.
+"""
+
+import ctypes
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int16
+
+from cwcl_jax.data.draws import Draws
+
+VOICES = (
+    "en",
+    "en-us",
+    "en-029",
+    "en-gb-scotland",
+    "en-gb-x-rp",
+    "en-gb-x-gbclan",
+    "en-gb-x-gbcwmd",
+    "en-us-nyc",
+)
+VARIANTS = (
+    "", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5",
+    "klatt", "klatt2", "klatt3", "klatt4", "Annie", "Alex",
+)  # fmt: skip
+_RATE, _PITCH, _RANGE = 1, 3, 4
+_SYNCHRONOUS, _DO_NOT_EXIT, _UTF8_AND_END_PAUSE, _BY_CHARACTER = 2, 0x8000, 0x1001, 1
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A way of speaking: a voice, words a minute, pitch and its range (0 to 100)."""
+
+    name: str = "en-us"
+    speed: int = 175
+    pitch: int = 50
+    pitch_range: int = 50
+
+
+def random_voice(draws: Draws, voices: tuple[str, ...] = VOICES) -> Voice:
+    """One of the voices at a natural speed and pitch, in a variant unless its name has one."""
+    name, variant = draws.pick(voices), draws.pick(VARIANTS)
+    return Voice(
+        name=f"{name}+{variant}" if variant and "+" not in name else name,
+        speed=165 + draws.below(86),
+        pitch=20 + draws.below(61),
+        pitch_range=30 + draws.below(41),
+    )
+
+
+class _Engine:
+    """The loaded library; there can be only one in a process."""
+
+    def __init__(self):
+        try:
+            import espeakng_loader
+        except ImportError as error:
+            raise ImportError(
+                "Spoken sentences need espeak-ng: pip install 'cwcl_jax[speech]'."
+            ) from error
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        data = espeakng_loader.get_data_path().encode()
+        self.rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DO_NOT_EXIT)
+        if self.rate <= 0:
+            raise RuntimeError(f"espeak-ng did not start (code {self.rate}); its data: {data!r}.")
+        self._pieces: list[np.ndarray] = []
+        # Held: the library keeps only the address.
+        self._callback = _CALLBACK(self._take)
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def _take(self, samples, count: int, events) -> int:
+        del events
+        if samples and count > 0:
+            self._pieces.append(np.ctypeslib.as_array(samples, shape=(count,)).copy())
+        return 0
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        if self._library.espeak_SetVoiceByName(voice.name.encode()) != 0:
+            raise ValueError(f"espeak-ng has no voice {voice.name!r}; try one of {VOICES}.")
+        settings = ((_RATE, voice.speed), (_PITCH, voice.pitch), (_RANGE, voice.pitch_range))
+        for parameter, value in settings:
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._pieces.clear()
+        data = text.encode() + b"\0"
+        code = self._library.espeak_Synth(
+            data, len(data), 0, _BY_CHARACTER, 0, _UTF8_AND_END_PAUSE, None, None
+        )
+        if code != 0:
+            raise RuntimeError(f"espeak-ng could not speak {text!r} (code {code}).")
+        return np.concatenate(self._pieces) if self._pieces else np.zeros(0, np.int16)
+
+
+_lock = threading.Lock()
+_engine: _Engine | None = None
+
+
+def speak(text: str, voice: Voice) -> tuple[Int16[np.ndarray, " n"], int]:
+    """Samples and their rate."""
+    global _engine
+    with _lock:
+        if _engine is None:
+            _engine = _Engine()
+        return _engine.speak(text, voice), _engine.rate

@@ -1,0 +1,190 @@
+"""Speech sets in the folders they are released in: Common Voice, SLURP, STOP, Speech Commands."""
+
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources.columns import StringColumn
+from cwcl_jax.data.sources.files import require
+from cwcl_jax.data.sources.tables import Table, read_json_lines, table_of_rows
+
+TEN_COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+
+
+class Recordings(Table):
+    """A table whose recordings lie in the first of several folders that has them.
+
+    Where a folder has no file of that name, `renamed` (old, new) gives a second name to try.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, StringColumn],
+        *,
+        roots: Sequence[Path],
+        class_names: Sequence[str] | None = None,
+        renamed: tuple[str, str] | None = None,
+    ):
+        super().__init__(columns, root=roots[0], class_names=class_names)
+        self.roots = list(roots)
+        self.renamed = renamed
+
+    def locate(self, name: str) -> Path:
+        names = [name, name.replace(*self.renamed)] if self.renamed else [name]
+        tried = [root / option for root in self.roots for option in dict.fromkeys(names)]
+        for path in tried:
+            if path.exists():
+                return path
+        raise BadExample("file missing", "tried " + ", ".join(map(str, tried)))
+
+
+def _recordings(
+    rows: Sequence[Mapping[str, Any]],
+    roots: Sequence[Path],
+    classes: Sequence[str] | None = None,
+    renamed: tuple[str, str] | None = None,
+) -> Recordings:
+    """Recordings of rows; labels are names out of `classes`, which other splits share."""
+    table = table_of_rows(rows, {name: name for name in ("id", "audio", "text")}, roots[0])
+    columns = dict(table.columns)
+    if classes is not None:
+        place = {name: str(number) for number, name in enumerate(classes)}
+        columns["label"] = StringColumn(place[row["label"]] for row in rows)
+    return Recordings(columns, roots=roots, class_names=classes, renamed=renamed)
+
+
+def _read_tsv(file: Path) -> Iterator[dict[str, str]]:
+    """Rows by header name; quotation marks are text (Common Voice has lone ones)."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        yield from csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def open_common_voice(path: str, *, split: str = "train") -> Recordings:
+    """Opens one language's folder: `common_voice:/data/cv-corpus-13.0/en?split=train`."""
+    file = require(Path(path) / f"{split}.tsv", f"Common Voice's list of the split {split!r}")
+    rows = [
+        {"id": row.get("path"), "audio": row.get("path"), "text": row.get("sentence")}
+        for row in _read_tsv(file)
+    ]
+    return _recordings(rows, [Path(path) / "clips"])
+
+
+def open_slurp(
+    path: str, *, split: str = "test", unit: str = "recordings", audio: str = ""
+) -> Recordings:
+    """Opens SLURP: `slurp:/data/slurp?split=devel&unit=sentences`.
+
+    The class is scenario and action; the release's field `intent` is noisy and not used. `unit`
+    gives one example for each recording, or for each sentence (with its first recording).
+    """
+    if unit not in ("recordings", "sentences"):
+        raise ValueError(f"unit={unit!r} of slurp must be recordings or sentences.")
+    folder = _first_existing(Path(path), ("dataset/slurp", "slurp", "."), f"{split}.jsonl")
+    rows = []
+    for sentence in read_json_lines(folder / f"{split}.jsonl"):
+        base = {
+            "id": str(sentence["slurp_id"]),
+            "text": sentence["sentence"],
+            "label": slurp_class(sentence),
+        }
+        files = [recording["file"] for recording in sentence.get("recordings", ())]
+        wanted: list[str | None] = [*files] if unit == "recordings" else [next(iter(files), None)]
+        rows += [{**base, "audio": file} for file in wanted]
+    roots = [Path(audio)] if audio else _slurp_audio_folders(Path(path), folder)
+    return _recordings(rows, roots, _slurp_classes(folder))
+
+
+def slurp_class(sentence: Mapping[str, Any]) -> str:
+    """The intent of a SLURP sentence."""
+    return f"{sentence['scenario']}_{sentence['action']}"
+
+
+def _slurp_classes(folder: Path) -> list[str]:
+    """Classes of all splits present, so that labels mean the same in each."""
+    files = [folder / f"{split}.jsonl" for split in ("train", "devel", "test")]
+    present = [file for file in files if file.exists()]
+    return sorted({slurp_class(row) for file in present for row in read_json_lines(file)})
+
+
+def _slurp_audio_folders(path: Path, folder: Path) -> list[Path]:
+    places = [base / sub for base in (path, folder) for sub in ("audio", ".", "scripts/audio")]
+    names = ("slurp_real", "slurp_synth")
+    found = [place / name for place in places for name in names if (place / name).is_dir()]
+    return list(dict.fromkeys(found)) or [path / "audio" / "slurp_real"]
+
+
+def _first_existing(base: Path, folders: Sequence[str], name: str) -> Path:
+    for folder in folders:
+        if (base / folder / name).exists():
+            return base / folder
+    places = ", ".join(str(base / folder / name) for folder in folders)
+    raise FileNotFoundError(f"None of these exists: {places}. Check the path and split=.")
+
+
+def open_stop(path: str, *, split: str = "test") -> Recordings:
+    """Opens STOP: `stop:/data/stop?split=eval` (its name for validation).
+
+    The class is the outermost intent of the decoupled parse.
+    """
+    base = Path(path)
+    folder = _first_existing(base, ("manifests", "stop/manifests"), f"{split}.tsv")
+    rows = []
+    for row in _read_tsv(folder / f"{split}.tsv"):
+        # Numbers repeat across domains: the whole path is the identity.
+        file = row["file_id"]
+        rows.append(
+            {
+                "id": file,
+                "audio": file,
+                "text": row.get("normalized_utterance") or row.get("utterance"),
+                "label": _stop_intent(row),
+            }
+        )
+    # Some releases keep the folder `<domain>_<split>_0` under the name `<domain>_<split>`.
+    renamed = (f"_{split}_0", f"_{split}")
+    return _recordings(rows, [folder.parent], _stop_classes(folder), renamed)
+
+
+def _stop_intent(row: Mapping[str, str]) -> str:
+    parse = row.get("decoupled_normalized_seqlogical") or row.get("normalized_seqlogical") or ""
+    return parse.split(maxsplit=1)[0].removeprefix("[IN:").lower() if parse.strip() else ""
+
+
+def _stop_classes(folder: Path) -> list[str]:
+    files = [folder / f"{split}.tsv" for split in ("train", "eval", "test")]
+    present = [file for file in files if file.exists()]
+    return sorted({_stop_intent(row) for file in present for row in _read_tsv(file)})
+
+
+def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -> Recordings:
+    """Opens Speech Commands V2: `speech_commands:/data/sc2?split=test&classes=10`.
+
+    35 = all words; 10 = the commands alone, without silence and unknown. The text is the word.
+    """
+    if classes not in (10, 35):
+        raise ValueError(f"classes={classes} of speech_commands must be 35 or 10.")
+    root = require(path, "Speech Commands")
+    lists = {
+        "validation": _names_in(root / "validation_list.txt"),
+        "test": _names_in(root / "testing_list.txt"),
+    }
+    words = [d.name for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith("_")]
+    if classes == 10:
+        words = [word for word in TEN_COMMANDS if word in words]
+    rows = []
+    for word in words:
+        for name in sorted(os.listdir(root / word)):
+            file = f"{word}/{name}"
+            where = next((key for key, names in lists.items() if file in names), "train")
+            if name.endswith(".wav") and where == split:
+                rows.append({"id": file, "audio": file, "text": word, "label": word})
+    if not rows:
+        raise ValueError(f"{root} has no recordings of split={split!r} (train, validation, test).")
+    return _recordings(rows, [root], words)
+
+
+def _names_in(file: Path) -> frozenset[str]:
+    return frozenset(require(file, "A list of Speech Commands").read_text().split())

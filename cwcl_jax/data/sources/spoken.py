@@ -1,0 +1,85 @@
+"""Spoken sentences: another source's text read aloud by espeak-ng, in a voice the index picks.
+
+`spoken:scenes:train`, `spoken:tsv:/sentences.tsv?text=sentence&voices=en-us+f2`. To keep the
+recordings, render a source once: `python -m cwcl_jax.data.sources.spoken LINE FOLDER` writes FLAC
+files and a manifest for `jsonl:`.
+"""
+
+import json
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.espeak import VOICES, random_voice, speak
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+
+
+class Spoken(SourceBase):
+    """The examples of `source`, each with its first caption as "audio"."""
+
+    def __init__(self, source: Source, *, voices: Sequence[str] = VOICES, seed: int = 0):
+        self.source = source
+        self.voices = tuple(voices)
+        self.seed = seed
+        self.embedded = tuple(getattr(source, "embedded", ()))
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        if "audio" not in fields:
+            return self.source.read(index, fields)
+        example = self.source.read(index, {*fields, "text"} - {"audio"})
+        text = example.get("text") or ""
+        text = text if isinstance(text, str) else text[0]
+        if not text.strip():
+            raise BadExample("text empty", "nothing to speak")
+        example["audio"] = speak(text, random_voice(Draws(self.seed, 31, index), self.voices))
+        return example
+
+    def fingerprint(self) -> str:
+        return fingerprint_of("spoken", self.source.fingerprint(), self.voices, self.seed)
+
+
+def open_spoken(source: Source, *, voices: str = "", voice_seed: int = 0) -> Spoken:
+    """Reads a source aloud; `voices` is a comma-separated list of espeak-ng's names."""
+    return Spoken(source, voices=voices.split(",") if voices else VOICES, seed=voice_seed)
+
+
+def render(source: Source, folder: str | Path) -> Path:
+    """Writes the recordings of a spoken source as FLAC with a manifest; continues where it was."""
+    import soundfile
+
+    root = Path(folder)
+    (root / "audio").mkdir(parents=True, exist_ok=True)
+    manifest = root / "manifest.jsonl"
+    rows = []
+    for index in range(len(source)):
+        name = f"audio/{index:08d}.flac"
+        fields = ("text", "label") if (root / name).exists() else ("text", "label", "audio")
+        try:
+            example = source.read(index, fields)
+        except BadExample:
+            continue
+        if "audio" in example:
+            samples, rate = example["audio"]
+            soundfile.write(root / "unfinished.flac", samples, rate)
+            (root / "unfinished.flac").replace(root / name)
+        row = {"id": example["id"], "audio": name, "text": example.get("text")}
+        rows.append(row | ({"label": example["label"]} if "label" in example else {}))
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return manifest
+
+
+if __name__ == "__main__":
+    from cwcl_jax.data.sources import open_source
+
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m cwcl_jax.data.sources.spoken SOURCE_LINE FOLDER")
+    print(render(open_source(sys.argv[1]), sys.argv[2]))

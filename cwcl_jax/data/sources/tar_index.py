@@ -1,0 +1,218 @@
+"""Where the members of a tar lie: (offset, size) of every sample's parts, scanned once and kept.
+
+Only the 512-byte headers are read. A sample is the members that share a key: the name up to the
+first dot of its last part. Names are data here; nothing is ever written where a name points.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_LOG = logging.getLogger(__name__)
+_VERSION = 1
+_BLOCK = 512
+_SUFFIX = ".offsets"
+# What a member is for, by extension; the first one of a kind counts.
+PARTS = {
+    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    "text": ("txt", "text", "caption"),
+    "json": ("json",),
+    "cls": ("cls",),
+    "audio": ("flac", "wav", "mp3", "ogg", "opus"),
+}
+_PART_OF = {extension: part for part, group in PARTS.items() for extension in group}
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Samples of one tar in order: `table` has a key, and an offset and a size for each part.
+
+    A part that a sample lacks has the size -1.
+    """
+
+    table: np.ndarray
+    tar_size: int
+    tar_mtime: int
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+def load_index(path: str, cache_dir: str = "") -> TarIndex:
+    """The index of a tar: read if one of the same size and time is kept, built otherwise."""
+    status = os.stat(path)
+    for place in _places(path, cache_dir):
+        index = _read(place)
+        if index and (index.tar_size, index.tar_mtime) == (status.st_size, status.st_mtime_ns):
+            return index
+    index = build_index(path)
+    for place in _places(path, cache_dir):
+        with contextlib.suppress(OSError):
+            _write(place, index)
+            return index
+    _LOG.warning("The index of %s could not be kept; set a writable cache folder.", path)
+    return index
+
+
+def _places(path: str, cache_dir: str) -> list[Path]:
+    """Where an index may be kept: in the named folder, or beside the tar or the user's cache."""
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:20]
+    if cache_dir:
+        return [Path(cache_dir) / (digest + _SUFFIX)]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [Path(path + _SUFFIX), home / "cwcl_jax" / "tar_indexes" / (digest + _SUFFIX)]
+
+
+def _write(place: Path, index: TarIndex) -> None:
+    """Writes under another name first: readers never see half a file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    key_bytes = index.table.dtype["key"].itemsize
+    header = {
+        "version": _VERSION,
+        "tar_size": index.tar_size,
+        "tar_mtime": index.tar_mtime,
+        "truncated": index.truncated,
+        "key_bytes": key_bytes,
+        "samples": len(index.table),
+    }
+    handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(json.dumps(header).encode() + b"\n")
+            file.write(index.table.tobytes())
+        os.replace(name, place)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _read(place: Path) -> TarIndex | None:
+    try:
+        with open(place, "rb") as file:
+            header = json.loads(file.readline())
+            if header["version"] != _VERSION:
+                return None
+            table = np.frombuffer(file.read(), _dtype(header["key_bytes"]))
+    except (OSError, ValueError, KeyError):
+        return None
+    if len(table) != header["samples"]:
+        return None
+    return TarIndex(table, header["tar_size"], header["tar_mtime"], header["truncated"])
+
+
+def _dtype(key_bytes: int) -> np.dtype:
+    parts = [(f"{part}_{kind}", "<i8") for part in PARTS for kind in ("offset", "size")]
+    return np.dtype([("key", f"S{key_bytes}"), *parts])
+
+
+def build_index(path: str) -> TarIndex:
+    """Scans the headers of a tar; members that reach past its end are left out."""
+    status = os.stat(path)
+    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
+    complete = True
+    with open(path, "rb", buffering=0) as file:
+        for name, offset, size in _members(file.fileno(), status.st_size, path):
+            if name is None:
+                complete = False
+                break
+            folder, _, base = name.rpartition(b"/")
+            stem, dot, extension = base.partition(b".")
+            part = _PART_OF.get(extension.rpartition(b".")[2].decode("ascii", "replace").lower())
+            if not dot or not stem or part is None:
+                continue
+            parts = samples.setdefault(folder + b"/" + stem if folder else stem, {})
+            parts.setdefault(part, (offset, size))
+    if not complete:
+        _LOG.warning("%s is truncated: its last samples are lost (%d remain).", path, len(samples))
+    table = _table(samples)
+    return TarIndex(table, status.st_size, status.st_mtime_ns, not complete)
+
+
+def _table(samples: dict[bytes, dict[str, tuple[int, int]]]) -> np.ndarray:
+    width = max((len(key) for key in samples), default=1)
+    missing = (0, -1)
+    rows = [
+        (key, *(value for part in PARTS for value in parts.get(part, missing)))
+        for key, parts in samples.items()
+    ]
+    return np.array(rows, _dtype(width))
+
+
+def _members(descriptor: int, end: int, path: str):
+    """Yields (name, offset, size) of regular files; (None, ...) where the tar breaks off."""
+    position, name, size_override = 0, b"", -1
+    while position + _BLOCK <= end:
+        header = os.pread(descriptor, _BLOCK, position)
+        if header[:1] == b"\0" and not header.strip(b"\0"):
+            return
+        if header[257:262] != b"ustar" and not _checksum_fits(header):
+            if position == 0:
+                raise ValueError(
+                    f"{path} is no tar file (compressed ones must be decompressed first: members "
+                    "are read at their offsets)."
+                )
+            yield None, position, 0
+            return
+        kind = header[156:157]
+        size = size_override if size_override >= 0 else _number(header[124:136])
+        start = position + _BLOCK
+        if start + size > end:
+            yield None, start, size
+            return
+        if kind in b"Lxg":
+            body = os.pread(descriptor, size, start) if kind in b"Lx" else b""
+            if kind == b"L":
+                name = body.rstrip(b"\0")
+            elif kind == b"x":
+                name, size_override = _pax(body, name)
+        else:
+            if kind in (b"0", b"\0", b"7"):
+                yield name or _plain_name(header), start, size
+            name, size_override = b"", -1
+        position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
+    # Two blocks of zeros end a tar; a file cut at a block's border has none.
+    yield None, position, 0
+
+
+def _plain_name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _number(field: bytes) -> int:
+    """Octal digits, or the base-256 form of large files."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _pax(body: bytes, name: bytes) -> tuple[bytes, int]:
+    """Path and size out of an extended header: records of "length key=value"."""
+    size, position = -1, 0
+    while position < len(body):
+        length = int(body[position : body.index(b" ", position)])
+        record = body[position : position + length]
+        key, _, value = record.partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        if key == b"path":
+            name = value
+        elif key == b"size":
+            size = int(value)
+        position += length
+    return name, size
+
+
+def _checksum_fits(header: bytes) -> bool:
+    try:
+        expected = _number(header[148:156])
+    except ValueError:
+        return False
+    return sum(header) - sum(header[148:156]) + 8 * 32 == expected

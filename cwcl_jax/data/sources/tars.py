@@ -1,0 +1,181 @@
+"""Tars of img2dataset and webdataset, and CLIP_benchmark's folders of them, at random access."""
+
+import functools
+import json
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.files import expand_pattern, require
+from cwcl_jax.data.sources.tar_index import TarIndex, load_index
+
+_LOG = logging.getLogger(__name__)
+# Descriptors kept open; systems allow a process about a thousand by default.
+_OPEN_FILES = 200
+
+
+class _OpenFile:
+    """A descriptor that lives as long as anyone holds this object, also after its eviction."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@functools.lru_cache(_OPEN_FILES)
+def _open_file(path: str, size: int, mtime: int) -> _OpenFile:
+    del size, mtime  # Part of the key: a replaced file is opened anew.
+    return _OpenFile(path)
+
+
+class Tars(SourceBase):
+    """Samples of several tars one after another.
+
+    `text` names where captions come from: "txt" (the text member), "lines" (one caption a line of
+    it) or "json:FIELD" (a field of the JSON member, a string or a list of strings).
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        text: str = "txt",
+        cache_dir: str = "",
+        class_names: Sequence[str] | None = None,
+    ):
+        if text not in ("txt", "lines") and not text.startswith("json:"):
+            raise ValueError(f"text={text!r} of a tar source must be txt, lines or json:FIELD.")
+        self.paths = list(paths)
+        self.text = text
+        self._class_names = class_names
+        self._indexes = _load_indexes(self.paths, cache_dir)
+        self.starts = [0, *accumulate(len(index) for index in self._indexes)]
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        tar = bisect_right(self.starts, index) - 1
+        row = self._indexes[tar].table[index - self.starts[tar]]
+        name = os.path.basename(self.paths[tar])
+        example: Example = {"id": f"{name}/{row['key'].decode('utf-8', 'replace')}"}
+        if "image" in fields and row["image_size"] >= 0:
+            example["image"] = self._part(tar, row, "image")
+        if "audio" in fields and row["audio_size"] >= 0:
+            example["audio"] = self._part(tar, row, "audio")
+        if "text" in fields:
+            self._add_text(example, tar, row)
+        if "label" in fields and row["cls_size"] >= 0:
+            example["label"] = _label_of(self._part(tar, row, "cls"))
+        return example
+
+    def _part(self, tar: int, row: np.void, part: str) -> bytes:
+        index = self._indexes[tar]
+        try:
+            file = _open_file(self.paths[tar], index.tar_size, index.tar_mtime)
+            size, offset = int(row[f"{part}_size"]), int(row[f"{part}_offset"])
+            data = os.pread(file.descriptor, size, offset)
+        except OSError as error:
+            raise BadExample("file unreadable", f"{self.paths[tar]}: {error}") from error
+        if len(data) != size:
+            raise BadExample("tar truncated", f"{self.paths[tar]} at {offset}")
+        return data
+
+    def _add_text(self, example: Example, tar: int, row: np.void) -> None:
+        part = "json" if self.text.startswith("json:") else "text"
+        if row[f"{part}_size"] < 0:
+            return
+        data = self._part(tar, row, part)
+        if part == "json":
+            example["text"] = _json_field(data, self.text.removeprefix("json:"))
+        else:
+            text = data.decode("utf-8", "replace")
+            example["text"] = text.splitlines() if self.text == "lines" else text
+
+    def fingerprint(self) -> str:
+        parts = [(os.path.basename(p), len(i), i.tar_size) for p, i in self._pairs()]
+        return fingerprint_of("tars", self.text, parts)
+
+    def _pairs(self) -> list[tuple[str, TarIndex]]:
+        return list(zip(self.paths, self._indexes, strict=True))
+
+
+def _json_field(data: bytes, field: str) -> str | list[str] | None:
+    try:
+        value = json.loads(data).get(field)
+    except (ValueError, AttributeError) as error:
+        raise BadExample("json unreadable", str(error)) from error
+    if value is None or isinstance(value, str):
+        return value
+    return [str(item) for item in value] if isinstance(value, list) else str(value)
+
+
+def _label_of(data: bytes) -> int:
+    try:
+        return int(data)
+    except ValueError as error:
+        raise BadExample("label unreadable", repr(data[:20])) from error
+
+
+def _load_indexes(paths: Sequence[str], cache_dir: str) -> list[TarIndex]:
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} tars do not exist, first {missing[0]}. Correct the "
+            "pattern in the source line."
+        )
+    if len(paths) > 100:
+        _LOG.info("Opening %d tars; those without an index are scanned once.", len(paths))
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        return list(pool.map(lambda path: load_index(path, cache_dir), paths))
+
+
+def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
+    """Opens `tars:/data/{00000..01242}.tar?text=json:caption`; a folder means all its tars."""
+    if os.path.isdir(path):
+        paths = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        if not paths:
+            raise FileNotFoundError(f"The folder {path} holds no .tar files.")
+    else:
+        paths = expand_pattern(path)
+    return Tars(paths, text=text, cache_dir=cache_dir)
+
+
+def open_clip_benchmark(path: str, *, split: str = "test", cache_dir: str = "") -> Tars:
+    """Opens a data set in CLIP_benchmark's layout: `clip_benchmark:/data/cifar10?split=test`."""
+    folder = require(Path(path) / split, "The split's folder of a CLIP_benchmark data set")
+    count = require(folder / "nshards.txt", "The number of shards")
+    try:
+        shards = int(count.read_text())
+    except ValueError as error:
+        raise ValueError(f"{count} must hold one number.") from error
+    names = _lines_if_there(Path(path) / "classnames.txt")
+    paths = [str(folder / f"{number}.tar") for number in range(shards)]
+    return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names)
+
+
+def clip_benchmark_templates(path: str) -> list[str] | None:
+    """The data set's own prompt templates, with `{}` for the class, where it has any."""
+    lines = _lines_if_there(Path(path) / "zeroshot_classification_templates.txt")
+    return None if lines is None else [line.replace("{c}", "{}") for line in lines]
+
+
+def _lines_if_there(path: Path) -> list[str] | None:
+    if not path.exists():
+        return None
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
