@@ -40,6 +40,8 @@ class View:
         self.indices = indices
         self.crop_border = crop_border
         self.class_names = source.class_names
+        # Modalities whose embeddings the source brings, in place of raw inputs.
+        self.embedded: Sequence[str] = getattr(source, "embedded", ())
 
     def __len__(self) -> int:
         return len(self.indices)

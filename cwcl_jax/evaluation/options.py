@@ -84,6 +84,8 @@ class EvaluationConfig:
     every_steps: int = 0  # 0 = only at the end of training
     batch_size: int = 256  # examples per encode call; the last batch is padded to it
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    # CSV of baseline models for effective robustness: task, in_distribution, shifted.
+    robustness_baselines: str = ""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

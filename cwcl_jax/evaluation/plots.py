@@ -42,6 +42,7 @@ def plot_template_robustness(
     axes.set_ylabel("zero-shot top-1 accuracy, %")
     axes.set_title(title + ("\n(dotted: chance)" if chance else ""), fontsize=11)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
@@ -57,7 +58,7 @@ def plot_matrices(
     notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Cosine similarities sorted by class, one panel per run, on one colour scale."""
-    figure = Figure(figsize=(1.6 + 4.6 * len(matrices), 5.2), layout="constrained")
+    figure = Figure(figsize=(1.8 + 4.4 * len(matrices), 6.0), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     low = min(float(matrix.min()) for matrix in matrices.values())
     high = max(float(matrix.max()) for matrix in matrices.values())
@@ -105,6 +106,7 @@ def plot_effective_robustness(
     axes.set_ylabel("accuracy under shift, %")
     axes.set_title("Robustness to distribution shift", fontsize=11)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
     return _save(figure, path)
 

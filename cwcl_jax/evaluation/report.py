@@ -7,14 +7,32 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.evaluation.plots import plot_template_robustness
+from cwcl_jax.evaluation.alignment import write_matrix
+from cwcl_jax.evaluation.compare import draw_matrices
+from cwcl_jax.evaluation.plots import plot_effective_robustness, plot_template_robustness
 from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.robustness import (
+    read_baselines,
+    robustness_points,
+    robustness_table,
+)
 from cwcl_jax.evaluation.tables import CLASSIFICATION, PROBES, Table, result_tables, warning_lines
 
 
-def terminal_report(results: Sequence[TaskResult]) -> str:
-    """All tables, warnings and times as plain text."""
-    parts = [table.text() for table in result_tables(results)]
+def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> list[Table]:
+    """Every table that the results allow; robustness against the user's baseline models."""
+    tables = result_tables(results)
+    if any(result.in_distribution for result in results):
+        baselines = read_baselines(Path(baselines_file).expanduser()) if baselines_file else None
+        robustness = robustness_table(results, baselines)
+        assert robustness is not None
+        tables.append(robustness)
+    return tables
+
+
+def terminal_report(results: Sequence[TaskResult], *, baselines_file: str = "") -> str:
+    """All tables and warnings as plain text."""
+    parts = [table.text() for table in all_tables(results, baselines_file=baselines_file)]
     warnings = warning_lines(results)
     if warnings:
         parts.append("\n".join(["Warnings", *(f"- {line}" for line in warnings)]))
@@ -28,6 +46,7 @@ def write_report(
     model: str,
     pretrained: str = "",
     more_tables: Sequence[Table] = (),
+    baselines_file: str = "",
 ) -> list[Path]:
     """Writes every form of the results into `folder` and returns the files.
 
@@ -37,34 +56,29 @@ def write_report(
       model: what results.json calls the model, e.g. the experiment's name.
       pretrained: what results.json calls its weights, e.g. `step 3000`.
       more_tables: comparisons that are made outside, added to results.md.
+      baselines_file: `EvaluationConfig.robustness_baselines`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = clip_benchmark_records(results, model=model, pretrained=pretrained)
     files = [folder / "results.json", folder / "results.md"]
     files[0].write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    files[1].write_text(
-        markdown_report(results, model=model, pretrained=pretrained, more_tables=more_tables),
-        encoding="utf-8",
-    )
+    tables = [*all_tables(results, baselines_file=baselines_file), *more_tables]
+    title = f"Evaluation of {model}" + (f" ({pretrained})" if pretrained else "")
+    files[1].write_text(markdown_report(results, tables, title), encoding="utf-8")
     curves, chance = template_curves(results)
     if curves:
         path = folder / "template_robustness.png"
         files.append(plot_template_robustness(curves, path, chance=chance))
+    if points := robustness_points(results):
+        files.append(plot_effective_robustness(points, folder / "robustness.png"))
     for result in results:
         files += _write_task_files(result, folder)
     return files
 
 
-def markdown_report(
-    results: Sequence[TaskResult],
-    *,
-    model: str,
-    pretrained: str = "",
-    more_tables: Sequence[Table] = (),
-) -> str:
+def markdown_report(results: Sequence[TaskResult], tables: Sequence[Table], title: str) -> str:
     """One Markdown page: tables, per-class rows, warnings, times."""
-    parts = [f"## Evaluation of {model}" + (f" ({pretrained})" if pretrained else "")]
-    parts += [table.markdown() for table in (*result_tables(results), *more_tables)]
+    parts = [f"## {title}", *(table.markdown() for table in tables)]
     parts += [_per_class(result).markdown() for result in results if "per_class" in result.extras]
     warnings = warning_lines(results)
     if warnings:
@@ -184,11 +198,20 @@ def _times(results: Sequence[TaskResult]) -> Table:
 
 
 def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
-    """Values per item (.npz), for paired tests."""
+    """Values per item (.npz) for paired tests; the alignment matrix as CSV and PNG."""
     if not result.items:
         return []
     path = folder / "items" / f"{result.name}.npz"
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         np.savez_compressed(file, **result.items)  # pyright: ignore[reportArgumentType]
-    return [path]
+    if "matrix" not in result.items:
+        return [path]
+    ids, names = result.items["matrix_ids"].tolist(), result.items["matrix_classes"].tolist()
+    table = folder / f"{result.name}.csv"
+    picture = folder / f"{result.name}.png"
+    return [
+        path,
+        write_matrix(table, result.items["matrix"], ids, names),
+        draw_matrices({result.name: result.items}, picture, modality=result.extras["modality"]),
+    ]

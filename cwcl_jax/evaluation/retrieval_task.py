@@ -50,7 +50,7 @@ def _partners(
     view: View, items: Items, task: TaskConfig, runner: Runner
 ) -> tuple[Float[np.ndarray, "m d"], Int[np.ndarray, "m"]]:
     """Embeddings of the other side, and the item that each of them belongs to."""
-    if task.partner != "text" or "text" in runner.data.embeddings:
+    if task.partner != "text" or "text" in view.embedded:
         partners = runner.items(runner.select(view, items.index), task.partner)
         if len(partners) != len(items):
             raise ValueError(

@@ -5,7 +5,7 @@ the recordings of a speaker); neither says anything about other seeds of trainin
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,3 +156,13 @@ def _sign_flip(
         signs = rng.integers(0, 2, (min(at_once, resamples - start), n)) * 2.0 - 1.0
         reached += int(np.sum(np.abs(signs @ sums) >= observed - 1e-12))
     return (reached + 1) / (resamples + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's method, in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for place, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[at]))
+        corrected[int(at)] = highest
+    return corrected

@@ -129,12 +129,15 @@ def _alignment(results: Sequence[TaskResult]) -> Table | None:
         return None
     keys = list(dict.fromkeys(key for result in chosen for key in result.metrics))
     rows = [
-        (r.name, *(f"{r.metrics[key]:.4f}" if key in r.metrics else "" for key in keys))
-        for r in chosen
+        (
+            key.replace("_", " "),
+            *(f"{r.metrics[key]:.4f}" if key in r.metrics else "" for r in chosen),
+        )
+        for key in keys
     ]
-    header = ("task", *(key.replace("_", " ") for key in keys))
+    header = ("alignment", *(result.name for result in chosen))
     notes = ("block diagonality = mean cosine within classes minus mean cosine between them.",)
-    return Table("Alignment", header, tuple(rows), notes)
+    return Table("Alignment of the two modalities", header, tuple(rows), notes)
 
 
 def _probes(results: Sequence[TaskResult]) -> Table | None:

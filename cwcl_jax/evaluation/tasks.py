@@ -3,9 +3,11 @@
 from collections.abc import Callable
 
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.evaluation.alignment_task import run_alignment
 from cwcl_jax.evaluation.classification import run_classification
 from cwcl_jax.evaluation.encoding import Encode
 from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
+from cwcl_jax.evaluation.probe_task import run_probe
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.retrieval_task import run_retrieval
 from cwcl_jax.evaluation.runner import Runner
@@ -15,6 +17,9 @@ _RUN: dict[str, Callable[[str, TaskConfig, Runner], TaskResult]] = {
     "intent": run_classification,
     "keywords": run_classification,
     "retrieval": run_retrieval,
+    "alignment": run_alignment,
+    "linear_probe": run_probe,
+    "few_shot": run_probe,
 }
 
 

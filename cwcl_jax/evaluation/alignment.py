@@ -1,0 +1,104 @@
+"""How well two modalities are aligned: CWCL Figures 3, 7 and 8 as matrix and as numbers.
+
+Beside the block diagonal: the modality gap (Liang et al. 2022), alignment and uniformity
+(Wang & Isola 2020), and the correlation of the similarities within either modality.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from cwcl_jax.evaluation.zero_shot import normalise
+
+
+def choose_items(
+    labels: Int[np.ndarray, "n"], *, classes: int, items_per_class: int, seed: int
+) -> Int[np.ndarray, "k"]:
+    """Items of `classes` random classes, the same number of each, sorted by class.
+
+    Depends on the labels and the seed alone, so that two runs get the same items. Only classes
+    with at least two items take part; with fewer than `items_per_class`, all get as many as the
+    smallest of the chosen classes has.
+    """
+    names, counts = np.unique(labels, return_counts=True)
+    enough = names[counts >= 2]
+    if len(enough) < classes:
+        raise ValueError(
+            f"only {len(enough)} classes have two items or more, but classes={classes}; lower it."
+        )
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(enough, classes, replace=False))
+    each = min(items_per_class, *(int(np.sum(labels == c)) for c in chosen))
+    picked = [np.sort(rng.permutation(np.flatnonzero(labels == c))[:each]) for c in chosen]
+    return np.concatenate(picked)
+
+
+def block_diagonality(
+    matrix: Float[np.ndarray, "n m"],
+    row_labels: Int[np.ndarray, "n"],
+    column_labels: Int[np.ndarray, "m"],
+) -> dict[str, float]:
+    """Mean similarity within classes and between them, and their difference."""
+    same = row_labels[:, None] == column_labels[None, :]
+    if same.all() or not same.any():
+        raise ValueError("block diagonality needs pairs within a class and between classes.")
+    within, between = float(matrix[same].mean()), float(matrix[~same].mean())
+    return {
+        "within_class": within,
+        "between_class": between,
+        "block_diagonality": within - between,
+    }
+
+
+def pair_metrics(
+    u: Float[np.ndarray, "n d"], v: Float[np.ndarray, "n d"], *, sample: int = 4096, seed: int = 0
+) -> dict[str, float]:
+    """Numbers of matching pairs (row i of `u` belongs to row i of `v`).
+
+    modality_gap: distance of the two centroids; alignment: mean squared distance of pairs;
+    uniformity_u, uniformity_v: log mean exp(-2 squared distance) within a modality;
+    structure_correlation: of the cosines within u and within v, over pairs i < j.
+    The last three come from at most `sample` pairs.
+    """
+    u, v = normalise(u).astype(np.float64), normalise(v).astype(np.float64)
+    metrics = {
+        "modality_gap": float(np.linalg.norm(u.mean(axis=0) - v.mean(axis=0))),
+        "alignment": float(np.mean(np.sum((u - v) ** 2, axis=1))),
+        "pair_cosine": float(np.mean(np.sum(u * v, axis=1))),
+    }
+    if len(u) < 3:
+        return metrics
+    chosen = np.random.default_rng(seed).permutation(len(u))[:sample]
+    upper = np.triu_indices(len(chosen), 1)
+    u_cosines, v_cosines = (x[chosen] @ x[chosen].T for x in (u, v))
+    metrics["uniformity_u"] = _uniformity(u_cosines[upper])
+    metrics["uniformity_v"] = _uniformity(v_cosines[upper])
+    if u_cosines[upper].std() > 0 and v_cosines[upper].std() > 0:
+        correlation = np.corrcoef(u_cosines[upper], v_cosines[upper])[0, 1]
+        metrics["structure_correlation"] = float(correlation)
+    return metrics
+
+
+def _uniformity(cosines: Float[np.ndarray, "p"]) -> float:
+    # On the unit sphere the squared distance is 2 - 2 cos; hence exp(-2 |x-y|^2).
+    return float(np.log(np.mean(np.exp(-2.0 * (2.0 - 2.0 * cosines)))))
+
+
+def write_matrix(
+    path: Path,
+    matrix: Float[np.ndarray, "n m"],
+    ids: Sequence[str],
+    class_names: Sequence[str],
+    column_ids: Sequence[str] | None = None,
+) -> Path:
+    """The matrix as CSV: id and class of the row, then one column per text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "class", *(column_ids or ids)])
+        for name, label, row in zip(ids, class_names, matrix, strict=True):
+            writer.writerow([name, label, *(f"{value:.6f}" for value in row)])
+    return path

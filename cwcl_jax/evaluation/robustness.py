@@ -1,0 +1,132 @@
+"""Robustness to distribution shift: effective robustness of Taori et al. (2020).
+
+A shifted accuracy is compared with what models of the same accuracy in distribution usually reach:
+a line in logit space, fitted to baseline models that the user names. Without them only the drop
+and the ratio are given, for no line is assumed.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.tables import Table
+
+_CLIP = 1e-4
+
+
+@dataclass(frozen=True)
+class Line:
+    """logit(shifted) = slope * logit(in distribution) + intercept."""
+
+    slope: float
+    intercept: float
+    models: int
+
+    def expected(self, inside: float) -> float:
+        return float(1.0 / (1.0 + np.exp(-(self.slope * _logit(inside) + self.intercept))))
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> Line:
+    """Least squares in logit space over (in distribution, shifted) accuracies of baselines."""
+    if len({inside for inside, _ in points}) < 2:
+        raise ValueError(
+            f"{len(points)} baseline model(s): a line needs two with different accuracies."
+        )
+    x, y = (np.array([_logit(value) for value in side]) for side in zip(*points, strict=True))
+    slope, intercept = np.polyfit(x, y, 1)
+    return Line(float(slope), float(intercept), len(points))
+
+
+def read_baselines(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Baseline models from a CSV with the columns task, in_distribution, shifted (shares)."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"robustness_baselines={str(path)!r} is not a file; give a CSV with the columns task, "
+            "in_distribution and shifted, or leave it empty."
+        )
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"task", "in_distribution", "shifted"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} lacks the column(s) {sorted(missing)}.")
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in reader:
+            pair = float(row["in_distribution"]), float(row["shifted"])
+            if not all(0.0 <= value <= 1.0 for value in pair):
+                raise ValueError(f"{path}: accuracies are shares in 0..1, not {pair}.")
+            points.setdefault(row["task"], []).append(pair)
+    return points
+
+
+def robustness_points(results: Sequence[TaskResult]) -> dict[str, tuple[float, float]]:
+    """(in distribution, shifted) top-1 of every task that names its in-distribution task."""
+    by_name = {result.name: result for result in results}
+    points = {}
+    for result in results:
+        if not result.in_distribution:
+            continue
+        if result.in_distribution not in by_name:
+            raise ValueError(
+                f"task {result.name!r} names in_distribution={result.in_distribution!r}, which did "
+                f"not run; tasks here: {sorted(by_name)}."
+            )
+        inside = by_name[result.in_distribution]
+        points[result.name] = (inside.metrics["top1"], result.metrics["top1"])
+    return points
+
+
+def robustness_table(
+    results: Sequence[TaskResult],
+    baselines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Table | None:
+    """One row per shifted task; None when no task names an in-distribution one."""
+    points = robustness_points(results)
+    if not points:
+        return None
+    by_name = {result.name: result for result in results}
+    rows, notes = [], []
+    for name, (inside, shifted) in points.items():
+        usual = (baselines or {}).get(name)
+        line = fit_line(usual) if usual else None
+        expected = f"{100 * line.expected(inside):.2f}" if line else ""
+        gain = f"{100 * (shifted - line.expected(inside)):+.2f}" if line else ""
+        base = by_name[name].in_distribution
+        rows.append(
+            (
+                name,
+                base,
+                f"{100 * inside:.2f}",
+                f"{100 * shifted:.2f}",
+                f"{100 * (shifted - inside):+.2f}",
+                f"{shifted / inside:.3f}" if inside else "",
+                expected,
+                gain,
+            )
+        )
+        own = set(by_name[name].extras["class_names"])
+        if own != set(by_name[base].extras["class_names"]):
+            notes.append(
+                f"{name} and {base} have other classes ({len(own)} against "
+                f"{len(by_name[base].extras['class_names'])}): compare with a task that has "
+                "class_subset set to the same classes."
+            )
+    if not baselines:
+        notes.append(
+            "Effective robustness needs baseline models: name a CSV in robustness_baselines."
+        )
+    header = ("task", "in distribution", "its top-1 %", "top-1 %", "change", "ratio")
+    return Table(
+        "Robustness to distribution shift",
+        (*header, "usual top-1 %", "effective robustness"),
+        tuple(rows),
+        tuple(notes),
+    )
+
+
+def _logit(share: float) -> float:
+    share = min(max(share, _CLIP), 1.0 - _CLIP)
+    return float(np.log(share / (1.0 - share)))
