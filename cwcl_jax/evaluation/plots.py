@@ -115,5 +115,5 @@ def _save(figure: Figure, path: Path) -> Path:
     # The canvas is made here, so that a program's own matplotlib backend is never touched.
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     return path

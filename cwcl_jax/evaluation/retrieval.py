@@ -16,7 +16,7 @@ from cwcl_jax.evaluation.zero_shot import normalise
 def retrieval_ranks(
     items: Float[np.ndarray, "n d"],
     captions: Float[np.ndarray, "m d"],
-    owner: Int[np.ndarray, "m"],
+    owner: Int[np.ndarray, "k"],
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
     """Ranks of item -> caption and of caption -> item; `owner[j]` is the item of caption j."""
     if len(owner) != len(captions):

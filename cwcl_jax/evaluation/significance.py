@@ -74,7 +74,7 @@ def bootstrap_intervals(
 
 def paired_test(
     a: Shaped[np.ndarray, "n"],
-    b: Shaped[np.ndarray, "n"],
+    b: Shaped[np.ndarray, "m"],
     *,
     resamples: int = 10_000,
     confidence: float = 0.95,

@@ -40,7 +40,7 @@ def class_embeds(
 def label_ranks(
     embeds: Float[np.ndarray, "n d"],
     classes: Float[np.ndarray, "c d"],
-    labels: Int[np.ndarray, "n"],
+    labels: Int[np.ndarray, "k"],
     usable: Int[np.ndarray, "u"] | None = None,
 ) -> Int[np.ndarray, "n"]:
     """Rank (from 1) of every item's own class. Classes not in `usable` are no candidates."""
