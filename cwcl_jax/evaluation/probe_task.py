@@ -8,12 +8,13 @@ from jaxtyping import Float, Int
 from cwcl_jax.evaluation.classification import classified_items
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.evaluation.probe import few_shot_subset, fit_ridge, score_ranks
+from cwcl_jax.evaluation.ranking import NEVER
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.runner import Runner
 from cwcl_jax.evaluation.significance import bootstrap_intervals
 from cwcl_jax.evaluation.zero_shot import classification_chance, classification_metrics
 
-_Part = tuple[Float[np.ndarray, "n f"], Int[np.ndarray, "n"]]
+_Part = tuple[Float[np.ndarray, "_ f"], Int[np.ndarray, "_"]]  # features and labels
 
 
 def run_probe(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
@@ -88,13 +89,13 @@ def _few_shot(
 
 
 def _fit_and_rank(train: _Part, test: _Part, count: int) -> tuple[Int[np.ndarray, "n"], float]:
-    """Classes without training examples are no candidates: their items rank last."""
+    """Classes without training examples are no candidates: their items are never right."""
     seen = np.unique(train[1])
     ridge = fit_ridge(train[0], np.searchsorted(seen, train[1]), len(seen))
     scores = np.full((len(test[0]), count), -np.inf)
     scores[:, seen] = ridge.scores(np.asarray(test[0], np.float64))
     ranks = score_ranks(scores, test[1])
-    return np.where(np.isin(test[1], seen), ranks, count + 1), ridge.penalty
+    return np.where(np.isin(test[1], seen), ranks, NEVER), ridge.penalty
 
 
 def _is_share(key: str) -> bool:

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 TIE = 1e-6
+# The rank of a query that has no right candidate at all: wrong at every k.
+NEVER = int(np.iinfo(np.int64).max)
 # Queries and candidates of one tile: 32 MiB of float32 similarities (sizes: BUILD_NOTES.md).
 ROWS, COLUMNS = 4096, 2048
 _PAIRS = 1 << 16
@@ -37,7 +39,7 @@ def first_match_ranks(
 ) -> Int[np.ndarray, "n"]:
     """For every query the rank (from 1) of its best candidate of the same group.
 
-    A query whose group has no candidate gets m + 1: it is not right at any k.
+    A query whose group has no candidate gets `NEVER`.
     """
     return _ranks(queries, candidates, query_groups, candidate_groups, both=False)[0]
 
@@ -72,8 +74,8 @@ def _ranks(
     columns = _side(v, u, v_groups, u_groups, width=COLUMNS)
     u_better, v_better = _sweep_all(rows, columns, both=both)
     return (
-        np.where(rows.match.ravel() < 0, len(v), u_better)[: len(u)] + 1,
-        np.where(columns.match.ravel() < 0, len(u), v_better)[: len(v)] + 1,
+        np.where(rows.match.ravel() < 0, NEVER, u_better + 1)[: len(u)],
+        np.where(columns.match.ravel() < 0, NEVER, v_better + 1)[: len(v)],
     )
 
 

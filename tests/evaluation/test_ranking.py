@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from cwcl_jax.evaluation import ranking
-from cwcl_jax.evaluation.ranking import both_match_ranks, first_match_ranks
+from cwcl_jax.evaluation.ranking import NEVER, both_match_ranks, first_match_ranks
 
 
 def oracle(u, v, u_groups, v_groups):
@@ -15,7 +15,7 @@ def oracle(u, v, u_groups, v_groups):
     for row, group in zip(similar, u_groups, strict=True):
         order = np.argsort(-row, kind="stable")
         right = np.flatnonzero(v_groups[order] == group)
-        ranks.append(right[0] + 1 if len(right) else len(v) + 1)
+        ranks.append(right[0] + 1 if len(right) else NEVER)
     return np.array(ranks)
 
 
@@ -70,10 +70,10 @@ def test_collapsed_embeddings_score_chance():
     assert np.mean(ranks <= 5) == 0.5
 
 
-def test_query_without_a_match_ranks_behind_all():
+def test_query_without_a_match_is_wrong_at_every_k():
     u = np.eye(3, dtype=np.float32)
     ranks, back = both_match_ranks(u, u[:2], np.array([0, 1, 9]), np.array([0, 1]))
-    assert ranks.tolist() == [1, 1, 3]
+    assert ranks.tolist() == [1, 1, NEVER]
     assert back.tolist() == [1, 1]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_score, recall_score, top_k_accuracy_score
 
+from cwcl_jax.evaluation.ranking import NEVER
 from cwcl_jax.evaluation.zero_shot import (
     class_embeds,
     classification_chance,
@@ -66,7 +67,7 @@ def test_unusable_class_is_no_candidate_and_its_items_are_wrong():
     classes = np.eye(3, dtype=np.float32)
     usable = np.array([0, 2])
     ranks = label_ranks(classes, classes, np.arange(3), usable)
-    assert ranks.tolist() == [1, 3, 1]
+    assert ranks.tolist() == [1, NEVER, 1]
     assert 1 not in predict(classes, classes, usable)
     chance = classification_chance(np.arange(3), usable, (1, 5))
     assert chance["top1"] == pytest.approx(2 / 3 / 2)

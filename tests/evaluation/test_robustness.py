@@ -1,0 +1,81 @@
+"""Effective robustness."""
+
+import numpy as np
+import pytest
+
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.robustness import (
+    fit_line,
+    read_baselines,
+    robustness_points,
+    robustness_table,
+)
+
+
+def result(name, top1, inside="", classes=("a", "b")):
+    return TaskResult(
+        name,
+        "zero_shot",
+        "memory:x",
+        {"top1": top1},
+        extras={"class_names": list(classes)},
+        in_distribution=inside,
+    )
+
+
+def logit(p):
+    return np.log(p / (1 - p))
+
+
+def test_line_in_logit_space_is_recovered():
+    inside = np.array([0.3, 0.5, 0.7, 0.8])
+    shifted = 1 / (1 + np.exp(-(0.9 * logit(inside) - 0.7)))
+    line = fit_line(list(zip(inside.tolist(), shifted.tolist(), strict=True)))
+    assert line.slope == pytest.approx(0.9)
+    assert line.intercept == pytest.approx(-0.7)
+    assert line.expected(0.6) == pytest.approx(1 / (1 + np.exp(-(0.9 * logit(0.6) - 0.7))))
+
+
+def test_effective_robustness_is_the_distance_from_the_line_of_the_baselines():
+    results = [result("imagenet", 0.6), result("sketch", 0.5, "imagenet")]
+    table = robustness_table(results, {"sketch": [(0.5, 0.5), (0.7, 0.7)]})
+    assert table is not None
+    assert table.rows == (
+        ("sketch", "imagenet", "60.00", "50.00", "-10.00", "0.833", "60.00", "-10.00"),
+    )
+    assert table.notes == ()
+
+
+def test_without_baselines_no_line_is_assumed():
+    table = robustness_table([result("imagenet", 0.6), result("a", 0.2, "imagenet")])
+    assert table is not None
+    assert table.rows[0][-2:] == ("", "")
+    assert "baseline" in table.notes[0]
+    assert robustness_table([result("imagenet", 0.6)]) is None
+
+
+def test_other_classes_are_pointed_out():
+    table = robustness_table([result("i", 0.6), result("a", 0.2, "i", ("a",))])
+    assert table is not None
+    assert "other classes (1 against 2)" in table.notes[0]
+
+
+def test_missing_in_distribution_task_is_an_error():
+    with pytest.raises(ValueError, match="'imagenet', which did not run"):
+        robustness_points([result("a", 0.2, "imagenet")])
+
+
+def test_baseline_file_is_checked(tmp_path):
+    path = tmp_path / "baselines.csv"
+    path.write_text("task,in_distribution,shifted\nsketch,0.5,0.3\nsketch,0.7,0.5\n")
+    assert read_baselines(path) == {"sketch": [(0.5, 0.3), (0.7, 0.5)]}
+    path.write_text("task,in_distribution\nsketch,0.5\n")
+    with pytest.raises(ValueError, match="lacks the column"):
+        read_baselines(path)
+    path.write_text("task,in_distribution,shifted\nsketch,50,30\n")
+    with pytest.raises(ValueError, match="shares"):
+        read_baselines(path)
+    with pytest.raises(FileNotFoundError, match="robustness_baselines"):
+        read_baselines(tmp_path / "absent.csv")
+    with pytest.raises(ValueError, match="two with different"):
+        fit_line([(0.5, 0.3)])

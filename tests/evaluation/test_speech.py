@@ -1,0 +1,119 @@
+"""Intent and keyword tasks: dataset sentences, general templates, the text upper bound."""
+
+import numpy as np
+import pytest
+
+from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.report import terminal_report
+from cwcl_jax.evaluation.tasks import run_task
+from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
+
+INTENTS = ["red_circle", "blue_square"]
+WORDS = {
+    "red": np.array([1.0, 0, 0]),
+    "circle": np.array([1.0, 0, 0]),
+    "blue": np.array([0, 1.0, 0]),
+    "square": np.array([0, 1.0, 0]),
+    "star": np.array([0, 0, 1.0]),
+}
+# Level of the recording -> embedding: 100 sounds like the first intent, 101 like the second.
+TABLE = np.zeros((256, 3))
+TABLE[100], TABLE[101], TABLE[102] = [1, 0, 0], [0, 1, 0], [0, 0.2, 1]
+
+
+def recordings(values, labels, texts, names, **more):
+    return Memory(values, labels=labels, texts=texts, class_names=names, modality="speech", **more)
+
+
+def run(task):
+    return run_task("t", task, encode=Analytic(TABLE, WORDS), data=DATA, batch_size=4)
+
+
+def test_intents_with_dataset_templates_general_templates_and_upper_bound(monkeypatch):
+    test = recordings(
+        [100, 101, 101, 100],
+        [0, 1, 0, 1],
+        ["a red circle", "a blue square", "a circle", "a square"],
+        INTENTS,
+    )
+    # The other split numbers its classes in another way, and has one more.
+    devel = recordings(
+        [100, 100, 100],
+        [2, 0, 1],
+        ["circle", "the square", "a star"],
+        [INTENTS[1], "x", INTENTS[0]],
+    )
+    give_sources(monkeypatch, test=test, devel=devel)
+    task = TaskConfig(
+        kind="intent", source="memory:test", template_source="memory:devel", modality="speech"
+    )
+    result = run(task)
+    assert result.metrics["top1"] == result.metrics["top1_general"] == 0.5
+    assert result.metrics["top5"] == 1.0
+    assert result.metrics["text_top1"] == result.metrics["text_top1_general"] == 1.0
+    assert result.extras["prompt_sets"] == {"": ("dataset", 2), "_general": ("general", 96)}
+    shown = terminal_report([result])
+    assert "general (96), the text itself" in shown
+
+
+def test_intent_without_sentences_is_no_candidate_and_counts_as_wrong(monkeypatch):
+    test = recordings([100, 101], [0, 1], ["red", "blue"], INTENTS)
+    devel = recordings([100], [0], ["circle"], INTENTS)
+    give_sources(monkeypatch, test=test, devel=devel)
+    task = TaskConfig(
+        kind="intent", source="memory:test", template_source="memory:devel", modality="speech"
+    )
+    result = run(task)
+    assert result.metrics["top5"] == 0.5
+    assert result.metrics["top1_general"] == 1.0
+    assert "blue_square" in result.warnings[0]
+    assert "1 item(s) count as wrong" in result.warnings[0]
+
+
+def test_keywords_use_the_word_itself_and_show_the_supervised_figures(monkeypatch):
+    test = recordings([100, 101, 102], [0, 1, 2], None, ["circle", "square", "star"])
+    give_sources(monkeypatch, test=test)
+    result = run(TaskConfig(kind="keywords", source="memory:test", modality="speech"))
+    assert result.metrics["top1"] == 1.0
+    assert "text_top1" not in result.metrics
+    assert result.extras["prompt_sets"][""] == ("name", 3)
+    shown = terminal_report([result])
+    assert "KWT-2" in shown
+    assert "97.74" in shown
+
+
+def test_keywords_with_sentences_that_hold_the_word(monkeypatch):
+    test = recordings([100, 101], [0, 1], None, ["circle", "square"])
+    texts = Memory([0, 0, 0], texts=["a circle", "a big square", "nothing"])
+    give_sources(monkeypatch, test=test, texts=texts)
+    task = TaskConfig(
+        kind="keywords", source="memory:test", template_source="memory:texts", modality="speech"
+    )
+    assert run(task).extras["prompt_sets"][""] == ("dataset", 4)
+
+
+def test_recordings_shorter_than_a_frame_are_counted(monkeypatch):
+    test = recordings([100, 101], [0, 1], None, ["circle", "square"], samples=[399, 400])
+    give_sources(monkeypatch, test=test)
+    result = run(TaskConfig(kind="keywords", source="memory:test", modality="speech"))
+    assert "1 recording(s) are shorter than one frame (400 samples)" in result.warnings[0]
+
+
+def test_recordings_of_one_sentence_are_resampled_together(monkeypatch):
+    values, labels = [100] * 20 + [101] * 20, [0] * 20 + [0] * 20
+    test = recordings(values, labels, ["red"] * 20 + ["circle"] * 20, INTENTS)
+    give_sources(monkeypatch, test=test)
+    result = run(
+        TaskConfig(kind="intent", source="memory:test", templates="general", modality="speech")
+    )
+    assert result.metrics["top1"] == 0.5
+    assert result.intervals["top1"] == (0.0, 1.0)
+    assert len(np.unique(result.items["groups"])) == 2
+
+
+def test_general_templates_alone_are_the_first_set(monkeypatch):
+    give_sources(monkeypatch, test=recordings([100], [0], None, INTENTS))
+    task = TaskConfig(kind="intent", source="memory:test", templates="general", modality="speech")
+    result = run(task)
+    assert list(result.extras["prompt_sets"]) == [""]
+    assert result.metrics["top1"] == pytest.approx(1.0)

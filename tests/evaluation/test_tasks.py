@@ -1,0 +1,251 @@
+"""Whole tasks with an analytic model: accuracies and recalls are known beforehand."""
+
+import numpy as np
+import pytest
+
+from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
+from cwcl_jax.evaluation.tasks import run_task, run_tasks
+from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
+
+SHAPES = ["circle", "square", "star"]
+AXES = dict(zip(SHAPES, np.eye(3), strict=True))
+
+
+def table(*rows):
+    """Grey value -> embedding."""
+    full = np.zeros((256, 3))
+    full[: len(rows)] = rows
+    return full
+
+
+# Grey 0, 1, 2 are a circle, a square, a star; 3 looks like a square, then a star, then a circle.
+MODEL = table([1, 0, 0], [0, 1, 0], [0, 0, 1], [0.1, 0.9, 0.4])
+
+
+def run(task, encode, **options):
+    return run_task("t", task, encode=encode, data=DATA, batch_size=4, **options)
+
+
+def test_zero_shot_accuracy_of_the_analytic_model(monkeypatch):
+    # Nine right; a circle whose own class comes third, and a star whose own comes second.
+    source = Memory(
+        [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3],
+        labels=[0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 2],
+        class_names=SHAPES,
+    )
+    give_sources(monkeypatch, x=source)
+    result = run(TaskConfig(source="memory:x", top_k=(1, 2, 3)), Analytic(MODEL, AXES))
+    assert result.metrics["top1"] == pytest.approx(9 / 11)
+    assert result.metrics["top2"] == pytest.approx(10 / 11)
+    assert result.metrics["top3"] == 1.0
+    assert result.metrics["mean_per_class_recall"] == pytest.approx((3 / 4 + 1 + 3 / 4) / 3)
+    assert result.chance["top1"] == pytest.approx(1 / 3)
+    low, high = result.intervals["top1"]
+    assert low < 9 / 11 < high
+    worst = result.extras["per_class"][0]
+    assert (worst["class"], worst["mistaken for"], worst["times"]) == ("circle", "square", 1)
+
+
+def test_first_templates_make_other_class_embeddings(monkeypatch):
+    """One word of the tenth template pulls every class to the square: only k = 1 is right."""
+    give_sources(monkeypatch, x=Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
+    words = {**AXES, "see": np.array([0.0, 99.0, 0.0])}
+    task = TaskConfig(source="memory:x", template_counts=(1, 5, 10))
+    result = run(task, Analytic(MODEL, words))
+    assert result.metrics["top1_k1"] == result.metrics["top1_k5"] == 1.0
+    assert result.metrics["top1_k10"] == result.metrics["top1"]
+    assert result.extras["prompt_sets"]["_k5"] == ("simple, k=5", 15)
+
+
+def test_every_batch_has_one_shape_and_padding_is_dropped(monkeypatch):
+    give_sources(monkeypatch, x=Memory([0, 1, 2] * 3, labels=[0, 1, 2] * 3, class_names=SHAPES))
+    encode = Analytic(MODEL, AXES)
+    result = run(TaskConfig(source="memory:x"), encode)
+    assert {shape for shape in encode.shapes if shape[0] == "image"} == {("image", (4, 16, 16, 3))}
+    assert len([shape for shape in encode.shapes if shape[0] == "text"]) == 1
+    assert len(result.items["ids"]) == 9
+    assert result.metrics["top1"] == 1.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
+def test_batch_size_does_not_change_the_numbers(monkeypatch, batch_size):
+    source = Memory([0, 1, 2, 3, 3], labels=[0, 1, 2, 0, 2], class_names=SHAPES)
+    give_sources(monkeypatch, x=source)
+    result = run_task(
+        "t",
+        TaskConfig(source="memory:x"),
+        encode=Analytic(MODEL, AXES),
+        data=DATA,
+        batch_size=batch_size,
+    )
+    assert result.items["rank"].tolist() == [1, 1, 1, 3, 2]
+
+
+def test_subset_leaves_out_items_and_candidates_and_says_so(monkeypatch, tmp_path):
+    (tmp_path / "subset.txt").write_text("circle\nstar\n")
+    source = Memory([0, 1, 2, 3], labels=[0, 1, 2, 2], class_names=SHAPES)
+    give_sources(monkeypatch, x=source)
+    task = TaskConfig(source="memory:x", class_subset=str(tmp_path / "subset.txt"))
+    result = run(task, Analytic(MODEL, AXES))
+    assert result.items["ids"].tolist() == ["item-0", "item-2", "item-3"]
+    assert result.metrics["top1"] == 1.0  # grey 3 is no square any more
+    assert result.chance["top1"] == 0.5
+    assert "1 of 4 items belong to classes that are no candidates" in result.warnings[0]
+
+
+def test_duplicate_class_names_are_warned_of_and_tie_to_the_lower_index(monkeypatch):
+    names = ["circle", "square", "circle"]
+    give_sources(monkeypatch, x=Memory([0, 1, 0], labels=[0, 1, 2], class_names=names))
+    result = run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES))
+    assert result.items["rank"].tolist() == [1, 1, 2]
+    assert "stand for more than one class" in result.warnings[0]
+
+
+def test_border_is_cut_off_before_resizing(monkeypatch):
+    class Framed(Memory):
+        def read(self, index, fields):
+            example = super().read(index, fields)
+            if "image" in example:
+                example["image"].paste((255, 0, 0), (0, 0, 16, 2))
+                example["image"].paste((255, 0, 0), (0, 0, 2, 16))
+            return example
+
+    give_sources(monkeypatch, x=Framed([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
+    assert run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES)).metrics["top1"] < 1
+    cut = TaskConfig(source="memory:x", crop_border=2)
+    assert run(cut, Analytic(MODEL, AXES)).metrics["top1"] == 1.0
+
+
+def test_retrieval_recalls_of_the_analytic_model(monkeypatch):
+    source = Memory(
+        [0, 1, 2, 3],
+        texts=[["a circle", "circle circle"], ["a square"], ["a star"], ["a circle and a star"]],
+    )
+    give_sources(monkeypatch, x=source)
+    task = TaskConfig(kind="retrieval", source="memory:x", recall_k=(1, 2, 3))
+    result = run(task, Analytic(MODEL, AXES))
+    # Picture 3 (0.1, 0.9, 0.4): square 0.91, star 0.40, circle-and-star 0.36, circle 0.10.
+    assert result.items["image_to_text_rank"].tolist() == [1, 1, 1, 3]
+    assert result.metrics["image_to_text_R@1"] == 0.75
+    assert result.metrics["image_to_text_R@3"] == 1.0
+    # "a circle and a star": pictures 0 and 2 score 0.71, picture 3 scores 0.36.
+    assert result.items["text_to_image_rank"].tolist() == [1, 1, 1, 1, 3]
+    assert result.metrics["text_to_image_R@1"] == 0.8
+    assert result.metrics["text_to_image_median_rank"] == 1.0
+    assert result.chance["image_to_text_R@1"] == pytest.approx((2 + 1 + 1 + 1) / 4 / 5)
+
+
+def test_alignment_of_the_analytic_model(monkeypatch):
+    source = Memory([0, 1, 2] * 4, labels=[0, 1, 2] * 4, texts=SHAPES * 4, class_names=SHAPES)
+    give_sources(monkeypatch, x=source)
+    task = TaskConfig(kind="alignment", source="memory:x", classes=3, items_per_class=3)
+    result = run(task, Analytic(MODEL, AXES))
+    assert result.metrics["block_diagonality"] == pytest.approx(1.0)
+    assert result.metrics["modality_gap"] == pytest.approx(0.0, abs=1e-6)
+    assert result.items["matrix"].shape == (9, 9)
+    assert result.items["matrix_classes"].tolist() == ["circle"] * 3 + ["square"] * 3 + ["star"] * 3
+    np.testing.assert_allclose(result.items["matrix"], np.kron(np.eye(3), np.ones((3, 3))))
+
+
+def test_probe_learns_classes_that_have_no_words(monkeypatch):
+    """Both classes look alike to the text side; labelled examples tell them apart."""
+    model = table([1, 0, 0], [0.9, 0.1, 0], [0.95, 0, 0.3], [0.85, 0.1, 0.3])
+    give_sources(
+        monkeypatch,
+        train=Memory([0, 1, 2, 3] * 6, labels=[0, 0, 1, 1] * 6, class_names=["ring", "moon"]),
+        test=Memory([3, 2, 1, 0, 0], labels=[1, 1, 0, 0, 0], class_names=["ring", "moon"]),
+    )
+    encode = Analytic(model, {})
+    task = TaskConfig(kind="linear_probe", source="memory:test", train_source="memory:train")
+    result = run(task, encode)
+    assert result.metrics["top1"] == 1.0
+    assert result.chance["top1"] == 0.5
+    few = TaskConfig(
+        kind="few_shot", source="memory:test", train_source="memory:train", shots=(1, 4), repeats=3
+    )
+    result = run(few, encode)
+    assert result.metrics["top1_shots4"] == 1.0
+    assert result.chance["top1_shots1"] == 0.5
+    assert result.items["hit_top1_shots1"].shape == (5,)
+    features = TaskConfig(
+        kind="linear_probe",
+        source="memory:test",
+        train_source="memory:train",
+        features="features",
+    )
+    with pytest.raises(ValueError, match="before its projection head"):
+        run(features, encode)
+    assert run(features, encode, features=encode).metrics["top1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (TaskConfig(), "source is empty"),
+        (TaskConfig(source="memory:bare"), "no class names"),
+        (TaskConfig(source="memory:bare", class_names="a,b"), "has no label"),
+        (TaskConfig(source="memory:x", templates="dataset"), "needs template_source"),
+        (TaskConfig(source="memory:x", template_counts=(11,)), "k=11"),
+        (TaskConfig(kind="retrieval", source="memory:x"), "have no caption"),
+        (TaskConfig(kind="alignment", source="memory:x"), "have no text"),
+        (TaskConfig(kind="linear_probe", source="memory:x"), "needs train_source"),
+        (TaskConfig(kind="intent", source="memory:x"), "set template_source"),
+    ],
+)
+def test_bad_tasks_are_named_with_the_remedy(monkeypatch, task, message):
+    give_sources(
+        monkeypatch,
+        x=Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES),
+        bare=Memory([0, 1]),
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        run(task, Analytic(MODEL, AXES))
+    assert "evaluation task 't'" in str(error.value)
+
+
+def test_unusable_items_are_left_out_and_counted(monkeypatch):
+    from cwcl_jax.data.skipping import BadExample
+
+    class Broken(Memory):
+        def read(self, index, fields):
+            if index == 1 and "image" in fields:
+                raise BadExample("image unreadable", "cut short")
+            return super().read(index, fields)
+
+    give_sources(monkeypatch, x=Broken([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
+    result = run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES))
+    assert result.items["ids"].tolist() == ["item-0", "item-2"]
+    assert "1 of 3 examples were unusable" in result.warnings[0]
+    assert "image unreadable: 1" in result.warnings[0]
+
+
+def test_tasks_run_in_order_and_log_under_their_names(monkeypatch):
+    give_sources(monkeypatch, x=Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
+    config = EvaluationConfig(
+        batch_size=4,
+        tasks={
+            "b": TaskConfig(source="memory:x"),
+            "a": TaskConfig(source="memory:x", max_items=2),
+        },
+    )
+    results = run_tasks(config, encode=Analytic(MODEL, AXES), data=DATA)
+    assert [result.name for result in results] == ["b", "a"]
+    assert len(results[1].items["ids"]) == 2
+    assert results[0].flat()["b/top1"] == 1.0
+    assert results[0].seconds["encode"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "zeroshot"}, "kind='zeroshot' is not known"),
+        ({"top_k": (0,)}, "at least 1"),
+        ({"confidence": 95.0}, "between 0 and 1"),
+        ({"unmapped_classes": "skip"}, "unmapped_classes"),
+    ],
+)
+def test_options_are_checked_when_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TaskConfig(**fields)
+    with pytest.raises(ValueError, match="batch_size"):
+        EvaluationConfig(batch_size=0)
