@@ -108,12 +108,12 @@ def _decode_for_webdataset(sample: tuple[bytes, bytes]) -> tuple[np.ndarray, str
 def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> float | None:
     """Images per second of `webdataset` with its worker processes; None where it is missing."""
     try:
-        import webdataset
+        from webdataset import WebDataset, WebLoader  # pyright: ignore
     except ImportError:
         return None
-    dataset = webdataset.WebDataset(paths * 1000, shardshuffle=False, empty_check=False)
+    dataset = WebDataset(paths * 1000, shardshuffle=False, empty_check=False)
     dataset = dataset.shuffle(200).to_tuple("jpg", "txt").map(_decode_for_webdataset)
-    loader = webdataset.WebLoader(dataset.batched(batch), batch_size=None, num_workers=workers)
+    loader = WebLoader(dataset.batched(batch), batch_size=None, num_workers=workers)
     return _rate(iter(loader), batch, seconds)
 
 

@@ -43,11 +43,11 @@ class Draws:
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
         return (state ^ (state >> 31)) * bound >> 64
 
-    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+    def uniform(self, low: float | int = 0, high: float | int = 1) -> float:
         """A float in [low, high) with 32 random bits."""
         return low + (high - low) * (self.below(1 << 32) / (1 << 32))
 
-    def chance(self, share: float) -> bool:
+    def chance(self, share: float | int) -> bool:
         """True for this share of the calls."""
         return self.below(1 << 32) < share * (1 << 32)
 

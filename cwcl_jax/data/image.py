@@ -16,6 +16,8 @@ from cwcl_jax.data.options import ImageInputs
 from cwcl_jax.data.skipping import BadExample
 
 _BICUBIC = Image.Resampling.BICUBIC
+_MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
+_DRAFT_MARGIN = 1.5
 _ORIENTATION = 0x0112
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError)
 Box = tuple[float, float, float, float]
@@ -31,10 +33,7 @@ def train_pixels(
         box = random_crop_box(*upright, inputs.crop_min_area, draws)
     else:
         box = _centre_box(*upright, 1.0)
-    pixels = _cut(image, upright, box, inputs.size)
-    if inputs.flip and draws.chance(0.5):
-        pixels = pixels[:, ::-1]
-    return pixels
+    return _cut(image, upright, box, inputs.size, mirror=inputs.flip and draws.chance(0.5))
 
 
 def eval_pixels(data: bytes | Image.Image, inputs: ImageInputs) -> UInt8[np.ndarray, "h w 3"]:
@@ -116,12 +115,13 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _cut(
-    image: Image.Image, upright: tuple[int, int], box: Box, size: int
+    image: Image.Image, upright: tuple[int, int], box: Box, size: int, *, mirror: bool = False
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes, cuts out the box of the upright picture and resizes it."""
     if image.format == "JPEG":
-        # The decoder itself scales by 1/2, 1/4 or 1/8, as long as the box keeps enough pixels.
-        share = size / min(box[2] - box[0], box[3] - box[1])
+        # The decoder itself scales by 1/2, 1/4 or 1/8, as long as the box keeps enough pixels for
+        # the resampling behind it to be the one that decides what is seen.
+        share = _DRAFT_MARGIN * size / min(box[2] - box[0], box[3] - box[1])
         if share <= 0.5:
             wanted = math.ceil(image.width * share), math.ceil(image.height * share)
             image.draft(image.mode, wanted)
@@ -130,6 +130,7 @@ def _cut(
         x, y = rgb.width / upright[0], rgb.height / upright[1]
         right, bottom = min(box[2] * x, float(rgb.width)), min(box[3] * y, float(rgb.height))
         box = (box[0] * x, box[1] * y, right, bottom)
-    if rgb.size == (size, size) and box == (0, 0, size, size):
-        return np.asarray(rgb)
-    return np.asarray(rgb.resize((size, size), _BICUBIC, box=box, reducing_gap=2.0))
+    if rgb.size != (size, size) or box != (0, 0, size, size):
+        rgb = rgb.resize((size, size), _BICUBIC, box=box, reducing_gap=2.0)
+    # Pillow mirrors faster than a copy of a numpy view with a negative stride.
+    return np.asarray(rgb.transpose(_MIRROR) if mirror else rgb)

@@ -55,6 +55,8 @@ class _ChunkedReader:
         ahead = max(threads, self._per_batch * max(1, config.prefetch))
 
         def load_chunk(number: int) -> Batch:
+            if not self._open:  # What was asked for before the close needs no more work.
+                return {}
             step, chunk = divmod(int(number), self._per_batch)
             return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
 
@@ -62,9 +64,11 @@ class _ChunkedReader:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         self._dataset = chunks.to_iter_dataset(options)
         self._iterator: Any = None
+        self._open = False
 
     def start(self, step: int) -> None:
         self.close()
+        self._open = True
         self._iterator = iter(self._dataset)
         self._iterator.set_state({"next_index": step * self._per_batch})
 
@@ -72,6 +76,7 @@ class _ChunkedReader:
         return _concatenate([next(self._iterator) for _ in range(self._per_batch)])
 
     def close(self) -> None:
+        self._open = False
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None

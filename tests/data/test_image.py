@@ -1,0 +1,222 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.image import (
+    decode_rgb,
+    eval_pixels,
+    open_image,
+    random_crop_box,
+    train_pixels,
+)
+from cwcl_jax.data.options import ImageInputs
+from cwcl_jax.data.skipping import BadExample
+from tests.data.making import encoded, jpeg, pixels
+
+SQUARE = pixels(3, 32, 32)
+
+
+def _decoded(data: bytes) -> np.ndarray:
+    return np.asarray(decode_rgb(open_image(data, 10**9)))
+
+
+def test_rgb_png_comes_back_exactly():
+    np.testing.assert_array_equal(_decoded(encoded(Image.fromarray(SQUARE))), SQUARE)
+
+
+def test_palette_pictures_show_their_colours():
+    palette = Image.fromarray(SQUARE).quantize(64)
+    expected = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(_decoded(encoded(palette)), expected)
+    np.testing.assert_array_equal(_decoded(encoded(palette, "GIF")), expected)
+
+
+def test_transparent_parts_become_white():
+    rgba = np.dstack([SQUARE, np.full((32, 32), 255, np.uint8)])
+    rgba[:8, :8] = (10, 200, 30, 0)
+    seen = _decoded(encoded(Image.fromarray(rgba)))
+    assert (seen[:8, :8] == 255).all()
+    np.testing.assert_array_equal(seen[8:], SQUARE[8:])
+
+
+def test_a_transparent_palette_colour_becomes_white():
+    palette = Image.fromarray(np.zeros((8, 8), np.uint8), "P")
+    palette.putpalette([200, 10, 10] * 256)
+    assert (_decoded(encoded(palette, transparency=0)) == 255).all()
+    assert (_decoded(encoded(palette)) == (200, 10, 10)).all()
+
+
+def test_cmyk_jpegs_keep_their_colours():
+    cmyk = Image.fromarray(SQUARE).convert("CMYK")
+    seen = _decoded(encoded(cmyk, "JPEG", quality=95)).astype(int)
+    assert np.abs(seen - SQUARE).mean() < 8
+
+
+def test_grey_and_two_channel_pictures_become_rgb():
+    grey = SQUARE[:, :, 0]
+    np.testing.assert_array_equal(_decoded(encoded(Image.fromarray(grey)))[:, :, 2], grey)
+    alpha = Image.merge("LA", [Image.fromarray(grey), Image.new("L", (32, 32), 255)])
+    np.testing.assert_array_equal(_decoded(encoded(alpha))[:, :, 1], grey)
+
+
+def test_sixteen_bit_grey_keeps_its_range():
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    seen = _decoded(encoded(Image.fromarray(ramp)))
+    assert seen.min() == 0
+    assert seen.max() == 255
+    assert np.abs(seen[:, :, 0].astype(float) - ramp / 257).max() <= 1
+
+
+def _with_orientation(upright: np.ndarray, orientation: int) -> bytes:
+    """A JPEG whose stored pixels, turned as the tag says, are `upright`."""
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotations_are_undone_before_the_crop(orientation):
+    upright = pixels(5, 96, 128)
+    inputs = ImageInputs(size=32, eval_resize=40)
+    seen = eval_pixels(_with_orientation(upright, orientation), inputs).astype(int)
+    expected = eval_pixels(Image.fromarray(upright), inputs)
+    assert np.abs(seen - expected).mean() < 2
+    box_draws = Draws(1), Draws(1)
+    random = ImageInputs(size=32, crop_min_area=0.3)
+    one = train_pixels(_with_orientation(upright, orientation), random, box_draws[0])
+    two = train_pixels(Image.fromarray(upright), random, box_draws[1])
+    assert np.abs(one.astype(int) - two).mean() < 2
+
+
+def test_evaluation_resizes_the_shorter_side_and_cuts_the_centre():
+    image = Image.fromarray(pixels(1, 60, 90))
+    seen = eval_pixels(image, ImageInputs(size=28, eval_resize=32))
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized)[2:30, 10:38]
+    assert np.abs(seen.astype(int) - expected).max() <= 3
+
+
+def test_a_picture_of_the_asked_size_is_left_alone():
+    inputs = ImageInputs(size=32)
+    np.testing.assert_array_equal(eval_pixels(Image.fromarray(SQUARE), inputs), SQUARE)
+    np.testing.assert_array_equal(train_pixels(Image.fromarray(SQUARE), inputs, Draws(0)), SQUARE)
+
+
+def test_the_scaled_decoder_sees_nearly_the_same_picture():
+    big = pixels(2, 600, 800)
+    data = encoded(Image.fromarray(big), "JPEG", quality=95)
+    inputs = ImageInputs(size=64)
+    scaled, whole = eval_pixels(data, inputs), eval_pixels(Image.fromarray(big), inputs)
+    assert np.abs(scaled.astype(int) - whole).mean() < 2
+
+
+def test_crops_stay_inside_and_cover_at_least_the_asked_area():
+    draws = Draws(8)
+    areas = []
+    for _ in range(300):
+        left, top, right, bottom = random_crop_box(100, 60, 0.25, draws)
+        assert 0 <= left < right <= 100
+        assert 0 <= top < bottom <= 60
+        areas.append((right - left) * (bottom - top) / 6000)
+        assert 0.74 < (right - left) / (bottom - top) < 1.34
+    assert min(areas) >= 0.25 - 1e-6
+    assert max(areas) > 0.75
+
+
+def test_crop_and_flip_follow_the_draws():
+    inputs = ImageInputs(size=16, crop_min_area=0.2, flip=True)
+    image = Image.fromarray(SQUARE)
+    first, second = train_pixels(image, inputs, Draws(1)), train_pixels(image, inputs, Draws(1))
+    np.testing.assert_array_equal(first, second)
+    assert len({train_pixels(image, inputs, Draws(k)).tobytes() for k in range(8)}) == 8
+
+
+def test_half_of_the_pictures_are_mirrored():
+    inputs = ImageInputs(size=32, flip=True)
+    image = Image.fromarray(SQUARE)
+    seen = [train_pixels(image, inputs, Draws(k)) for k in range(200)]
+    mirrored = [np.array_equal(pixels_, SQUARE[:, ::-1]) for pixels_ in seen]
+    same = [np.array_equal(pixels_, SQUARE) for pixels_ in seen]
+    assert sum(mirrored) + sum(same) == 200
+    assert 70 < sum(mirrored) < 130
+
+
+@pytest.mark.parametrize("height_width", [(1, 1), (1, 50), (50, 1)])
+def test_tiny_pictures_are_enlarged(height_width):
+    image = Image.fromarray(pixels(0, *height_width))
+    for inputs in (ImageInputs(size=8), ImageInputs(size=8, crop_min_area=0.1, eval_resize=10)):
+        assert eval_pixels(image, inputs).shape == (8, 8, 3)
+        assert train_pixels(image, inputs, Draws(0)).shape == (8, 8, 3)
+
+
+def _huge_png(width: int, height: int) -> bytes:
+    """A PNG that claims to be huge: header alone, no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        sum_ = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", sum_)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("side", [10_000, 16_000, 60_000])
+def test_a_hundred_megapixels_are_refused_before_decoding(side):
+    with pytest.raises(BadExample, match="too large") as caught:
+        eval_pixels(_huge_png(side, side), ImageInputs())
+    assert caught.value.kind == "image too large"
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "image empty"),
+        (b"not a picture", "image unreadable"),
+        (jpeg()[:-200], "image unreadable"),
+        (jpeg(0, 100, 100)[:600], "image unreadable"),
+        (encoded(Image.fromarray(SQUARE))[:-40], "image unreadable"),
+        (jpeg()[:20], "image unreadable"),
+    ],
+)
+def test_broken_pictures_are_bad_examples(data, kind):
+    for function in (eval_pixels, lambda d, i: train_pixels(d, i, Draws(0))):
+        with pytest.raises(BadExample) as caught:
+            function(data, ImageInputs())
+        assert caught.value.kind == kind
+
+
+def test_random_damage_never_ends_the_run():
+    whole = bytearray(jpeg(4, 64, 64))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        data = bytearray(whole)
+        for place in rng.integers(2, len(data), 8):
+            data[place] = rng.integers(256)
+        try:
+            assert eval_pixels(bytes(data), ImageInputs(size=16)).shape == (16, 16, 3)
+        except BadExample:
+            pass
+
+
+def test_webp_and_other_formats_are_read():
+    for kind in ("WEBP", "BMP", "TIFF", "GIF"):
+        buffer = io.BytesIO()
+        Image.fromarray(SQUARE).save(buffer, kind)
+        assert eval_pixels(buffer.getvalue(), ImageInputs(size=16)).shape == (16, 16, 3)

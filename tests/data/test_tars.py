@@ -1,0 +1,282 @@
+import io
+import os
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources import tar_index as tar_index_module
+from cwcl_jax.data.sources.tar_index import build_index, load_index
+from cwcl_jax.data.sources.tars import clip_benchmark_templates
+from tests.data.making import jpeg, pairs, write_tar
+
+
+def _expected(path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar.getmembers() if m.isfile()}
+
+
+def _read_back(path) -> dict[str, bytes]:
+    index, data = build_index(str(path)), path.read_bytes()
+    found = {}
+    for row in index.table:
+        for part in tar_index_module.PARTS:
+            offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
+            if size >= 0:
+                found[row["key"].decode(), part] = data[offset : offset + size]
+    return found
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, 0])
+@pytest.mark.parametrize("folder", ["", "part/", "long" * 30 + "/" + "x" * 90 + "/"])
+def test_the_index_finds_what_tarfile_finds(tmp_path, tar_format, folder):
+    if tar_format == tarfile.USTAR_FORMAT and len(folder) > 200:
+        pytest.skip("plain ustar has no room for such names")
+    members = [(folder + name, data) for name, data in pairs(7)]
+    members.append((f"{folder}ünïcode.jpg", b"picture"))
+    path = tmp_path / "a.tar"
+    write_tar(path, members, tar_format)
+    found = _read_back(path)
+    kinds = {"jpg": "image", "txt": "text", "json": "json"}
+    expected = {
+        (name.rsplit(".", 1)[0], kinds[name.rsplit(".", 1)[1]]): data
+        for name, data in _expected(path).items()
+    }
+    assert found == expected
+
+
+def test_a_window_border_may_fall_anywhere(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar"
+    write_tar(path, pairs(20))
+    whole = _read_back(path)
+    for window in (512, 1024, 5000, 1 << 14):
+        monkeypatch.setattr(tar_index_module, "_WINDOW", window)
+        assert _read_back(path) == whole
+
+
+def test_folders_and_links_are_passed_over(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo(f"odd-{kind.decode()}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("real.jpg")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert _read_back(path) == {("real", "image"): b"abc"}
+
+
+def test_samples_come_with_picture_caption_and_id(tmp_path):
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard:05d}.tar", pairs(4, first=4 * shard))
+    source = open_source(f"tars:{tmp_path}/{{00000..00002}}.tar")
+    assert len(source) == 12
+    example = source[9]
+    assert example["id"] == "00002.tar/000000009"
+    assert example["text"] == "caption 9"
+    assert example["image"] == jpeg(9)
+    assert len(open_source(f"tars:{tmp_path}")) == 12
+
+
+def test_captions_can_come_from_a_json_field(tmp_path):
+    many = b'{"caption": ["one", "two"], "none": null}'
+    write_tar(tmp_path / "0.tar", [*pairs(1), ("x.jpg", b"x"), ("x.json", many)])
+    source = open_source(f"tars:{tmp_path}/0.tar?text=json:caption")
+    assert source.read(0, ("text",))["text"] == "field 0"
+    assert source.read(1, ("text",))["text"] == ["one", "two"]
+    none = open_source(f"tars:{tmp_path}/0.tar?text=json:none")
+    assert none.read(1, ("text",))["text"] is None
+
+
+def test_missing_members_are_missing_fields(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"1"), ("b.txt", b"words"), ("c.json", b"no json")])
+    source = open_source(f"tars:{tmp_path}/0.tar")
+    assert set(source[0]) == {"id", "image"}
+    assert set(source[1]) == {"id", "text"}
+    broken = open_source(f"tars:{tmp_path}/0.tar?text=json:caption")
+    with pytest.raises(BadExample, match="json unreadable"):
+        broken[2]
+
+
+def test_a_truncated_tar_loses_its_last_samples_only(tmp_path, caplog):
+    path = tmp_path / "0.tar"
+    write_tar(path, pairs(10))
+    whole = len(build_index(str(path)))
+    data = path.read_bytes()
+    for keep in (len(data) // 2, len(data) // 2 // 512 * 512, 700):
+        path.write_bytes(data[:keep])
+        index = build_index(str(path))
+        assert index.truncated
+        assert len(index) < whole
+        assert "truncated" in caplog.text
+        for row in index.table:
+            for part in ("image", "text", "json"):
+                assert row[f"{part}_offset"] + max(0, row[f"{part}_size"]) <= keep
+
+
+def test_a_tar_that_shrinks_after_it_was_indexed_is_skipped_not_fatal(tmp_path):
+    path = tmp_path / "0.tar"
+    write_tar(path, pairs(5))
+    source = open_source(f"tars:{path}")
+    os.truncate(path, 2000)
+    with pytest.raises(BadExample, match="truncated"):
+        source[4]
+
+
+def test_names_that_point_outside_are_only_names(tmp_path):
+    outside = tmp_path / "outside.jpg"
+    members = [(f"../{outside.name}", b"evil"), (str(outside) + "x.jpg", b"evil")]
+    write_tar(tmp_path / "0.tar", [*members, *pairs(1)])
+    source = open_source(f"tars:{tmp_path}/0.tar")
+    before = sorted(tmp_path.rglob("*"))
+    for index in range(len(source)):
+        source[index]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not outside.exists()
+
+
+def test_the_index_is_kept_and_made_again_when_the_tar_changes(tmp_path, monkeypatch):
+    path = tmp_path / "0.tar"
+    write_tar(path, pairs(3))
+    assert len(load_index(str(path))) == 3
+    kept = tmp_path / "0.tar.offsets"
+    assert kept.exists()
+
+    def refuse(path):
+        raise AssertionError(f"{path} was scanned again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tar_index_module, "build_index", refuse)
+        assert len(load_index(str(path))) == 3
+    write_tar(path, pairs(5))
+    assert len(load_index(str(path))) == 5
+    kept.write_bytes(b"half a file")
+    assert len(load_index(str(path))) == 5
+
+
+def test_same_size_and_another_time_is_another_tar(tmp_path):
+    path = tmp_path / "0.tar"
+    write_tar(path, [("a.txt", b"one"), ("b.txt", b"two")])
+    load_index(str(path))
+    size = path.stat().st_size
+    write_tar(path, [("c.txt", b"one"), ("d.txt", b"two")])
+    os.utime(path, ns=(1, 1))
+    assert path.stat().st_size == size
+    assert load_index(str(path)).table["key"].tolist() == [b"c", b"d"]
+
+
+def test_indexes_go_to_the_cache_folder_when_one_is_named(tmp_path):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    write_tar(data / "0.tar", pairs(2))
+    source = open_source(f"tars:{data}/0.tar", cache_dir=str(cache))
+    assert len(source) == 2
+    assert [p.name for p in data.iterdir()] == ["0.tar"]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_tar(data / "0.tar", pairs(2))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    original = tar_index_module._write
+
+    def write(place, index):
+        if data in place.parents:
+            raise PermissionError(place)
+        original(place, index)
+
+    monkeypatch.setattr(tar_index_module, "_write", write)
+    assert len(load_index(str(data / "0.tar"))) == 2
+    assert list((tmp_path / "home").rglob("*.offsets"))
+
+
+def test_a_file_that_is_no_tar_is_an_error(tmp_path):
+    (tmp_path / "0.tar").write_bytes(b"\x1f\x8b" + b"zipped" * 200)
+    with pytest.raises(ValueError, match="decompressed"):
+        open_source(f"tars:{tmp_path}/0.tar")
+
+
+def test_missing_tars_are_counted_and_named(tmp_path):
+    write_tar(tmp_path / "0.tar", pairs(1))
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 tars .*1\.tar"):
+        open_source(f"tars:{tmp_path}/{{0..2}}.tar")
+
+
+def test_the_fingerprint_does_not_change_with_the_place(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    write_tar(tmp_path / "one" / "0.tar", pairs(2))
+    shutil.copy(tmp_path / "one" / "0.tar", tmp_path / "two" / "0.tar")
+    prints = [open_source(f"tars:{tmp_path}/{n}/0.tar").fingerprint() for n in ("one", "two")]
+    assert prints[0] == prints[1]
+    write_tar(tmp_path / "two" / "0.tar", pairs(3))
+    assert open_source(f"tars:{tmp_path}/two/0.tar").fingerprint() != prints[0]
+
+
+def test_more_tars_than_open_files(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(300):
+        write_tar(tmp_path / f"{number:05d}.tar", [("a.txt", str(number).encode())])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 280), hard))
+    try:
+        source = open_source(f"tars:{tmp_path}/{{00000..00299}}.tar")
+        texts = [source[i]["text"] for i in range(300)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert texts == [str(number) for number in range(300)]
+
+
+def test_tars_can_be_sent_to_another_process(tmp_path):
+    write_tar(tmp_path / "0.tar", pairs(2))
+    source = open_source(f"tars:{tmp_path}/0.tar")
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+def _benchmark_folder(root, retrieval: bool):
+    (root / "test").mkdir(parents=True)
+    (root / "test" / "nshards.txt").write_text("2\n")
+    for shard in range(2):
+        members = []
+        for number in range(3):
+            key = f"s{shard * 3 + number:07d}"
+            members.append((f"{key}.webp", jpeg(number)))
+            if retrieval:
+                members.append((f"{key}.txt", f"first {number}\nsecond {number}\n".encode()))
+            else:
+                members.append((f"{key}.cls", str(number % 2).encode()))
+        write_tar(root / "test" / f"{shard}.tar", members)
+    (root / "classnames.txt").write_text("crane\ncrane bird\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.\n")
+
+
+def test_clip_benchmark_classification(tmp_path):
+    _benchmark_folder(tmp_path, retrieval=False)
+    source = open_source(f"clip_benchmark:{tmp_path}")
+    assert source.class_names == ["crane", "crane bird"]
+    labels = [source.read(i, ("label",))["label"] for i in range(6)]
+    assert labels == [0, 1, 0, 0, 1, 0]
+    assert clip_benchmark_templates(str(tmp_path)) == ["a photo of a {}."]
+
+
+def test_clip_benchmark_retrieval_has_one_caption_a_line(tmp_path):
+    _benchmark_folder(tmp_path, retrieval=True)
+    source = open_source(f"clip_benchmark:{tmp_path}?split=test")
+    assert source[4]["text"] == ["first 1", "second 1"]
+    assert "label" not in source[4]
+
+
+def test_keys_are_cut_at_the_first_dot(tmp_path):
+    members = [("a.b/x.seg.png", b"1"), ("a.b/x.txt", b"t"), (".hidden.jpg", b"h"), ("noext", b"n")]
+    write_tar(tmp_path / "0.tar", members)
+    table = build_index(str(tmp_path / "0.tar")).table
+    assert table["key"].tolist() == [b"a.b/x"]
+    assert np.all(table["image_size"] == 1)
