@@ -1,0 +1,152 @@
+"""The evaluate command: options, tasks, files, and the same numbers on one and four devices."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from cwcl_jax.config import ConfigError
+from cwcl_jax.evaluate import Options, evaluate
+from cwcl_jax.evaluation.tasks import run_tasks
+from cwcl_jax.training import sharding
+from cwcl_jax.training.encode import EncodeFunctions, Encoder
+from cwcl_jax.training.state import initialise, make_blueprint
+from tests.training.toy import toy_config
+
+
+def encoder_on(devices, config):
+    mesh = sharding.make_mesh(config.mesh, devices)
+    blueprint = make_blueprint(config, mesh, check_batch=False)
+    state, locked, _ = initialise(blueprint)
+    return Encoder(EncodeFunctions(blueprint), state.params, locked, 7)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return toy_config(
+        **{
+            "evaluation.tasks.pairs": {
+                "kind": "retrieval",
+                "source": "scenes:test?task=retrieval&n=37",
+                "bootstrap": 0,
+            }
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder(config):
+    return encoder_on(jax.devices(), config)
+
+
+@pytest.fixture
+def loaded(monkeypatch, encoder, config):
+    """`load_encoder` gives the toy model for any workdir."""
+    monkeypatch.setattr(
+        "cwcl_jax.training.encode.load_encoder", lambda workdir, step=None: (encoder, config)
+    )
+
+
+def test_one_and_four_devices_give_the_same_numbers(config, encoder):
+    """Sizes that neither the batch nor the devices divide: 37 pictures, batches of 10."""
+    evaluation = dataclasses.replace(config.evaluation, batch_size=10)
+    one = encoder_on(jax.devices()[:1], config)
+    outcomes = [
+        run_tasks(evaluation, encode=chosen.encode, data=config.data) for chosen in (one, encoder)
+    ]
+    assert encoder.mesh.size == 4
+    for first, second in zip(*outcomes, strict=True):
+        assert first.metrics == second.metrics
+        for name, values in first.items.items():
+            np.testing.assert_array_equal(values, second.items[name])
+
+
+def test_all_tasks_of_a_run_are_evaluated_and_written(loaded, tmp_path, capsys):
+    assert evaluate(Options(workdir=str(tmp_path / "toy"))) == 0
+    shown = capsys.readouterr().out
+    assert "Zero-shot classification" in shown
+    assert "chance" in shown
+    records = json.loads((tmp_path / "toy" / "evaluation" / "results.json").read_text())
+    assert {(r["model"], r["pretrained"], r["name"]) for r in records} == {
+        ("toy", "step 7", "shape"),
+        ("toy", "step 7", "pairs"),
+    }
+
+
+def test_tasks_are_chosen_by_name_or_given_in_a_file(loaded, tmp_path, capsys):
+    evaluate(Options(workdir="x", tasks="pairs", output=str(tmp_path / "a")))
+    assert "Zero-shot" not in capsys.readouterr().out
+    tasks = {"mine": {"source": "scenes:test?task=colour&n=9", "templates": "general"}}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    output = str(tmp_path / "b")
+    evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json"), output=output))
+    assert "general (480)" in capsys.readouterr().out
+
+
+def test_second_run_is_compared_with_the_first(loaded, tmp_path, capsys):
+    evaluate(Options(workdir=str(tmp_path / "a")))
+    evaluate(Options(workdir=str(tmp_path / "b"), compare=str(tmp_path / "a")))
+    assert "b against a, on the same items" in capsys.readouterr().out
+    assert "no difference shown" in (tmp_path / "b" / "evaluation" / "results.md").read_text()
+
+
+def test_imported_model_is_evaluated_without_a_run(config, tmp_path, capsys):
+    evaluate(Options(config=config, tasks="shape", output=str(tmp_path)))
+    assert "shape" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())[0]["pretrained"] == "imported"
+
+
+def test_picture_is_classified_from_typed_classes(loaded, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "a.png")
+    evaluate(Options(workdir="x", image=str(tmp_path / "a.png"), classes="red circle,blue star"))
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(maxsplit=2)[2] for line in lines[4:6]} == {"red circle", "blue star"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either --workdir=RUN or --config=FILE"),
+        ({"workdir": "x", "audio": "a.wav"}, "need --classes"),
+        ({"workdir": "x", "classes": "a,b"}, "belongs to --audio"),
+        ({"workdir": "x", "audio": "a.wav", "image": "a.png", "classes": "a"}, "not both"),
+        ({"workdir": "x", "tasks": "shap"}, "no task 'shap'"),
+        ({"workdir": "x", "tasks": "absent.json"}, "no such file"),
+        ({"workdir": "x", "image": "absent.png", "classes": "a"}, "there is no such file"),
+        ({"workdir": "x", "audio": "a.wav", "classes": "a"}, "no such file|no 'speech' tower"),
+    ],
+)
+def test_mistakes_are_one_clear_line(loaded, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Options(**options))
+
+
+def test_wrong_field_in_a_task_file_names_the_nearest(loaded, tmp_path):
+    (tmp_path / "tasks.json").write_text(json.dumps({"a": {"sorce": "scenes:test"}}))
+    with pytest.raises(ConfigError, match="did you mean 'source'"):
+        evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json")))
+
+
+def test_features_come_from_before_the_head(config, encoder):
+    inputs = {"pixels": np.zeros((3, 32, 32, 3), np.uint8)}
+    features = partial(encoder.encode, output="features")("image", inputs)
+    assert features.shape == (3, 32)
+
+
+def test_command_without_a_run_ends_with_one_line_and_code_2():
+    done = subprocess.run(
+        [sys.executable, "-m", "cwcl_jax.evaluate", "--workdir=absent-run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: absent-run is not the folder")
