@@ -67,7 +67,7 @@ def test_a_tokenizer_file_can_be_named():
 
 
 def test_a_missing_tokenizer_says_what_to_give(tmp_path):
-    with pytest.raises(ValueError, match="data.text.tokenizer"):
+    with pytest.raises(ValueError, match=r"data\.text\.tokenizer"):
         load_tokenizer(TextInputs(tokenizer=str(tmp_path / "nothing")))
 
 

@@ -92,7 +92,7 @@ def open_tfds(
         # Encoded bytes pass through; decoding here would spoil palette and CMYK pictures.
         decoders = {keys["image"]: tfds.decode.SkipDecoding()}
     data = builder.as_data_source(split=split, decoders=decoders)
-    names = getattr(features.get(keys.get("label", "")), "names", None)
+    names = getattr(dict(features).get(keys.get("label", "")), "names", None)
     classes = list(names) if names else None
     name = f"{builder.info.full_name}/{split}"
     return TfdsSource(data, keys, name=name, rate=rate, classes=classes)

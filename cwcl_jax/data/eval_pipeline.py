@@ -1,0 +1,126 @@
+"""Batches of a whole source in order, for evaluation: nothing random, nothing replaced."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.processing import Processor
+from cwcl_jax.data.reader import Batch, ChunkedReader
+from cwcl_jax.data.skipping import BadExample, SkipCounter
+from cwcl_jax.data.sources import Source, open_source
+
+
+class EvalBatches:
+    """All examples of a source in order, the last batch filled up; iterate as often as needed.
+
+    Beside the inputs a batch has "index", "valid" (False for filling and for unusable examples,
+    whose inputs repeat another example), "label" (-1 where there is none), "captions" (lists of
+    strings) and "id".
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        modalities: Sequence[str],
+        *,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count:
+            raise ValueError(
+                f"batch_size={batch_size} cannot be dealt to {process_count} hosts; use a multiple."
+            )
+        self.source = source
+        self._processor = Processor(config, modalities, getattr(source, "embedded", ()))
+        self._fields = {*self._processor.fields(), "text", "label"}
+        self._size = batch_size
+        self._local = batch_size // process_count
+        self._first_row = process_index * self._local
+        self._config = config
+        self._counter = SkipCounter(config.max_skipped_share)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self._size)
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Number of unusable examples by kind."""
+        return self._counter.kinds
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = ChunkedReader(
+            self._load, local_size=self._local, steps=len(self), config=self._config
+        )
+        reader.start(0)
+        try:
+            for _ in range(len(self)):
+                yield self._fill(reader.next_batch())
+        finally:
+            reader.close()
+
+    def _load(self, step: int, rows: np.ndarray) -> Batch:
+        indices = step * self._size + self._first_row + rows
+        return {"rows": [self._load_one(int(index)) for index in indices]}
+
+    def _load_one(self, index: int) -> tuple[int, Any, Any]:
+        if index >= len(self.source):
+            return index, None, {}
+        example: dict[str, Any] = {}
+        try:
+            example = self.source.read(index, self._fields)
+            inputs = self._processor.eval_example(example)
+        except BadExample as error:
+            self._counter.add_skipped(f"example {index} ({example.get('id', '?')})", error)
+            return index, None, example
+        self._counter.add_read(1)
+        return index, inputs, example
+
+    def _fill(self, loaded: Batch) -> Batch:
+        """One batch of the rows; unusable ones repeat a usable example."""
+        rows = loaded["rows"]
+        some = next((inputs for _, inputs, _ in rows if inputs is not None), None)
+        if some is None:
+            some = self._any_usable()
+        batch: Batch = self._processor.batch([inputs or some for _, inputs, _ in rows])
+        captions = [example.get("text", []) for _, _, example in rows]
+        batch["captions"] = [[text] if isinstance(text, str) else list(text) for text in captions]
+        batch["index"] = np.array([index for index, _, _ in rows], np.int64)
+        batch["valid"] = np.array([inputs is not None for _, inputs, _ in rows])
+        labels = [example.get("label", -1) for _, _, example in rows]
+        batch["label"] = np.array(labels, np.int32)
+        batch["id"] = [example.get("id", "") for _, _, example in rows]
+        return batch
+
+    def _any_usable(self) -> dict[str, Any]:
+        """Inputs to fill a block with that has none of its own."""
+        for index in range(len(self.source)):
+            inputs = self._load_one(index)[1]
+            if inputs is not None:
+                return inputs
+        raise ValueError(f"No example of the source is usable: {dict(self.skipped)}.")
+
+
+def eval_batches(
+    source: Source | str,
+    config: DataConfig,
+    modalities: Sequence[str],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalBatches:
+    """Batches of a whole source (or source line) in order, without any randomness."""
+    opened = open_source(source) if isinstance(source, str) else source
+    return EvalBatches(
+        opened,
+        config,
+        modalities,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )

@@ -1,0 +1,83 @@
+"""Reads batches with grain's threads: chunks of a few rows each, loaded ahead and in order."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from cwcl_jax.data.options import DataConfig
+
+Batch = dict[str, Any]
+# Positions that one reader thread prepares in one go: enough to hide the cost of handing over,
+# few enough that the threads share the first batch.
+_CHUNK = 16
+
+
+def reader_threads(asked: int) -> int:
+    """The number of reader threads: as asked, or the cores this process may use, at most 16."""
+    if asked:
+        return asked
+    usable = getattr(os, "sched_getaffinity", None)
+    return min(16, len(usable(0)) if usable else os.cpu_count() or 1)
+
+
+class ChunkedReader:
+    """Batches of `local_size` rows out of chunks that grain's threads load in order."""
+
+    def __init__(
+        self,
+        load: Callable[[int, np.ndarray], Batch],
+        *,
+        local_size: int,
+        steps: int,
+        config: DataConfig,
+    ):
+        self._rows = max(d for d in range(1, min(_CHUNK, local_size) + 1) if local_size % d == 0)
+        self._per_batch = local_size // self._rows
+        threads = reader_threads(config.threads)
+        ahead = max(threads, self._per_batch * max(1, config.prefetch))
+
+        def load_chunk(number: int) -> Batch:
+            if not self._open:  # What was asked for before the close needs no more work.
+                return {}
+            step, chunk = divmod(int(number), self._per_batch)
+            return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
+
+        chunks = grain.MapDataset.range(steps * self._per_batch).map(load_chunk)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._dataset = chunks.to_iter_dataset(options)
+        self._iterator: Any = None
+        self._open = False
+
+    def start(self, step: int) -> None:
+        """Begins (again) at a batch; the threads start with the first call of `next_batch`."""
+        self.close()
+        self._open = True
+        self._iterator = iter(self._dataset)
+        self._iterator.set_state({"next_index": step * self._per_batch})
+
+    def next_batch(self) -> Batch:
+        """The next batch, waiting for it if need be."""
+        return _concatenate([next(self._iterator) for _ in range(self._per_batch)])
+
+    def close(self) -> None:
+        """Ends the threads; `start` begins again."""
+        self._open = False
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def _concatenate(chunks: list[Batch]) -> Batch:
+    joined: Batch = {}
+    for name, first in chunks[0].items():
+        parts = [chunk[name] for chunk in chunks]
+        if isinstance(first, Mapping):
+            joined[name] = _concatenate(parts)
+        elif isinstance(first, np.ndarray):
+            joined[name] = np.concatenate(parts) if len(parts) > 1 else first
+        else:
+            joined[name] = [item for part in parts for item in part]
+    return joined

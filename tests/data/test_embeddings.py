@@ -1,0 +1,188 @@
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.pipeline import eval_batches, train_batches
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources import open_source
+
+LINE = "scenes:train?n=50"
+COUNT, DIM = 50, 6
+VECTORS = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
+
+
+def _description(**changes) -> EmbeddingDescription:
+    description = EmbeddingDescription(
+        modality="image",
+        shape=(DIM,),
+        dtype="float32",
+        count=COUNT,
+        source=open_source(LINE).fingerprint(),
+        weights="abc",
+        preprocessing={"size": 64},
+        shard_size=16,
+    )
+    return dataclasses.replace(description, **changes)
+
+
+def _write(folder, description=None, hosts=1, valid=None):
+    description = description or _description()
+    source = open_source(LINE)
+    for host in range(hosts):
+        writer = EmbeddingWriter(folder, description, process_index=host, process_count=hosts)
+        for rows in writer.pending():
+            ids = [source.read(i, ())["id"] for i in rows]
+            some = None if valid is None else valid[rows.start : rows.stop]
+            writer.write(rows, ids, VECTORS[rows.start : rows.stop], some)
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_vectors_come_back_in_order_whatever_the_hosts(tmp_path, hosts):
+    _write(tmp_path, hosts=hosts)
+    store = EmbeddingStore(tmp_path)
+    assert len(store) == COUNT
+    for index in (0, 15, 16, 49):
+        name, vector = store[index]
+        assert name == open_source(LINE).read(index, ())["id"]
+        np.testing.assert_array_equal(vector, VECTORS[index])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "numpy_dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)]
+)
+def test_half_precision_is_rounded_once(tmp_path, dtype, numpy_dtype):
+    _write(tmp_path, _description(dtype=dtype))
+    vector = EmbeddingStore(tmp_path)[3][1]
+    assert vector.dtype == np.float32
+    np.testing.assert_array_equal(vector, VECTORS[3].astype(numpy_dtype).astype(np.float32))
+
+
+def test_an_interrupted_run_continues_with_what_is_missing(tmp_path):
+    source = open_source(LINE)
+    writer = EmbeddingWriter(tmp_path, _description())
+    rows = writer.pending()[1]
+    ids = [source.read(i, ())["id"] for i in rows]
+    writer.write(rows, ids, VECTORS[rows.start : rows.stop])
+    assert not writer.is_complete()
+    with pytest.raises(FileNotFoundError, match="3 of 4 files"):
+        EmbeddingStore(tmp_path)
+    # What a killed process leaves behind counts for nothing.
+    _description().shard_path(tmp_path, 0).with_suffix(".unfinished").write_bytes(b"half")
+    again = EmbeddingWriter(tmp_path, _description())
+    assert [r.start for r in again.pending()] == [0, 32, 48]
+    _write(tmp_path)
+    assert again.is_complete()
+    assert len(EmbeddingStore(tmp_path)) == COUNT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights": "other"}, {"preprocessing": {"size": 32}}, {"source": "x"}, {"dtype": "float16"}],
+)
+def test_a_folder_made_from_anything_else_is_refused(tmp_path, change):
+    _write(tmp_path)
+    with pytest.raises(ValueError, match=f"stale: {next(iter(change))} is"):
+        EmbeddingWriter(tmp_path, _description(**change))
+
+
+def test_a_source_that_changed_is_refused(tmp_path):
+    _write(tmp_path)
+    with pytest.raises(ValueError, match="stale"):
+        open_source(f"scenes:train?n=50&seed=1&embeds={tmp_path}")
+    with pytest.raises(FileNotFoundError, match=r"cwcl_jax\.embed"):
+        open_source(f"{LINE}&embeds={tmp_path}/nowhere")
+
+
+def test_wrong_shapes_and_counts_are_refused(tmp_path):
+    writer = EmbeddingWriter(tmp_path, _description())
+    rows = writer.pending()[0]
+    with pytest.raises(ValueError, match="shape"):
+        writer.write(rows, ["x"] * 16, np.zeros((16, 3)))
+    with pytest.raises(ValueError, match="15 ids"):
+        writer.write(rows, ["x"] * 15, np.zeros((16, DIM)))
+    with pytest.raises(ValueError, match="float64"):
+        _description(dtype="float64")
+
+
+def test_training_reads_vectors_instead_of_pictures(tmp_path, monkeypatch):
+    _write(tmp_path)
+
+    def refuse(*_):
+        raise AssertionError("a picture was drawn")
+
+    monkeypatch.setattr("cwcl_jax.data.scenes.draw", refuse)
+    config = DataConfig(train=f"{LINE}&embeds={tmp_path}", threads=1)
+    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=10)
+    batch = next(batches)
+    np.testing.assert_array_equal(batch["image"]["embeds"], VECTORS[batch["index"]])
+    plain = train_batches(DataConfig(train=LINE), ("text",), seed=0, global_batch_size=10)
+    expected = next(plain)
+    np.testing.assert_array_equal(batch["text"]["tokens"], expected["text"]["tokens"])
+    assert batches.fingerprint() != plain.fingerprint()
+    batches.close()
+    plain.close()
+
+
+def test_examples_that_could_not_be_embedded_are_skipped(tmp_path):
+    valid = np.ones(COUNT, bool)
+    valid[7] = False
+    _write(tmp_path, valid=valid)
+    source = open_source(f"{LINE}&embeds={tmp_path}")
+    with pytest.raises(BadExample, match="embeds missing"):
+        source[7]
+    batches = list(eval_batches(source, DataConfig(threads=1), ("image",), batch_size=25))
+    assert np.flatnonzero(~np.concatenate([b["valid"] for b in batches])).tolist() == [7]
+
+
+def test_ids_that_do_not_belong_are_an_error(tmp_path):
+    writer = EmbeddingWriter(tmp_path, _description(shard_size=64))
+    writer.write(writer.pending()[0], [f"other {i}" for i in range(COUNT)], VECTORS)
+    with pytest.raises(ValueError, match="belongs to 'other 0'"):
+        open_source(f"{LINE}&embeds={tmp_path}")[0]
+
+
+def test_vectors_alone_are_a_source(tmp_path):
+    _write(tmp_path)
+    source = open_source(f"embeddings:{tmp_path}")
+    assert source.embedded == ("image",)
+    (batch,) = eval_batches(source, DataConfig(threads=1), ("image",), batch_size=COUNT)
+    np.testing.assert_array_equal(batch["image"]["embeds"], VECTORS)
+    with pytest.raises(ValueError, match="no embeddings of the modality 'profile'"):
+        eval_batches(source, DataConfig(), ("profile",), batch_size=5)
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_features_of_users_keep_their_shape(tmp_path, kind):
+    profiles = np.random.default_rng(1).normal(size=(9, 3, 4)).astype(np.float32)
+    profiles[5, 0, 0] = np.nan
+    arrays = {"profile": profiles, "image": VECTORS[:9], "labels": np.arange(9)}
+    if kind == "npz":
+        texts = np.array([f"treatment {i}" for i in range(9)])
+        np.savez(tmp_path / "f.npz", ids=np.array(list("abcdefghi")), text=texts, **arrays)
+    else:
+        save_file(arrays, tmp_path / "f.safetensors")
+    source = open_source(f"arrays:{tmp_path}/f.{kind}")
+    assert set(source.embedded) == {"profile", "image"}
+    assert source[2]["label"] == 2
+    np.testing.assert_array_equal(source[2]["embeds"]["profile"], profiles[2])
+    with pytest.raises(BadExample, match="not finite"):
+        source[5]
+    if kind == "npz":
+        assert (source[2]["id"], source[2]["text"]) == ("c", "treatment 2")
+        config = DataConfig(train=f"arrays:{tmp_path}/f.npz", threads=1)
+        batches = train_batches(config, ("profile", "text"), seed=0, global_batch_size=4)
+        batch = next(batches)
+        np.testing.assert_array_equal(batch["profile"]["embeds"], profiles[batch["index"]])
+        assert batches.skipped in ({}, {"embeds not finite": 1})
+        batches.close()
+
+
+def test_arrays_of_unequal_length_are_refused(tmp_path):
+    np.savez(tmp_path / "f.npz", image=np.zeros((3, 2)), ids=np.arange(4))
+    with pytest.raises(ValueError, match="differ in length"):
+        open_source(f"arrays:{tmp_path}/f.npz")

@@ -1,0 +1,93 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cwcl_jax.data.image import eval_pixels
+from cwcl_jax.data.options import ImageInputs
+from cwcl_jax.data.sources import open_source
+from tests.data.making import encoded, jpeg, pixels, tone
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A data set as a user prepares it: array_record, encoded pictures, labels, captions, sound."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    folder = tmp_path_factory.mktemp("tfds")
+    palette = encoded(Image.fromarray(pixels(1)).quantize(32))
+
+    class Small(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        # There is no file beside this class with checksums of downloads.
+        code_path = None
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "title": tfds.features.Text(),
+                "label": tfds.features.ClassLabel(names=["ant", "bee"]),
+                "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+                "sound": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+            }
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number in range(4):
+                yield (
+                    number,
+                    {
+                        "image": io.BytesIO(palette if number == 0 else jpeg(number)),
+                        "title": f"title {number}",
+                        "label": number % 2,
+                        "captions": [{"text": f"one {number}"}, {"text": f"two {number}"}],
+                        "sound": tone(0.05),
+                    },
+                )
+
+    builder = Small(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_path
+
+
+def test_a_prepared_folder_is_a_source(prepared):
+    source = open_source(f"tfds:{prepared}?split=train")
+    assert len(source) == 4
+    assert source.class_names == ["ant", "bee"]
+    examples = [source[i] for i in range(4)]
+    by_title = {example["text"]: example for example in examples}
+    assert set(by_title) == {f"title {n}" for n in range(4)}
+    assert by_title["title 3"]["label"] == 1
+    assert by_title["title 2"]["image"] == jpeg(2)
+
+
+def test_palette_pictures_pass_as_bytes_and_come_out_right(prepared):
+    source = open_source(f"tfds:{prepared}")
+    (example,) = [e for e in map(source.__getitem__, range(4)) if e["text"] == "title 0"]
+    inputs = ImageInputs(size=24)
+    expected = Image.fromarray(pixels(1)).quantize(32).convert("RGB")
+    np.testing.assert_array_equal(
+        eval_pixels(example["image"], inputs), eval_pixels(expected, inputs)
+    )
+
+
+def test_nested_captions_and_sound_can_be_named(prepared):
+    source = open_source(f"tfds:{prepared}?text=captions/text&audio=sound&rate=16000")
+    example = source[0]
+    assert [text.split()[0] for text in example["text"]] == ["one", "two"]
+    samples, rate = example["audio"]
+    assert rate == 16_000
+    np.testing.assert_array_equal(samples, tone(0.05))
+
+
+def test_wrong_features_and_names_are_refused(prepared, tmp_path):
+    with pytest.raises(ValueError, match="captions"):
+        open_source(f"tfds:{prepared}?text=caption")
+    with pytest.raises(FileNotFoundError, match="prepared"):
+        open_source(f"tfds:no_such_set?data_dir={tmp_path}")
