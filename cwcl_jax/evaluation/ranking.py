@@ -70,8 +70,9 @@ def _ranks(
     # Small numbers from 0, so that padding can be -1 and int32 suffices whatever the ids are.
     groups = np.unique(np.concatenate([u_groups, v_groups]), return_inverse=True)[1]
     u_groups, v_groups = groups[: len(u)], groups[len(u) :]
-    rows = _side(u, v, u_groups, v_groups, width=ROWS)
-    columns = _side(v, u, v_groups, u_groups, width=COLUMNS)
+    rows = _side(u, u_groups, _best_match(u, v, u_groups, v_groups), width=ROWS)
+    back = _best_match(v, u, v_groups, u_groups) if both else _no_match(len(v))
+    columns = _side(v, v_groups, back, width=COLUMNS)
     u_better, v_better = _sweep_all(rows, columns, both=both)
     return (
         np.where(rows.match.ravel() < 0, NEVER, u_better + 1)[: len(u)],
@@ -81,16 +82,15 @@ def _ranks(
 
 def _side(
     own: Float[np.ndarray, "n d"],
-    other: Float[np.ndarray, "m d"],
-    own_groups: Int[np.ndarray, "n"],
-    other_groups: Int[np.ndarray, "m"],
+    groups: Int[np.ndarray, "n"],
+    matches: tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]],
     *,
     width: int,
 ) -> _Side:
-    """`own` cut into tiles of `width`, the last one padded."""
-    best, match = _best_match(own, other, own_groups, other_groups)
-    width = min(width, len(own))
+    """`own` cut into equal tiles of at most `width`, the last one padded."""
+    best, match = matches
     tiles = -(-len(own) // width)
+    width = -(-len(own) // tiles)
 
     def tiled(array: np.ndarray, fill: int) -> np.ndarray:
         padded = np.full((tiles * width, *array.shape[1:]), fill, array.dtype)
@@ -99,11 +99,15 @@ def _side(
 
     return _Side(
         tiled(own.astype(np.float32, copy=False), 0),
-        tiled(own_groups.astype(np.int32), -1),
+        tiled(groups.astype(np.int32), -1),
         tiled(best.astype(np.float32), 0),
         tiled(match.astype(np.int32), -1),
         np.arange(tiles * width, dtype=np.int32).reshape(tiles, width),
     )
+
+
+def _no_match(n: int) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    return np.zeros(n), np.full(n, -1, np.int64)
 
 
 def _best_match(
@@ -116,7 +120,7 @@ def _best_match(
     order = np.argsort(other_groups, kind="stable")
     starts = np.searchsorted(other_groups[order], own_groups, "left")
     counts = np.searchsorted(other_groups[order], own_groups, "right") - starts
-    best, match = np.zeros(len(own)), np.full(len(own), -1, np.int64)
+    best, match = _no_match(len(own))
     for chunk in _chunks(counts):
         count = counts[chunk]
         segments = np.cumsum(count) - count

@@ -1,0 +1,57 @@
+"""COCO captions as a source: `coco:/data/annotations/captions_val2017.json?images=/data/val2017`.
+
+Reads the annotation file of the COCO captions release. The usual protocol takes the first five
+captions of every picture (some have six or seven); `captions=0` takes all.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cwcl_jax.data.sources import Source, open_source
+from cwcl_jax.data.sources.base import call_with_options, parse_source_line
+from cwcl_jax.data.sources.files import require
+from cwcl_jax.data.sources.tables import table_of_rows
+
+
+def open_evaluation_source(line: str) -> Source:
+    """`data.sources.open_source`, and COCO captions."""
+    if not line.startswith("coco:"):
+        return open_source(line)
+    (part,) = parse_source_line(line)
+    return call_with_options(open_coco, part.path, part, {})
+
+
+def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
+    """Pictures in the order of the file, each with its captions; those without any are left out.
+
+    Args:
+      path: the annotation file, `captions_val2017.json` or alike.
+      images: the folder of pictures; by default the one beside `annotations` that has its name.
+      captions: at most so many of a picture, the first ones; 0 = all.
+    """
+    file = require(path, "The COCO captions file")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise ValueError(
+            f"{file} is no COCO captions file: it lacks the lists 'images' and 'annotations'."
+        )
+    by_image: dict[Any, list[str]] = {}
+    for annotation in content["annotations"]:
+        if "caption" not in annotation:
+            raise ValueError(
+                f"{file}: an annotation has no 'caption'; name a captions_*.json file."
+            )
+        by_image.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+    rows = [
+        {
+            "id": str(image["id"]),
+            "image": image["file_name"],
+            "text": by_image[image["id"]][: captions or None],
+        }
+        for image in content["images"]
+        if image["id"] in by_image
+    ]
+    folder = Path(images) if images else file.parent.parent / file.stem.removeprefix("captions_")
+    root = require(folder, "The folder of COCO's pictures (option images=)")
+    return table_of_rows(rows, {"image": "image", "text": "text"}, root)
