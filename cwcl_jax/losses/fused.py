@@ -203,31 +203,36 @@ def closed_form_correction(
     slope: float,
     own: float,
     epsilon: float,
+    direction: str,
 ) -> tuple[Float[Array, ""], Float[Array, " n"]]:
-    """What turns own-pair targets of L(U->V) into w_ij = constant + slope <p_i, p_j> + own [i=j].
+    """What turns own-pair targets into w_ij = constant + slope <p_i, p_j> + own [i = j].
 
-    With S_v = sum_j v_j, S_p = sum_j p_j and M = sum_j p_j v_j^T,
+    With r_i = sum_j w_ij = N constant + slope p_i . S_p + own, S_p = sum_j p_j,
 
-        sum_j w_ij v_j = constant S_v + p_i M slope + own v_i
-        sum_j w_ij     = N constant + slope p_i . S_p + own
+        L(U->V) = L_own + s mean_i <u_i, v_i - sum_j w_ij v_j / r_i>
+        sum_ij w_ij <u_i, v_j> / r_i = sum_j <v_j, y_j>,   U' = U / r by rows,
+        y_j = constant sum_i u'_i + own u'_j + slope p_j (sum_i p_i u'_i^T)
 
-    and L = L_own + s mean_i u_i . (v_i - sum_j w_ij v_j / sum_j w_ij). Sums in float32 or better at
-    the highest matmul precision; plain autodiff, through the weights too if p is not detached.
+    and the same with <u_i, v_j> / r_j for V->U. y is made of u, so its two products of O(N d k) are
+    the gradient of v as well: with u and p constant there are no others. Sums in float32 or better
+    at the highest matmul precision; plain autodiff, through p too if it is not detached.
 
     Returns:
       The correction to add, and the row sums of the weights.
     """
     dtype = wide(u)
     n = u.shape[0]
-    u_wide, v_wide = u.astype(dtype), v.astype(dtype)
-    weighted_v = constant * v_wide.sum(axis=0, keepdims=True) + own * v_wide
+    u, v = u.astype(dtype), v.astype(dtype)
     row_sums = jnp.full(n, n * constant + own, dtype)
     if slope:
         assert p is not None
-        p_wide = p.astype(dtype)
-        moment = jnp.einsum("nk,nd->kd", p_wide, v_wide, precision="highest")
-        weighted_v += slope * jnp.einsum("nk,kd->nd", p_wide, moment, precision="highest")
-        sum_p = p_wide.sum(axis=0)
-        row_sums += slope * jnp.einsum("nk,k->n", p_wide, sum_p, precision="highest")
-    target = weighted_v / (row_sums + epsilon)[:, None]
-    return scale * (u_wide * (v_wide - target)).sum(axis=1).mean(), row_sums
+        p = p.astype(dtype)
+        row_sums += slope * jnp.einsum("nk,k->n", p, p.sum(axis=0), precision="highest")
+    share = (1 / (row_sums + epsilon))[:, None]
+    before, after = (share, 1.0) if direction == "u_to_v" else (1.0, share)
+    scaled = u * before
+    y = constant * scaled.sum(axis=0, keepdims=True) + own * scaled
+    if slope:
+        moment = jnp.einsum("nk,nd->kd", p, scaled, precision="highest")
+        y += slope * jnp.einsum("nk,kd->nd", p, moment, precision="highest")
+    return scale * (v * (u - after * y)).sum(axis=1).mean(), row_sums

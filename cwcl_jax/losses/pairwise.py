@@ -140,18 +140,19 @@ def make_tiling(config: LossConfig, source: str, function: WeightFunction | None
 def _closed_terms(config, closed, inputs, p, scale) -> dict[str, tuple[Array, Array]]:
     """Correction and deficit, -epsilon / (row sum + epsilon), of each weighted direction."""
     terms = {}
-    sides = {"rows": (inputs.u, inputs.v), "columns": (inputs.v, inputs.u)}
-    for name, without in (("rows", "v_to_u"), ("columns", "u_to_v")):
-        if config.weighted == without:
+    for name, direction in (("rows", "u_to_v"), ("columns", "v_to_u")):
+        if config.weighted not in (direction, "both"):
             continue
         correction, sums = closed_form_correction(
-            *sides[name],
+            inputs.u,
+            inputs.v,
             p,
             scale,
             constant=closed.constant,
             slope=closed.slope,
             own=closed.own,
             epsilon=config.row_sum_epsilon,
+            direction=direction,
         )
         terms[name] = (correction, -config.row_sum_epsilon / (sums + config.row_sum_epsilon))
     return terms

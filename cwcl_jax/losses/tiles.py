@@ -26,9 +26,10 @@ from cwcl_jax.losses.weights import WeightFunction, xlogx
 Side = dict[str, Array]
 Stats = dict[str, Array]
 
-# A tile of logits takes about this many bytes.
-_TILE_BYTES = 32 * 2**20
-_BLOCK_LIMITS = (128, 2048)
+# A tile of logits takes at most about this many bytes, within these numbers of rows. Fewer rows
+# make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block size").
+_TILE_BYTES = 64 * 2**20
+_BLOCK_LIMITS = (128, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +74,61 @@ def inner(a: Array, b: Array, precision: str) -> Array:
     )
 
 
-def tile_logits(tiling: Tiling, rows: Side, columns: Side, scalars: Stats, own: Array) -> Array:
-    """s <u_i, v_j>; -inf at masked duplicates."""
+class OwnPairs:
+    """The rows' own pairs in a tile: column `start` belongs to row 0, the next to row 1...
+
+    They are all inside the tile or all outside, so they are handled as one square part of it:
+    a comparison of indices all over the tile costs as much as an exponential.
+    """
+
+    def __init__(self, start: Array, rows: int, columns: int):
+        self.shape = (rows, columns)
+        self.inside = (start >= 0) & (start + rows <= columns)
+        self.start = jnp.clip(start, 0, columns - rows)
+        self._corner = (jnp.zeros_like(self.start), self.start)
+        self._diagonal = jnp.eye(rows, dtype=bool) & self.inside
+
+    def square(self, tile: Array) -> Array:
+        """The part of a tile that holds the own pairs on its diagonal."""
+        rows = self.shape[0]
+        return lax.dynamic_slice(tile, self._corner, (rows, rows))
+
+    def replaced(self, tile: Array, square: Array) -> Array:
+        """The tile with its own pairs taken from the diagonal of another square."""
+        square = jnp.where(self._diagonal, square, self.square(tile))
+        return lax.dynamic_update_slice(tile, square, self._corner)
+
+    def masked(self, tile: Array) -> Array:
+        """The tile with -inf at own pairs."""
+        return self.replaced(tile, jnp.full((self.shape[0],) * 2, -jnp.inf, tile.dtype))
+
+    def values(self, tile: Array, axis: int, missing: float) -> Array:
+        """Each row's (axis 1) or column's (axis 0) own entry, `missing` where it is not here."""
+        diagonal = jnp.diagonal(self.square(tile))
+        if axis == 1:
+            return jnp.where(self.inside, diagonal, missing)
+        line = jnp.full(self.shape[1], missing, tile.dtype)
+        placed = lax.dynamic_update_slice(line, diagonal, (self.start,))
+        return jnp.where(self.inside, placed, line)
+
+    def mask(self) -> Array:
+        """Where the own pairs are, for the rarer functions."""
+        none = jnp.zeros(self.shape, bool)
+        return lax.dynamic_update_slice(none, self._diagonal, self._corner)
+
+
+def tile_logits(tiling: Tiling, rows: Side, columns: Side, scalars: Stats, own: OwnPairs) -> Array:
+    """s <u_i, v_j>, for the sigmoid loss plus its bias; -inf at masked duplicates."""
     logits = inner(rows["x"], columns["x"], tiling.precision) * scalars["scale"]
     if tiling.kind == "sigmoid":
         logits += scalars["bias"]
     if tiling.duplicates == "masked":
-        return jnp.where(same_label(rows, columns) & ~own, -jnp.inf, logits)
+        return jnp.where(same_label(rows, columns) & ~own.mask(), -jnp.inf, logits)
     return logits
 
 
-def positive_pairs(tiling: Tiling, rows: Side, columns: Side, own: Array) -> Array:
-    """Pairs that the sigmoid loss pulls together."""
-    return own | same_label(rows, columns) if tiling.duplicates == "positives" else own
-
-
 def tile_weights(
-    tiling: Tiling, rows: Side, columns: Side, scalars: Stats, own: Array, dtype: jnp.dtype
+    tiling: Tiling, rows: Side, columns: Side, scalars: Stats, own: OwnPairs, dtype: jnp.dtype
 ) -> Array:
     """The weights of one tile."""
     match tiling.source:
@@ -98,7 +137,7 @@ def tile_weights(
             cosine = inner(rows["p"], columns["p"], tiling.precision)
             weights = tiling.function(cosine, scalars["sharpness"])
         case "constant":
-            weights = jnp.where(own, 1.0, tiling.offdiagonal)
+            weights = jnp.where(own.mask(), 1.0, tiling.offdiagonal)
         case "labels":
             weights = same_label(rows, columns)
         case _:
@@ -109,20 +148,14 @@ def tile_weights(
     if tiling.duplicates == "positives":
         weights = jnp.where(same_label(rows, columns), jnp.ones((), dtype), weights)
     if tiling.duplicates == "masked":
-        weights = jnp.where(same_label(rows, columns) & ~own, jnp.zeros((), dtype), weights)
+        left_out = same_label(rows, columns) & ~own.mask()
+        weights = jnp.where(left_out, jnp.zeros((), dtype), weights)
     return weights
 
 
 def same_label(rows: Side, columns: Side) -> Array:
     """Which pairs of a tile have equal labels."""
     return rows["labels"][:, None] == columns["labels"][None, :]
-
-
-def own_pairs(first: Array, shape: tuple[int, int]) -> Array:
-    """Where a tile holds rows' own pairs: column `first` belongs to row 0, the next to row 1..."""
-    return lax.broadcasted_iota(jnp.int32, shape, 1) - first == lax.broadcasted_iota(
-        jnp.int32, shape, 0
-    )
 
 
 def scan_blocks(step: Callable, carry, rows, block: int) -> tuple[Any, Any]:
@@ -146,32 +179,50 @@ def scan_blocks(step: Callable, carry, rows, block: int) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *outputs)
 
 
-def _reduce_tile(tiling, logits, weights, own, axis: int, weighted: bool) -> Stats:
-    """Max, sum and the rest of each row (axis 1) or column (axis 0) of one tile."""
-    stats = {"own": jnp.where(own, logits, 0).sum(axis)}
-    if tiling.diagnostics:
-        stats["best_other"] = jnp.where(own, -jnp.inf, logits).max(axis)
-    if tiling.kind == "sigmoid":
-        return stats
-    stats["max"] = logits.max(axis)
+def _reduce_logits(logits: Array, masked: Array, own: OwnPairs, axis: int) -> Stats:
+    """Max, sum of exponentials, own and best other logit of each row (axis 1) or column (0)."""
+    own_logits = own.values(logits, axis, -jnp.inf)
+    best_other = masked.max(axis)
+    largest = jnp.maximum(best_other, own_logits)
     # A row of which everything here is masked has no maximum.
-    shift = jnp.where(jnp.isfinite(stats["max"]), stats["max"], 0)
-    stats["sum"] = jnp.exp(logits - jnp.expand_dims(shift, axis)).sum(axis)
-    stats["max"] = shift
-    if weighted:
-        stats |= _reduce_weights(tiling, logits, weights, own, axis)
-    return stats
+    largest = jnp.maximum(largest, jnp.finfo(logits.dtype).min)
+    others = jnp.exp(masked - jnp.expand_dims(largest, axis)).sum(axis)
+    return {
+        "max": largest,
+        "sum": others + jnp.exp(own_logits - largest),
+        "own": own.values(logits, axis, 0),
+        "best_other": best_other,
+    }
 
 
-def _reduce_weights(tiling, logits, weights, own, axis: int) -> Stats:
+def _reduce_weights(tiling, logits, weights, own: OwnPairs, axis: int) -> Stats:
     products = weights * logits
     if tiling.duplicates == "masked":
         products = jnp.where(weights == 0, 0, products)
     stats = {"weights": weights.sum(axis), "weighted_logits": products.sum(axis)}
     if tiling.diagnostics:
         stats["weights_log"] = xlogx(weights).sum(axis)
-        stats["own_weight"] = jnp.where(own, weights, 0).sum(axis)
+        stats["own_weight"] = own.values(weights, axis, 0)
     return stats
+
+
+def _reduce_sigmoid(tiling, rows, columns, logits, masked, own: OwnPairs) -> tuple[Stats, Stats]:
+    """Losses and their slopes over the bias, by rows; own and best other logits of both sides."""
+    stats = [
+        {"own": own.values(logits, axis, 0), "best_other": masked.max(axis)} for axis in (1, 0)
+    ]
+    if tiling.duplicates == "positives":
+        positive = same_label(rows, columns)
+        masked = jnp.where(positive, -masked, masked)
+        signs = jnp.where(positive, -1, 1).astype(masked.dtype)
+        masked = own.masked(masked)
+    else:
+        signs = 1.0
+    own_logits = own.values(logits, 1, jnp.inf)
+    stats[0]["loss"] = jax.nn.softplus(masked).sum(axis=1) + jax.nn.softplus(-own_logits)
+    slopes = (signs * jax.nn.sigmoid(masked)).sum(axis=1)
+    stats[0]["bias_gradient"] = slopes - jax.nn.sigmoid(-own_logits)
+    return stats[0], stats[1]
 
 
 def merge(a: Stats, b: Stats) -> Stats:
@@ -192,16 +243,31 @@ def merge(a: Stats, b: Stats) -> Stats:
 def empty_stats(tiling: Tiling, n: int, dtype: jnp.dtype, side: str) -> Stats:
     """What is known of `n` "rows" or "columns" before any tile."""
     weighted = tiling.rows_weighted if side == "rows" else tiling.columns_weighted
-    names = ["own"] + (["best_other"] if tiling.diagnostics else [])
+    names = ["own", "best_other"]
     if tiling.kind == "softmax":
         names += ["max", "sum"]
     elif side == "rows":
         names += ["loss", "bias_gradient"]
     names += ["weights", "weighted_logits"] if weighted else []
     names += ["weights_log", "own_weight"] if weighted and tiling.diagnostics else []
-    lowest = jnp.finfo(dtype).min
-    start = {"max": lowest, "best_other": -jnp.inf}
+    start = {"max": jnp.finfo(dtype).min, "best_other": -jnp.inf}
     return {name: jnp.full(n, start.get(name, 0), dtype) for name in names}
+
+
+def _reduce_tile(tiling, rows, columns, scalars, logits, own: OwnPairs) -> tuple[Stats, Stats]:
+    """What one tile says of its rows and columns."""
+    masked = own.masked(logits)
+    if tiling.kind == "sigmoid":
+        return _reduce_sigmoid(tiling, rows, columns, logits, masked, own)
+    row_stats = _reduce_logits(logits, masked, own, 1)
+    column_stats = _reduce_logits(logits, masked, own, 0)
+    if tiling.source != "none":
+        weights = tile_weights(tiling, rows, columns, scalars, own, logits.dtype)
+        if tiling.rows_weighted:
+            row_stats |= _reduce_weights(tiling, logits, weights, own, 1)
+        if tiling.columns_weighted:
+            column_stats |= _reduce_weights(tiling, logits, weights, own, 0)
+    return row_stats, column_stats
 
 
 def forward_sweep(
@@ -219,21 +285,10 @@ def forward_sweep(
     dtype = wide(rows["x"])
 
     def step(column_stats, first_row, block):
-        shape = (block["x"].shape[0], m)
-        own = own_pairs(first + first_row, shape)
+        own = OwnPairs(first + first_row, block["x"].shape[0], m)
         logits = tile_logits(tiling, block, columns, scalars, own)
-        weights = None
-        if tiling.source != "none":
-            weights = tile_weights(tiling, block, columns, scalars, own, dtype)
-        here = _reduce_tile(tiling, logits, weights, own, 0, tiling.columns_weighted)
-        row_stats = _reduce_tile(tiling, logits, weights, own, 1, tiling.rows_weighted)
-        if tiling.kind == "sigmoid":
-            positive = positive_pairs(tiling, block, columns, own)
-            negated = jnp.where(positive, -logits, logits)
-            slopes = jnp.where(positive, -1, 1) * jax.nn.sigmoid(negated)
-            row_stats["loss"] = jax.nn.softplus(negated).sum(axis=1)
-            row_stats["bias_gradient"] = slopes.sum(axis=1)
-        return merge(column_stats, here), row_stats
+        row_stats, new = _reduce_tile(tiling, block, columns, scalars, logits, own)
+        return merge(column_stats, new), row_stats
 
     start = empty_stats(tiling, m, dtype, "columns")
     block = tiling.block(n, m, dtype.itemsize)
@@ -265,10 +320,8 @@ def backward_sweep(
     def step(column_gradient, first_row, block):
         side, factors = block
         x = side["x"]
-        own = own_pairs(first + first_row, (x.shape[0], m))
+        own = OwnPairs(first + first_row, x.shape[0], m)
         g = _tile_gradient(tiling, side, columns, scalars, own, factors, column_factors)
-        # As in attention kernels, narrow inputs keep narrow products with wide sums.
-        g = g.astype(x.dtype)
         row_gradient = None
         if need_rows:
             row_gradient = lax.dot(
@@ -290,23 +343,40 @@ def backward_sweep(
     return row_gradient, column_gradient
 
 
-def _tile_gradient(tiling, rows, columns, scalars, own, row_factors, column_factors) -> Array:
-    """G of one tile."""
+def _tile_gradient(tiling, rows, columns, scalars, own: OwnPairs, row_factors, column_factors):
+    """G of one tile, in the type of the embeds.
+
+    As in attention kernels, narrow inputs keep narrow products with wide sums. Own pairs are
+    subtracted before narrowing.
+    """
+    narrow = rows["x"].dtype
     logits = tile_logits(tiling, rows, columns, scalars, own)
     if tiling.kind == "sigmoid":
-        positive = positive_pairs(tiling, rows, columns, own)
-        return jnp.where(positive, -jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits))
-    g = jnp.where(own, -scalars["own"], 0).astype(logits.dtype)
-    if "softmax" in row_factors:
-        row_max = row_factors["max"][:, None]
-        g += jnp.exp(logits - row_max) * row_factors["softmax"][:, None]
-    if "softmax" in column_factors:
-        column_max = column_factors["max"][None, :]
-        g += jnp.exp(logits - column_max) * column_factors["softmax"][None, :]
+        g = jax.nn.sigmoid(logits)
+        if tiling.duplicates == "positives":
+            g = jnp.where(same_label(rows, columns), -jax.nn.sigmoid(-logits), g)
+        corner = -jax.nn.sigmoid(-own.square(logits))
+        return own.replaced(g.astype(narrow), corner.astype(narrow))
+    weights = None
     if "weights" in row_factors or "weights" in column_factors:
         weights = tile_weights(tiling, rows, columns, scalars, own, logits.dtype)
-        if "weights" in row_factors:
-            g -= weights * row_factors["weights"][:, None]
-        if "weights" in column_factors:
-            g -= weights * column_factors["weights"][None, :]
+    g = _softmax_gradient(logits, weights, row_factors, column_factors)
+    size = own.shape[0]
+    corner = _softmax_gradient(
+        own.square(logits),
+        None if weights is None else own.square(weights),
+        row_factors,
+        {k: lax.dynamic_slice(x, (own.start,), (size,)) for k, x in column_factors.items()},
+    )
+    return own.replaced(g.astype(narrow), (corner - scalars["own"]).astype(narrow))
+
+
+def _softmax_gradient(logits, weights, row_factors: Stats, column_factors: Stats) -> Array:
+    g = jnp.zeros((), logits.dtype)
+    for factors, axis in ((row_factors, 1), (column_factors, 0)):
+        spread = {k: jnp.expand_dims(x, axis) for k, x in factors.items()}
+        if "softmax" in factors:
+            g = g + jnp.exp(logits - spread["max"]) * spread["softmax"]
+        if "weights" in factors:
+            g = g - weights * spread["weights"]
     return g
