@@ -6,6 +6,8 @@
 --config=configs/lit_cwcl.py:paper,text=bert   with a pretrained BERT as text tower
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from cwcl_jax.config import defaults, parse_argument
@@ -24,7 +26,7 @@ def get_config(argument: str = "") -> ConfigDict:
     return scenes(config)
 
 
-def scenes(config: ConfigDict) -> ConfigDict:
+def scenes(config: Any) -> ConfigDict:
     """Pictures of coloured shapes, drawn as they are read; under three minutes on two cores."""
     config.total_steps = 400
     config.global_batch_size = 256
@@ -38,7 +40,7 @@ def scenes(config: ConfigDict) -> ConfigDict:
         TowerConfig,
         encoder="vit",
         preset="tiny",
-        weights="package:scenes_vit.npz",
+        weights="",
         tune="none",
         head="none",
     )
@@ -63,7 +65,7 @@ def scenes(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def paper(config: ConfigDict, text: str) -> ConfigDict:
+def paper(config: Any, text: str) -> ConfigDict:
     """70 epochs, each of 6 million pairs drawn anew from CC12M and YFCC15M; 4 A100."""
     config.global_batch_size = 16_000
     config.data.examples_per_epoch = 6_000_000

@@ -14,7 +14,7 @@ from cwcl_jax.models.tower import TowerConfig
 
 def get_config(argument: str = "") -> ConfigDict:
     del argument
-    config = defaults(name="scenes_pretrain", total_steps=3000, global_batch_size=256)
+    config = defaults(name="scenes_pretrain", total_steps=1500, global_batch_size=256)
 
     config.data.train = "scenes:train"
 
@@ -34,5 +34,6 @@ def get_config(argument: str = "") -> ConfigDict:
         config.evaluation.tasks[task] = defaults(
             TaskConfig, source=f"scenes:test?task={task}&n=1000", template_counts=(1, 5, 10)
         )
-    config.evaluation.every_steps = 1000
+    config.evaluation.every_steps = 500
+    config.checkpoint.every_steps = 250
     return config

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
@@ -38,7 +38,7 @@ def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
     """
     if flag.value is None:
         raise ConfigError("--config is missing; try --config=configs/lit_cwcl.py")
-    path = Path(str(flags.FLAGS["config"]._get_config_path()).split(":")[0])
+    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
     if not path.exists():
         raise ConfigError(f"--config={path}: there is no such file")
     return from_config_dict(flag.value)
@@ -63,6 +63,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         raise ConfigError(f"{error}; see --help") from error
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_override(argv, error)) from error
+    if not flags.FLAGS["verbosity"].present:
+        # The libraries' INFO lines would bury the run's own; --verbosity=0 shows them.
+        logging.set_verbosity(logging.WARNING)
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; options start with --, see --help")
     return rest

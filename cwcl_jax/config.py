@@ -60,16 +60,16 @@ class ExperimentConfig:
     accumulation_steps: int = 1
     embed_dim: int = 128
     dtype: str = "float32"
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     towers: Mapping[str, TowerConfig] = dataclasses.field(default_factory=dict)
-    temperature: TemperatureConfig = TemperatureConfig()
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
-    mesh: MeshConfig = MeshConfig()
-    distributed: DistributedConfig = DistributedConfig()
+    temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     def __post_init__(self):
         check(self)
@@ -110,8 +110,8 @@ def check(config: ExperimentConfig) -> None:
         )
 
 
-def defaults(cls: type = ExperimentConfig, **values: Any) -> ConfigDict:
-    """A ConfigDict that holds every field of `cls`, so that each can be overridden.
+def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
+    """A `ConfigDict` that holds every field of `cls`, so that each can be overridden.
 
     Args:
       cls: a dataclass of this module, for example `TowerConfig`.

@@ -1,6 +1,7 @@
 """Test environment: four virtual CPU devices, float32 by default, rank promotion is an error."""
 
 import os
+import tempfile
 
 # Before the backend starts. Several CPU devices in one process can dead-lock with fewer
 # runtime threads than devices have work queued (BUILD_NOTES.md, "CPU dead-lock").
@@ -10,7 +11,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     ).strip()
+# Most of the suite's time is compilation of programs that several tests (and the processes that
+# they start) share. A folder of this session's own: nothing stale is ever read.
+_CACHE = tempfile.TemporaryDirectory(prefix="cwcl_jax_compilation_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-import jax
+import jax  # noqa: E402  after the variables above
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

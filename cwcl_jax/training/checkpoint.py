@@ -26,9 +26,11 @@ class Checkpoints:
             raise FileNotFoundError(f"{directory} does not exist: nothing was saved yet")
         self._asynchronous = config.asynchronous
         self._pending: Any = None
+        # orbax's policies do not satisfy its own protocol's type.
+        policy: Any = ocp.training.preservation_policies.LatestN(config.keep)
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
+            str(directory.absolute()),
+            preservation_policy=policy,
             # A reader must not remove what a run beside it is just writing.
             cleanup_tmp_directories=not read_only,
         )
@@ -75,8 +77,8 @@ class Checkpoints:
         """
         rest = {"step": target.step, "opt_state": target.opt_state}
         loaded = self._load(step, {"params": target.params, "rest": rest})
-        data_state = self._checkpointer.metadata(step).custom_metadata["data"]
-        return TrainState(params=loaded["params"], **loaded["rest"]), data_state
+        metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        return TrainState(params=loaded["params"], **loaded["rest"]), metadata["data"]
 
     def restore_params(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
         """Only the trained leaves of `step`, into ShapeDtypeStructs with shardings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -17,23 +18,22 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then the named schedule."""
     rest = max(total_steps - config.warmup_steps, 1)
     peak = config.learning_rate
-    match config.schedule:
-        case "cosine":
-            after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
-        case "constant":
-            after = optax.constant_schedule(peak)
-        case "rsqrt":
-            scale = config.rsqrt_timescale
-
-            def after(step):
-                return peak * (scale / (scale + step)) ** 0.5
-        case other:
-            raise ValueError(f"schedule={other!r} is not one of 'cosine', 'constant', 'rsqrt'")
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "rsqrt":
+        after = rsqrt_schedule(peak, config.rsqrt_timescale)
+    else:
+        after = optax.constant_schedule(peak)
     if not config.warmup_steps:
         return after
     # Step 0 of the warm-up already moves: an update with learning rate 0 is a wasted step.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def rsqrt_schedule(peak: float, timescale: int) -> optax.Schedule:
+    """`peak * sqrt(timescale / (timescale + step))`."""
+    return lambda step: peak * (timescale / (timescale + step)) ** 0.5
 
 
 def decay_mask(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, bool]:
@@ -120,6 +120,9 @@ def make_optimizer(
 
 def scale_by_factors(factors: Mapping[str, float]) -> optax.GradientTransformation:
     """Each leaf's update times its factor."""
-    return optax.stateless(
-        lambda updates, _: {path: update * factors[path] for path, update in updates.items()}
-    )
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return {path: update * factors[path] for path, update in updates.items()}
+
+    return optax.stateless(scale)

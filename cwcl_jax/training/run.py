@@ -57,6 +57,7 @@ def train(config: ExperimentConfig, workdir: Path) -> int:
             say(f"{workdir} is complete ({start} steps). Its results:\n")
             say(evaluator.saved_table())
             return DONE
+        evaluator.check_sources()
         check_same_data(workdir, batches.fingerprint(), config)
         state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
         check_same_sources(workdir, sources, config)
@@ -158,7 +159,7 @@ def _finish(
     encoder = Encoder(EncodeFunctions(blueprint), state.params, locked, step)
     table = evaluator.run_and_write(encoder)
     if is_primary():
-        plot_losses(workdir / "metrics.jsonl", workdir / "plots" / "losses.png")
+        plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
         say("\n" + table)
         say(f"\nresults, metrics and plots are in {workdir}")
 

@@ -22,7 +22,7 @@ BATCH_AXES = ("data", "fsdp")
 _MIN_SIZE_TO_SHARD = 2**14
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp) mesh over `devices`, by default all of the job's.
 
     Raises:

@@ -195,7 +195,11 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
         if not tower.weights:
             sources[modality] = TowerSource("initialised", "")
             continue
-        result = import_tower(tower, modality, blueprint.abstract, put=put)
+        try:
+            result = import_tower(tower, modality, blueprint.abstract, put=put)
+        except (OSError, ValueError) as error:
+            option = f"config.towers.{modality}.weights"
+            raise ConfigError(f"{option}={tower.weights!r}: {error}; set --{option}=...") from error
         imported |= result.leaves
         sources[modality] = TowerSource(result.source, result.sha256)
     return imported, sources

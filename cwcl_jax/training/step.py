@@ -77,7 +77,7 @@ class TrainStep:
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
         params = self._clamp(optax.apply_updates(state.params, updates))
         metrics |= {
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

@@ -36,7 +36,7 @@ _FREE = (
     "config.data.threads",
     "config.data.prefetch",
 )
-_PACKAGES = [
+_PACKAGES = (
     "cwcl_jax",
     "jax",
     "jaxlib",
@@ -49,7 +49,7 @@ _PACKAGES = [
     "ml_collections",
     "numpy",
     "pillow",
-]
+)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,0 +1,75 @@
+"""The tasks of a run: checked at its start, run at intervals, written down at its end."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.report import terminal_report, write_report
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.tasks import run_tasks
+from cwcl_jax.training.distributed import is_primary
+from cwcl_jax.training.encode import Encoder
+from cwcl_jax.training.workdir import write_text
+
+
+class Evaluator:
+    """Runs `config.evaluation` with an encoder; results go into the run's folder."""
+
+    def __init__(self, config: ExperimentConfig, workdir: Path):
+        self._config = config
+        self._workdir = workdir
+
+    def check_sources(self) -> None:
+        """Raises ConfigError for a task whose data is missing: now, not after the last step."""
+        for name, task in self._config.evaluation.tasks.items():
+            for field in ("source", "template_source", "train_source"):
+                line = getattr(task, field)
+                if not line:
+                    continue
+                option = f"config.evaluation.tasks.{name}.{field}"
+                try:
+                    open_source(line)
+                except (FileNotFoundError, ValueError) as error:
+                    raise ConfigError(
+                        f"{option}={line!r}: {error}; set --{option}=..., or leave out every task "
+                        "with --config.evaluation.tasks={}"
+                    ) from error
+
+    def run(self, encoder: Encoder) -> dict[str, float]:
+        """Metrics as `evaluation/task/metric`, for the log."""
+        return {
+            f"evaluation/{name}": value
+            for result in self._results(encoder)
+            for name, value in result.flat().items()
+        }
+
+    def run_and_write(self, encoder: Encoder) -> str:
+        """Runs all tasks, writes their files and returns the table for the terminal."""
+        results = self._results(encoder)
+        table = terminal_report(results) if results else "no evaluation tasks"
+        if is_primary():
+            name = f"{self._config.name}-{self._config.loss.name}"
+            write_report(results, self._workdir, model=name, pretrained=f"step {encoder.step}")
+            write_text(self._table_path, table + "\n")
+        return table
+
+    def has_results(self) -> bool:
+        return self._table_path.exists()
+
+    def saved_table(self) -> str:
+        return self._table_path.read_text(encoding="utf-8").rstrip()
+
+    @property
+    def _table_path(self) -> Path:
+        return self._workdir / "results.txt"
+
+    def _results(self, encoder: Encoder) -> list[TaskResult]:
+        return run_tasks(
+            self._config.evaluation,
+            encode=encoder.encode,
+            data=self._config.data,
+            features=partial(encoder.encode, output="features"),
+        )

@@ -1,0 +1,269 @@
+"""A whole run: exact resume, refusal of changed runs, stops that lose nothing, clear failures."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cwcl_jax.cli import DONE, PREEMPTED
+from cwcl_jax.config import ConfigError, to_json
+from cwcl_jax.training import loop as loop_module
+from cwcl_jax.training import run as run_module
+from cwcl_jax.training import sharding
+from cwcl_jax.training.checkpoint import Checkpoints
+from cwcl_jax.training.encode import load_encoder
+from cwcl_jax.training.loop import NonFiniteLossError
+from cwcl_jax.training.metrics import read_json_lines
+from cwcl_jax.training.options import MeshConfig
+from cwcl_jax.training.run import train
+from cwcl_jax.training.state import make_blueprint
+from tests.training.toy import toy_config
+
+
+def losses(workdir):
+    return {r["step"]: r["loss"] for r in read_json_lines(workdir / "metrics.jsonl")}
+
+
+def saved_params(workdir, config):
+    blueprint = make_blueprint(config, sharding.make_mesh(MeshConfig()))
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+        return jax.device_get(
+            checkpoints.restore_params(config.total_steps, blueprint.abstract_params)
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of four steps."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert train(toy_config(), workdir) == DONE
+    return workdir
+
+
+def test_run_leaves_what_a_person_needs(finished):
+    for name in (
+        "config.json",
+        "environment.json",
+        "towers.json",
+        "data.json",
+        "results.txt",
+        "results.json",
+        "results.md",
+        "losses.png",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    assert sorted(losses(finished)) == [1, 2, 3, 4]
+    table = (finished / "results.txt").read_text()
+    assert "shape" in table
+    assert "chance" in table.lower()
+
+
+def test_complete_run_says_so_and_does_nothing(finished, capsys):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    assert train(toy_config(), finished) == DONE
+    output = capsys.readouterr().out
+    assert "is complete (4 steps)" in output
+    assert "shape" in output
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_other_settings_in_the_same_workdir_are_refused(finished):
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.learning_rate.*another --workdir"):
+        train(toy_config(**{"optimizer.learning_rate": 0.5}), finished)
+
+
+def test_settings_that_do_not_change_numbers_may_differ(finished):
+    changes = {"mesh.fsdp": 2, "data.threads": 1, "checkpoint.keep": 1}
+    assert train(toy_config(**changes), finished) == DONE
+
+
+def test_other_data_is_refused(finished, tmp_path):
+    config = toy_config()
+    (tmp_path / "config.json").write_text(to_json(config))
+    data = json.loads((finished / "data.json").read_text())
+    first = next(iter(data))
+    (tmp_path / "data.json").write_text(json.dumps(data | {first: "something else"}))
+    with pytest.raises(ConfigError, match=rf"training data changed.*data\.{first}"):
+        train(config, tmp_path)
+
+
+def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
+    class StopAfterThree(run_module.StopSignal):
+        def requested(self, step):
+            return step == 3
+
+    monkeypatch.setattr(run_module, "StopSignal", StopAfterThree)
+    assert train(toy_config(), tmp_path) == PREEMPTED
+    assert sorted(losses(tmp_path)) == [1, 2, 3]
+    monkeypatch.undo()
+    assert train(toy_config(), tmp_path) == DONE
+    assert losses(tmp_path) == losses(finished)
+    expected = saved_params(finished, toy_config())
+    for path, value in saved_params(tmp_path, toy_config()).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+_CHILD = """
+import os, signal, sys
+from pathlib import Path
+from cwcl_jax.config import from_json
+from cwcl_jax.training import loop, run
+workdir, kill_after = Path(sys.argv[1]), int(sys.argv[2])
+class Kill(run.StopSignal):
+    def requested(self, step):
+        if step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().requested(step)
+run.StopSignal = Kill
+sys.exit(run.train(from_json((workdir.parent / "experiment.json").read_text()), workdir))
+"""
+
+
+@pytest.mark.multiprocess
+def test_killed_run_resumes_bit_for_bit(tmp_path):
+    config = toy_config(**{"total_steps": 20, "checkpoint.every_steps": 5})
+    (tmp_path / "experiment.json").write_text(to_json(config))
+    command = ["timeout", "-s", "KILL", "200", sys.executable, "-c", _CHILD]
+
+    def start(workdir, kill_after):
+        return subprocess.run(
+            [*command, str(workdir), str(kill_after)], capture_output=True, text=True, check=False
+        )
+
+    killed = start(tmp_path / "killed", 13)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = start(tmp_path / "killed", 0)
+    assert resumed.returncode == DONE, resumed.stderr
+    # The save of step 10 may still have been under way when the process died.
+    assert re.search(r"resuming after step (5|10)\b", resumed.stdout)
+    whole = start(tmp_path / "whole", 0)
+    assert whole.returncode == DONE, whole.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    expected = saved_params(tmp_path / "whole", config)
+    for path, value in saved_params(tmp_path / "killed", config).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_with_75(tmp_path, number):
+    config = toy_config(**{"total_steps": 100_000, "checkpoint.every_steps": 0})
+    (tmp_path / "experiment.json").write_text(to_json(config))
+    workdir = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(workdir), "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for(lambda: len(read_json_lines(workdir / "metrics.jsonl")) >= 3)
+        child.send_signal(number)
+        output, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == PREEMPTED, output
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == max(losses(workdir))
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_non_finite_loss_stops_with_step_checkpoint_and_batch(tmp_path, monkeypatch):
+    original = loop_module.Loop._read_metrics
+
+    def poisoned(self):
+        for pending in self._unread:
+            if pending.step == 3:
+                pending.metrics["loss"] = np.float32("nan")
+        return original(self)
+
+    monkeypatch.setattr(loop_module.Loop, "_read_metrics", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 3; last good checkpoint: step 2"):
+        train(toy_config(), tmp_path)
+    record = json.loads((tmp_path / "non_finite_step_3.json").read_text())
+    assert len(record["example_index"]) == 16
+    assert record["last_good_checkpoint"] == 2
+    monkeypatch.undo()
+    assert train(toy_config(), tmp_path) == DONE
+
+
+def test_diverging_run_is_stopped(tmp_path):
+    config = toy_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
+    with pytest.raises(NonFiniteLossError, match="learning_rate"):
+        train(config, tmp_path)
+
+
+def test_missing_training_data_names_path_and_option(tmp_path):
+    config = toy_config(**{"data.train": "tars:/nowhere/{00000..00001}.tar"})
+    with pytest.raises(ConfigError, match=r"config\.data\.train.*/nowhere/.*--config\.data\.train"):
+        train(config, tmp_path)
+
+
+def test_missing_weights_name_path_and_option(tmp_path):
+    config = toy_config(**{"towers.image.weights": "/nowhere/L_16.npz"})
+    with pytest.raises(
+        ConfigError, match=r"config\.towers\.image\.weights.*/nowhere/L_16\.npz.*--config\.towers"
+    ):
+        train(config, tmp_path)
+
+
+def test_missing_evaluation_data_is_found_before_training(tmp_path):
+    config = toy_config(**{"evaluation.tasks.shape.source": "tars:/nowhere/0.tar"})
+    with pytest.raises(ConfigError, match=r"config\.evaluation\.tasks\.shape\.source"):
+        train(config, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_batch_that_does_not_fit_the_devices_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"global_batch_size=18 is not divisible by 4 devices"):
+        train(toy_config(global_batch_size=18), tmp_path)
+
+
+def test_nothing_to_train_is_an_error(tmp_path):
+    config = toy_config(**{"towers.text.tune": "none"})
+    with pytest.raises(ConfigError, match=r"no leaf of either tower trains"):
+        train(config, tmp_path)
+
+
+def test_encoder_gives_the_same_rows_for_any_batch_size(finished):
+    encoder, config = load_encoder(finished)
+    assert encoder.step == config.total_steps
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+    together = encoder.encode("image", {"pixels": pixels})
+    assert together.shape == (7, 32)
+    assert together.dtype == np.float32
+    alone = np.concatenate(
+        [encoder.encode("image", {"pixels": pixels[i : i + 1]}) for i in range(7)]
+    )
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, rtol=1e-6)
+
+
+def test_folder_that_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        load_encoder(tmp_path)
+
+
+def test_changed_tower_file_is_refused(finished, tmp_path):
+    config = toy_config()
+    (tmp_path / "config.json").write_text(to_json(config))
+    towers = json.loads((finished / "towers.json").read_text())
+    towers["image"]["sha256"] = "0" * 64
+    (tmp_path / "towers.json").write_text(json.dumps(towers))
+    with pytest.raises(ConfigError, match="image tower's weights changed"):
+        train(config, tmp_path)
