@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -66,8 +67,15 @@ def make_shards(folder: Path, shards: int, per_shard: int, distinct: int = 200) 
     return images
 
 
-def rate_bare(images: list[bytes], seconds: float, threads: int) -> float:
-    """Images per second of decoding alone."""
+class Rate(NamedTuple):
+    """Images per second, and processor milliseconds an image (steady on a busy machine)."""
+
+    per_second: float
+    cpu_ms: float
+
+
+def rate_bare(images: list[bytes], seconds: float, threads: int) -> Rate:
+    """Decoding alone."""
 
     def work(number: int) -> int:
         done, begin = 0, time.perf_counter()
@@ -77,21 +85,29 @@ def rate_bare(images: list[bytes], seconds: float, threads: int) -> float:
             done += 1
         return done
 
+    begin, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(work, range(threads))) / seconds
+        done = sum(pool.map(work, range(threads)))
+    return _rate_of(done, begin, cpu)
 
 
-def _rate(batches: Iterator, size: int, seconds: float) -> float:
-    next(batches)
-    done, begin = 0, time.perf_counter()
+def _rate_of(done: int, begin: float, cpu: float) -> Rate:
+    used = time.process_time() - cpu
+    return Rate(done / (time.perf_counter() - begin), 1000 * used / done)
+
+
+def _rate(batches: Iterator, size: int, seconds: float) -> Rate:
+    for _ in range(3):  # What was prepared ahead does not count.
+        next(batches)
+    done, begin, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - begin < seconds:
         next(batches)
         done += size
-    return done / (time.perf_counter() - begin)
+    return _rate_of(done, begin, cpu)
 
 
-def rate_pipeline(line: str, seconds: float, threads: int, batch: int) -> float:
-    """Images per second of ready training batches, captions tokenized."""
+def rate_pipeline(line: str, seconds: float, threads: int, batch: int) -> Rate:
+    """Ready training batches, captions tokenized."""
     config = DataConfig(train=line, image=_INPUTS, threads=threads)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=batch)
     try:
@@ -105,8 +121,8 @@ def _decode_for_webdataset(sample: tuple[bytes, bytes]) -> tuple[np.ndarray, str
     return train_pixels(data, _INPUTS, Draws(len(data))), text.decode()
 
 
-def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> float | None:
-    """Images per second of `webdataset` with its worker processes; None where it is missing."""
+def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> Rate | None:
+    """`webdataset` with its worker processes (whose time is not ours); None where it is missing."""
     try:
         from webdataset import WebDataset, WebLoader  # pyright: ignore
     except ImportError:
@@ -178,7 +194,7 @@ def main() -> None:
         line = f"tars:{folder}/{{00000..00003}}.tar"
         paths = [str(path) for path in sorted(folder.glob("0*.tar"))]
         open_source(line)
-        rates: dict[str, list[float]] = {"bare": [], "pipeline": [], "webdataset": []}
+        rates: dict[str, list[Rate]] = {"bare": [], "pipeline": [], "webdataset": []}
         for _ in range(options.rounds):
             rates["bare"].append(rate_bare(images, options.seconds, threads))
             rates["pipeline"].append(rate_pipeline(line, options.seconds, threads, options.batch))
@@ -187,18 +203,21 @@ def main() -> None:
                 rates["webdataset"].append(other)
         for kind, values in rates.items():
             if values:
-                listed = ", ".join(f"{value:.0f}" for value in values)
-                print(f"{kind}: {max(values):.0f} images/s (rounds: {listed})")
-        print(f"pipeline / bare decoder: {max(rates['pipeline']) / max(rates['bare']):.2f}")
+                listed = ", ".join(f"{rate.per_second:.0f} ({rate.cpu_ms:.2f})" for rate in values)
+                print(f"{kind}: {max(values).per_second:.0f} images/s; rounds (ms/image): {listed}")
+        bare, pipeline = max(rates["bare"]), max(rates["pipeline"])
+        print(f"pipeline / bare decoder: {pipeline.per_second / bare.per_second:.2f} in rate")
+        cpu = [min(rate.cpu_ms for rate in rates[kind]) for kind in ("bare", "pipeline")]
+        print(f"bare decoder / pipeline: {cpu[0] / cpu[1]:.2f} in processor time")
         scenes_rate = rate_scenes(options.seconds, threads)
-        print(f"embedded scenes at 64: {scenes_rate:.0f} examples/s")
+        print(f"embedded scenes at 64: {scenes_rate.per_second:.0f} examples/s")
         print(f"peak memory over epochs: {memory_over_epochs(line, threads)} MB")
         print(f"index of 10,000 samples, cold: {time_to_index(folder):.2f} s")
         print(f"1,000 indexed shards to first batch: {time_to_first_batch(folder, images):.2f} s")
 
 
-def rate_scenes(seconds: float, threads: int) -> float:
-    """Examples per second of the embedded scenes, drawn, captioned and tokenized."""
+def rate_scenes(seconds: float, threads: int) -> Rate:
+    """The embedded scenes, drawn, captioned and tokenized."""
     config = DataConfig(threads=threads)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=128)
     try:

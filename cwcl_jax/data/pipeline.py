@@ -1,9 +1,9 @@
 """Batches for training, read by grain's threads in one global order.
 
-Batch `step` holds the positions `step * B ... (step + 1) * B` of the order, host h the h-th block of
-them. The state is therefore the number of the next step and nothing else: it is exact, and the same
-order continues on another number of hosts. Unusable examples are replaced by others that the order
-itself names, so every host always makes the same number of steps.
+Batch `step` holds the positions `step * B ... (step + 1) * B` of the order, host h the h-th block
+of them. The state is therefore the number of the next step and nothing else: it is exact, and the
+same order continues on another number of hosts. Unusable examples are replaced by others that the
+order itself names, so every host always makes the same number of steps.
 """
 
 import time
