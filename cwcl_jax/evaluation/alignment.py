@@ -19,12 +19,14 @@ def choose_items(
 ) -> Int[np.ndarray, "k"]:
     """Items of `classes` random classes, the same number of each, sorted by class.
 
-    Depends on the labels and the seed alone, so that two runs get the same items. Only classes
-    with at least two items take part; with fewer than `items_per_class`, all get as many as the
-    smallest of the chosen classes has.
+    Depends on the labels and the seed alone, so that two runs get the same items. Classes with
+    `items_per_class` items are preferred; where there are too few of those, any class with two
+    items takes part, and all get as many as the smallest chosen one has.
     """
     names, counts = np.unique(labels, return_counts=True)
-    enough = names[counts >= 2]
+    enough = names[counts >= items_per_class]
+    if len(enough) < classes:
+        enough = names[counts >= 2]
     if len(enough) < classes:
         raise ValueError(
             f"only {len(enough)} classes have two items or more, but classes={classes}; lower it."
@@ -37,19 +39,23 @@ def choose_items(
 
 
 def block_diagonality(
-    matrix: Float[np.ndarray, "n m"],
-    row_labels: Int[np.ndarray, "n"],
-    column_labels: Int[np.ndarray, "m"],
+    matrix: Float[np.ndarray, "n n"], labels: Int[np.ndarray, "n"]
 ) -> dict[str, float]:
-    """Mean similarity within classes and between them, and their difference."""
-    same = row_labels[:, None] == column_labels[None, :]
-    if same.all() or not same.any():
+    """Mean similarity within classes and between them, and their difference.
+
+    Row i and column i belong to one item. `block_diagonality_other_items` leaves these pairs out:
+    a model that only knows which text belongs to which item has none of it.
+    """
+    same = labels[:, None] == labels[None, :]
+    others = same & ~np.eye(len(labels), dtype=bool)
+    if same.all() or not others.any():
         raise ValueError("block diagonality needs pairs within a class and between classes.")
     within, between = float(matrix[same].mean()), float(matrix[~same].mean())
     return {
         "within_class": within,
         "between_class": between,
         "block_diagonality": within - between,
+        "block_diagonality_other_items": float(matrix[others].mean()) - between,
     }
 
 

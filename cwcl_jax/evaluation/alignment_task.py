@@ -26,7 +26,7 @@ def run_alignment(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
         labels, classes=task.classes, items_per_class=task.items_per_class, seed=task.seed
     )
     matrix, drawn = u[chosen] @ v[chosen].T, labels[chosen]
-    metrics = block_diagonality(matrix, drawn, drawn)
+    metrics = block_diagonality(matrix, drawn)
     for key, value in pair_metrics(u, v, seed=task.seed).items():
         renamed = key.replace("uniformity_u", f"uniformity_{task.modality}")
         metrics[renamed.replace("uniformity_v", "uniformity_text")] = value
@@ -35,7 +35,7 @@ def run_alignment(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
         kind=task.kind,
         source=task.source,
         metrics=metrics,
-        chance={"block_diagonality": 0.0},
+        chance={"block_diagonality": 0.0, "block_diagonality_other_items": 0.0},
         items={
             "ids": np.asarray(items.ids),
             "labels": labels,

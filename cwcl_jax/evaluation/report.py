@@ -1,5 +1,6 @@
 """Writes what an evaluation found: results.json, results.md, pictures, and values per item."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from cwcl_jax.evaluation.robustness import (
     robustness_table,
 )
 from cwcl_jax.evaluation.tables import CLASSIFICATION, PROBES, Table, result_tables, warning_lines
+
+# Classes of one task that results.md lists; the CSV has all of them.
+_SHOWN_CLASSES = 30
 
 
 def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> list[Table]:
@@ -177,9 +181,11 @@ def _retrieval_names(result: TaskResult) -> dict[str, str]:
 
 def _per_class(result: TaskResult) -> Table:
     rows = result.extras["per_class"]
-    cells = tuple(tuple(_cell(value) for value in row.values()) for row in rows)
+    cells = tuple(tuple(_cell(value) for value in row.values()) for row in rows[:_SHOWN_CLASSES])
     header = tuple(rows[0]) if rows else ("class",)
-    return Table(f"{result.name}: classes, worst first", header, cells)
+    more = len(rows) - len(cells)
+    notes = (f"{more} more classes are in {result.name}_classes.csv.",) if more else ()
+    return Table(f"{result.name}: classes, worst first", header, cells, notes)
 
 
 def _cell(value: object) -> str:
@@ -198,20 +204,23 @@ def _times(results: Sequence[TaskResult]) -> Table:
 
 
 def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
-    """Values per item (.npz) for paired tests; the alignment matrix as CSV and PNG."""
+    """Values per item (.npz) for paired tests; classes (CSV); the alignment matrix (CSV, PNG)."""
     if not result.items:
         return []
-    path = folder / "items" / f"{result.name}.npz"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
+    files = [folder / "items" / f"{result.name}.npz"]
+    files[0].parent.mkdir(exist_ok=True)
+    with files[0].open("wb") as file:
         np.savez_compressed(file, **result.items)  # pyright: ignore[reportArgumentType]
-    if "matrix" not in result.items:
-        return [path]
-    ids, names = result.items["matrix_ids"].tolist(), result.items["matrix_classes"].tolist()
-    table = folder / f"{result.name}.csv"
-    picture = folder / f"{result.name}.png"
-    return [
-        path,
-        write_matrix(table, result.items["matrix"], ids, names),
-        draw_matrices({result.name: result.items}, picture, modality=result.extras["modality"]),
-    ]
+    if rows := result.extras.get("per_class"):
+        files.append(folder / f"{result.name}_classes.csv")
+        with files[-1].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if "matrix" in result.items:
+        ids, names = result.items["matrix_ids"].tolist(), result.items["matrix_classes"].tolist()
+        table, picture = folder / f"{result.name}.csv", folder / f"{result.name}.png"
+        files.append(write_matrix(table, result.items["matrix"], ids, names))
+        modality = result.extras["modality"]
+        files.append(draw_matrices({result.name: result.items}, picture, modality=modality))
+    return files

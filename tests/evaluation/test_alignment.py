@@ -16,16 +16,23 @@ from cwcl_jax.evaluation.alignment import (
 def test_block_diagonality_is_within_minus_between():
     labels = np.array([0, 0, 1])
     matrix = np.array([[0.9, 0.7, 0.1], [0.8, 0.6, 0.2], [0.0, 0.1, 0.5]])
-    numbers = block_diagonality(matrix, labels, labels)
+    numbers = block_diagonality(matrix, labels)
     assert numbers["within_class"] == pytest.approx((0.9 + 0.7 + 0.8 + 0.6 + 0.5) / 5)
     assert numbers["between_class"] == pytest.approx((0.1 + 0.2 + 0.0 + 0.1) / 4)
     difference = numbers["within_class"] - numbers["between_class"]
     assert numbers["block_diagonality"] == pytest.approx(difference)
+    assert numbers["block_diagonality_other_items"] == pytest.approx((0.7 + 0.8) / 2 - 0.1)
+
+
+def test_pairs_alone_make_no_block_diagonal_of_other_items():
+    numbers = block_diagonality(np.eye(6), np.repeat(np.arange(3), 2))
+    assert numbers["block_diagonality"] == 0.5
+    assert numbers["block_diagonality_other_items"] == 0.0
 
 
 def test_one_class_alone_has_no_block_diagonal():
     with pytest.raises(ValueError, match="between classes"):
-        block_diagonality(np.ones((2, 2)), np.zeros(2, int), np.zeros(2, int))
+        block_diagonality(np.ones((2, 2)), np.zeros(2, int))
 
 
 def test_identical_modalities_have_no_gap_and_the_same_structure():
@@ -67,6 +74,13 @@ def test_chosen_items_are_sorted_by_class_equal_in_number_and_repeatable():
     np.testing.assert_array_equal(chosen, again)
     other = choose_items(labels, classes=6, items_per_class=10, seed=1)
     assert not np.array_equal(chosen, other)
+
+
+def test_classes_with_enough_items_are_preferred():
+    labels = np.repeat(np.arange(5), [3, 20, 4, 20, 20])
+    chosen = choose_items(labels, classes=3, items_per_class=20, seed=0)
+    assert np.unique(labels[chosen]).tolist() == [1, 3, 4]
+    assert len(chosen) == 60
 
 
 def test_small_class_limits_all_and_too_few_classes_are_an_error():

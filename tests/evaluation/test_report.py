@@ -85,6 +85,7 @@ def test_every_form_of_the_results_is_written(sources, tmp_path):
         "results.json",
         "results.md",
         "template_robustness.png",
+        "shape_classes.csv",
         "matrix.csv",
         "matrix.png",
         "items/shape.npz",
