@@ -9,7 +9,7 @@ made tile by tile, or for the own pair as the only target. The paper's weights n
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,13 @@ from cwcl_jax.losses.reference import wide
 from cwcl_jax.losses.tiles import Side, Stats, Tiling, backward_sweep, forward_sweep, inner
 
 
+NO_FORWARD_MODE = (
+    "The tiled losses have first derivatives in reverse mode only (jax.grad, jax.vjp). For jax.jvp, "
+    "jax.jacfwd or second derivatives use form='dense'."
+)
+
+
+@runtime_checkable
 class Engine(Protocol):
     """Runs the two sweeps over global arrays; hashable."""
 
@@ -116,10 +123,26 @@ def _mean_loss(stats: Stats, weighted: bool, epsilon: float, deficit: Array | No
     return (stats["weights"] * share * log_sum_exp - share * stats["weighted_logits"]).mean()
 
 
+@jax.custom_jvp
+def once_differentiable(residuals):
+    """The identity, whose derivative is an error: the backward rules have none of their own."""
+    return residuals
+
+
+@once_differentiable.defjvp
+def _no_second_derivative(primals, tangents):
+    raise TypeError(NO_FORWARD_MODE)
+
+
+def values_of(extras: Side) -> Side:
+    """Plain arrays of what a forward rule gets with `symbolic_zeros`."""
+    return {name: x.value for name, x in extras.items()}
+
+
 def _forward_rule(tiling, engine, epsilon, u, v, scale, extras):
-    values = jax.tree.map(lambda x: x.value, extras, is_leaf=lambda x: hasattr(x, "perturbed"))
+    values = values_of(extras)
     outputs = pair_losses(tiling, engine, epsilon, u.value, v.value, scale.value, values)
-    stats = outputs[2]
+    stats: dict[str, Stats] = outputs[2]
     kept = {
         side: {k: x for k, x in stats[side].items() if k in ("max", "sum", "weights")}
         for side in ("rows", "columns")
@@ -128,6 +151,7 @@ def _forward_rule(tiling, engine, epsilon, u, v, scale, extras):
     needed = {
         name: () if x.perturbed else None for name, x in (("u", u), ("v", v), ("scale", scale))
     }
+    kept = once_differentiable(kept)
     return outputs, (u.value, v.value, scale.value, values, kept, needed)
 
 

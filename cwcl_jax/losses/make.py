@@ -3,21 +3,22 @@
 All of them return `(loss, diagnostics)`, the latter a flat dict of scalars.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from cwcl_jax.losses import checks
-from cwcl_jax.losses.fused import Engine, OneDevice
+from cwcl_jax.losses.fused import NO_FORWARD_MODE, Engine, OneDevice
 from cwcl_jax.losses.options import LossConfig, resolve
-from cwcl_jax.losses.pairwise import Inputs, dense_loss, weighted_loss
+from cwcl_jax.losses.pairwise import Inputs, dense_loss, weight_extremes, weighted_loss
 from cwcl_jax.losses.reference import Scalar, wide
 from cwcl_jax.losses.sharded import Gathered, Ring
 from cwcl_jax.losses.sigmoid import sigmoid_pairs
-from cwcl_jax.losses.weights import WeightFunction
+from cwcl_jax.losses.weights import UserFunction
 
 Diagnostics = dict[str, Array]
 
@@ -25,6 +26,7 @@ Diagnostics = dict[str, Array]
 _GATHERED_BYTES = 2**30
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """A loss of global arrays; inside one `jax.jit`, split over the mesh's axes on dimension 0."""
 
@@ -45,7 +47,7 @@ def make_loss(
     *,
     mesh: Mesh | None = None,
     axes: str | Sequence[str] = ("data", "fsdp"),
-    weight_function: WeightFunction | None = None,
+    weight_function: Callable[[Array], Array] | None = None,
 ) -> LossFn:
     """Builds the loss of a configuration.
 
@@ -53,28 +55,57 @@ def make_loss(
       config: options.
       mesh: devices that the batch is split over; None, or a mesh with one part, is one device.
       axes: the mesh's axes that split the batch; those the mesh does not have are left out.
-      weight_function: your own function (cosine, sharpness) -> weight, entry by entry, in place of
-        the configured one.
+      weight_function: your own function cosine -> weight, entry by entry, in place of the
+        configured one.
     """
     config = resolve(config)
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     axes = tuple(a for a in axes if mesh is not None and a in mesh.axis_names)
+    function = None if weight_function is None else UserFunction(weight_function)
 
     def loss_fn(u, v, p, logit_scale, logit_bias=None, labels=None, targets=None):
         checks.check_pair(u, v)
         common = jnp.promote_types(u.dtype, v.dtype)
         u, v = u.astype(common), v.astype(common)
-        logit_scale = _scalar("logit_scale", logit_scale, u)
+        scale = _scalar("logit_scale", logit_scale, u)
         engine = _engine(config, mesh, axes, u, p)
-        inputs = _inputs(config, u, v, p, logit_scale, labels, targets)
-        if config.name == "sigmoid":
-            bias = _scalar("logit_bias", logit_bias, u)
-            return sigmoid_pairs(config, inputs, bias, engine)
-        if config.form == "dense":
-            return dense_loss(config, inputs, weight_function)
-        return weighted_loss(config, inputs, engine, weight_function)
+        inputs = _inputs(config, u, v, p, scale, labels, targets, function)
+        bias = _scalar("logit_bias", logit_bias, u) if config.name == "sigmoid" else None
+        if config.debug_checks:
+            _check_values(config, inputs, bias, function)
+        return _evaluate(config, inputs, bias, engine, function)
 
     return loss_fn
+
+
+def _evaluate(config, inputs, bias, engine, function) -> tuple[Array, Diagnostics]:
+    if config.form == "dense":
+        if bias is not None:
+            return sigmoid_pairs(config, inputs, bias, engine)
+        return dense_loss(config, inputs, function)
+    try:
+        if bias is not None:
+            return sigmoid_pairs(config, inputs, bias, engine)
+        return weighted_loss(config, inputs, engine, function)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(NO_FORWARD_MODE) from error
+
+
+def _check_values(config: LossConfig, inputs: Inputs, bias: Array | None, function) -> None:
+    extremes = None
+    if config.name not in ("contrastive", "sigmoid"):
+        extremes = weight_extremes(config, inputs, function)
+    arrays = {
+        "u": inputs.u,
+        "v": inputs.v,
+        "weights_from": inputs.p,
+        "logit_scale": inputs.logit_scale,
+        "logit_bias": bias,
+        "weights": extremes,
+    }
+    checks.check_values(arrays)
 
 
 def _scalar(name: str, value: Scalar | None, like: Array) -> Array:
@@ -87,7 +118,7 @@ def _scalar(name: str, value: Scalar | None, like: Array) -> Array:
     return value.astype(wide(like))
 
 
-def _inputs(config, u, v, p, logit_scale, labels, targets) -> Inputs:
+def _inputs(config, u, v, p, logit_scale, labels, targets, function) -> Inputs:
     n = u.shape[0]
     if labels is not None:
         checks.check_labels(labels, n)
@@ -95,14 +126,16 @@ def _inputs(config, u, v, p, logit_scale, labels, targets) -> Inputs:
         checks.check_targets(targets, n)
     elif p is not None:
         checks.check_weights_from(p, n)
-    needs_labels = config.duplicates != "negatives" or config.weight_function == "labels"
+    by_labels = config.weight_function == "labels" and targets is None and function is None
+    needs_labels = config.duplicates != "negatives" or by_labels
     if needs_labels and labels is None:
         raise ValueError(
             f"labels are needed by weight_function={config.weight_function!r}, "
             f"duplicates={config.duplicates!r}; pass one integer for each pair."
         )
     needs_p = config.name not in ("contrastive", "sigmoid") and targets is None
-    if needs_p and p is None and config.weight_function not in ("uniform", "labels"):
+    without_p = config.weight_function in ("uniform", "labels") and function is None
+    if needs_p and p is None and not without_p:
         raise ValueError(
             "weights_from is missing: pass the locked tower's embeds, whose similarities are the "
             "weights."
@@ -132,16 +165,41 @@ def cwcl_loss(
     u: Float[Array, "n d"],
     v: Float[Array, "n d"],
     *,
-    weights_from: Array,
     logit_scale: Scalar,
+    weights_from: Array | None = None,
+    weight_function: str | Callable[[Array], Array] = "",
+    labels: Int[Array, " n"] | None = None,
+    targets: Float[Array, "n n"] | None = None,
     config: LossConfig | None = None,
     mesh: Mesh | None = None,
     axes: str | Sequence[str] = ("data", "fsdp"),
-    **options,
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """CWCL of pairs (u_i, v_i), weighted by the similarities of `weights_from`."""
-    config = config or LossConfig(**options)
-    return make_loss(config, mesh=mesh, axes=axes)(u, v, weights_from, logit_scale)
+    """CWCL of pairs (u_i, v_i), weighted by the similarities of `weights_from`.
+
+    Args:
+      u: embeds of the modality that gives the weights, rows of unit norm.
+      v: embeds of the other modality.
+      logit_scale: log of the inverse temperature.
+      weights_from: embeds of the locked tower, of any width, rows of unit norm; or raw profiles
+        (n, channels, features). No gradient goes here (see `LossConfig.detach_weights`).
+      weight_function: a name of `LossConfig.weight_function`, or your own function of the cosine.
+      labels: integers, for weights or duplicates that go by labels.
+      targets: your own weights of all pairs, instead of `weights_from`; rows are normalised.
+      config: all other options.
+      mesh, axes: the devices that the rows are split over.
+
+    Returns:
+      The loss, and diagnostics as a flat dict of scalars. One pair alone has the loss 0, with
+      gradients of 0: there is nothing to tell it from.
+    """
+    config = config or LossConfig()
+    own = None
+    if callable(weight_function):
+        own = weight_function
+    elif weight_function:
+        config = dataclasses.replace(config, weight_function=weight_function)
+    loss_fn = make_loss(config, mesh=mesh, axes=axes, weight_function=own)
+    return loss_fn(u, v, weights_from, logit_scale, labels=labels, targets=targets)
 
 
 def contrastive_loss(
@@ -149,13 +207,17 @@ def contrastive_loss(
     v: Float[Array, "n d"],
     *,
     logit_scale: Scalar,
+    labels: Int[Array, " n"] | None = None,
+    config: LossConfig | None = None,
     mesh: Mesh | None = None,
     axes: str | Sequence[str] = ("data", "fsdp"),
-    **options,
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """InfoNCE in both directions, CLIP's loss times two."""
-    config = LossConfig(name="contrastive", **options)
-    return make_loss(config, mesh=mesh, axes=axes)(u, v, None, logit_scale)
+    """InfoNCE summed over both directions; CLIP's loss is its half (reduction="mean").
+
+    Arguments as in `cwcl_loss`; labels only where `config.duplicates` uses them.
+    """
+    config = dataclasses.replace(config or LossConfig(), name="contrastive")
+    return make_loss(config, mesh=mesh, axes=axes)(u, v, None, logit_scale, labels=labels)
 
 
 def sigmoid_loss(
@@ -164,10 +226,15 @@ def sigmoid_loss(
     *,
     logit_scale: Scalar,
     logit_bias: Scalar,
+    labels: Int[Array, " n"] | None = None,
+    config: LossConfig | None = None,
     mesh: Mesh | None = None,
     axes: str | Sequence[str] = ("data", "fsdp"),
-    **options,
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """SigLIP's loss: every pair a binary classification, summed over candidates."""
-    config = LossConfig(name="sigmoid", **options)
-    return make_loss(config, mesh=mesh, axes=axes)(u, v, None, logit_scale, logit_bias)
+    """SigLIP's loss: every pair is a binary decision; summed over candidates, mean over pairs.
+
+    Arguments as in `contrastive_loss`; logit_bias is added to all logits (SigLIP starts at -10).
+    """
+    config = dataclasses.replace(config or LossConfig(), name="sigmoid")
+    loss_fn = make_loss(config, mesh=mesh, axes=axes)
+    return loss_fn(u, v, None, logit_scale, logit_bias, labels=labels)
