@@ -9,13 +9,14 @@ import argparse
 import io
 import os
 import resource
+import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -178,13 +179,41 @@ def memory_over_epochs(line: str, threads: int) -> list[float]:
     return peaks
 
 
+def _alternate(
+    images: list[bytes], line: str, paths: list[str], options: Any, threads: int
+) -> dict[str, list[Rate]]:
+    """Rates of all kinds, round by round, so that a busy machine slows each alike."""
+    rates: dict[str, list[Rate]] = {"bare": [], "pipeline": [], "webdataset": []}
+    for _ in range(options.rounds):
+        rates["bare"].append(rate_bare(images, options.seconds, threads))
+        rates["pipeline"].append(rate_pipeline(line, options.seconds, threads, options.batch))
+        other = rate_webdataset(paths, options.seconds, threads, options.batch)
+        rates["webdataset"] += [] if other is None else [other]
+    return rates
+
+
+def _print_rates(rates: dict[str, list[Rate]]) -> None:
+    for kind, values in rates.items():
+        if values:
+            listed = ", ".join(f"{rate.per_second:.0f} ({rate.cpu_ms:.2f})" for rate in values)
+            print(f"{kind}: images/s (processor ms an image): {listed}")
+    ours = rates["pipeline"]
+    for kind in ("bare", "webdataset"):
+        pairs = list(zip(ours, rates[kind], strict=False))
+        if pairs:
+            ratio = statistics.median(a.per_second / b.per_second for a, b in pairs)
+            print(f"pipeline / {kind}, rate, median of rounds: {ratio:.2f}")
+    cpu = statistics.median(b.cpu_ms / a.cpu_ms for a, b in zip(ours, rates["bare"], strict=True))
+    print(f"bare / pipeline, processor time, median of rounds: {cpu:.2f}")
+
+
 def main() -> None:
     """Prints every figure with what it is compared to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
     parser.add_argument("--threads", type=int, default=0, help="0 = one for each usable core")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements alternate; best counts")
+    parser.add_argument("--rounds", type=int, default=8, help="kinds alternate; medians count")
     options = parser.parse_args()
     threads = reader_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
@@ -194,21 +223,7 @@ def main() -> None:
         line = f"tars:{folder}/{{00000..00003}}.tar"
         paths = [str(path) for path in sorted(folder.glob("0*.tar"))]
         open_source(line)
-        rates: dict[str, list[Rate]] = {"bare": [], "pipeline": [], "webdataset": []}
-        for _ in range(options.rounds):
-            rates["bare"].append(rate_bare(images, options.seconds, threads))
-            rates["pipeline"].append(rate_pipeline(line, options.seconds, threads, options.batch))
-            other = rate_webdataset(paths, options.seconds, threads, options.batch)
-            if other is not None:
-                rates["webdataset"].append(other)
-        for kind, values in rates.items():
-            if values:
-                listed = ", ".join(f"{rate.per_second:.0f} ({rate.cpu_ms:.2f})" for rate in values)
-                print(f"{kind}: {max(values).per_second:.0f} images/s; rounds (ms/image): {listed}")
-        bare, pipeline = max(rates["bare"]), max(rates["pipeline"])
-        print(f"pipeline / bare decoder: {pipeline.per_second / bare.per_second:.2f} in rate")
-        cpu = [min(rate.cpu_ms for rate in rates[kind]) for kind in ("bare", "pipeline")]
-        print(f"bare decoder / pipeline: {cpu[0] / cpu[1]:.2f} in processor time")
+        _print_rates(_alternate(images, line, paths, options, threads))
         scenes_rate = rate_scenes(options.seconds, threads)
         print(f"embedded scenes at 64: {scenes_rate.per_second:.0f} examples/s")
         print(f"peak memory over epochs: {memory_over_epochs(line, threads)} MB")

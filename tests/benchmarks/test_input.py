@@ -1,0 +1,52 @@
+import io
+from types import SimpleNamespace
+
+from PIL import Image
+
+from cwcl_jax.benchmarks import input as benchmark
+from cwcl_jax.data.sources import open_source
+
+
+def test_pictures_have_the_size_of_photographs():
+    data = benchmark.make_jpeg(0)
+    assert Image.open(io.BytesIO(data)).size == (512, 384)
+    assert 25_000 < len(data) < 90_000
+
+
+def test_rates_are_measured_on_real_batches(tmp_path, capsys):
+    images = benchmark.make_shards(tmp_path, shards=2, per_shard=6, distinct=3)
+    line = f"tars:{tmp_path}/{{00000..00001}}.tar"
+    assert len(open_source(line)) == 12
+    bare = benchmark.rate_bare(images, 0.05, 1)
+    ours = benchmark.rate_pipeline(line, 0.05, 1, 4)
+    for rate in (bare, ours):
+        assert rate.per_second > 0
+        assert rate.cpu_ms > 0
+    benchmark._print_rates({"bare": [bare], "pipeline": [ours], "webdataset": []})
+    printed = capsys.readouterr().out
+    assert "pipeline / bare" in printed
+    assert "pipeline / webdataset" not in printed
+
+
+def test_rounds_alternate_between_the_kinds(tmp_path, monkeypatch):
+    called = []
+    for kind in ("bare", "pipeline", "webdataset"):
+
+        def record(*_, kind=kind):
+            called.append(kind)
+            return benchmark.Rate(1.0, 1.0) if kind != "webdataset" else None
+
+        monkeypatch.setattr(benchmark, f"rate_{kind}", record)
+    options = SimpleNamespace(rounds=2, seconds=1.0, batch=4)
+    rates = benchmark._alternate([], "line", [], options, 1)
+    assert called == ["bare", "pipeline", "webdataset"] * 2
+    assert rates["webdataset"] == []
+
+
+def test_the_index_of_a_small_tar_is_timed(tmp_path):
+    assert 0 < benchmark.time_to_index(tmp_path, samples=20) < 5
+
+
+def test_the_first_batch_is_timed(tmp_path):
+    images = [benchmark.make_jpeg(0)] * 20
+    assert 0 < benchmark.time_to_first_batch(tmp_path, images, shards=20) < 10
