@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cwcl_jax.models import precomputed, text, vit
+from cwcl_jax.models import bart, bert, conv_speech, precomputed, text, vit, whisper
 from cwcl_jax.models.transformer import Execution
 
 
@@ -40,6 +40,15 @@ class EncoderFamily:
 ENCODERS: dict[str, EncoderFamily] = {
     "vit": EncoderFamily(vit.VitConfig, vit.Vit, vit.PRESETS, "image"),
     "text": EncoderFamily(text.TextConfig, text.TextTransformer, text.PRESETS, "text"),
+    "bert": EncoderFamily(bert.BertConfig, bert.Bert, bert.PRESETS, "text"),
+    "roberta": EncoderFamily(bert.RobertaConfig, bert.Bert, bert.ROBERTA_PRESETS, "text"),
+    "bart": EncoderFamily(bart.BartConfig, bart.BartEncoder, bart.PRESETS, "text"),
+    "whisper": EncoderFamily(
+        whisper.WhisperConfig, whisper.WhisperEncoder, whisper.PRESETS, "speech"
+    ),
+    "conv_speech": EncoderFamily(
+        conv_speech.ConvSpeechConfig, conv_speech.ConvSpeech, conv_speech.PRESETS, "speech"
+    ),
     "precomputed": EncoderFamily(precomputed.PrecomputedConfig, precomputed.Precomputed, {}, "any"),
 }
 

@@ -5,23 +5,14 @@ features are the mean over the real tokens, which needs no special token from th
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.numerics import dropout
-from cwcl_jax.models.pooling import pool
-from cwcl_jax.models.transformer import (
-    Execution,
-    TransformerConfig,
-    apply_blocks,
-    embedding,
-    layer_norm,
-    make_blocks,
-)
+from cwcl_jax.models.text_encoder import TextEncoder, check_length
+from cwcl_jax.models.transformer import Execution, TransformerConfig, embedding, layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,24 +46,20 @@ PRESETS: dict[str, TextConfig] = {
 }
 
 
-class TextTransformer(nnx.Module):
+class TextTransformer(TextEncoder):
     """Encoder of {"tokens": int32 (b, s), "mask": bool (b, s)}."""
 
     def __init__(self, config: TextConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, _stack(config), execution, rngs=rngs)
         self.token_embedding = embedding(config.vocab_size, config.width, execution, rngs)
         self.position_embedding = embedding(config.max_tokens, config.width, execution, rngs)
-        self.blocks = make_blocks(transformer_config(config), execution, rngs=rngs)
         self.norm = layer_norm(config.width, config.epsilon, execution, rngs)
-        self.config = config
-        self.execution = execution
-
-    @property
-    def feature_width(self) -> int:
-        """Width of a feature vector."""
-        return self.config.width
 
     def embed(
-        self, tokens: Int[Array, "b s"], key: jax.Array | None = None
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"],
+        key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
         """Token and position embeddings."""
         check_length(tokens.shape[1], self.config.max_tokens)
@@ -80,39 +67,12 @@ class TextTransformer(nnx.Module):
         x = self.token_embedding(tokens) + positions.astype(self.execution.dtype)
         return dropout(x, self.config.dropout, key)
 
-    def tokens(
-        self, inputs: Mapping[str, Any], key: jax.Array | None = None
-    ) -> Float[Array, "b s d"]:
-        """The sequence after the final norm."""
-        keys = (None, None) if key is None else jax.random.split(key, 2)
-        return self.norm(
-            self.contextualise(self.embed(inputs["tokens"], keys[0]), inputs["mask"], keys[1])
-        )
-
-    def contextualise(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
-    ) -> Float[Array, "b s d"]:
-        """The blocks alone."""
-        config = transformer_config(self.config)
-        return apply_blocks(self.blocks, x, mask, config=config, execution=self.execution, key=key)
-
-    def __call__(
-        self, inputs: Mapping[str, Any], key: jax.Array | None = None
-    ) -> Float[Array, "b f"]:
-        return pool(self.tokens(inputs, key), inputs["mask"], self.config.pooling)
+    def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """The final norm of pre-norm blocks."""
+        return self.norm(x)
 
 
-def check_length(length: int, limit: int) -> None:
-    """A sequence longer than the position table would silently repeat its last row."""
-    if length > limit:
-        raise ValueError(
-            f"sequences have {length} tokens, the text tower has {limit} positions: lower the "
-            f"data's max_tokens, or raise the tower's overrides max_tokens"
-        )
-
-
-def transformer_config(config: TextConfig) -> TransformerConfig:
-    """The stack of a text transformer."""
+def _stack(config: TextConfig) -> TransformerConfig:
     return TransformerConfig(
         depth=config.depth,
         width=config.width,

@@ -93,10 +93,10 @@ def test_padding_cannot_influence_a_text_embedding(pooling):
     short, long = texts([4], size=4), texts([4], size=9)
     long["tokens"] = long["tokens"].at[:, :4].set(short["tokens"])
     np.testing.assert_allclose(tower(short), tower(long), atol=1e-6)
-    embedded = tower.encoder.embed(long["tokens"])
+    embedded = tower.encoder.embed(long["tokens"], long["mask"])
 
     def first_feature(x):
-        hidden = tower.encoder.norm(tower.encoder.contextualise(x, long["mask"]))
+        hidden = tower.encoder.contextualise(x, long["mask"])
         return pool(hidden, long["mask"], pooling)[:, 0].sum()
 
     gradient = jax.grad(first_feature)(embedded)

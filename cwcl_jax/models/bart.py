@@ -1,0 +1,82 @@
+"""The encoder of BART: Lewis et al. 2020, arXiv 1910.13461. Post-norm blocks as BERT's.
+
+BART's position table has two unused rows in front, which the import drops; there are no token
+types. Features are the mean over the real tokens.
+"""
+
+import dataclasses
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.text_encoder import TextEncoder, check_length
+from cwcl_jax.models.transformer import Execution, TransformerConfig, embedding, layer_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class BartConfig:
+    """Sizes and numerics of a BART encoder."""
+
+    vocab_size: int = 50265
+    max_tokens: int = 1024
+    width: int = 768
+    depth: int = 6
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "gelu_erf"
+    epsilon: float = 1e-5
+    dropout: float = 0.1
+    scale_embedding: bool = False
+    pooling: str = "mean"
+    """"mean", "cls" or "last"."""
+
+
+# arXiv 1910.13461 section 2.1 and appendix: six layers of BERT-base's width, twelve of
+# BERT-large's.
+PRESETS: dict[str, BartConfig] = {
+    "BART-base": BartConfig(),
+    "BART-large": BartConfig(width=1024, depth=12, heads=16, mlp_width=4096),
+    "tiny": BartConfig(
+        vocab_size=2048, max_tokens=32, width=64, depth=2, heads=2, mlp_width=128, dropout=0.0
+    ),
+}
+
+
+class BartEncoder(TextEncoder):
+    """Encoder of {"tokens": int32 (b, s), "mask": bool (b, s)}."""
+
+    def __init__(self, config: BartConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, _stack(config), execution, rngs=rngs)
+        self.token_embedding = embedding(config.vocab_size, config.width, execution, rngs)
+        self.position_embedding = embedding(config.max_tokens, config.width, execution, rngs)
+        self.embedding_norm = layer_norm(config.width, config.epsilon, execution, rngs)
+
+    def embed(
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Sum of token and position embeddings, normalised."""
+        check_length(tokens.shape[1], self.config.max_tokens)
+        x = self.token_embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * self.config.width**0.5
+        positions = self.position_embedding.embedding[...][None, : tokens.shape[1]]
+        x = self.embedding_norm(x + positions.astype(self.execution.dtype))
+        return dropout(x, self.config.dropout, key)
+
+
+def _stack(config: BartConfig) -> TransformerConfig:
+    return TransformerConfig(
+        depth=config.depth,
+        width=config.width,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        norm_order="post",
+        activation=config.activation,
+        epsilon=config.epsilon,
+        dropout=config.dropout,
+    )

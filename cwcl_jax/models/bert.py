@@ -1,0 +1,144 @@
+"""BERT (Devlin et al. 2019, arXiv 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692).
+
+The encoders are one: post-norm blocks, erf GELU, a norm after the embeddings. RoBERTa and XLM-R
+count positions over the real tokens, from the padding id + 1, and use one token type. MiniLM and
+other sentence encoders are BERTs (or RoBERTas) with mean pooling.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.text_encoder import TextEncoder, check_length
+from cwcl_jax.models.transformer import (
+    Execution,
+    TransformerConfig,
+    embedding,
+    layer_norm,
+    linear,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes and numerics of a BERT."""
+
+    vocab_size: int = 30522
+    max_tokens: int = 512
+    token_types: int = 2
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "gelu_erf"
+    epsilon: float = 1e-12
+    dropout: float = 0.1
+    pooling: str = "cls"
+    """"cls", "mean", or "pooler": BERT's own dense layer and tanh on top of "cls"."""
+
+    position_offset = 0
+    """Rows of the position table before the first real token's."""
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table."""
+        return self.max_tokens + self.position_offset
+
+
+@dataclasses.dataclass(frozen=True)
+class RobertaConfig(BertConfig):
+    """Sizes and numerics of a RoBERTa or XLM-R."""
+
+    vocab_size: int = 50265
+    token_types: int = 1
+    epsilon: float = 1e-5
+    pooling: str = "mean"
+
+    position_offset = 2  # the padding id, which is 1 in every published RoBERTa, plus one
+
+
+# Sizes: arXiv 1810.04805 section 3; MiniLM: arXiv 2002.10957 and the sentence-transformers models
+# all-MiniLM-L6-v2 and all-MiniLM-L12-v2.
+PRESETS: dict[str, BertConfig] = {
+    "BERT-base": BertConfig(),
+    "BERT-base-cased": BertConfig(vocab_size=28996),
+    "BERT-large": BertConfig(width=1024, depth=24, heads=16, mlp_width=4096),
+    "MiniLM-L6": BertConfig(width=384, depth=6, heads=12, mlp_width=1536, pooling="mean"),
+    "MiniLM-L12": BertConfig(width=384, depth=12, heads=12, mlp_width=1536, pooling="mean"),
+    "tiny": BertConfig(
+        vocab_size=2048, max_tokens=32, width=64, depth=2, heads=2, mlp_width=128, dropout=0.0
+    ),
+}
+
+# Sizes: arXiv 1907.11692 section 2 (BERT's); XLM-R: arXiv 1911.02116; 6 layers: distilroberta,
+# the base of the sentence encoder all-distilroberta-v1.
+ROBERTA_PRESETS: dict[str, RobertaConfig] = {
+    "RoBERTa-base": RobertaConfig(),
+    "RoBERTa-large": RobertaConfig(width=1024, depth=24, heads=16, mlp_width=4096),
+    "DistilRoBERTa": RobertaConfig(depth=6),
+    "XLM-R-base": RobertaConfig(vocab_size=250002),
+    "XLM-R-large": RobertaConfig(vocab_size=250002, width=1024, depth=24, heads=16, mlp_width=4096),
+    "tiny": RobertaConfig(
+        vocab_size=2048, max_tokens=32, width=64, depth=2, heads=2, mlp_width=128, dropout=0.0
+    ),
+}
+
+
+class Bert(TextEncoder):
+    """BERT or RoBERTa, by its settings."""
+
+    def __init__(self, config: BertConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        if config.pooling not in ("cls", "mean", "pooler"):
+            raise ValueError(
+                f"pooling of a BERT is 'cls', 'mean' or 'pooler', not {config.pooling!r}"
+            )
+        super().__init__(config, _stack(config), execution, rngs=rngs)
+        width = config.width
+        self.token_embedding = embedding(config.vocab_size, width, execution, rngs)
+        self.position_embedding = embedding(config.position_rows, width, execution, rngs)
+        self.type_embedding = embedding(config.token_types, width, execution, rngs)
+        self.embedding_norm = layer_norm(width, config.epsilon, execution, rngs)
+        if config.pooling == "pooler":
+            self.pooler = linear(width, width, execution, rngs)
+
+    def embed(
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Sum of token, position and (first) type embeddings, normalised."""
+        check_length(tokens.shape[1], self.config.max_tokens)
+        offset = self.config.position_offset
+        if offset:
+            real = mask.astype(jnp.int32)
+            positions = self.position_embedding(jnp.cumsum(real, axis=1) * real + offset - 1)
+        else:
+            table = self.position_embedding.embedding[...][None, : tokens.shape[1]]
+            positions = table.astype(self.execution.dtype)
+        kind = self.type_embedding.embedding[...][None, :1].astype(self.execution.dtype)
+        x = self.embedding_norm(self.token_embedding(tokens) + kind + positions)
+        return dropout(x, self.config.dropout, key)
+
+    def pool(self, tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b f"]:
+        """One vector per text."""
+        if self.config.pooling == "pooler":
+            return jnp.tanh(self.pooler(tokens[:, 0]))
+        return super().pool(tokens, mask)
+
+
+def _stack(config: BertConfig) -> TransformerConfig:
+    return TransformerConfig(
+        depth=config.depth,
+        width=config.width,
+        heads=config.heads,
+        mlp_width=config.mlp_width,
+        norm_order="post",
+        activation=config.activation,
+        epsilon=config.epsilon,
+        dropout=config.dropout,
+    )
