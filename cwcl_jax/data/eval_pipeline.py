@@ -87,8 +87,7 @@ class EvalBatches:
         if some is None:
             some = self._any_usable()
         batch: Batch = self._processor.batch([inputs or some for _, inputs, _ in rows])
-        captions = [example.get("text", []) for _, _, example in rows]
-        batch["captions"] = [[text] if isinstance(text, str) else list(text) for text in captions]
+        batch["captions"] = [_captions(example.get("text")) for _, _, example in rows]
         batch["index"] = np.array([index for index, _, _ in rows], np.int64)
         batch["valid"] = np.array([inputs is not None for _, inputs, _ in rows])
         labels = [example.get("label", -1) for _, _, example in rows]
@@ -105,6 +104,12 @@ class EvalBatches:
         raise ValueError(f"No example of the source is usable: {dict(self.skipped)}.")
 
 
+def _captions(value: str | Sequence[str] | None) -> list[str]:
+    """All captions that hold any text, possibly none."""
+    options = [value] if isinstance(value, str) else value or []
+    return [text.strip() for text in options if text and text.strip()]
+
+
 def eval_batches(
     source: Source | str,
     config: DataConfig,
@@ -115,7 +120,7 @@ def eval_batches(
     process_count: int = 1,
 ) -> EvalBatches:
     """Batches of a whole source (or source line) in order, without any randomness."""
-    opened = open_source(source) if isinstance(source, str) else source
+    opened = open_source(source, cache_dir=config.cache_dir) if isinstance(source, str) else source
     return EvalBatches(
         opened,
         config,

@@ -51,5 +51,7 @@ class DataConfig:
     threads: int = 0
     # Batches kept ready on the host.
     prefetch: int = 2
+    # Where indexes of tars are kept; "" = beside the tars, or in the user's cache folder.
+    cache_dir: str = ""
     # The run fails when a larger share of the examples read so far was unusable.
     max_skipped_share: float = 0.01

@@ -46,7 +46,7 @@ class TrainBatches:
                 f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
                 "use a multiple of their number."
             )
-        self.source = source or open_source(config.train)
+        self.source = source or open_source(config.train, cache_dir=config.cache_dir)
         length = len(self.source)
         self._processor = Processor(config, modalities, getattr(self.source, "embedded", ()))
         self._seed = seed
@@ -143,6 +143,8 @@ class TrainBatches:
 
     def set_state(self, state: Mapping[str, int]) -> None:
         """Continues from a state of `get_state`, of any number of hosts."""
+        if "step" not in state:
+            raise ValueError(f"No position of the data: expected {{'step': n}}, got {dict(state)}.")
         self.close()
         self._step = int(state["step"])
 

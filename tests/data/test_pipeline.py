@@ -376,6 +376,32 @@ def test_evaluation_sees_everything_once_in_order():
         np.testing.assert_array_equal(first["image"]["pixels"], second["image"]["pixels"])
 
 
+def test_captions_of_evaluation_are_those_with_words(tmp_path):
+    write_tar(
+        tmp_path / "0.tar", [("a.jpg", jpeg()), ("a.txt", b"one\n \n two \n"), ("b.jpg", jpeg())]
+    )
+    source = open_source(f"tars:{tmp_path}/0.tar?text=lines")
+    (batch,) = eval_batches(source, DataConfig(threads=1), ("image",), batch_size=2)
+    assert batch["captions"] == [["one", "two"], []]
+    assert batch["valid"].all()
+
+
+def test_indexes_can_be_kept_in_a_folder_of_the_config(tmp_path):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    write_tar(data / "0.tar", pairs(4))
+    config = DataConfig(train=f"tars:{data}/0.tar", cache_dir=str(cache), threads=1)
+    train_batches(config, IMAGE_TEXT, seed=0, global_batch_size=2)
+    assert [p.name for p in data.iterdir()] == ["0.tar"]
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_state_of_something_else_is_refused():
+    (batches,) = _numbers(10, 5)
+    with pytest.raises(ValueError, match="position of the data"):
+        batches.set_state({"next_index": 3})
+
+
 def test_unusable_examples_are_invalid_in_evaluation():
     batches = eval_batches(Numbers(9, bad=(0, 4)), DataConfig(threads=1), ("text",), batch_size=3)
     made = list(batches)

@@ -160,6 +160,19 @@ def test_ten_speech_commands_leave_the_other_words_out(tmp_path):
         open_source(f"speech_commands:{tmp_path}?split=dev")
 
 
+@pytest.mark.parametrize("inside", ["", "recordings/"])
+def test_spoken_digits_are_named_by_their_files(tmp_path, inside):
+    for name in ("7_ann_0.wav", "0_bob_12.wav", "notes.txt"):
+        _touch(tmp_path / f"{inside}{name}")
+    source = open_source(f"fsdd:{tmp_path}")
+    assert [(source[i]["text"], source[i]["label"]) for i in range(2)] == [
+        ("zero", 0),
+        ("seven", 7),
+    ]
+    assert len(source.class_names) == 10
+    assert source[1]["audio"] == AUDIO + b"7_ann_0.wav"
+
+
 def test_speech_manifests_in_jsonl(tmp_path):
     _touch(tmp_path / "wavs" / "1.wav")
     row = {"audio_filepath": "wavs/1.wav", "text": "hello", "duration": 1.0}

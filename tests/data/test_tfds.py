@@ -91,3 +91,15 @@ def test_wrong_features_and_names_are_refused(prepared, tmp_path):
         open_source(f"tfds:{prepared}?text=caption")
     with pytest.raises(FileNotFoundError, match="prepared"):
         open_source(f"tfds:no_such_set?data_dir={tmp_path}")
+
+
+def test_a_prepared_set_can_be_named(prepared):
+    folder = prepared.parent.parent
+    source = open_source(f"tfds:small?data_dir={folder}")
+    assert len(source) == 4
+    assert source[0]["text"].startswith("title")
+
+
+def test_a_known_set_that_is_not_prepared_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="array_record"):
+        open_source(f"tfds:mnist?data_dir={tmp_path}")

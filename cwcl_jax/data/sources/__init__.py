@@ -20,6 +20,7 @@ from cwcl_jax.data.sources.speech import (
     open_common_voice,
     open_slurp,
     open_speech_commands,
+    open_spoken_digits,
     open_stop,
 )
 from cwcl_jax.data.sources.spoken import open_spoken
@@ -52,6 +53,7 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "slurp": open_slurp,
     "stop": open_stop,
     "speech_commands": open_speech_commands,
+    "fsdd": open_spoken_digits,
     "embeddings": open_embeddings,
     "arrays": open_arrays,
     "spoken": open_spoken,

@@ -1,4 +1,4 @@
-"""Speech sets in the folders they are released in: Common Voice, SLURP, STOP, Speech Commands."""
+"""Speech sets as they are released: Common Voice, SLURP, STOP, Speech Commands, spoken digits."""
 
 import csv
 import os
@@ -184,6 +184,22 @@ def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -
     if not rows:
         raise ValueError(f"{root} has no recordings of split={split!r} (train, validation, test).")
     return _recordings(rows, [root], words)
+
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def open_spoken_digits(path: str) -> Recordings:
+    """Opens the Free Spoken Digit Dataset: `fsdd:/data/fsdd`, `{digit}_{speaker}_{n}.wav`."""
+    root = require(path, "The Free Spoken Digit Dataset")
+    root = root / "recordings" if (root / "recordings").is_dir() else root
+    names = sorted(file.name for file in root.glob("[0-9]_*_*.wav"))
+    words = [_DIGITS[int(name[0])] for name in names]
+    rows = [
+        {"id": name, "audio": name, "text": word, "label": word}
+        for name, word in zip(names, words, strict=True)
+    ]
+    return _recordings(rows, [root], _DIGITS)
 
 
 def _names_in(file: Path) -> frozenset[str]:
