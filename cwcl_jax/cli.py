@@ -60,7 +60,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise ConfigError(f"{error}; see --help") from error
+        # A config file's own error comes as the text of a traceback; its last line says it.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(f"{lines[-1].split('ConfigError: ')[-1]}; see --help") from error
     except (AttributeError, KeyError) as error:
         raise ConfigError(_unknown_override(argv, error)) from error
     if not flags.FLAGS["verbosity"].present:

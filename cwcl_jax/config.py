@@ -103,11 +103,6 @@ def check(config: ExperimentConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
-    if config.optimizer.warmup_steps > config.total_steps:
-        raise ConfigError(
-            f"config.optimizer.warmup_steps={config.optimizer.warmup_steps} exceeds "
-            f"config.total_steps={config.total_steps}"
-        )
 
 
 def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:

@@ -19,4 +19,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402  after the variables above
 
+import tests.typecheck  # noqa: E402, F401  named in pyproject.toml, where it must be loaded already
+
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -12,6 +12,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
+from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.distributed import StopSignal, is_primary
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
@@ -57,6 +58,7 @@ def train(config: ExperimentConfig, workdir: Path) -> int:
             say(f"{workdir} is complete ({start} steps). Its results:\n")
             say(evaluator.saved_table())
             return DONE
+        check_inputs(config)
         evaluator.check_sources()
         check_same_data(workdir, batches.fingerprint(), config)
         state, locked, sources = _start_state(blueprint, checkpoints, batches, start)

@@ -115,13 +115,16 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
       check_batch: whether the global batch must fit the mesh; training needs it.
 
     Raises:
-      ConfigError: the global batch does not divide over devices and accumulation steps, or
-        nothing trains.
+      ConfigError: the towers cannot be built as described, the global batch does not divide over
+        devices and accumulation steps, or nothing trains.
     """
     if check_batch:
         _check_batch(config, mesh)
-    model_def, abstract = split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
-    decisions = decide(abstract, config.towers)
+    try:
+        model_def, abstract = split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+        decisions = decide(abstract, config.towers)
+    except ValueError as error:
+        raise ConfigError(f"config.towers: {error}") from error
     trained = frozenset(
         path
         for path, is_trained in decisions.items()
@@ -129,6 +132,10 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
     )
     if not any(path.startswith("towers/") for path in trained):
         raise ConfigError("no leaf of either tower trains; set config.towers.<modality>.tune")
+    try:
+        make_optimizer(config.optimizer, config.total_steps, trained)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     abstract = {
         path: _locked_storage(leaf, config, path) if path not in trained else leaf
         for path, leaf in abstract.items()

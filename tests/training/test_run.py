@@ -267,3 +267,23 @@ def test_changed_tower_file_is_refused(finished, tmp_path):
     (tmp_path / "towers.json").write_text(json.dumps(towers))
     with pytest.raises(ConfigError, match="image tower's weights changed"):
         train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.image.size": 48}, r"config\.data\.image\.size=48, but the tower reads 32 x 32"),
+        ({"data.text.max_tokens": 17}, r"max_tokens=17 exceeds the 16 positions"),
+        ({"towers.text.overrides.vocab_size": 100}, r"tokens, the text tower's table 100"),
+        (
+            {"data.text.tokenizer": "/nowhere/tokenizer"},
+            r"data\.text\.tokenizer=./nowhere/tokenizer",
+        ),
+        ({"towers.text.preset": "tny"}, r"unknown preset .*'tny'"),
+        ({"optimizer.decay": "kernels"}, r"config\.optimizer\.decay='kernels' matches no"),
+    ],
+)
+def test_inputs_that_do_not_fit_a_tower_are_errors_before_training(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(toy_config(**changes), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -109,6 +109,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(towers, devices):
 def test_gradients_are_those_of_the_equations():
     blueprint, state, locked = setup()
     (batch,) = host_batches(blueprint.config, 1)
+    batch = sharding.put_batch(blueprint.mesh, batch)
     found, metrics = jax.jit(GradientFunction(blueprint))(
         state.params, locked, batch, jnp.zeros((), jnp.int32)
     )

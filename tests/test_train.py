@@ -1,0 +1,74 @@
+"""The command line of training: overrides, mistakes, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cwcl_jax.cli import BAD_CONFIG, DONE
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    return subprocess.run(
+        ["timeout", "-s", "KILL", "200", sys.executable, "-m", "cwcl_jax.train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config=configs/nope.py"], "configs/nope.py: there is no such file"),
+        (["--config=configs/lit_cwcl.py:los=cwcl"], "did you mean 'loss'"),
+        (
+            ["--config=configs/lit_cwcl.py", "--config.optimizer.learnin_rate=1"],
+            "no field 'learnin_rate'; did you mean 'learning_rate'",
+        ),
+        (["--config=configs/lit_cwcl.py", "--config.seed=x"], "--config.seed=x"),
+        (["--config=configs/lit_cwcl.py", "--confg=x"], "Did you mean: config"),
+        (["--config=configs/lit_cwcl.py", "now"], "unexpected argument 'now'"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == BAD_CONFIG
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.multiprocess
+def test_paper_recipe_without_its_data_names_path_and_option(tmp_path):
+    result = run("--config=configs/lit_cwcl.py:paper", f"--workdir={tmp_path}")
+    assert result.returncode == BAD_CONFIG
+    assert "/data/cc12m/00000.tar" in result.stderr
+    assert "--config.data.train=" in result.stderr
+
+
+@pytest.mark.multiprocess
+def test_short_default_run_with_overrides(tmp_path):
+    workdir = tmp_path / "run"
+    overrides = [
+        "--config.seed=3",
+        "--config.total_steps=2",
+        "--config.global_batch_size=32",
+        "--config.loss.name=contrastive",
+        "--config.optimizer.learning_rate=3e-4",
+        "--config.evaluation.tasks.retrieval.max_items=50",
+    ]
+    result = run("--config=configs/lit_cwcl.py", f"--workdir={workdir}", *overrides)
+    assert result.returncode == DONE, result.stderr
+    assert "locked" in result.stdout
+    assert "chance" in result.stdout
+    assert (workdir / "template_robustness.png").exists()
+    again = run("--config=configs/lit_cwcl.py", f"--workdir={workdir}", *overrides)
+    assert again.returncode == DONE
+    assert "is complete (2 steps)" in again.stdout
