@@ -191,7 +191,8 @@ def test_unusable_examples_are_replaced_by_the_order_itself(caplog):
     with caplog.at_level(logging.WARNING):
         (batches,) = _numbers(100, 10, bad=BAD, max_skipped_share=0.5)
         taken = _take(batches, 10)
-    assert batches.skipped == {"image unreadable": len(BAD)}
+    # Threads read ahead: those of the next epoch may be among them.
+    assert batches.skipped["image unreadable"] >= len(BAD)
     batches.close()
     replaced = 0
     for clean, used in zip(good, taken, strict=True):

@@ -23,11 +23,11 @@ def _expected(path) -> dict[str, bytes]:
 def _read_back(path) -> dict[str, bytes]:
     index, data = build_index(str(path)), path.read_bytes()
     found = {}
-    for row in index.table:
+    for row, key in enumerate(index.table["key"]):
         for part in tar_index_module.PARTS:
-            offset, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
-            if size >= 0:
-                found[row["key"].decode(), part] = data[offset : offset + size]
+            place = index.place(row, part)
+            if place is not None:
+                found[key.decode(), part] = data[place[0] : place[0] + place[1]]
     return found
 
 
@@ -114,9 +114,9 @@ def test_a_truncated_tar_loses_its_last_samples_only(tmp_path, caplog):
         assert index.truncated
         assert len(index) < whole
         assert "truncated" in caplog.text
-        for row in index.table:
-            for part in ("image", "text", "json"):
-                assert row[f"{part}_offset"] + max(0, row[f"{part}_size"]) <= keep
+        for row in range(len(index)):
+            places = [index.place(row, part) for part in ("image", "text", "json")]
+            assert all(sum(place) <= keep for place in places if place is not None)
 
 
 def test_a_tar_that_shrinks_after_it_was_indexed_is_skipped_not_fatal(tmp_path):
@@ -155,8 +155,20 @@ def test_the_index_is_kept_and_made_again_when_the_tar_changes(tmp_path, monkeyp
         assert len(load_index(str(path))) == 3
     write_tar(path, pairs(5))
     assert len(load_index(str(path))) == 5
-    kept.write_bytes(b"half a file")
-    assert len(load_index(str(path))) == 5
+    good = kept.read_bytes()
+    for broken in (b"half a file", b"", good[:-3], good[:40], b"{}\n"):
+        kept.write_bytes(broken)
+        assert len(load_index(str(path))) == 5
+
+
+def test_a_tar_without_samples_has_an_index_too(tmp_path):
+    write_tar(tmp_path / "0.tar", [("readme", b"nothing")])
+    write_tar(tmp_path / "1.tar", pairs(2))
+    for _ in range(2):
+        assert len(load_index(str(tmp_path / "0.tar"))) == 0
+        assert len(open_source(f"tars:{tmp_path}")) == 2
+    with pytest.raises(ValueError, match="no examples"):
+        open_source(f"tars:{tmp_path}/0.tar")
 
 
 def test_same_size_and_another_time_is_another_tar(tmp_path):

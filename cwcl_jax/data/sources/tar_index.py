@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ _PART_OF = {extension: part for part, group in PARTS.items() for extension in gr
 class TarIndex:
     """Samples of one tar in order: `table` has a key, and an offset and a size for each part.
 
-    A part that a sample lacks has the size -1.
+    A part that a sample lacks has the size -1; parts that no sample has take no room.
     """
 
     table: np.ndarray
@@ -47,6 +48,14 @@ class TarIndex:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def place(self, row: int, part: str) -> tuple[int, int] | None:
+        """Offset and size of a sample's part, None where it has none."""
+        if f"{part}_size" not in (self.table.dtype.names or ()):
+            return None
+        record = self.table[row]
+        size = int(record[f"{part}_size"])
+        return None if size < 0 else (int(record[f"{part}_offset"]), size)
 
 
 def load_index(path: str, cache_dir: str = "") -> TarIndex:
@@ -77,13 +86,14 @@ def _places(path: str, cache_dir: str) -> list[Path]:
 def _write(place: Path, index: TarIndex) -> None:
     """Writes under another name first: readers never see half a file."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    key_bytes = index.table.dtype["key"].itemsize
+    names = index.table.dtype.names or ()
     header = {
         "version": _VERSION,
         "tar_size": index.tar_size,
         "tar_mtime": index.tar_mtime,
         "truncated": index.truncated,
-        "key_bytes": key_bytes,
+        "key_bytes": index.table.dtype["key"].itemsize,
+        "parts": [part for part in PARTS if f"{part}_size" in names],
         "samples": len(index.table),
     }
     handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
@@ -103,17 +113,20 @@ def _read(place: Path) -> TarIndex | None:
             header = json.loads(file.readline())
             if header["version"] != _VERSION:
                 return None
-            table = np.frombuffer(file.read(), _dtype(header["key_bytes"]))
-    except (OSError, ValueError, KeyError):
-        return None
-    if len(table) != header["samples"]:
+            start, samples = file.tell(), header["samples"]
+            dtype = _dtype(header["key_bytes"], header["parts"])
+            if os.fstat(file.fileno()).st_size != start + samples * dtype.itemsize:
+                return None
+        # Mapped, not read: the indexes of tens of millions of samples need not stay in memory.
+        table = np.memmap(place, dtype, "r", start, samples) if samples else np.empty(0, dtype)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return TarIndex(table, header["tar_size"], header["tar_mtime"], header["truncated"])
 
 
-def _dtype(key_bytes: int) -> np.dtype:
-    parts = [(f"{part}_{kind}", "<i8") for part in PARTS for kind in ("offset", "size")]
-    return np.dtype([("key", f"S{key_bytes}"), *parts])
+def _dtype(key_bytes: int, parts: Sequence[str]) -> np.dtype:
+    columns = [(f"{part}_{kind}", "<i8") for part in parts for kind in ("offset", "size")]
+    return np.dtype([("key", f"S{key_bytes}"), *columns])
 
 
 def build_index(path: str) -> TarIndex:
@@ -141,12 +154,14 @@ def build_index(path: str) -> TarIndex:
 
 def _table(samples: dict[bytes, dict[str, tuple[int, int]]]) -> np.ndarray:
     width = max((len(key) for key in samples), default=1)
+    present = {part for parts in samples.values() for part in parts}
+    columns = [part for part in PARTS if part in present]
     missing = (0, -1)
     rows = [
-        (key, *(value for part in PARTS for value in parts.get(part, missing)))
+        (key, *(value for part in columns for value in parts.get(part, missing)))
         for key, parts in samples.items()
     ]
-    return np.array(rows, _dtype(width))
+    return np.array(rows, _dtype(width, columns))
 
 
 def _members(descriptor: int, end: int, path: str):

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
-
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
 from cwcl_jax.data.sources.files import expand_pattern, require
@@ -71,24 +69,28 @@ class Tars(SourceBase):
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         tar = bisect_right(self.starts, index) - 1
-        row = self._indexes[tar].table[index - self.starts[tar]]
-        name = os.path.basename(self.paths[tar])
-        example: Example = {"id": f"{name}/{row['key'].decode('utf-8', 'replace')}"}
-        if "image" in fields and row["image_size"] >= 0:
-            example["image"] = self._part(tar, row, "image")
-        if "audio" in fields and row["audio_size"] >= 0:
-            example["audio"] = self._part(tar, row, "audio")
+        row = index - self.starts[tar]
+        key = bytes(self._indexes[tar].table["key"][row]).decode("utf-8", "replace")
+        example: Example = {"id": f"{os.path.basename(self.paths[tar])}/{key}"}
+        for field in ("image", "audio"):
+            data = self._part(tar, row, field) if field in fields else None
+            if data is not None:
+                example[field] = data
         if "text" in fields:
             self._add_text(example, tar, row)
-        if "label" in fields and row["cls_size"] >= 0:
-            example["label"] = _label_of(self._part(tar, row, "cls"))
+        label = self._part(tar, row, "cls") if "label" in fields else None
+        if label is not None:
+            example["label"] = _label_of(label)
         return example
 
-    def _part(self, tar: int, row: np.void, part: str) -> bytes:
+    def _part(self, tar: int, row: int, part: str) -> bytes | None:
         index = self._indexes[tar]
+        place = index.place(row, part)
+        if place is None:
+            return None
+        offset, size = place
         try:
             file = _open_file(self.paths[tar], index.tar_size, index.tar_mtime)
-            size, offset = int(row[f"{part}_size"]), int(row[f"{part}_offset"])
             data = os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise BadExample("file unreadable", f"{self.paths[tar]}: {error}") from error
@@ -96,11 +98,11 @@ class Tars(SourceBase):
             raise BadExample("tar truncated", f"{self.paths[tar]} at {offset}")
         return data
 
-    def _add_text(self, example: Example, tar: int, row: np.void) -> None:
+    def _add_text(self, example: Example, tar: int, row: int) -> None:
         part = "json" if self.text.startswith("json:") else "text"
-        if row[f"{part}_size"] < 0:
-            return
         data = self._part(tar, row, part)
+        if data is None:
+            return
         if part == "json":
             example["text"] = _json_field(data, self.text.removeprefix("json:"))
         else:
