@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.pretrained import vit_rules
+from cwcl_jax.pretrained import speech_rules, text_rules, vit_rules
 from cwcl_jax.pretrained.failures import WeightsMismatch
 from cwcl_jax.pretrained.locate import locate, sha256_of
 from cwcl_jax.pretrained.readers import Weights, open_weights
@@ -19,6 +19,10 @@ from cwcl_jax.pretrained.views import without_prefix
 
 FAMILIES: dict[str, Sequence[Family]] = {
     "vit": [vit_rules.AUGREG, vit_rules.TRANSFORMERS],
+    "bert": [text_rules.BERT],
+    "roberta": [text_rules.ROBERTA],
+    "bart": [text_rules.BART],
+    "whisper": [speech_rules.WHISPER],
 }
 
 

@@ -50,9 +50,7 @@ TRANSFORMS: dict[str, Transform] = {
     "join_first": lambda x, shape: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),
     # Rows of a table that a family does not use, for example BART's offset of two positions.
     "drop_two_rows": lambda x, shape: x[2:],
-    # Row tables stored with a leading 1, or a cut of a longer table.
-    "add_axis": lambda x, shape: x[None],
-    "first_row": lambda x, shape: x[0],
+    # A shorter cut of a longer table, for example for clips below 30 s.
     "top_rows": lambda x, shape: x[: shape[0]],
 }
 
