@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 
 from cwcl_jax.evaluation import prompts
 from cwcl_jax.evaluation.class_names import Classes, resolve_classes
-from cwcl_jax.evaluation.encoding import Items
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.encoding import Items, View
+from cwcl_jax.evaluation.options import SPEECH_KINDS, TaskConfig
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.runner import Runner
 from cwcl_jax.evaluation.significance import bootstrap_intervals
@@ -26,8 +26,6 @@ from cwcl_jax.evaluation.zero_shot import (
     per_class_report,
     predict,
 )
-
-SPEECH_KINDS = ("intent", "keywords")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,10 @@ class _Tally:
 
 def run_classification(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
     """top-k accuracies and mean per-class recall, for every prompt set of the task."""
-    items, labels, classes = classified_items(task, runner)
+    view, classes = candidates(task, runner)
+    # Before the items: a missing file of prompts should not cost their encoding.
     sets = prompt_sets(task, classes, runner)
+    items, labels = embed_items(view, classes, task, runner)
     tally = _Tally({}, {}, {}, {})
     texts = _reference_texts(task, items)
     text_embeds = runner.sentences(texts) if texts else None
@@ -94,26 +94,40 @@ def classified_items(
     task: TaskConfig, runner: Runner
 ) -> tuple[Items, Int[np.ndarray, "n"], Classes]:
     """The items whose class is a candidate, embedded; their classes; all candidates."""
+    view, classes = candidates(task, runner)
+    return *embed_items(view, classes, task, runner), classes
+
+
+def candidates(task: TaskConfig, runner: Runner) -> tuple[View, Classes]:
+    """The classes of a task, and the items of its source that belong to one of them."""
     view = runner.open(task.source, task)
     classes = resolve_classes(view.class_names, task)
     for warning in classes.warnings:
         runner.warn(warning)
-    if (classes.candidate_of < 0).any():
-        kept = np.flatnonzero(classes.of_labels(runner.labels(view)) >= 0)
-        runner.warn(
-            f"{len(view) - len(kept)} of {len(view)} items belong to classes that are no "
-            "candidates, and take no part."
-        )
-        if not len(kept):
-            raise ValueError("no item belongs to a candidate class; check class_subset.")
-        view = runner.select(view, kept)
-    items = runner.items(view, task.modality, features=_features_of(task))
+    if (classes.candidate_of >= 0).all():
+        return view, classes
+    kept = np.flatnonzero(classes.of_labels(runner.labels(view)) >= 0)
+    runner.warn(
+        f"{len(view) - len(kept)} of {len(view)} items belong to classes that are no candidates, "
+        "and take no part."
+    )
+    if not len(kept):
+        raise ValueError("no item belongs to a candidate class; check class_subset.")
+    return runner.select(view, kept), classes
+
+
+def embed_items(
+    view: View, classes: Classes, task: TaskConfig, runner: Runner
+) -> tuple[Items, Int[np.ndarray, "n"]]:
+    """The items of `view`, and which candidate each belongs to."""
+    features = task.features if task.kind in ("linear_probe", "few_shot") else "embeds"
+    items = runner.items(view, task.modality, features=features)
     if (items.labels < 0).any():
         raise ValueError(
             f"item {items.ids[int(np.argmin(items.labels))]} of {task.source!r} has no label; this "
             "task needs a source with labels."
         )
-    return items, classes.of_labels(items.labels), classes
+    return items, classes.of_labels(items.labels)
 
 
 def prompt_sets(task: TaskConfig, classes: Classes, runner: Runner) -> list[PromptSet]:
@@ -142,10 +156,6 @@ def embed_classes(chosen: PromptSet, runner: Runner) -> Float[np.ndarray, "c d"]
     """The class embeddings of a prompt set."""
     sentences = [sentence for group in chosen.prompts for sentence in group]
     return class_embeds(runner.sentences(sentences), [len(group) for group in chosen.prompts])
-
-
-def _features_of(task: TaskConfig) -> str:
-    return task.features if task.kind in ("linear_probe", "few_shot") else "embeds"
 
 
 def _usual_templates(task: TaskConfig) -> str:

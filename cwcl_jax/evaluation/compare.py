@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cwcl_jax.evaluation.plots import plot_matrices
+from cwcl_jax.evaluation.plots import plot_matrices, plot_template_robustness
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.significance import PairedTest, holm, paired_test
 from cwcl_jax.evaluation.tables import Table
 
 Items = Mapping[str, np.ndarray]
+_BY_TEMPLATES = "accuracy by number of templates"
 _KS = {"classes": (1, 5), "retrieval": (1, 5, 10)}
 
 
@@ -24,7 +25,9 @@ def compare_with(
     if names[0] == names[1]:
         names = (f"{names[0]} (other)", name)
     tests = paired_tests(others, own)
-    return comparison_table(tests, names), compare_matrices(others, own, names, folder)
+    pictures = compare_matrices(others, own, names, folder)
+    pictures += compare_templates(others, own, names, folder)
+    return comparison_table(tests, names), pictures
 
 
 def load_items(folder: Path) -> dict[str, Items]:
@@ -105,6 +108,27 @@ def compare_matrices(
         files.append(
             draw_matrices({names[0]: a[task], names[1]: b[task]}, folder / f"{task}_compared.png")
         )
+    return files
+
+
+def compare_templates(
+    a: Mapping[str, Items], b: Mapping[str, Items], names: tuple[str, str], folder: Path
+) -> list[Path]:
+    """Figure 5: top-1 by number of templates of both runs, one picture per task."""
+    files = []
+    for task in a:
+        curves = {
+            name: {
+                int(key.removeprefix("rank_k")): float(np.mean(items[task][key] == 1))
+                for key in items[task]
+                if key.startswith("rank_k")
+            }
+            for name, items in zip(names, (a, b), strict=True)
+            if task in items
+        }
+        if len(curves) == 2 and all(len(curve) > 1 for curve in curves.values()):
+            path = folder / f"{task}_templates_compared.png"
+            files.append(plot_template_robustness(curves, path, title=f"{task}: {_BY_TEMPLATES}"))
     return files
 
 

@@ -12,6 +12,7 @@ KINDS = (
     "linear_probe",
     "few_shot",
 )
+SPEECH_KINDS = ("intent", "keywords")
 UNMAPPED = ("error", "drop")
 FEATURES = ("embeds", "features")
 
@@ -28,7 +29,8 @@ class TaskConfig:
 
     kind: str = "zero_shot"
     source: str = ""  # a source specification, as in data.train
-    modality: str = "image"  # the side that is classified, or retrieved with text: image | speech
+    # The side that is not text; "" = speech for intent and keywords, image for the others.
+    modality: str = ""
     max_items: int = 0  # 0 = all
 
     # Classes and prompts (zero_shot, intent, keywords).
@@ -65,6 +67,9 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, KINDS)
+        if not self.modality:
+            usual = "speech" if self.kind in SPEECH_KINDS else "image"
+            object.__setattr__(self, "modality", usual)
         _one_of("unmapped_classes", self.unmapped_classes, UNMAPPED)
         _one_of("features", self.features, FEATURES)
         for name in ("template_counts", "top_k", "recall_k", "shots"):

@@ -86,9 +86,11 @@ def _classification(results: Sequence[TaskResult]) -> Table | None:
                 row += _cells(result, f"{prefix}{top}{suffix}", first=top == tops[0])
             row.append(_value(result, f"{prefix}mean_per_class_recall{suffix}"))
             rows.append((*row, str(len(result.items["labels"]))))
-    return Table(
-        "Zero-shot classification", (*header, "per class %", "items"), tuple(rows), (_INTERVALS,)
-    )
+    notes = [_INTERVALS]
+    if any("_general" in result.extras["prompt_sets"] for result in chosen):
+        notes.append("general: the templates of A.3.5, the columns marked # in the paper's tables.")
+    header += ["per class %", "items"]
+    return Table("Zero-shot classification", tuple(header), tuple(rows), tuple(notes))
 
 
 def _shown_sets(result: TaskResult) -> Iterable[tuple[str, str, str]]:

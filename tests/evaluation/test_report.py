@@ -112,7 +112,8 @@ def test_paired_tests_between_two_runs_find_the_better_one(sources, tmp_path):
     assert rows["shape/top5"][-1] == "no difference shown"
     assert "shape/top1_k10" not in rows, "all ten templates are the first row already"
     assert "pairs/text_to_image_R@1" in rows
-    assert [path.name for path in files] == ["matrix_compared.png"]
+    names = [path.name for path in files]
+    assert names == ["matrix_compared.png", "shape_templates_compared.png"]
 
 
 def test_runs_on_other_items_are_not_compared(sources, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.evaluation.significance import (
@@ -11,6 +11,7 @@ from cwcl_jax.evaluation.significance import (
     holm,
     mcnemar,
     paired_test,
+    seed_interval,
 )
 
 
@@ -91,3 +92,14 @@ def test_runs_on_other_numbers_of_items_are_an_error():
 def test_holm_correction_is_monotone_and_that_of_the_textbook():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.9]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_interval_over_seeds_is_that_of_students_t(seeds):
+    values = np.random.default_rng(3).normal(0.6, 0.01, seeds)
+    mean, interval = seed_interval(values.tolist())
+    scale = values.std(ddof=1) / np.sqrt(seeds)
+    # The quantiles are tabled to three decimals.
+    np.testing.assert_allclose(interval, t.interval(0.95, seeds - 1, mean, scale), atol=1e-5)
+    with pytest.raises(ValueError, match="needs 2 to 10"):
+        seed_interval([0.5])

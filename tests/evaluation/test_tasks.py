@@ -235,6 +235,12 @@ def test_tasks_run_in_order_and_log_under_their_names(monkeypatch):
     assert results[0].seconds["encode"] > 0
 
 
+def test_modality_follows_the_kind():
+    assert TaskConfig().modality == TaskConfig(kind="retrieval").modality == "image"
+    assert TaskConfig(kind="intent").modality == TaskConfig(kind="keywords").modality == "speech"
+    assert TaskConfig(kind="alignment", modality="speech").modality == "speech"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
