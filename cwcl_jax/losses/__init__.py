@@ -2,5 +2,14 @@
 
 from cwcl_jax.losses.make import LossFn, contrastive_loss, cwcl_loss, make_loss, sigmoid_loss
 from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.losses.weights import channel_profiles
 
-__all__ = ["LossConfig", "LossFn", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"]
+__all__ = [
+    "LossConfig",
+    "LossFn",
+    "channel_profiles",
+    "contrastive_loss",
+    "cwcl_loss",
+    "make_loss",
+    "sigmoid_loss",
+]

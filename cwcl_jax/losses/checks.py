@@ -93,8 +93,9 @@ def check_values(arrays: dict[str, Array | None]) -> None:
 
 
 def _check_on_host(arrays: dict[str, np.ndarray]) -> None:
-    for name, x in arrays.items():
-        x = np.asarray(x)
+    # The weights last: embeds that are wrong make wrong weights.
+    for name in sorted(arrays, key=lambda name: name == "weights"):
+        x = np.asarray(arrays[name])
         kind = str(x.dtype)
         x = x.astype(np.float64)
         if name == "weights":

@@ -1,6 +1,7 @@
 """From a `LossConfig` and arrays to the loss: chooses targets, tiles or closed form, and engine."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -37,6 +38,8 @@ class Inputs:
 
 def source_of_weights(config: LossConfig, inputs: Inputs, function: WeightFunction | None) -> str:
     """Where weights come from: "none", "cosine", "constant", "labels" or "targets"."""
+    if len(inputs.u) == 1:
+        return "none"  # one pair is its own only target, whatever its weight
     if config.name == "contrastive":
         return "labels" if config.duplicates == "positives" else "none"
     if inputs.targets is not None:
@@ -58,6 +61,15 @@ def closed_form(config: LossConfig, source: str, function: WeightFunction | None
     return None
 
 
+def weight_extremes(
+    config: LossConfig, inputs: Inputs, function: WeightFunction | None
+) -> Float[Array, " 2"]:
+    """The smallest weight and the smallest row sum, for the debug checks."""
+    source = source_of_weights(config, inputs, function)
+    matrix, _ = dense_weights(config, inputs, source, function)
+    return lax.stop_gradient(jnp.stack([matrix.min(), matrix.sum(axis=1).min()]))
+
+
 def weighted_loss(
     config: LossConfig, inputs: Inputs, engine: Engine, function: WeightFunction | None = None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -75,7 +87,8 @@ def weighted_loss(
     closed = closed_form(config, source, function)
     scale = jnp.exp(inputs.logit_scale.astype(wide(inputs.u)))
     extras = {}
-    if closed is None and source == "cosine":
+    if closed is None and p is not None:
+        assert function is not None
         p = lax.stop_gradient(p)
         extras |= {"p": p, "sharpness": sharpness(config, function, p, engine)}
     if closed is None and inputs.labels is not None:
@@ -87,9 +100,10 @@ def weighted_loss(
     for name, (_, deficit) in terms.items():
         if config.row_sum_epsilon:
             extras[f"{name}_deficit"] = lax.stop_gradient(deficit)
-    u_to_v, v_to_u, stats = pair_losses(
+    outputs: Any = pair_losses(
         tiling, engine, config.row_sum_epsilon, inputs.u, inputs.v, scale, extras
     )
+    u_to_v, v_to_u, stats = outputs
     losses = {"rows": u_to_v, "columns": v_to_u}
     for name, (correction, _) in terms.items():
         losses[name] += correction
@@ -100,14 +114,15 @@ def weighted_loss(
     return loss, {"loss": loss} | reported
 
 
-def prepared_embeds(config: LossConfig, p: Array | None) -> Array:
+def prepared_embeds(config: LossConfig, p: Any) -> Array:
     """Locked embeds as the weights use them."""
-    assert p is not None
     if p.ndim == 3:
         p = weights.channel_profiles(p)
     if config.weight_function == "centred":
         p = weights.centre(p)
-    return lax.stop_gradient(p) if config.detach_weights else p
+    if config.detach_weights:
+        p = lax.stop_gradient(p)
+    return p
 
 
 def sharpness(config: LossConfig, function: WeightFunction, p: Array, engine: Engine) -> Array:
@@ -188,30 +203,36 @@ def dense_loss(
     return loss, {"loss": loss} | reported
 
 
-def dense_weights(config, inputs, source, function) -> tuple[Array, Array | None]:
+def dense_weights(
+    config: LossConfig, inputs: Inputs, source: str, function: WeightFunction | None
+) -> tuple[Float[Array, "n n"], Array | None]:
     """The N x N weights, and the pairs left out."""
     n, dtype = len(inputs.u), wide(inputs.u)
     own = jnp.eye(n, dtype=bool)
-    function = function or weights.elementwise(config)
-    same = None
+    same = own
     if inputs.labels is not None:
         same = inputs.labels[:, None] == inputs.labels[None, :]
-    match source:
-        case "none":
-            matrix = own.astype(dtype)
-        case "targets":
-            matrix = inputs.targets.astype(dtype)
-        case "labels":
-            matrix = same.astype(dtype)
-        case "constant":
-            matrix = jnp.where(own, 1.0, config.weight_offdiagonal).astype(dtype)
-        case _:
-            p = prepared_embeds(config, inputs.p)
-            sharp = sharpness(config, function, lax.stop_gradient(p), OneDevice())
-            matrix = weights.weight_matrix(function, p, sharp)
+    matrix = _dense_by_source(config, inputs, source, function, own, same).astype(dtype)
     if config.detach_weights:
         matrix = lax.stop_gradient(matrix)
     if config.duplicates == "positives" and source != "none":
         matrix = jnp.where(same, jnp.ones((), dtype), matrix)
     masked = same & ~own if config.duplicates == "masked" else None
     return matrix, masked
+
+
+def _dense_by_source(config, inputs, source, function, own, same) -> Array:
+    match source:
+        case "none":
+            return own
+        case "targets":
+            return inputs.targets
+        case "labels":
+            return same
+        case "constant":
+            return jnp.where(own, 1.0, config.weight_offdiagonal)
+    function = function or weights.elementwise(config)
+    assert function is not None
+    p = prepared_embeds(config, inputs.p)
+    sharp = sharpness(config, function, lax.stop_gradient(p), OneDevice())
+    return weights.weight_matrix(function, p, sharp)

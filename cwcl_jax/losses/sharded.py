@@ -49,6 +49,16 @@ class _MeshEngine:
             count *= self.mesh.shape[axis]
         return count
 
+    def _forward(self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats):
+        """`forward` on one device's part."""
+        raise NotImplementedError
+
+    def _backward(
+        self, tiling, needed, rows, columns, scalars, row_factors, column_factors
+    ) -> tuple[Array | None, Array | None]:
+        """`backward` on one device's part."""
+        raise NotImplementedError
+
     def _map(self, function: Callable, arguments: tuple, replicated: tuple[int, ...], out_specs):
         specs = tuple(P() if i in replicated else P(self.axes) for i, _ in enumerate(arguments))
         mapped = jax.shard_map(

@@ -6,15 +6,17 @@ A further baseline: it needs no log-sum-exp and no second pass over the columns.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from cwcl_jax.losses import reference
 from cwcl_jax.losses.diagnostics import accuracy
-from cwcl_jax.losses.fused import Engine
+from cwcl_jax.losses.fused import Engine, once_differentiable, values_of
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.losses.pairwise import Inputs
 from cwcl_jax.losses.reference import wide
@@ -41,9 +43,10 @@ def _sides(u, v, scale, bias, extras) -> tuple[Side, Side, Stats]:
 
 
 def _forward_rule(tiling, engine, u, v, scale, bias, extras):
-    extras = jax.tree.map(lambda x: x.value, extras, is_leaf=lambda x: hasattr(x, "perturbed"))
-    outputs = pair_loss(tiling, engine, u.value, v.value, scale.value, bias.value, extras)
-    bias_gradient = outputs[1]["rows"]["bias_gradient"].mean()
+    extras = values_of(extras)
+    outputs: Any = pair_loss(tiling, engine, u.value, v.value, scale.value, bias.value, extras)
+    stats = outputs[1]
+    bias_gradient = once_differentiable(stats["rows"]["bias_gradient"].mean())
     names = {"u": u, "v": v, "scale": scale}
     needed = {name: () if x.perturbed else None for name, x in names.items()}
     kept = (u.value, v.value, scale.value, bias.value, extras, bias_gradient, needed)
@@ -92,15 +95,16 @@ def sigmoid_pairs(
     extras = {} if inputs.labels is None else {"labels": inputs.labels}
     if config.form == "dense":
         loss = _dense(config, inputs, bias)
-        stats = engine.forward(tiling, *_sides(inputs.u, inputs.v, scale, bias, extras))
-        stats = dict(zip(("rows", "columns"), stats, strict=True))
+        u, v = lax.stop_gradient((inputs.u, inputs.v))
+        rows, columns = engine.forward(tiling, *_sides(u, v, scale, bias, extras))
     else:
-        loss, stats = pair_loss(tiling, engine, inputs.u, inputs.v, scale, bias, extras)
+        outputs: Any = pair_loss(tiling, engine, inputs.u, inputs.v, scale, bias, extras)
+        loss, rows, columns = outputs[0], outputs[1]["rows"], outputs[1]["columns"]
     out = {"loss": loss, "inverse_temperature": scale, "logit_bias": bias}
     if config.diagnostics:
-        out["accuracy_u_to_v"] = accuracy(stats["rows"])
-        out["accuracy_v_to_u"] = accuracy(stats["columns"])
-    return loss, jax.tree.map(jax.lax.stop_gradient, out)
+        out["accuracy_u_to_v"] = accuracy(rows)
+        out["accuracy_v_to_u"] = accuracy(columns)
+    return loss, jax.tree.map(lax.stop_gradient, out)
 
 
 def _dense(config: LossConfig, inputs: Inputs, bias: Array) -> Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from cwcl_jax.losses.own_pairs import OwnPairs
 from cwcl_jax.losses.reference import wide
 from cwcl_jax.losses.weights import WeightFunction, xlogx
 
@@ -74,49 +75,6 @@ def inner(a: Array, b: Array, precision: str) -> Array:
     )
 
 
-class OwnPairs:
-    """The rows' own pairs in a tile: column `start` belongs to row 0, the next to row 1...
-
-    They are all inside the tile or all outside, so they are handled as one square part of it:
-    a comparison of indices all over the tile costs as much as an exponential.
-    """
-
-    def __init__(self, start: Array, rows: int, columns: int):
-        self.shape = (rows, columns)
-        self.inside = (start >= 0) & (start + rows <= columns)
-        self.start = jnp.clip(start, 0, columns - rows)
-        self._corner = (jnp.zeros_like(self.start), self.start)
-        self._diagonal = jnp.eye(rows, dtype=bool) & self.inside
-
-    def square(self, tile: Array) -> Array:
-        """The part of a tile that holds the own pairs on its diagonal."""
-        rows = self.shape[0]
-        return lax.dynamic_slice(tile, self._corner, (rows, rows))
-
-    def replaced(self, tile: Array, square: Array) -> Array:
-        """The tile with its own pairs taken from the diagonal of another square."""
-        square = jnp.where(self._diagonal, square, self.square(tile))
-        return lax.dynamic_update_slice(tile, square, self._corner)
-
-    def masked(self, tile: Array) -> Array:
-        """The tile with -inf at own pairs."""
-        return self.replaced(tile, jnp.full((self.shape[0],) * 2, -jnp.inf, tile.dtype))
-
-    def values(self, tile: Array, axis: int, missing: float) -> Array:
-        """Each row's (axis 1) or column's (axis 0) own entry, `missing` where it is not here."""
-        diagonal = jnp.diagonal(self.square(tile))
-        if axis == 1:
-            return jnp.where(self.inside, diagonal, missing)
-        line = jnp.full(self.shape[1], missing, tile.dtype)
-        placed = lax.dynamic_update_slice(line, diagonal, (self.start,))
-        return jnp.where(self.inside, placed, line)
-
-    def mask(self) -> Array:
-        """Where the own pairs are, for the rarer functions."""
-        none = jnp.zeros(self.shape, bool)
-        return lax.dynamic_update_slice(none, self._diagonal, self._corner)
-
-
 def tile_logits(tiling: Tiling, rows: Side, columns: Side, scalars: Stats, own: OwnPairs) -> Array:
     """s <u_i, v_j>, for the sigmoid loss plus its bias; -inf at masked duplicates."""
     logits = inner(rows["x"], columns["x"], tiling.precision) * scalars["scale"]
@@ -158,15 +116,11 @@ def same_label(rows: Side, columns: Side) -> Array:
     return rows["labels"][:, None] == columns["labels"][None, :]
 
 
-def scan_blocks(step: Callable, carry, rows, block: int) -> tuple[Any, Any]:
+def scan_blocks(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any, Any]:
     """`lax.scan` of `step(carry, first_row, rows_of_a_block)`, with a ragged last block."""
     n = jax.tree.leaves(rows)[0].shape[0]
-    full, rest = divmod(n, block)
-    if full == 1:
-        full, rest = 0, n
-        if n > block:
-            full, rest = 1, n - block
-    outputs = []
+    full, rest = divmod(n, block) if n > block else (0, n)
+    outputs: list[Any] = []
     if full:
         blocks = jax.tree.map(lambda x: x[: full * block].reshape(full, block, *x.shape[1:]), rows)
         firsts = jnp.arange(full, dtype=jnp.int32) * block
@@ -176,7 +130,11 @@ def scan_blocks(step: Callable, carry, rows, block: int) -> tuple[Any, Any]:
         tail = jax.tree.map(lambda x: x[full * block :], rows)
         carry, last = step(carry, jnp.asarray(full * block, jnp.int32), tail)
         outputs.append(last)
-    return carry, jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *outputs)
+    return carry, jax.tree.map(_join, *outputs)
+
+
+def _join(*parts: Array) -> Array:
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _reduce_logits(logits: Array, masked: Array, own: OwnPairs, axis: int) -> Stats:

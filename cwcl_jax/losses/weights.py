@@ -7,6 +7,7 @@ batch are flatter; the calibrated functions choose it for every batch, without g
 own pair's mean share (or the effective number of positives) keeps a given value.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.losses.reference import dot, wide
 
+# (cosine, sharpness) -> weight
 WeightFunction = Callable[[Array, Array], Array]
 
 # Bounds of the calibration's search, and its halvings: 40 leave a relative width of 1e-11.
@@ -44,6 +46,23 @@ def rectified_square(cosine: Array, sharpness: Array) -> Array:
     """max(cos, 0) ** 2, without the general power's logarithm and exponential."""
     del sharpness
     return jnp.square(jnp.maximum(cosine, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class UserFunction:
+    """A caller's function of the cosine alone, in the form of the functions above."""
+
+    function: Callable[[Array], Array]
+
+    def __call__(self, cosine: Array, sharpness: Array) -> Array:
+        del sharpness
+        weights = jnp.asarray(self.function(cosine))
+        if weights.shape != cosine.shape:
+            raise ValueError(
+                f"weight_function maps cosines of shape {cosine.shape} to {weights.shape}; it must "
+                "work entry by entry."
+            )
+        return weights
 
 
 def elementwise(config: LossConfig) -> WeightFunction | None:

@@ -1,0 +1,48 @@
+"""Where a tile of logits holds the rows' own pairs (i = j)."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+class OwnPairs:
+    """The rows' own pairs in a tile: column `start` belongs to row 0, the next to row 1...
+
+    They are all inside the tile or all outside, so they are handled as one square part of it:
+    a comparison of indices all over the tile costs as much as an exponential.
+    """
+
+    def __init__(self, start: Array, rows: int, columns: int):
+        self.shape = (rows, columns)
+        self.inside = (start >= 0) & (start + rows <= columns)
+        self.start = jnp.clip(start, 0, columns - rows)
+        self._corner = (jnp.zeros_like(self.start), self.start)
+        self._diagonal = jnp.eye(rows, dtype=bool) & self.inside
+
+    def square(self, tile: Array) -> Array:
+        """The part of a tile that holds the own pairs on its diagonal."""
+        rows = self.shape[0]
+        return lax.dynamic_slice(tile, self._corner, (rows, rows))
+
+    def replaced(self, tile: Array, square: Array) -> Array:
+        """The tile with its own pairs taken from the diagonal of another square."""
+        square = jnp.where(self._diagonal, square, self.square(tile))
+        return lax.dynamic_update_slice(tile, square, self._corner)
+
+    def masked(self, tile: Array) -> Array:
+        """The tile with -inf at own pairs."""
+        return self.replaced(tile, jnp.full((self.shape[0],) * 2, -jnp.inf, tile.dtype))
+
+    def values(self, tile: Array, axis: int, missing: float) -> Array:
+        """Each row's (axis 1) or column's (axis 0) own entry, `missing` where it is not here."""
+        diagonal = jnp.diagonal(self.square(tile))
+        if axis == 1:
+            return jnp.where(self.inside, diagonal, missing)
+        line = jnp.full(self.shape[1], missing, tile.dtype)
+        placed = lax.dynamic_update_slice(line, diagonal, (self.start,))
+        return jnp.where(self.inside, placed, line)
+
+    def mask(self) -> Array:
+        """Where the own pairs are, for the rarer functions."""
+        none = jnp.zeros(self.shape, bool)
+        return lax.dynamic_update_slice(none, self._diagonal, self._corner)
