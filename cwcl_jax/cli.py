@@ -44,6 +44,13 @@ def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
     return from_config_dict(flag.value)
 
 
+def exit_code(error: BaseException) -> int:
+    """Of a process that an exception ends."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return BAD_CONFIG if isinstance(error, ConfigError) else FAILED
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main` and exits with its code.
 

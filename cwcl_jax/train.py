@@ -17,14 +17,16 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> int:
-    """Resolves the flags and trains."""
+    """Resolves the flags and trains, alone or as one process of a job."""
     del argv
     config = cli.resolve_config(_CONFIG)
     # Here and not above: flags and settings are checked before the slow imports.
+    from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.run import train
 
-    workdir = _WORKDIR.value or f"runs/{config.name}-{config.loss.name}"
-    return train(config, Path(workdir))
+    initialize(config.distributed)
+    workdir = Path(_WORKDIR.value or f"runs/{config.name}-{config.loss.name}")
+    return run_main(lambda: train(config, workdir), code_of=cli.exit_code)
 
 
 if __name__ == "__main__":

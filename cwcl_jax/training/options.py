@@ -108,10 +108,18 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Time limits, in seconds, of a run on several processes. 0 switches a deadline off."""
+    """How several processes find each other and how long they wait.
 
+    Attributes:
+      coordinator_address: "host:port" of process 0; only with num_processes.
+      num_processes: 0 reads the layout from the environment.
+      process_id: of this process; only with num_processes.
+      initialization_timeout: seconds to wait for all processes at the start.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+    """
+
+    coordinator_address: str = ""
+    num_processes: int = 0
+    process_id: int = 0
     initialization_timeout: int = 300
     heartbeat_timeout: int = 30
-    startup_deadline: float = 0.0
-    step_deadline: float = 0.0
-    evaluation_deadline: float = 0.0

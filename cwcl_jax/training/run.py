@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cwcl_jax.cli import DONE, PREEMPTED
-from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
-from cwcl_jax.training.distributed import StopSignal, is_primary
+from cwcl_jax.training.distributed import StopSignal, check_agreement, is_primary
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.input import Batches, DeviceInput
@@ -35,6 +36,7 @@ from cwcl_jax.training.workdir import (
     check_same_data,
     check_same_run,
     check_same_sources,
+    environment,
     write_records,
 )
 
@@ -61,6 +63,14 @@ def train(config: ExperimentConfig, workdir: Path) -> int:
         check_inputs(config)
         evaluator.check_sources()
         check_same_data(workdir, batches.fingerprint(), config)
+        check_agreement(
+            {
+                "settings": config_hash(config),
+                "packages": json.dumps(environment()["packages"]),
+                "training data": json.dumps(batches.fingerprint(), sort_keys=True, default=str),
+                "first step": str(start),
+            }
+        )
         state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
         check_same_sources(workdir, sources, config)
         if is_primary():

@@ -277,7 +277,7 @@ def test_changed_tower_file_is_refused(finished, tmp_path):
         ({"towers.text.overrides.vocab_size": 100}, r"tokens, the text tower's table 100"),
         (
             {"data.text.tokenizer": "/nowhere/tokenizer"},
-            r"data\.text\.tokenizer=./nowhere/tokenizer",
+            r"data\.text\.tokenizer='/nowhere",
         ),
         ({"towers.text.preset": "tny"}, r"unknown preset .*'tny'"),
         ({"optimizer.decay": "kernels"}, r"config\.optimizer\.decay='kernels' matches no"),

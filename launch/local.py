@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Runs a command as several processes of one job on this machine.
+
+    python launch/local.py -n 2 -d 2 -- python -m cwcl_jax.train --config=configs/lit_cwcl.py
+
+starts two processes with two CPU devices each; with --gpus every process gets its own share of
+this machine's GPUs. Output lines carry the process's number. SIGTERM and Ctrl-C reach every
+process; the first that fails ends the others. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+PREEMPTED = 75
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-n", "--processes", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("-d", "--devices", type=int, default=1, help="devices of each (default 1)")
+    parser.add_argument("--gpus", action="store_true", help="use GPUs instead of CPU devices")
+    parser.add_argument("--port", type=int, default=0, help="coordinator's port; 0 finds one")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, help="seconds between SIGTERM and SIGKILL (30)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --")
+    options = parser.parse_args(argv)
+    options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not options.command:
+        parser.error("no command; write it after --")
+    if options.processes < 1 or options.devices < 1:
+        parser.error("--processes and --devices must be at least 1")
+    return options
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, str]:
+    """The variables of process `rank`."""
+    env = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "CWCL_NUM_PROCESSES": str(options.processes),
+        "CWCL_PROCESS_ID": str(rank),
+        "PYTHONUNBUFFERED": "1",
+    }
+    first = rank * options.devices
+    if options.gpus:
+        return env | {
+            "CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(options.devices))
+        }
+    flags = f"--xla_force_host_platform_device_count={options.devices}"
+    return env | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+        # With fewer threads than queued collectives, CPU devices can wait for each other for ever.
+        "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
+    }
+
+
+def forward(stream: IO[str], rank: int) -> None:
+    """Copies a process's output, each line with its number in front."""
+    for line in stream:
+        print(f"[{rank}] {line}", end="", flush=True)
+
+
+class Job:
+    """The processes, started together and ended together."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._grace = options.grace
+        self._kill_at: float | None = None
+        port = options.port or free_port()
+        self._processes = [
+            subprocess.Popen(
+                options.command,
+                env=environment(options, port, rank),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                # A terminal's Ctrl-C must come through `terminate`, once.
+                start_new_session=True,
+            )
+            for rank in range(options.processes)
+        ]
+        self._readers = [
+            threading.Thread(target=forward, args=(process.stdout, rank), daemon=True)
+            for rank, process in enumerate(self._processes)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def terminate(self, *_: object) -> None:
+        """SIGTERM to all; SIGKILL follows after the grace time."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self._grace
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+
+    def wait(self) -> int:
+        """The job's exit code: of the process that failed first, else the largest."""
+        first_failure = 0
+        while any(process.poll() is None for process in self._processes):
+            failed = [p.returncode for p in self._processes if p.returncode not in (None, 0)]
+            if failed and not first_failure:
+                first_failure = failed[0]
+                if first_failure != PREEMPTED:
+                    self.terminate()
+            if self._kill_at is not None and time.monotonic() > self._kill_at:
+                for process in self._processes:
+                    if process.poll() is None:
+                        os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.05)
+        for reader in self._readers:
+            reader.join(timeout=5)
+        codes = [process.returncode for process in self._processes]
+        code = first_failure or next((c for c in codes if c), 0)
+        return 128 - code if code < 0 else code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job and returns its exit code."""
+    job = Job(parse(argv))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, job.terminate)
+    return job.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
