@@ -1,6 +1,7 @@
 """Reads batches with grain's threads: chunks of a few rows each, loaded ahead and in order."""
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,16 +41,25 @@ class ChunkedReader:
         ahead = max(threads, self._per_batch * max(1, config.prefetch))
 
         def load_chunk(number: int) -> Batch:
-            if not self._open:  # What was asked for before the close needs no more work.
-                return {}
             step, chunk = divmod(int(number), self._per_batch)
-            return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
+            with self._idle:
+                if not self._open:  # Asked for before the close.
+                    return {}
+                self._running += 1
+            try:
+                return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
+            finally:
+                with self._idle:
+                    self._running -= 1
+                    self._idle.notify_all()
 
         chunks = grain.MapDataset.range(steps * self._per_batch).map(load_chunk)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         self._dataset = chunks.to_iter_dataset(options)
         self._iterator: Any = None
         self._open = False
+        self._running = 0
+        self._idle = threading.Condition()
 
     def start(self, step: int) -> None:
         """Begins (again) at a batch; the threads start with the first call of `next_batch`."""
@@ -63,8 +73,10 @@ class ChunkedReader:
         return _concatenate([next(self._iterator) for _ in range(self._per_batch)])
 
     def close(self) -> None:
-        """Ends the threads; `start` begins again."""
-        self._open = False
+        """Ends the threads, the chunks at hand being finished; `start` begins again."""
+        with self._idle:
+            self._open = False
+            self._idle.wait_for(lambda: self._running == 0)
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
