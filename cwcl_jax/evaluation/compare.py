@@ -26,7 +26,8 @@ def compare_with(
         names = (f"{names[0]} (other)", name)
     tests = paired_tests(others, own)
     pictures = compare_matrices(others, own, names, folder)
-    pictures += compare_templates(others, own, names, folder)
+    chance = {result.name: result.chance.get("top1", 0.0) for result in results}
+    pictures += compare_templates(others, own, names, folder, chance=chance)
     return comparison_table(tests, names), pictures
 
 
@@ -112,7 +113,12 @@ def compare_matrices(
 
 
 def compare_templates(
-    a: Mapping[str, Items], b: Mapping[str, Items], names: tuple[str, str], folder: Path
+    a: Mapping[str, Items],
+    b: Mapping[str, Items],
+    names: tuple[str, str],
+    folder: Path,
+    *,
+    chance: Mapping[str, float],
 ) -> list[Path]:
     """Figure 5: top-1 by number of templates of both runs, one picture per task."""
     files = []
@@ -128,7 +134,9 @@ def compare_templates(
         }
         if len(curves) == 2 and all(len(curve) > 1 for curve in curves.values()):
             path = folder / f"{task}_templates_compared.png"
-            files.append(plot_template_robustness(curves, path, title=f"{task}: {_BY_TEMPLATES}"))
+            level = {names[1]: chance[task]}
+            title = f"{task}: {_BY_TEMPLATES}"
+            files.append(plot_template_robustness(curves, path, chance=level, title=title))
     return files
 
 

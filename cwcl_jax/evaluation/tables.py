@@ -86,7 +86,7 @@ def _classification(results: Sequence[TaskResult]) -> Table | None:
                 row += _cells(result, f"{prefix}{top}{suffix}", first=top == tops[0])
             row.append(_value(result, f"{prefix}mean_per_class_recall{suffix}"))
             rows.append((*row, str(len(result.items["labels"]))))
-    notes = [_INTERVALS]
+    notes = _interval_notes(chosen)
     if any("_general" in result.extras["prompt_sets"] for result in chosen):
         notes.append("general: the templates of A.3.5, the columns marked # in the paper's tables.")
     header += ["per class %", "items"]
@@ -122,7 +122,7 @@ def _retrieval(results: Sequence[TaskResult]) -> Table | None:
             median = result.metrics[f"{way}_median_rank"]
             rows.append((*row, f"{median:g}", str(len(result.items[f"{way}_rank"]))))
     header += ["median rank", "queries"]
-    return Table("Retrieval", tuple(header), tuple(rows), (_INTERVALS,))
+    return Table("Retrieval", tuple(header), tuple(rows), tuple(_interval_notes(chosen)))
 
 
 def _alignment(results: Sequence[TaskResult]) -> Table | None:
@@ -154,6 +154,10 @@ def _probes(results: Sequence[TaskResult]) -> Table | None:
     ]
     header = ("task", "kind", "metric", "value %", "interval", "chance")
     return Table("Linear classifiers on frozen features", header, tuple(rows))
+
+
+def _interval_notes(results: Sequence[TaskResult]) -> list[str]:
+    return [_INTERVALS] if any(result.intervals for result in results) else []
 
 
 def _header(name: str, *, first: bool) -> list[str]:

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from cwcl_jax.evaluation.coco import open_coco
@@ -124,3 +125,96 @@ def test_coco_reader_says_what_is_missing(coco, tmp_path):
     other.write_text("[]")
     with pytest.raises(ValueError, match="no COCO captions file"):
         open_coco(str(other))
+
+
+WORDS = {**AXES, "red": np.array([1.0, 0, 0]), "blue": np.array([0, 1.0, 0])}
+SOUNDS = np.zeros((256, 3))
+SOUNDS[100:103] = np.eye(3)  # recordings of level 100 sound like circles, and so on
+
+
+def record(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.full(800, level, np.int16), 16_000)
+
+
+def run_speech(task):
+    return run_task("t", task, encode=Analytic(SOUNDS, WORDS), data=DATA, batch_size=4)
+
+
+def test_slurp_intents_from_its_own_files(tmp_path):
+    rows = {
+        "devel": [("a circle", "shape", "round", []), ("a blue square", "shape", "edged", [])],
+        "test": [
+            ("red circle", "shape", "round", ["a.flac", "b.flac"]),
+            ("blue", "shape", "edged", ["c.flac"]),
+        ],
+    }
+    for split, sentences in rows.items():
+        lines = [
+            {
+                "slurp_id": number,
+                "sentence": sentence,
+                "scenario": scenario,
+                "action": action,
+                "intent": "noise",
+                "recordings": [{"file": name} for name in files],
+            }
+            for number, (sentence, scenario, action, files) in enumerate(sentences)
+        ]
+        path = tmp_path / "dataset" / "slurp" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, lines)))
+    for name, level in (("a", 100), ("b", 101), ("c", 101)):
+        record(tmp_path / "audio" / "slurp_real" / f"{name}.flac", level)
+    result = run_speech(
+        TaskConfig(
+            kind="intent",
+            source=f"slurp:{tmp_path}?split=test",
+            template_source=f"slurp:{tmp_path}?split=devel&unit=sentences",
+        )
+    )
+    assert result.extras["class_names"] == ["shape_edged", "shape_round"]
+    assert result.metrics["top1"] == pytest.approx(2 / 3)  # b is heard as a square
+    assert result.metrics["text_top1"] == 1.0
+    assert result.items["groups"].tolist() == [1, 1, 0]
+
+
+def test_stop_intents_from_its_own_files(tmp_path):
+    header = "file_id\tutterance\tnormalized_utterance\tdecoupled_normalized_seqlogical"
+    for split, level in (("train", 100), ("test", 100)):
+        rows = [header]
+        for number, (text, intent) in enumerate(
+            [("red circle", "GET_CIRCLE"), ("blue", "GET_SQUARE")]
+        ):
+            name = f"{split}/alarm_{split}/{number}.wav"
+            record(tmp_path / name, level + number)
+            rows.append(f"{name}\t{text}\t{text}\t[IN:{intent} ]")
+        (tmp_path / "manifests").mkdir(exist_ok=True)
+        (tmp_path / "manifests" / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    result = run_speech(
+        TaskConfig(
+            kind="intent",
+            source=f"stop:{tmp_path}?split=test",
+            template_source=f"stop:{tmp_path}?split=train",
+        )
+    )
+    assert result.metrics["top1"] == result.metrics["text_top1"] == 1.0
+    # "it is about get circle": the general templates read the identifier as words.
+    assert result.metrics["top1_general"] == 1.0
+
+
+def test_speech_commands_keywords_from_its_own_files(tmp_path):
+    for place, word in enumerate(SHAPES):
+        for number in range(2):
+            record(tmp_path / word / f"{number}_nohash_0.wav", 100 + place)
+    record(tmp_path / "_background_noise_" / "hum.wav", 5)
+    (tmp_path / "testing_list.txt").write_text(
+        "".join(f"{word}/1_nohash_0.wav\n" for word in SHAPES)
+    )
+    (tmp_path / "validation_list.txt").write_text("")
+    result = run_speech(
+        TaskConfig(kind="keywords", source=f"speech_commands:{tmp_path}?split=test")
+    )
+    assert result.extras["class_names"] == SHAPES
+    assert len(result.items["ids"]) == 3
+    assert result.metrics["top1"] == result.metrics["top1_general"] == 1.0
