@@ -17,6 +17,8 @@ from cwcl_jax.data.skipping import BadExample
 
 _BICUBIC = Image.Resampling.BICUBIC
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
+# Not all that Pillow can open: its reader of EPS starts a PostScript interpreter on the file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _DRAFT_MARGIN = 1.5
 _ORIENTATION = 0x0112
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError)
@@ -52,7 +54,7 @@ def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
     if not data:
         raise BadExample("image empty", "no bytes")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     # The warning arrives as an exception only where the user turned warnings into errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadExample("image too large", str(error)) from error

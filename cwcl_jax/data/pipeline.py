@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import order_of_source
@@ -117,13 +116,13 @@ class TrainBatches:
         """The example of a position, or the first usable one of its replacements."""
         fields = self._processor.fields()
         for attempt in range(1, _MAX_REPLACEMENTS + 1):
-            # Keyed by the position, not by the host or thread that happens to read it.
-            draws = Draws(self._seed, 21, epoch, position)
             name = f"example {index}"
             try:
                 example = self.source.read(index, fields)
                 name = f"{name} ({example['id']})"
-                return index, self._processor.train_example(example, draws)
+                # Keyed by the position, not by the host or thread that happens to read it.
+                key = (self._seed, 21, epoch, position)
+                return index, self._processor.train_example(example, *key)
             except BadExample as error:
                 self._counter.add_skipped(name, error)
             index = int(self._order.indices(epoch, np.array([position]), attempt)[0])

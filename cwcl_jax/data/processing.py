@@ -16,6 +16,7 @@ from cwcl_jax.data.text import TextTokenizer, load_tokenizer
 
 # What each modality needs of a source's example.
 FIELDS = {"image": "image", "text": "text", "speech": "audio"}
+_STREAMS = {"image": 1, "text": 2, "speech": 3}
 _OPTIONS = {"image": "image", "text": "text", "speech": "speech"}
 
 
@@ -49,12 +50,16 @@ class Processor:
             made["tokenizer"] = self.tokenizer.fingerprint()
         return made
 
-    def train_example(self, example: Example, draws: Draws) -> dict[str, Any]:
-        """Inputs of one example by modality; captions stay strings until the batch is made."""
+    def train_example(self, example: Example, *key: int) -> dict[str, Any]:
+        """Inputs of one example by modality; captions stay strings until the batch is made.
+
+        Random choices follow the integers `key`, those of one modality apart from the others'.
+        """
         inputs: dict[str, Any] = {}
         for modality in self.modalities:
             if modality in self.raw:
                 value = _field(example, FIELDS[modality])
+                draws = Draws(*key, _STREAMS[modality])
                 inputs[modality] = self._train_value(modality, value, draws)
             else:
                 inputs[modality] = {"embeds": _embeds(example, modality)}

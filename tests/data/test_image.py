@@ -203,6 +203,12 @@ def test_broken_pictures_are_bad_examples(data, kind):
         assert caught.value.kind == kind
 
 
+def test_formats_that_run_programs_are_not_opened():
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n"
+    with pytest.raises(BadExample, match="unreadable"):
+        eval_pixels(program, ImageInputs(size=8))
+
+
 def test_random_damage_never_ends_the_run():
     whole = bytearray(jpeg(4, 64, 64))
     rng = np.random.default_rng(0)

@@ -171,6 +171,17 @@ def test_the_same_order_continues_on_another_number_of_hosts():
     assert [a + b + c for a, b, c in zip(*rest, strict=True)] == expected[4:]
 
 
+def test_captions_are_chosen_alike_whatever_happens_to_the_pictures():
+    line = "scenes:train?n=50&size=32&captions=4"
+    plain = DataConfig(train=line, threads=1)
+    cropped = DataConfig(train=line, image=ImageInputs(size=24, crop_min_area=0.1), threads=1)
+    both = [train_batches(c, IMAGE_TEXT, seed=0, global_batch_size=25) for c in (plain, cropped)]
+    first, second = (next(batches)["text"]["tokens"] for batches in both)
+    for batches in both:
+        batches.close()
+    np.testing.assert_array_equal(first, second)
+
+
 def test_one_of_several_captions_is_chosen_anew_each_epoch():
     (batches,) = _numbers(16, 16, captions=4)
     chosen: dict[int, set[int]] = {index: set() for index in range(16)}

@@ -128,6 +128,45 @@ def test_a_tar_that_shrinks_after_it_was_indexed_is_skipped_not_fatal(tmp_path):
         source[4]
 
 
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_damaged_headers_end_the_scan_and_nothing_else(tmp_path, tar_format):
+    path = tmp_path / "0.tar"
+    write_tar(path, [(f"{'long' * 40}{name}", data) for name, data in pairs(4)], tar_format)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.integers(512, len(data), 40):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        index = build_index(str(path))
+        for row in range(len(index)):
+            places = [index.place(row, part) for part in ("image", "text", "json")]
+            assert all(sum(place) <= len(data) for place in places if place is not None)
+
+
+@pytest.mark.parametrize(
+    "body", [b"0 path=x\n", b"1 \n", b"words", b"12 size=-5\n\n", b"9999 path=x\n"]
+)
+def test_damaged_extended_headers_do_not_hang(tmp_path, body):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("extended")
+        info.type, info.size = tarfile.XHDTYPE, len(body)
+        tar.addfile(info, io.BytesIO(body))
+        real = tarfile.TarInfo("real.jpg")
+        real.size = 3
+        tar.addfile(real, io.BytesIO(b"abc"))
+    assert len(build_index(str(tmp_path / "0.tar"))) <= 1
+
+
+def test_long_scans_tell_how_far_they_are(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("cwcl_jax.data.sources.tars._SECONDS_BETWEEN_NEWS", -1)
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", pairs(1))
+    open_source(f"tars:{tmp_path}")
+    assert "3 of 3" in caplog.text
+
+
 def test_names_that_point_outside_are_only_names(tmp_path):
     outside = tmp_path / "outside.jpg"
     members = [(f"../{outside.name}", b"evil"), (str(outside) + "x.jpg", b"evil")]

@@ -175,7 +175,7 @@ def _members(descriptor: int, end: int, path: str):
         header = window[inside : inside + _BLOCK]
         if header[:1] == b"\0" and not header.strip(b"\0"):
             return
-        if header[257:262] != b"ustar" and not _checksum_fits(header):
+        if not _checksum_fits(header):
             if position == 0:
                 raise ValueError(
                     f"{path} is no tar file (compressed ones must be decompressed first: members "
@@ -195,6 +195,9 @@ def _members(descriptor: int, end: int, path: str):
                 name = body.rstrip(b"\0")
             elif kind == b"x":
                 name, size_override = _pax(body, name)
+                if size_override < -1:
+                    yield None, position, 0
+                    return
         else:
             if kind in (b"0", b"\0", b"7"):
                 yield name or _plain_name(header), start, size
@@ -211,30 +214,35 @@ def _plain_name(header: bytes) -> bytes:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or the base-256 form of large files."""
+    """Octal digits, or the base-256 form of large files; a huge number where it is neither."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return 1 << 62
 
 
 def _pax(body: bytes, name: bytes) -> tuple[bytes, int]:
-    """Path and size out of an extended header: records of "length key=value"."""
+    """Path and size (-1 = not given) out of an extended header; -2 where it is damaged.
+
+    It is made of records "length key=value" that end with a line break.
+    """
     size, position = -1, 0
     while position < len(body):
-        length = int(body[position : body.index(b" ", position)])
-        record = body[position : position + length]
-        key, _, value = record.partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        digits, blank, _ = body[position : position + 20].partition(b" ")
+        if not blank or not digits.isdigit() or int(digits) <= len(digits):
+            return name, -2
+        record = body[position : position + int(digits)]
+        key, _, value = record[len(digits) + 1 :].removesuffix(b"\n").partition(b"=")
         if key == b"path":
             name = value
         elif key == b"size":
-            size = int(value)
-        position += length
+            size = int(value) if value.isdigit() else -2
+        position += int(digits)
     return name, size
 
 
 def _checksum_fits(header: bytes) -> bool:
-    try:
-        expected = _number(header[148:156])
-    except ValueError:
-        return False
-    return sum(header) - sum(header[148:156]) + 8 * 32 == expected
+    """Whether a header is one, undamaged: the sum of its bytes with blanks for the sum itself."""
+    return sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])

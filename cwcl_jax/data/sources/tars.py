@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import time
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from cwcl_jax.data.sources.tar_index import TarIndex, load_index
 _LOG = logging.getLogger(__name__)
 # Descriptors kept open; systems allow a process about a thousand by default.
 _OPEN_FILES = 200
+_SECONDS_BETWEEN_NEWS = 20
 
 
 class _OpenFile:
@@ -141,10 +143,14 @@ def _load_indexes(paths: Sequence[str], cache_dir: str) -> list[TarIndex]:
             f"{len(missing)} of {len(paths)} tars do not exist, first {missing[0]}. Correct the "
             "pattern in the source line."
         )
-    if len(paths) > 100:
-        _LOG.info("Opening %d tars; those without an index are scanned once.", len(paths))
+    indexes, told = [], time.monotonic()
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        return list(pool.map(lambda path: load_index(path, cache_dir), paths))
+        for index in pool.map(lambda path: load_index(path, cache_dir), paths):
+            indexes.append(index)
+            if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
+                told = time.monotonic()
+                _LOG.warning("Indexing tars, once: %d of %d.", len(indexes), len(paths))
+    return indexes
 
 
 def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
