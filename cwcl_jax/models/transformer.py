@@ -19,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from cwcl_jax.models.attention import attend
 from cwcl_jax.models.numerics import activate, dropout
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -114,19 +115,6 @@ def embedding(count: int, width: int, execution: Execution, rngs: nnx.Rngs) -> n
     )
 
 
-def attention_implementation(execution: Execution, head_dim: int) -> str | None:
-    """The kernel that `jax.nn.dot_product_attention` is asked for.
-
-    JAX's own default is always XLA; cuDNN's fused kernel must be asked for by name, and it takes
-    half-precision types and head sizes in multiples of 8 up to 128 only.
-    """
-    if execution.attention != "auto":
-        return execution.attention
-    half = execution.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
-
-
 class Attention(nnx.Module):
     """Multi-head self-attention. `mask` is True where a key is real."""
 
@@ -138,7 +126,7 @@ class Attention(nnx.Module):
         self.out = linear(width, width, execution, rngs)
         self.heads = config.heads
         self.causal = config.causal
-        self.execution = execution
+        self.implementation = execution.attention
 
     def __call__(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None
@@ -149,18 +137,13 @@ class Attention(nnx.Module):
         def split_heads(y: Float[Array, "b s d"]) -> Float[Array, "b s h k"]:
             return y.reshape(b, s, self.heads, head_dim)
 
-        if mask is not None:
-            # A row without any real key would divide by zero in a fused kernel; it may look at
-            # everything, since pooling drops it.
-            mask = mask | ~jnp.any(mask, axis=1, keepdims=True)
-            mask = mask[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(
+        mixed = attend(
             split_heads(self.query(x)),
             split_heads(self.key(x)),
             split_heads(self.value(x)),
-            mask=mask,
-            is_causal=self.causal,
-            implementation=attention_implementation(self.execution, head_dim),  # type: ignore[arg-type]
+            mask,
+            causal=self.causal,
+            implementation=self.implementation,
         )
         return self.out(mixed.reshape(b, s, d))
 

@@ -11,6 +11,7 @@ from cwcl_jax.models.locking import decide, describe
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
+from tests.models.builders import abstract_two, two_towers
 
 TINY_TEXT = {
     "vocab_size": 50,
@@ -30,8 +31,16 @@ def towers(**changes):
 
 
 def build(configs, **changes):
-    options = {"embed_dim": 8, "inverse_temperature": 10.0, "logit_bias": None, "dtype": "float32"}
-    return build_two_towers(configs, **(options | changes), rngs=nnx.Rngs(0))
+    definition, leaves = two_towers(configs, **changes)
+    return definition.merge(leaves)
+
+
+def paths_of(configs):
+    return abstract_two(configs)[0].paths
+
+
+def run(function, *args):
+    return np.asarray(jax.jit(function)(*args))
 
 
 def images(count=2, seed=0):
@@ -48,16 +57,20 @@ def texts(lengths, size=9, seed=1):
 def test_embeds_have_unit_length_in_float32_whatever_the_compute_dtype():
     model = build(towers(), dtype="bfloat16")
     for modality, inputs in (("image", images()), ("text", texts([3, 9]))):
-        embeds = model.towers[modality](inputs)
+        embeds = run(model.towers[modality], inputs)
         assert embeds.dtype == jnp.float32
         np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1.0, atol=1e-6)
 
 
-def test_abstract_and_concrete_builds_give_equal_definitions_and_shapes():
-    abstract, shapes = split(nnx.eval_shape(lambda: build(towers())))
-    concrete, leaves = split(build(towers()))
-    assert abstract == concrete
-    assert hash(abstract) == hash(concrete)
+def test_two_builds_are_equal_and_their_leaves_strongly_typed():
+    abstract, shapes = abstract_two(towers())
+    options = {"embed_dim": 8, "inverse_temperature": 10.0, "logit_bias": None, "dtype": "float32"}
+    again, _ = abstract_two(towers())
+    assert again == abstract
+    assert hash(again) == hash(abstract)
+    leaves = jax.jit(lambda: split(build_two_towers(towers(), **options, rngs=nnx.Rngs(0)))[1])()
+    assert not any(leaf.weak_type for leaf in leaves.values())
+    assert leaves["logit_scale"] == np.log(np.float32(10.0))
     assert all(isinstance(shape, jax.ShapeDtypeStruct) for shape in shapes.values())
     assert {p: (x.shape, x.dtype) for p, x in shapes.items()} == {
         p: (x.shape, x.dtype) for p, x in leaves.items()
@@ -65,25 +78,19 @@ def test_abstract_and_concrete_builds_give_equal_definitions_and_shapes():
     assert "towers/image/encoder/blocks/0/attention/query/kernel" in leaves
 
 
-def test_no_leaf_is_weakly_typed():
-    assert not any(leaf.weak_type for leaf in split(build(towers(), logit_bias=-10.0))[1].values())
-
-
-def test_merged_model_computes_what_the_original_does():
-    model = build(towers())
-    definition, leaves = split(model)
-    again = definition.merge(leaves)
-    np.testing.assert_array_equal(
-        model.towers["text"](texts([4])), again.towers["text"](texts([4]))
-    )
+def test_leaves_must_fit_the_definition():
+    definition, leaves = two_towers(towers())
+    again, same = split(definition.merge(leaves))
+    assert again == definition
+    assert all(same[path] is leaf for path, leaf in leaves.items())
     with pytest.raises(ValueError, match=r"missing.*logit_scale.*unexpected.*bogus"):
         definition.merge({k: v for k, v in leaves.items() if k != "logit_scale"} | {"bogus": 0})
 
 
 def test_layers_keep_numerical_order_beyond_ten():
     overrides = TINY_TEXT | {"depth": 12}
-    definition, _ = split(nnx.eval_shape(lambda: build(towers(text={"overrides": overrides}))))
-    order = [path.split("/")[4] for path in definition.paths if "text/encoder/blocks" in path]
+    paths = paths_of(towers(text={"overrides": overrides}))
+    order = [path.split("/")[4] for path in paths if "text/encoder/blocks" in path]
     assert list(dict.fromkeys(order)) == [str(i) for i in range(12)]
 
 
@@ -92,43 +99,45 @@ def test_padding_cannot_influence_a_text_embedding(pooling):
     tower = build(towers(text={"pooling": pooling})).towers["text"]
     short, long = texts([4], size=4), texts([4], size=9)
     long["tokens"] = long["tokens"].at[:, :4].set(short["tokens"])
-    np.testing.assert_allclose(tower(short), tower(long), atol=1e-6)
-    embedded = tower.encoder.embed(long["tokens"], long["mask"])
+    np.testing.assert_allclose(run(tower, short), run(tower, long), atol=1e-6)
+    embedded = jax.jit(tower.encoder.embed)(long["tokens"], long["mask"])
 
     def first_feature(x):
         hidden = tower.encoder.contextualise(x, long["mask"])
         return pool(hidden, long["mask"], pooling)[:, 0].sum()
 
-    gradient = jax.grad(first_feature)(embedded)
+    gradient = jax.jit(jax.grad(first_feature))(embedded)
     assert not np.any(np.asarray(gradient[:, 4:]))
     assert np.any(np.asarray(gradient[:, :4]))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_fully_masked_rows_have_finite_gradients(pooling):
-    definition, leaves = split(build(towers(text={"pooling": pooling})))
+    definition, leaves = two_towers(towers(text={"pooling": pooling}))
 
     def total(leaves):
         return definition.merge(leaves).towers["text"](texts([0, 5])).sum()
 
-    gradients = jax.grad(total)(leaves)
+    gradients = jax.jit(jax.grad(total))(leaves)
     assert all(bool(jnp.isfinite(g).all()) for g in gradients.values())
 
 
 def test_dropout_is_active_only_with_rngs():
     tower = build(towers(text={"overrides": TINY_TEXT | {"dropout": 0.5}})).towers["text"]
     inputs = texts([5, 9])
-    np.testing.assert_array_equal(tower(inputs), tower(inputs))
-    first, again, other = (tower(inputs, rngs=nnx.Rngs(dropout=seed)) for seed in (1, 1, 2))
+    still = run(tower, inputs)
+    noisy = jax.jit(lambda key: tower(inputs, rngs=nnx.Rngs(dropout=key)))
+    first, again, other = (noisy(jax.random.key(seed)) for seed in (1, 1, 2))
+    assert np.abs(np.asarray(first - still)).max() > 1e-3
     np.testing.assert_array_equal(first, again)
     assert np.abs(np.asarray(first - other)).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["none", "full", "dots_no_batch"])
 def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
-    plain, plain_leaves = split(build(towers()))
+    plain, plain_leaves = two_towers(towers())
     settings = {"scan_layers": True, "remat": remat}
-    scanned, shapes = split(nnx.eval_shape(lambda: build(towers(text=settings))))
+    scanned, shapes = abstract_two(towers(text=settings))
     leaves = {}
     for path in shapes:
         head, blocks, tail = path.partition("text/encoder/blocks/")
@@ -140,8 +149,8 @@ def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
     def total(definition):
         return lambda leaves: definition.merge(leaves).towers["text"](inputs)[:, 0].sum()
 
-    value, gradients = jax.value_and_grad(total(scanned))(leaves)
-    expected, expected_gradients = jax.value_and_grad(total(plain))(plain_leaves)
+    value, gradients = jax.jit(jax.value_and_grad(total(scanned)))(leaves)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(total(plain)))(plain_leaves)
     np.testing.assert_allclose(value, expected, atol=1e-6)
     name = "towers/text/encoder/blocks/{}mlp/up/kernel"
     np.testing.assert_allclose(
@@ -182,7 +191,7 @@ def test_wrong_input_sizes_are_errors_that_name_the_remedy():
 )
 def test_every_leaf_has_one_decision(tune, trained):
     configs = towers(text={"tune": tune}, image={"tune": "none"})
-    paths = split(nnx.eval_shape(lambda: build(configs)))[0].paths
+    paths = paths_of(configs)
     decisions = decide(paths, configs)
     assert set(decisions) == set(paths)
     assert decisions["logit_scale"]
@@ -192,7 +201,7 @@ def test_every_leaf_has_one_decision(tune, trained):
 
 def test_locking_errors_name_tower_and_remedy():
     configs = towers(text={"tune": "last:9"})
-    paths = split(nnx.eval_shape(lambda: build(configs)))[0].paths
+    paths = paths_of(configs)
     with pytest.raises(ValueError, match=r"towers.text.tune: K of last:K.*0 to 3.*'9'"):
         decide(paths, configs)
     with pytest.raises(ValueError, match="matches no leaf"):
@@ -200,14 +209,14 @@ def test_locking_errors_name_tower_and_remedy():
     with pytest.raises(ValueError, match="no tower decides about leaf 'towers/speech/x'"):
         decide(["towers/speech/x"], configs)
     scanned = towers(text={"tune": "last:1", "scan_layers": True})
-    paths = split(nnx.eval_shape(lambda: build(scanned)))[0].paths
+    paths = paths_of(scanned)
     with pytest.raises(ValueError, match="scan_layers=False"):
         decide(paths, scanned)
 
 
 def test_description_counts_every_parameter_once():
     configs = towers(text={"tune": "head"})
-    definition, leaves = split(nnx.eval_shape(lambda: build(configs)))
+    definition, leaves = abstract_two(configs)
     rows = describe(leaves, decide(definition.paths, configs), configs)
     assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in leaves.values())
     states = {(row.modality, row.part): row.state for row in rows}
@@ -224,7 +233,19 @@ def test_precomputed_tower_normalises_what_it_is_given():
     embeds = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     expected = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     np.testing.assert_allclose(
-        model.towers["image"]({"embeds": jnp.asarray(embeds)}), expected, atol=1e-6
+        run(model.towers["image"], {"embeds": jnp.asarray(embeds)}), expected, atol=1e-6
     )
     with pytest.raises(ValueError, match="width 4, the tower expects 5"):
         model.towers["image"]({"embeds": jnp.zeros((3, 4))})
+
+
+def test_fused_attention_is_asked_for_only_where_it_can_exist():
+    from cwcl_jax.models import attention
+
+    q = jnp.zeros((2, 6, 2, 16), jnp.bfloat16)
+    assert not attention._cudnn_compiles(q.shape, q.dtype, True, False)  # there is no GPU here
+    mask = jnp.array([[True] * 4 + [False] * 2, [False] * 6])
+    got = attention.attend(q, q, q, mask, causal=False, implementation="auto")
+    assert bool(jnp.isfinite(got).all())
+    with pytest.raises(ValueError, match="unknown attention 'flash'"):
+        build(towers(text={"attention": "flash"}))

@@ -1,0 +1,40 @@
+"""Small models for tests, filled without compiling their initialisation."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cwcl_jax.models.leaves import split
+from cwcl_jax.models.tower import Tower
+from cwcl_jax.models.two_towers import build_two_towers
+
+
+def filled(abstract, seed=0):
+    """Leaves of an abstract module: small random numbers, ones added to scales of norms."""
+    rng = np.random.default_rng(seed)
+    leaves = {}
+    for path, shape in abstract.items():
+        values = rng.normal(size=shape.shape) * 0.2 + float(path.endswith("/scale"))
+        leaves[path] = jnp.asarray(values.astype(shape.dtype))
+    return leaves
+
+
+def abstract_two(configs, **changes):
+    """Definition and shapes of two towers."""
+    options = {"embed_dim": 8, "inverse_temperature": 10.0, "logit_bias": None, "dtype": "float32"}
+    options |= changes
+    return split(nnx.eval_shape(lambda: build_two_towers(configs, **options, rngs=nnx.Rngs(0))))
+
+
+def two_towers(configs, **changes):
+    """Definition and leaves of two towers."""
+    definition, shapes = abstract_two(configs, **changes)
+    return definition, filled(shapes)
+
+
+def one_tower(config, embed_dim=8, dtype="float32"):
+    """Definition and leaves of a tower."""
+    definition, shapes = split(
+        nnx.eval_shape(lambda: Tower(config, embed_dim=embed_dim, dtype=dtype, rngs=nnx.Rngs(0)))
+    )
+    return definition, filled(shapes)
