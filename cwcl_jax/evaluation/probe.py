@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-# Penalties, as multiples of the mean variance of a feature.
+# Penalties, as multiples of the mean eigenvalue of X^T X.
 PENALTIES = tuple(float(p) for p in np.logspace(-5, 3, 17))
-_LOO_ROWS = 4096
+# Rows at a time, and rows that the leave-one-out error is taken over.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,50 @@ def fit_ridge(
     """Least squares onto one-hot targets with an intercept and the best of `penalties`."""
     if len(x) < 2:
         raise ValueError(f"{len(x)} training example(s): a linear probe needs two or more.")
-    x = np.asarray(x, np.float64)
-    targets = np.eye(class_count)[labels]
-    mean, bias = x.mean(axis=0), targets.mean(axis=0)
-    centred = x - mean
-    values, vectors = _spectrum(centred)
+    mean, gram, sums = _moments(x, labels, class_count)
+    bias = np.bincount(labels, minlength=class_count) / len(x)
+    values, vectors = _spectrum(x, mean, gram)
     scale = max(float(np.sum(values)) / x.shape[1], np.finfo(np.float64).tiny)
-    rotated = centred @ vectors
-    towards = rotated.T @ (targets - bias)
-    rows = np.random.default_rng(0).permutation(len(x))[:_LOO_ROWS]
+    towards = vectors.T @ sums
+    rows = np.random.default_rng(0).permutation(len(x))[:_ROWS]
+    rotated, targets = (x[rows] - mean) @ vectors, np.eye(class_count)[labels[rows]] - bias
     errors = [
-        _leave_one_out(rotated[rows], towards, targets[rows] - bias, values + p * scale, len(x))
-        for p in penalties
+        _leave_one_out(rotated, towards, targets, values + p * scale, len(x)) for p in penalties
     ]
     penalty = float(penalties[int(np.argmin(errors))])
     weights = vectors @ (towards / (values + penalty * scale)[:, None])
     return Ridge(mean, weights, bias, penalty)
 
 
+def _moments(
+    x: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], class_count: int
+) -> tuple[Float[np.ndarray, "f"], Float[np.ndarray, "f f"] | None, Float[np.ndarray, "f c"]]:
+    """Mean, X^T X and X^T Y of centred features and targets, without a second copy of `x`.
+
+    X^T X only where it is the smaller Gram matrix.
+    """
+    mean = x.mean(axis=0, dtype=np.float64)
+    wide = len(x) < x.shape[1]
+    gram = None if wide else np.zeros((x.shape[1], x.shape[1]))
+    sums = np.zeros((class_count, x.shape[1]))
+    for start in range(0, len(x), _ROWS):
+        centred = x[start : start + _ROWS] - mean
+        np.add.at(sums, labels[start : start + _ROWS], centred)
+        if gram is not None:
+            gram += centred.T @ centred
+    return mean, gram, sums.T
+
+
 def _spectrum(
-    centred: Float[np.ndarray, "n f"],
+    x: Float[np.ndarray, "n f"],
+    mean: Float[np.ndarray, "f"],
+    gram: Float[np.ndarray, "f f"] | None,
 ) -> tuple[Float[np.ndarray, "r"], Float[np.ndarray, "f r"]]:
-    """Eigenvalues and eigenvectors of X^T X, by way of the smaller of the two Gram matrices."""
-    n, width = centred.shape
-    if n >= width:
-        values, vectors = np.linalg.eigh(centred.T @ centred)
+    """Eigenvalues and eigenvectors of X^T X, by way of X X^T where that is smaller."""
+    if gram is not None:
+        values, vectors = np.linalg.eigh(gram)
         return np.maximum(values, 0.0), vectors
+    centred = x - mean
     values, left = np.linalg.eigh(centred @ centred.T)
     some = values > values[-1] * 1e-12
     vectors = centred.T @ left[:, some] / np.sqrt(values[some])
