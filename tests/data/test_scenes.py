@@ -186,11 +186,22 @@ def test_retrieval_scenes_have_distinct_captions_of_everything():
         ("scenes:test", "task=shape"),
         ("scenes:train?task=shape", "no tasks"),
         ("scenes:train?size=4", "out of range"),
+        ("scenes:train?detail=1", "out of range"),
+        ("scenes:train?objects=4", "out of range"),
     ],
 )
 def test_impossible_scenes_are_refused(line, message):
     with pytest.raises(ValueError, match=message):
         open_source(line)
+
+
+def test_detail_and_objects_can_be_chosen():
+    bare = open_source("scenes:train?detail=0&objects=1")
+    texts = [bare.read(i, ("text",))["text"] for i in range(200)]
+    assert {len(bare.scene(i).objects) for i in range(200)} == {1}
+    cues = {*scenes.BACKGROUNDS, "left", "top", "small", "large", "striped"}
+    assert not [text for text in texts if cues & set(text.split())]
+    assert bare.fingerprint() != open_source("scenes:train").fingerprint()
 
 
 def test_only_what_is_asked_for_is_made():

@@ -1,7 +1,7 @@
 """The embedded scenes as a source: `scenes:train`, `scenes:test?task=combination&n=1000`."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cwcl_jax.data import captions, scenes
 from cwcl_jax.data.draws import Draws
@@ -31,6 +31,11 @@ class Scenes(SourceBase):
     seed: int = 0
     size: int = 64
     captions_each: int = 1
+    # Chance that a training caption names each optional attribute; fewer easy cues (background,
+    # place) leave more to be told apart by shape.
+    detail: float = 0.5
+    # Objects of an unlabelled scene; 0 = one to three.
+    objects: int = 0
     # Scene numbers, where they are not simply 0, 1, 2, ...
     numbers: Sequence[int] = field(default=(), repr=False)
 
@@ -66,7 +71,7 @@ class Scenes(SourceBase):
         """The scene of a number in this stream."""
         stream = _STREAMS[self.task]
         if self.class_names is None:
-            return scenes.describe(self.seed, stream, number)
+            return scenes.describe(self.seed, stream, number, objects=self.objects)
         label = self.label(number)
         shape = label if self.task == "shape" else None
         colour = label if self.task == "colour" else None
@@ -85,18 +90,26 @@ class Scenes(SourceBase):
 
     def caption(self, scene: scenes.Scene, number: int, variant: int) -> str:
         """A caption of the scene; test captions name everything."""
-        detail = 0.5 if self.task == "train" else 1.0
+        detail = self.detail if self.task == "train" else 1.0
         key = (self.seed, _STREAMS[self.task], number, variant)
         return captions.caption(scene, *key, detail=detail)
 
     def fingerprint(self) -> str:
-        return fingerprint_of(
-            "scenes", _VERSION, self.task, self.length, self.seed, self.size, self.captions_each
-        )
+        varied = () if (self.detail, self.objects) == (0.5, 0) else (self.detail, self.objects)
+        shared = (self.task, self.length, self.seed, self.size, self.captions_each)
+        return fingerprint_of("scenes", _VERSION, *shared, *varied)
 
 
 def open_scenes(
-    split: str, *, task: str = "", n: int = 0, seed: int = 0, size: int = 64, captions: int = 1
+    split: str,
+    *,
+    task: str = "",
+    n: int = 0,
+    seed: int = 0,
+    size: int = 64,
+    captions: int = 1,
+    detail: float = 0.5,
+    objects: int = 0,
 ) -> Scenes:
     """Opens `scenes:train` or `scenes:test?task=shape|colour|combination|retrieval`."""
     if split == "test" and task not in ("retrieval", *_CLASSES):
@@ -107,11 +120,14 @@ def open_scenes(
         raise ValueError(f"scenes:train has no tasks (got task={task!r}); use scenes:test.")
     if split not in ("train", "test"):
         raise ValueError(f"scenes: has the splits train and test, not {split!r}.")
-    if n < 0 or size < 16 or captions < 1:
-        raise ValueError(f"scenes: n={n}, size={size}, captions={captions} are out of range.")
+    if n < 0 or size < 16 or captions < 1 or not 0 <= detail < 1 or not 0 <= objects <= 3:
+        raise ValueError(
+            f"scenes: one of n={n}, size={size}, captions={captions}, detail={detail} (below 1), "
+            f"objects={objects} (0 to 3) is out of range."
+        )
     task = task or "train"
     length = n or _DEFAULT_LENGTH.get(task, 1000)
-    source = Scenes(task, length, seed, size, captions)
+    source = Scenes(task, length, seed, size, captions, detail, objects)
     return source if task != "retrieval" else _with_distinct_captions(source)
 
 
@@ -127,11 +143,4 @@ def _with_distinct_captions(source: Scenes) -> Scenes:
             seen.update(made)
             numbers.append(number)
         number += 1
-    return Scenes(
-        source.task,
-        source.length,
-        source.seed,
-        source.size,
-        source.captions_each,
-        tuple(numbers),
-    )
+    return replace(source, numbers=tuple(numbers))
