@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -120,9 +121,7 @@ def prepared_embeds(config: LossConfig, p: Any) -> Array:
         p = weights.channel_profiles(p)
     if config.weight_function == "centred":
         p = weights.centre(p)
-    if config.detach_weights:
-        p = lax.stop_gradient(p)
-    return p
+    return jax.lax.stop_gradient(p) if config.detach_weights else jnp.asarray(p)
 
 
 def sharpness(config: LossConfig, function: WeightFunction, p: Array, engine: Engine) -> Array:

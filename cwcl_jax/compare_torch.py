@@ -1,0 +1,361 @@
+"""Compares loss and gradients with PyTorch: python -m cwcl_jax.compare_torch [--out=DIR].
+
+Every row is one form of the loss on one set of embeds; the reference is PyTorch autograd on the
+equations in float64 on the same (rounded) embeds. `--embeds=FILE.npz` takes arrays u, v and,
+optionally, p and logit_scale from your own model. Writes compare_torch.md and .json, and the loss
+curves of the same small training run in both frameworks. The exit code is 1 if a tolerance is
+exceeded. Needs `pip install cwcl_jax[torch]`.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Before the backend starts: devices for the sharded forms on a CPU (see BUILD_NOTES.md).
+os.environ.setdefault("PJRT_NPROC", "32")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    ).strip()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType
+
+from cwcl_jax.losses import LossConfig, make_loss
+
+# Largest error allowed: of the value (relative, or absolute below 1), and of each gradient
+# (relative to its norm). Of narrow types only the gradients are rounded. Plain accelerator float32
+# products ("tf32") keep 10 bits, which the inverse temperature multiplies.
+TOLERANCES = {
+    "float64": (1e-12, 1e-11),
+    "float32": (1e-5, 1e-5),
+    "bfloat16": (1e-5, 1e-2),
+    "float16": (1e-5, 3e-3),
+    "tf32": (5e-2, 5e-2),
+}
+FORMS = ("dense", "fused", "gathered", "ring")
+Row = dict[str, Any]
+
+
+def unit_rows(x: np.ndarray) -> np.ndarray:
+    """Rows divided by their norm."""
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def made_embeds(n: int, d: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Pairs as related as a trained model's, p correlated among themselves."""
+    rng = np.random.default_rng(seed)
+    u = unit_rows(rng.normal(size=(n, d)) + 0.5 * rng.normal(size=(1, d)))
+    return {"u": u, "v": unit_rows(u + rng.normal(size=(n, d)) / np.sqrt(d)), "p": u}
+
+
+def read_embeds(path: str) -> dict[str, np.ndarray]:
+    """Arrays u, v and, optionally, p and logit_scale of a user's file, rows normalised."""
+    with np.load(path) as file:
+        arrays = {name: np.asarray(file[name], np.float64) for name in file.files}
+    missing = {"u", "v"} - set(arrays)
+    if missing:
+        raise ValueError(f"{path} has no array {sorted(missing)}; it has {sorted(arrays)}.")
+    for name in ("u", "v", "p"):
+        if name in arrays:
+            arrays[name] = unit_rows(arrays[name])
+    return {"p": arrays["u"]} | arrays
+
+
+def rounded(arrays: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """Embeds as the type has them, kept in float64."""
+    kind = jnp.dtype("float32" if dtype == "tf32" else dtype)
+    return {k: np.asarray(arrays[k].astype(kind), np.float64) for k in ("u", "v", "p")}
+
+
+def jax_gradients(name, form, dtype, arrays, logit_scale, devices) -> tuple[float, list]:
+    """Loss and gradients of one JAX form, as float64 numpy."""
+    mesh = None
+    if form in ("gathered", "ring"):
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    precision = "default" if dtype == "tf32" else "highest"
+    config = LossConfig(name=name, form=form, precision=precision, diagnostics=False)
+    loss_fn = make_loss(config, mesh=mesh)
+    kind = jnp.dtype("float32" if dtype == "tf32" else dtype)
+    u, v, p = (jnp.asarray(arrays[k], kind) for k in ("u", "v", "p"))
+    scale = jnp.asarray(logit_scale, jnp.promote_types(kind, jnp.float32))
+
+    def loss(u, v, scale):
+        return loss_fn(u, v, p, scale, -10.0)[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(u, v, scale)
+    return float(value), [np.asarray(g, np.float64) for g in gradients]
+
+
+def compare(name, form, dtype, arrays, logit_scale, devices) -> Row:
+    """One row of the table."""
+    from cwcl_jax.losses import torch_reference
+
+    arrays = rounded(arrays, dtype)
+    exact = torch_reference.value_and_gradients(
+        name, arrays["u"], arrays["v"], arrays["p"], logit_scale, "float64"
+    )
+    if form == "pytorch":
+        ours = torch_reference.value_and_gradients(
+            name, arrays["u"], arrays["v"], arrays["p"], logit_scale, dtype
+        )
+    else:
+        ours = jax_gradients(name, form, dtype, arrays, logit_scale, devices)
+    row = {
+        "loss": name,
+        "form": form,
+        "dtype": dtype,
+        "n": len(arrays["u"]),
+        "d": arrays["u"].shape[1],
+        "inverse_temperature": round(float(np.exp(logit_scale)), 4),
+        "devices": devices if form in ("gathered", "ring") else 1,
+    }
+    return row | errors(ours, exact, dtype)
+
+
+def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str) -> Row:
+    """Differences of value and gradients, and whether they are within the tolerance."""
+    value = abs(ours[0] - exact[0]) / max(1.0, abs(exact[0]))
+    names = ("grad_u", "grad_v", "grad_logit_scale")
+    relative = {
+        name: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+        for name, a, b in zip(names, ours[1], exact[1], strict=True)
+    }
+    kind = "float32" if dtype == "tf32" else dtype
+    # The norm of the error in units of the type's spacing at each exact entry.
+    ulps = [
+        float(np.median(np.abs(a - b) / spacing(b, kind)))
+        for a, b in zip(ours[1][:2], exact[1][:2], strict=True)
+    ]
+    limit = TOLERANCES[dtype]
+    # The gradient of logit_scale is one number that may be near 0: absolute below 1.
+    scale_error = abs(float(ours[1][2] - exact[1][2])) / max(1.0, abs(float(exact[1][2])))
+    worst = max(relative["grad_u"], relative["grad_v"], scale_error)
+    return {
+        "value": ours[0],
+        "value_error": value,
+        **relative,
+        "median_ulps": max(ulps),
+        "passed": bool(value <= limit[0] and worst <= limit[1]),
+    }
+
+
+def spacing(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The distance of each number to the next one that the type has."""
+    info = jnp.finfo(jnp.dtype(dtype))
+    size = np.maximum(np.abs(x), float(info.tiny))
+    return 2.0 ** np.floor(np.log2(size)) * float(info.eps)
+
+
+def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, world: int) -> Row:
+    """PyTorch over gloo with an all-gather beside the JAX ring on as many devices, float32."""
+    from cwcl_jax.losses import torch_reference
+
+    arrays = {k: x.astype(np.float32) for k, x in rounded(arrays, "float32").items()}
+    with tempfile.TemporaryDirectory() as folder:
+        # The file names the meeting point: no port to be taken.
+        address, out = f"file://{folder}/meet", f"{folder}/out"
+        given = arrays | {"logit_scale": np.float32(logit_scale)}
+        context = multiprocessing.get_context("spawn")
+        processes = [
+            context.Process(
+                target=torch_reference.gathered_gradients,
+                args=(rank, world, address, given, name, out),
+            )
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        codes = [process.exitcode for process in processes]
+        if any(codes):
+            for process in processes:
+                process.kill()
+            raise RuntimeError(f"PyTorch processes ended with exit codes {codes}.")
+        parts = [dict(np.load(f"{out}.{rank}.npz")) for rank in range(world)]
+    theirs = [np.concatenate([part[k] for part in parts]).astype(np.float64) for k in "uv"]
+    theirs.append(np.float64(parts[0]["logit_scale"]))
+    ours = jax_gradients(name, "ring", "float32", arrays, float(np.float32(logit_scale)), world)
+    row = {
+        "loss": name,
+        "form": f"ring / gloo x {world}",
+        "dtype": "float32",
+        "n": len(arrays["u"]),
+        "d": arrays["u"].shape[1],
+        "inverse_temperature": round(float(np.exp(logit_scale)), 4),
+        "devices": world,
+    }
+    return row | errors(ours, (float(parts[0]["loss"]), theirs), "float32")
+
+
+def train_in_jax(weights, batches, name, learning_rate, weight_decay) -> list[float]:
+    """The run of `torch_reference.train_two_towers` with optax and the tiled loss."""
+    loss_fn = make_loss(LossConfig(name=name, form="fused", diagnostics=False))
+    params = {k: jnp.asarray(x) for k, x in weights.items()}
+    decayed = {k: x.ndim > 1 for k, x in params.items()}
+    optimizer = optax.adamw(
+        learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay, mask=decayed
+    )
+    state = optimizer.init(params)
+
+    def loss(params, batch):
+        hidden = jnp.tanh(batch["v"] @ params["hidden"] + params["bias"][None])
+        v = hidden @ params["out"]
+        v = v * jax.lax.rsqrt(jnp.maximum(jnp.square(v).sum(axis=1, keepdims=True), 1e-24))
+        return loss_fn(batch["p"], v, batch["p"], params["logit_scale"], -10.0)[0]
+
+    @jax.jit
+    def step(params, state, batch):
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for batch in batches:
+        params, state, value = step(params, state, batch)
+        losses.append(float(value))
+    return losses
+
+
+def training_curves(name: str, steps: int, seed: int = 0) -> dict[str, list[float]]:
+    """Losses of the same training in both frameworks: same weights, same batches, AdamW."""
+    from cwcl_jax.losses import torch_reference
+
+    rng = np.random.default_rng(seed)
+    n, d_in, width, d = 64, 24, 48, 16
+    mixing = rng.normal(size=(d, d_in))
+
+    def batch():
+        p = unit_rows(rng.normal(size=(n, d)))
+        v = p @ mixing + 0.1 * rng.normal(size=(n, d_in))
+        return {"p": p.astype(np.float32), "v": v.astype(np.float32)}
+
+    weights = {
+        "hidden": rng.normal(size=(d_in, width)) / np.sqrt(d_in),
+        "bias": np.zeros(width),
+        "out": rng.normal(size=(width, d)) / np.sqrt(width),
+        "logit_scale": np.log(1 / 0.07),
+    }
+    weights = {k: np.asarray(x, np.float32) for k, x in weights.items()}
+    batches = [batch() for _ in range(steps)]
+    settings = (name, 1e-3, 1e-4)
+    return {
+        "pytorch": torch_reference.train_two_towers(weights, batches, *settings),
+        "jax": train_in_jax(weights, batches, *settings),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as Markdown."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Loss curves of both frameworks, and their difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True)
+    for name, curve in curves.items():
+        above.plot(curve["pytorch"], label=f"{name}, PyTorch")
+        above.plot(curve["jax"], "--", label=f"{name}, JAX tiled")
+        difference = np.abs(np.subtract(curve["jax"], curve["pytorch"]))
+        below.semilogy(np.maximum(difference, 1e-9), label=name)
+    above.set_ylabel("loss")
+    below.set_ylabel("|difference|")
+    below.set_xlabel("step")
+    above.legend()
+    below.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--embeds", default="", help=".npz with u, v and, optionally, p")
+    parser.add_argument("--out", default="compare_torch", help="folder of the results")
+    parser.add_argument("--losses", default="cwcl,contrastive,sigmoid,astroclip")
+    parser.add_argument("--forms", default=",".join(("pytorch", *FORMS)))
+    parser.add_argument("--dtypes", default="", help="default: all that the device has")
+    parser.add_argument("--sizes", default="64x32,500x48", help="N x d, N rounded for meshes")
+    parser.add_argument("--inverse-temperatures", default="1,14.3,100")
+    parser.add_argument("--devices", type=int, default=0, help="of the sharded forms; 0: all")
+    parser.add_argument("--processes", type=int, default=2, help="of PyTorch; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=100, help="of training; 0 leaves it out")
+    return parser.parse_args(argv)
+
+
+def all_rows(options: argparse.Namespace) -> list[Row]:
+    """The table of losses and gradients."""
+    on_gpu = jax.default_backend() == "gpu"
+    default = ["float64", "float32", "bfloat16", *(["tf32", "float16"] if on_gpu else [])]
+    dtypes = options.dtypes.split(",") if options.dtypes else default
+    devices = options.devices or len(jax.devices())
+    if options.embeds:
+        sets = [read_embeds(options.embeds)]
+    else:
+        sizes = (tuple(map(int, s.split("x"))) for s in options.sizes.split(","))
+        sets = [made_embeds(n - n % devices, d) for n, d in sizes]
+    scales = [float(np.log(float(s))) for s in options.inverse_temperatures.split(",")]
+    if "logit_scale" in sets[0]:
+        scales = [float(sets[0]["logit_scale"])]
+    rows = []
+    for arrays, name, form, dtype, scale in itertools.product(
+        sets, options.losses.split(","), options.forms.split(","), dtypes, scales
+    ):
+        uneven = form in ("gathered", "ring") and len(arrays["u"]) % devices
+        if uneven or (form == "pytorch" and dtype == "tf32"):
+            continue
+        rows.append(compare(name, form, dtype, arrays, scale, devices))
+    if options.processes and len(sets[0]["u"]) % options.processes == 0:
+        name = options.losses.split(",")[0]
+        rows.append(several_processes(name, sets[0], scales[0], options.processes))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison; returns the exit code."""
+    options = parse(argv)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with jax.enable_x64(True):
+        rows = all_rows(options)
+    report = {"rows": rows, "tolerances": TOLERANCES}
+    if options.steps:
+        curves = {name: training_curves(name, options.steps) for name in ("cwcl", "contrastive")}
+        report["training"] = curves
+        plot_curves(curves, out / "training.png")
+        for name, curve in curves.items():
+            drift = float(np.max(np.abs(np.subtract(curve["jax"], curve["pytorch"]))))
+            print(f"training, {name}: largest difference of losses {drift:.2e}")
+    (out / "compare_torch.json").write_text(json.dumps(report, indent=1))
+    text = table(rows)
+    (out / "compare_torch.md").write_text(text)
+    print(text)
+    failed = [row for row in rows if not row["passed"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} rows within their tolerance; see {out}.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
