@@ -1,1 +1,1 @@
-"""Zero-shot classification, retrieval and alignment from embeddings."""
+"""Zero-shot classification, speech tasks, retrieval, alignment and probes, from an encode callable."""
