@@ -1,1 +1,1 @@
-"""Zero-shot classification, speech tasks, retrieval, alignment and probes, from an encode callable."""
+"""Zero-shot classification, speech tasks, retrieval, alignment and probes of an encoder."""
