@@ -83,6 +83,19 @@ def test_samples_come_with_picture_caption_and_id(tmp_path):
     assert len(open_source(f"tars:{tmp_path}")) == 12
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_samples_are_those_that_webdataset_reads(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", pairs(5, first=5 * shard))
+    paths = [str(tmp_path / f"{shard}.tar") for shard in range(2)]
+    dataset = webdataset.WebDataset(paths, shardshuffle=False).to_tuple("__key__", "jpg", "txt")
+    expected = [(key, image, text.decode()) for key, image, text in dataset]
+    source = open_source(f"tars:{tmp_path}/{{0..1}}.tar")
+    ours = [source[i] for i in range(len(source))]
+    assert [(e["id"].split("/")[1], e["image"], e["text"]) for e in ours] == expected
+
+
 def test_captions_can_come_from_a_json_field(tmp_path):
     many = b'{"caption": ["one", "two"], "none": null}'
     write_tar(tmp_path / "0.tar", [*pairs(1), ("x.jpg", b"x"), ("x.json", many)])
