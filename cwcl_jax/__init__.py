@@ -8,6 +8,7 @@ The names below are imported on first use, so that `import cwcl_jax` stays light
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cwcl_jax.api import load_model
     from cwcl_jax.losses import (
         LossConfig,
         contrastive_loss,
@@ -16,12 +17,19 @@ if TYPE_CHECKING:
         sigmoid_loss,
     )
 
-__all__ = ["LossConfig", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"]
+__all__ = [
+    "LossConfig",
+    "contrastive_loss",
+    "cwcl_loss",
+    "load_model",
+    "make_loss",
+    "sigmoid_loss",
+]
 
 _HOME = dict.fromkeys(
     ("LossConfig", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"),
     "cwcl_jax.losses",
-)
+) | {"load_model": "cwcl_jax.api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,154 @@
+"""An exported model: a folder with `cwcl_jax.json`, `model.safetensors` and perhaps a tokenizer.
+
+It holds everything that encoding needs and nothing of the training; its `model.safetensors` is also
+a source of weights for a tower of another run.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
+from cwcl_jax.models.leaves import ModelDef, split
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.models.two_towers import build_two_towers
+from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.readers import open_weights
+from cwcl_jax.pretrained.writers import write_safetensors
+
+DESCRIPTION = "cwcl_jax.json"
+WEIGHTS = "model.safetensors"
+_FORMAT = 1
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDescription:
+    """What a model is, apart from its numbers."""
+
+    towers: Mapping[str, TowerConfig]
+    embed_dim: int
+    dtype: str = "float32"
+    logit_bias: bool = False
+    image: ImageInputs = dataclasses.field(default_factory=ImageInputs)
+    text: TextInputs = dataclasses.field(default_factory=TextInputs)
+    speech: SpeechInputs = dataclasses.field(default_factory=SpeechInputs)
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Where it came from: the run, its step, the sources of its towers."""
+
+    def abstract(self) -> tuple[ModelDef, dict[str, Any]]:
+        """The model's definition and the shapes of its leaves."""
+        return split(
+            nnx.eval_shape(
+                lambda: build_two_towers(
+                    self.towers,
+                    embed_dim=self.embed_dim,
+                    inverse_temperature=1.0,
+                    logit_bias=0.0 if self.logit_bias else None,
+                    dtype=self.dtype,
+                    rngs=nnx.Rngs(0),
+                )
+            )
+        )
+
+
+def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str, Any]) -> None:
+    """Write a model; the description comes last, so that a folder with one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = dataclasses.replace(
+        description.text, tokenizer=copy_tokenizer(description.text.tokenizer, folder)
+    )
+    write_safetensors(folder / WEIGHTS, leaves, metadata={"format": "np"})
+    content = {"format": _FORMAT} | dataclasses.asdict(dataclasses.replace(description, text=text))
+    partial = folder / f"{DESCRIPTION}.partial"
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, folder / DESCRIPTION)
+
+
+def copy_tokenizer(tokenizer: str, folder: Path) -> str:
+    """Take a local tokenizer along; the package's own ("") and hub names stay as they are."""
+    source = Path(tokenizer)
+    if not tokenizer or not source.exists():
+        return tokenizer
+    target = folder / "tokenizer"
+    target.mkdir(exist_ok=True)
+    if source.is_file():
+        shutil.copy(source, target / "tokenizer.json")
+        return "tokenizer/tokenizer.json"
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, target / name)
+    return "tokenizer"
+
+
+def load_folder(folder: Path) -> tuple[ModelDescription, dict[str, jax.Array]]:
+    """Read what `save_folder` wrote: description and leaves, on the default device."""
+    description = read_description(folder)
+    _, abstract = description.abstract()
+    weights = open_weights(folder / WEIGHTS)
+    wrong = [
+        f"{path} (shape {weights.entries[path].shape}, expected {leaf.shape})"
+        for path, leaf in abstract.items()
+        if path in weights.entries and weights.entries[path].shape != leaf.shape
+    ]
+    missing = [path for path in abstract if path not in weights.entries]
+    unexpected = [path for path in weights.entries if path not in abstract]
+    if wrong or missing or unexpected:
+        raise WeightsMismatch(
+            weights.source,
+            f"does not fit {folder / DESCRIPTION}",
+            missing=missing,
+            unexpected=unexpected,
+            wrong=wrong,
+            remedy="export the model again",
+        )
+    return description, {path: jnp.asarray(weights.read(path)) for path in abstract}
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """The description of an exported folder, with the tokenizer's path made whole."""
+    path = folder / DESCRIPTION
+    try:
+        content = json.loads(path.read_text())
+        version = content.pop("format")
+        towers = {name: TowerConfig(**fields) for name, fields in content.pop("towers").items()}
+        text = TextInputs(**content.pop("text"))
+        image = ImageInputs(**content.pop("image"))
+        speech = SpeechInputs(**content.pop("speech"))
+        description = ModelDescription(
+            towers=towers, image=image, text=text, speech=speech, **content
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a description of a model: {error!r}") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path}: format {version}, this version reads {_FORMAT}: update cwcl_jax")
+    if text.tokenizer and (folder / text.tokenizer).exists():
+        text = dataclasses.replace(text, tokenizer=str(folder / text.tokenizer))
+    return dataclasses.replace(description, text=text)
+
+
+def below(leaves: Mapping[str, Any], modality: str) -> dict[str, np.ndarray]:
+    """The leaves of one tower by path below it, layers apart from each other, in float32."""
+    prefix = f"towers/{modality}/"
+    stack = "encoder/blocks/"
+    result: dict[str, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        if not path.startswith(prefix):
+            continue
+        name = path.removeprefix(prefix)
+        array = np.asarray(leaf).astype(np.float32)
+        tail = name.removeprefix(stack)
+        if name.startswith(stack) and not tail.split("/")[0].isdecimal():
+            result |= {f"{stack}{i}/{tail}": layer for i, layer in enumerate(array)}
+        else:
+            result[name] = array
+    return result

@@ -1,0 +1,48 @@
+"""Write safetensors files array by array: nothing is held twice, and a file is whole or absent."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_NAMES = {
+    np.dtype(np.float64): "F64",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int32): "I32",
+}
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays, NumPy's or JAX's, in the order of their names."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in sorted(arrays):
+        array = arrays[name]
+        dtype = np.dtype(array.dtype)
+        if dtype not in _NAMES:
+            raise TypeError(f"array {name!r} has type {dtype}, which safetensors does not know")
+        end = offset + int(np.prod(array.shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in sorted(arrays):
+            file.write(np.ascontiguousarray(arrays[name]).tobytes())
+    os.replace(partial, path)

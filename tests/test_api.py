@@ -1,0 +1,112 @@
+"""The public model object: one item or many, any batch size, from a folder that was exported."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import cwcl_jax
+from cwcl_jax.api import Model
+from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained import WeightsMismatch
+from cwcl_jax.pretrained.folder import ModelDescription, save_folder
+from tests.models.builders import filled
+
+IMAGE = TowerConfig(
+    "vit",
+    "tiny",
+    {"image_size": 16, "width": 16, "depth": 2, "heads": 2, "mlp_width": 24},
+    tune="none",
+)
+TEXT = TowerConfig("text", "tiny", {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24})
+SPEECH = TowerConfig(
+    "conv_speech",
+    "tiny",
+    {"stem": [8, 8], "width": 8, "dilations": [1], "heads": 2},
+)
+
+
+def model(**towers):
+    towers = towers or {"image": IMAGE, "text": TEXT}
+    description = ModelDescription(
+        towers,
+        embed_dim=8,
+        image=ImageInputs(size=16),
+        text=TextInputs(max_tokens=12),
+        speech=SpeechInputs(max_seconds=0.5),
+    )
+    definition, shapes = description.abstract()
+    leaves = filled(shapes) | {"logit_scale": jax.numpy.log(10.0)}
+    return Model(definition, leaves, description)
+
+
+def pictures(count=3):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+    return list(pixels)
+
+
+TEXTS = ["a red circle", "a blue square left of a green triangle", "two circles"]
+
+
+def test_one_item_and_many_give_the_same_unit_rows(tmp_path):
+    two = model()
+    images, texts = two.encode_image(pictures()), two.encode_text(TEXTS)
+    assert images.shape == texts.shape == (3, 8)
+    np.testing.assert_allclose(np.linalg.norm(images, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(two.encode_text(TEXTS[0])[0], texts[0], atol=1e-6)
+    np.testing.assert_allclose(two.encode_text(TEXTS, batch_size=2), texts, atol=1e-6)
+    path = tmp_path / "x.png"
+    Image.fromarray(pictures()[0]).save(path)
+    np.testing.assert_allclose(two.encode_image(path)[0], images[0], atol=1e-6)
+    similarity = two.similarity(images, texts)
+    np.testing.assert_allclose(similarity, images @ texts.T, atol=1e-6)
+    assert two.inverse_temperature == pytest.approx(10.0, rel=1e-6)
+    assert two.encode_text([]).shape == (0, 8)
+
+
+def test_recordings_of_any_rate_and_channels_are_encoded():
+    pytest.importorskip("soxr")
+    two = model(speech=SPEECH, text=TEXT)
+    tone = 0.3 * np.sin(np.arange(8000) * 0.2).astype(np.float32)
+    whole = two.encode_speech((tone, 16000))
+    stereo = two.encode_speech((np.stack([tone, tone], axis=1), 16000))
+    np.testing.assert_allclose(whole, stereo, atol=1e-5)
+    integers = two.encode_speech((np.rint(tone * 32767).astype(np.int16), 16000))
+    np.testing.assert_allclose(whole, integers, atol=1e-5)
+    assert two.encode_speech((tone[:2000], 8000)).shape == (1, 8)
+
+
+def test_exported_folder_loads_to_the_same_model(tmp_path):
+    two = model()
+    save_folder(tmp_path, two.description, two.leaves)
+    again = cwcl_jax.load_model(tmp_path)
+    assert again.description.towers["image"] == IMAGE
+    np.testing.assert_array_equal(again.encode_text(TEXTS), two.encode_text(TEXTS))
+    assert again.inverse_temperature == two.inverse_temperature
+
+
+def test_what_is_not_a_model_is_an_error_with_a_remedy(tmp_path):
+    two = model()
+    with pytest.raises(FileNotFoundError, match=r"does not exist.*workdir of a run"):
+        cwcl_jax.load_model(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        cwcl_jax.load_model(tmp_path)
+    with pytest.raises(ValueError, match="no speech tower; it has image and text"):
+        two.encode_speech((np.zeros(10, np.int16), 16000))
+    with pytest.raises(ValueError, match=r"uint8 \(y, x, 3\), not float64"):
+        two.encode_image(np.zeros((16, 16, 3)))
+    leaves = {path: leaf for path, leaf in two.leaves.items() if "head" not in path}
+    save_folder(tmp_path, two.description, leaves)
+    with pytest.raises(WeightsMismatch) as caught:
+        cwcl_jax.load_model(tmp_path)
+    assert len(caught.value.missing) == 2
+    (tmp_path / "cwcl_jax.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cwcl_jax.json: not a description"):
+        cwcl_jax.load_model(tmp_path)
+
+
+def test_a_tokenizer_with_too_many_tokens_is_refused():
+    small = TowerConfig("text", "tiny", dict(TEXT.overrides) | {"vocab_size": 10})
+    with pytest.raises(ValueError, match=r"tokenizer 'scenes' has \d+ tokens.*table 10"):
+        model(image=IMAGE, text=small)

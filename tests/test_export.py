@@ -1,0 +1,135 @@
+"""Exports give what they were made from: to other libraries' classes and back through ours."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from cwcl_jax.api import Model, load_model
+from cwcl_jax.export import export
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained import import_tower
+from cwcl_jax.pretrained.folder import save_folder
+from tests.models.builders import filled
+from tests.test_api import IMAGE, TEXTS, model, pictures
+
+SIZES = {"vocab_size": 2048, "max_tokens": 20, "width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
+TEXT_TOWERS = {
+    "bert-pooler": TowerConfig("bert", overrides=SIZES, pooling="pooler"),
+    "bert-cls": TowerConfig("bert", overrides=SIZES, pooling="cls"),
+    "roberta-cls": TowerConfig("roberta", overrides=SIZES, pooling="cls"),
+    "text-cls": TowerConfig("text", overrides=SIZES | {"activation": "gelu_tanh"}, pooling="cls"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_TOWERS)
+def test_vision_text_dual_encoder_gives_equal_outputs(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    two = model(image=IMAGE, text=TEXT_TOWERS[name])
+    export(two, tmp_path, "transformers")
+    theirs = transformers.VisionTextDualEncoderModel.from_pretrained(tmp_path).eval()
+    tokens = two.process_text(TEXTS)
+    if name.startswith("roberta"):  # it counts positions by its padding id, 1
+        tokens["tokens"] = np.where(tokens["mask"], np.maximum(tokens["tokens"], 2), 1)
+    pixels = two.process_image(pictures())
+    values = (pixels["pixels"].astype(np.float32) - 127.5) / 127.5
+    with torch.no_grad():
+        out = theirs(
+            input_ids=torch.tensor(tokens["tokens"]),
+            attention_mask=torch.tensor(tokens["mask"].astype(np.int64)),
+            pixel_values=torch.tensor(values).permute(0, 3, 1, 2),
+        )
+    images, texts = two.encode("image", pixels), two.encode("text", tokens)
+    np.testing.assert_allclose(images, out.image_embeds.numpy(), atol=1e-5)
+    np.testing.assert_allclose(texts, out.text_embeds.numpy(), atol=1e-5)
+    logits = two.inverse_temperature * two.similarity(images, texts)
+    np.testing.assert_allclose(logits, out.logits_per_image.numpy(), atol=1e-4)  # 10 x cosines
+
+
+def test_exported_processors_prepare_the_same_inputs(tmp_path):
+    pytest.importorskip("torch")
+    import transformers
+
+    two = model(image=IMAGE, text=TEXT_TOWERS["text-cls"])
+    export(two, tmp_path, "transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs = tokenizer(TEXTS, padding="max_length", max_length=12, truncation=True)
+    ours = two.process_text(TEXTS)
+    np.testing.assert_array_equal(ours["tokens"], theirs["input_ids"])
+    np.testing.assert_array_equal(ours["mask"], np.array(theirs["attention_mask"], bool))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    values = processor(images=pictures(), return_tensors="np")["pixel_values"]
+    expected = (two.process_image(pictures())["pixels"].astype(np.float32) - 127.5) / 127.5
+    np.testing.assert_allclose(values.transpose(0, 2, 3, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("towers", "message"),
+    [
+        ({"text": {"pooling": "mean"}}, "pooling='cls'"),
+        ({"text": {"head": "mlp"}}, "head='linear'"),
+        ({"image": {"pooling": "mean"}}, "ViT with pooling='cls'"),
+    ],
+)
+def test_what_transformers_cannot_express_is_refused_with_the_remedy(tmp_path, towers, message):
+    configs = {"image": IMAGE, "text": TEXT_TOWERS["text-cls"]}
+    for modality, changes in towers.items():
+        configs[modality] = dataclasses.replace(configs[modality], **changes)
+    with pytest.raises(ValueError, match=message):
+        export(model(**configs), tmp_path / "out", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_npz_and_safetensors_are_sources_of_weights_for_another_tower(tmp_path):
+    two = model()
+    export(two, tmp_path / "image.npz", "npz")
+    export(two, tmp_path / "folder", "safetensors")
+    for weights in (tmp_path / "image.npz", tmp_path / "folder"):
+        config = dataclasses.replace(IMAGE, weights=str(weights))
+        imported = import_tower(config, "image", two.leaves)
+        assert imported.initialised == ()
+        for path, leaf in imported.leaves.items():
+            np.testing.assert_array_equal(leaf, two.leaves[path])
+
+
+def test_scanned_and_half_precision_models_export_the_same_numbers(tmp_path):
+    image = dataclasses.replace(IMAGE, scan_layers=True)
+    base = model(image=image, text=TEXT_TOWERS["bert-cls"])
+    halves = {p: x.astype("bfloat16") if "/image/" in p else x for p, x in base.leaves.items()}
+    two = Model(base.description.abstract()[0], halves, base.description)
+    save_folder(tmp_path / "own", two.description, halves)
+    again = load_model(tmp_path / "own")
+    for path, leaf in halves.items():
+        assert again.leaves[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(again.leaves[path], leaf)
+    export(two, tmp_path / "image.npz", "npz")
+    config = dataclasses.replace(IMAGE, weights=str(tmp_path / "image.npz"))
+    _, shapes = dataclasses.replace(
+        base.description, towers={"image": config, "text": base.description.towers["text"]}
+    ).abstract()
+    imported = import_tower(config, "image", filled(shapes))
+    one = imported.leaves["towers/image/encoder/blocks/1/mlp/up/kernel"]
+    stacked = halves["towers/image/encoder/blocks/mlp/up/kernel"]
+    np.testing.assert_array_equal(one, stacked[1].astype(jax.numpy.float32))
+
+
+def test_command_line_exports_and_reports_errors_in_one_line(tmp_path):
+    two = model()
+    save_folder(tmp_path / "own", two.description, two.leaves)
+    command = [sys.executable, "-m", "cwcl_jax.export", f"--source={tmp_path / 'own'}"]
+    good = [*command, "--format=npz", f"--output={tmp_path / 'x.npz'}"]
+    done = subprocess.run(good, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.npz").exists()
+    bad = [*command, "--format=transformers", f"--output={tmp_path / 'y'}"]
+    done = subprocess.run(bad, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "error: the text tower (text, pooling 'mean') does not fit" in done.stderr
+    assert "Traceback" not in done.stderr
