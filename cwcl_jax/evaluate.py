@@ -96,24 +96,14 @@ def _check(options: Options) -> None:
 
 def _load(options: Options) -> tuple[Encoder, ExperimentConfig]:
     # Here and not above: flags and settings are checked before the slow imports.
-    from cwcl_jax.training.encode import load_encoder
+    from cwcl_jax.training.encode import imported_encoder, load_encoder
 
     if options.config is None:
         return load_encoder(Path(options.workdir), options.step)
-    return _imported(options.config), options.config
-
-
-def _imported(config: ExperimentConfig) -> Encoder:
-    """The model of a config before any training, with the weights that it imports."""
-    from cwcl_jax.training import sharding
-    from cwcl_jax.training.encode import EncodeFunctions, Encoder
-    from cwcl_jax.training.state import initialise, make_blueprint
-
-    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh), check_batch=False)
-    state, locked, sources = initialise(blueprint)
+    encoder, sources = imported_encoder(options.config)
     for modality, source in sources.items():
         print(f"{modality} tower: {source.source}")
-    return Encoder(EncodeFunctions(blueprint), state.params, locked, 0)
+    return encoder, options.config
 
 
 def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:

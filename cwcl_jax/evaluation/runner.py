@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.pipeline import eval_batches
-from cwcl_jax.evaluation.coco import open_evaluation_source
+from cwcl_jax.data.sources import open_source
 from cwcl_jax.evaluation.encoding import (
     Clock,
     Encode,
@@ -39,7 +39,7 @@ class Runner:
         """The source that `line` names, cut to `task.max_items`."""
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
-        source = open_evaluation_source(line)
+        source = open_source(line)
         count = min(len(source), task.max_items or len(source))
         return View(source, np.arange(count), crop_border=task.crop_border)
 

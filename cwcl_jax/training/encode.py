@@ -13,7 +13,14 @@ import numpy as np
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.state import Blueprint, Leaves, locked_leaves, make_blueprint
+from cwcl_jax.training.state import (
+    Blueprint,
+    Leaves,
+    TowerSource,
+    initialise,
+    locked_leaves,
+    make_blueprint,
+)
 from cwcl_jax.training.workdir import check_same_sources, load_config
 
 
@@ -111,6 +118,13 @@ def load_encoder(workdir: Path, step: int | None = None) -> tuple[Encoder, Exper
     locked, sources = locked_leaves(blueprint)
     check_same_sources(workdir, sources, config)
     return Encoder(EncodeFunctions(blueprint), params, locked, found), config
+
+
+def imported_encoder(config: ExperimentConfig) -> tuple[Encoder, dict[str, TowerSource]]:
+    """The model of a config before any training, with the weights that it imports."""
+    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh), check_batch=False)
+    state, locked, sources = initialise(blueprint)
+    return Encoder(EncodeFunctions(blueprint), state.params, locked, 0), sources
 
 
 def _fits(config: ExperimentConfig) -> bool:

@@ -49,10 +49,16 @@ class Evaluator:
     def run_and_write(self, encoder: Encoder) -> str:
         """Runs all tasks, writes their files and returns the table for the terminal."""
         results = self._results(encoder)
-        table = terminal_report(results) if results else "no evaluation tasks"
+        baselines = self._config.evaluation.robustness_baselines
+        table = terminal_report(results, baselines_file=baselines) or "no evaluation tasks"
         if is_primary():
-            name = f"{self._config.name}-{self._config.loss.name}"
-            write_report(results, self._workdir, model=name, pretrained=f"step {encoder.step}")
+            write_report(
+                results,
+                self._workdir,
+                model=f"{self._config.name}-{self._config.loss.name}",
+                pretrained=f"step {encoder.step}",
+                baselines_file=baselines,
+            )
             write_text(self._table_path, table + "\n")
         return table
 

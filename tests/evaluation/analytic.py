@@ -92,4 +92,4 @@ def give_sources(monkeypatch: Any, **sources: Memory) -> None:
     def open_memory(line: str) -> Memory:
         return sources[line.removeprefix("memory:")]
 
-    monkeypatch.setattr("cwcl_jax.evaluation.runner.open_evaluation_source", open_memory)
+    monkeypatch.setattr("cwcl_jax.evaluation.runner.open_source", open_memory)

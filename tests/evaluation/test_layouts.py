@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from cwcl_jax.evaluation.coco import open_coco
+from cwcl_jax.data.sources.coco import open_coco
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.evaluation.tasks import run_task
 from tests.evaluation.analytic import DATA, Analytic

@@ -13,6 +13,7 @@ from cwcl_jax.data.sources.base import (
     call_with_options,
     parse_source_line,
 )
+from cwcl_jax.data.sources.coco import open_coco
 from cwcl_jax.data.sources.embedded import Embedded, open_embeddings
 from cwcl_jax.data.sources.mixture import Mixture
 from cwcl_jax.data.sources.scenes import open_scenes
@@ -44,6 +45,7 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "scenes": open_scenes,
     "tars": open_tars,
     "clip_benchmark": open_clip_benchmark,
+    "coco": open_coco,
     "csv": open_delimited,
     "tsv": open_delimited,
     "jsonl": open_jsonl,

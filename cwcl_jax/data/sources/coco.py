@@ -8,18 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cwcl_jax.data.sources import Source, open_source
-from cwcl_jax.data.sources.base import call_with_options, parse_source_line
+from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import require
 from cwcl_jax.data.sources.tables import table_of_rows
-
-
-def open_evaluation_source(line: str) -> Source:
-    """`data.sources.open_source`, and COCO captions."""
-    if not line.startswith("coco:"):
-        return open_source(line)
-    (part,) = parse_source_line(line)
-    return call_with_options(open_coco, part.path, part, {})
 
 
 def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
