@@ -28,7 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 def scenes(config: Any) -> ConfigDict:
     """Pictures of coloured shapes, drawn as they are read; under three minutes on two cores."""
-    config.total_steps = 400
+    config.total_steps = 200
     config.global_batch_size = 256
 
     config.data.train = "scenes:train"
@@ -40,14 +40,14 @@ def scenes(config: Any) -> ConfigDict:
         TowerConfig,
         encoder="vit",
         preset="tiny",
-        weights="",
+        weights="package:scenes_vit.npz",
         tune="none",
         head="none",
     )
     config.towers.text = defaults(TowerConfig, encoder="text", preset="tiny")
 
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 40
+    config.optimizer.warmup_steps = 20
     config.optimizer.weight_decay = 1e-4
 
     for task in ("shape", "colour", "combination"):
@@ -61,7 +61,7 @@ def scenes(config: Any) -> ConfigDict:
     config.evaluation.tasks.retrieval = defaults(
         TaskConfig, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
     )
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 100
     return config
 
 

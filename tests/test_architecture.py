@@ -21,7 +21,7 @@ ALLOWED = {
 # Library -> the modules that may import it.
 OWNERS = {
     "orbax": {"training.checkpoint"},
-    "torch": {"losses.torch_reference"},
+    "torch": {"losses.torch_reference", "pretrained.readers"},
     "ml_collections": {"config", "cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
