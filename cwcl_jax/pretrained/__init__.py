@@ -2,6 +2,7 @@
 
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.folder_config import complete
 from cwcl_jax.pretrained.importer import ImportedTower, import_tower
 
-__all__ = ["ImportedTower", "WeightsMismatch", "import_tower", "write_augreg_npz"]
+__all__ = ["ImportedTower", "WeightsMismatch", "complete", "import_tower", "write_augreg_npz"]

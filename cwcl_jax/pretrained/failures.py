@@ -19,6 +19,7 @@ class WeightsMismatch(ValueError):
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.wrong = tuple(wrong)
+        self._arguments = (source, what, remedy)
         parts = [f"{source}: {what}"]
         for name, entries in (
             ("wrong", self.wrong),
@@ -29,3 +30,15 @@ class WeightsMismatch(ValueError):
                 shown = ", ".join(entries[:5]) + (", ..." if len(entries) > 5 else "")
                 parts.append(f"{name} ({len(entries)}): {shown}")
         super().__init__("; ".join([*parts, remedy]))
+
+    def explained(self, reason: str) -> "WeightsMismatch":
+        """The same error with a more precise remedy in front, if there is one."""
+        source, what, remedy = self._arguments
+        return WeightsMismatch(
+            source,
+            what,
+            missing=self.missing,
+            unexpected=self.unexpected,
+            wrong=self.wrong,
+            remedy=reason or remedy,
+        )

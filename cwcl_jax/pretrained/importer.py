@@ -12,6 +12,7 @@ import numpy as np
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import speech_rules, text_rules, vit_rules
 from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.folder_config import explain_sizes
 from cwcl_jax.pretrained.locate import locate, sha256_of
 from cwcl_jax.pretrained.readers import Weights, open_weights
 from cwcl_jax.pretrained.rules import Family, Rule, fill, make_plan
@@ -62,7 +63,10 @@ def import_tower(
     weights = open_weights(path)
     family = recognise(weights, config.encoder, modality)
     view = family.view(weights)
-    plan = make_plan(view, family, leaves)
+    try:
+        plan = make_plan(view, family, leaves)
+    except WeightsMismatch as error:
+        raise error.explained(explain_sizes(path, config)) from None
     digest = sha256_of(path)
     place = put if put is not None else _on_default_device
     result = {}
