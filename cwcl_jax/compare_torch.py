@@ -185,7 +185,7 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
             raise RuntimeError(f"PyTorch processes ended with exit codes {codes}.")
         parts = [dict(np.load(f"{out}.{rank}.npz")) for rank in range(world)]
     theirs = [np.concatenate([part[k] for part in parts]).astype(np.float64) for k in "uv"]
-    theirs.append(np.float64(parts[0]["logit_scale"]))
+    theirs.append(np.asarray(parts[0]["logit_scale"], np.float64))
     ours = jax_gradients(name, "ring", "float32", arrays, float(np.float32(logit_scale)), world)
     row = {
         "loss": name,
@@ -291,7 +291,7 @@ def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description="Compares loss and gradients with PyTorch.")
     parser.add_argument("--embeds", default="", help=".npz with u, v and, optionally, p")
     parser.add_argument("--out", default="compare_torch", help="folder of the results")
     parser.add_argument("--losses", default="cwcl,contrastive,sigmoid,astroclip")
@@ -312,7 +312,7 @@ def all_rows(options: argparse.Namespace) -> list[Row]:
     dtypes = options.dtypes.split(",") if options.dtypes else default
     devices = options.devices or len(jax.devices())
     if options.embeds:
-        sets = [read_embeds(options.embeds)]
+        sets: list[dict[str, np.ndarray]] = [read_embeds(options.embeds)]
     else:
         sizes = (tuple(map(int, s.split("x"))) for s in options.sizes.split(","))
         sets = [made_embeds(n - n % devices, d) for n, d in sizes]
@@ -320,13 +320,14 @@ def all_rows(options: argparse.Namespace) -> list[Row]:
     if "logit_scale" in sets[0]:
         scales = [float(sets[0]["logit_scale"])]
     rows = []
-    for arrays, name, form, dtype, scale in itertools.product(
+    embeds: dict[str, np.ndarray]
+    for embeds, name, form, dtype, scale in itertools.product(
         sets, options.losses.split(","), options.forms.split(","), dtypes, scales
     ):
-        uneven = form in ("gathered", "ring") and len(arrays["u"]) % devices
+        uneven = form in ("gathered", "ring") and len(embeds["u"]) % devices
         if uneven or (form == "pytorch" and dtype == "tf32"):
             continue
-        rows.append(compare(name, form, dtype, arrays, scale, devices))
+        rows.append(compare(name, form, dtype, embeds, scale, devices))
     if options.processes and len(sets[0]["u"]) % options.processes == 0:
         name = options.losses.split(",")[0]
         rows.append(several_processes(name, sets[0], scales[0], options.processes))
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
         rows = all_rows(options)
-    report = {"rows": rows, "tolerances": TOLERANCES}
+    report: Row = {"rows": rows, "tolerances": TOLERANCES}
     if options.steps:
         curves = {name: training_curves(name, options.steps) for name in ("cwcl", "contrastive")}
         report["training"] = curves

@@ -45,6 +45,7 @@ class Options:
 def define_flags() -> Callable[[], Options]:
     """Defines the flags; the result reads them after they were parsed."""
     config = cli.define_config_flag()
+    flags.declare_key_flag("config")  # so that --help shows it
     about = {
         "workdir": "Folder of the run to evaluate.",
         "tasks": "Names of tasks, separated by commas, or a JSON file of tasks; default: all.",

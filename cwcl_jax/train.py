@@ -11,6 +11,7 @@ from absl import flags
 from cwcl_jax import cli
 
 _CONFIG = cli.define_config_flag()
+flags.declare_key_flag("config")  # so that --help shows it
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; by default runs/<config>-<loss>."
 )

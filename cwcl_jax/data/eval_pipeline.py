@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.processing import Processor
-from cwcl_jax.data.reader import Batch, ChunkedReader
+from cwcl_jax.data.processing import Batch, Processor
+from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
 
@@ -59,13 +59,16 @@ class EvalBatches:
         reader.start(0)
         try:
             for _ in range(len(self)):
-                yield self._fill(reader.next_batch())
+                yield self._fill(reader.next_rows())
         finally:
             reader.close()
 
-    def _load(self, step: int, rows: np.ndarray) -> Batch:
+    def _load(self, step: int, rows: np.ndarray) -> list[tuple[int, Any, Any]]:
+        """Example numbers, inputs (None where unusable) and examples of some rows of a batch."""
         indices = step * self._size + self._first_row + rows
-        return {"rows": [self._load_one(int(index)) for index in indices]}
+        loaded = [self._load_one(int(index)) for index in indices]
+        self._processor.tokenize([inputs for _, inputs, _ in loaded if inputs is not None])
+        return loaded
 
     def _load_one(self, index: int) -> tuple[int, Any, Any]:
         if index >= len(self.source):
@@ -80,9 +83,8 @@ class EvalBatches:
         self._counter.add_read(1)
         return index, inputs, example
 
-    def _fill(self, loaded: Batch) -> Batch:
+    def _fill(self, rows: Sequence[tuple[int, Any, Any]]) -> Batch:
         """One batch of the rows; unusable ones repeat a usable example."""
-        rows = loaded["rows"]
         some = next((inputs for _, inputs, _ in rows if inputs is not None), None)
         if some is None:
             some = self._any_usable()
@@ -100,6 +102,7 @@ class EvalBatches:
         for index in range(len(self.source)):
             inputs = self._load_one(index)[1]
             if inputs is not None:
+                self._processor.tokenize([inputs])
                 return inputs
         raise ValueError(f"No example of the source is usable: {dict(self.skipped)}.")
 

@@ -5,6 +5,7 @@ indices exists, hosts need no agreement, and the number of hosts does not enter.
 Feistel networks with cycle walking (Black and Rogaway, 2002).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ _ROUNDS = 6
 def permute(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.ndarray, " n"]:
     """Images of `positions` under one permutation of range(size) that `key` names."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(hash_integers(*key, size, r)) for r in range(_ROUNDS)]
+    keys = _round_keys(size, *key)
     values = _feistel(positions.astype(np.uint64), half, keys)
     # The network permutes a power of four that is at least `size`: walk on until inside.
     outside = values >= size
@@ -27,6 +28,11 @@ def permute(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[n
         values[outside] = _feistel(values[outside], half, keys)
         outside = values >= size
     return values.astype(np.int64)
+
+
+@functools.lru_cache(256)
+def _round_keys(size: int, *key: int) -> tuple[np.uint64, ...]:
+    return tuple(np.uint64(hash_integers(*key, size, r)) for r in range(_ROUNDS))
 
 
 def _feistel(

@@ -15,8 +15,8 @@ import numpy as np
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import order_of_source
-from cwcl_jax.data.processing import Processor
-from cwcl_jax.data.reader import Batch, ChunkedReader, reader_threads
+from cwcl_jax.data.processing import Batch, Processor
+from cwcl_jax.data.reader import ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
 
@@ -94,12 +94,15 @@ class TrainBatches:
         if not self._started:
             self._reader.start(self._step)
             self._started = True
-        batch = self._reader.next_batch()
+        rows = self._reader.next_rows()
+        batch = self._processor.batch([inputs for _, inputs in rows])
+        batch["index"] = np.array([index for index, _ in rows], np.int64)
         self._step += 1
         self.wait_seconds += time.perf_counter() - begin
         return batch
 
-    def _load(self, step: int, rows: np.ndarray) -> Batch:
+    def _load(self, step: int, rows: np.ndarray) -> list[tuple[int, dict[str, Any]]]:
+        """Example numbers and inputs of some rows of a batch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         positions = step_in_epoch * self._global_size + self._first_row + rows
         indices = self._order.indices(epoch, positions)
@@ -108,9 +111,8 @@ class TrainBatches:
             for position, index in zip(positions, indices, strict=True)
         ]
         self._counter.add_read(len(loaded))
-        batch: Batch = self._processor.batch([inputs for _, inputs in loaded])
-        batch["index"] = np.array([index for index, _ in loaded], np.int64)
-        return batch
+        self._processor.tokenize([inputs for _, inputs in loaded])
+        return loaded
 
     def _load_one(self, epoch: int, position: int, index: int) -> tuple[int, dict[str, Any]]:
         """The example of a position, or the first usable one of its replacements."""

@@ -14,6 +14,7 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example
 from cwcl_jax.data.text import TextTokenizer, load_tokenizer
 
+Batch = dict[str, Any]
 # What each modality needs of a source's example.
 FIELDS = {"image": "image", "text": "text", "speech": "audio"}
 _STREAMS = {"image": 1, "text": 2, "speech": 3}
@@ -51,7 +52,7 @@ class Processor:
         return made
 
     def train_example(self, example: Example, *key: int) -> dict[str, Any]:
-        """Inputs of one example by modality; captions stay strings until the batch is made.
+        """Inputs of one example by modality; captions stay strings until `tokenize`.
 
         Random choices follow the integers `key`, those of one modality apart from the others'.
         """
@@ -88,17 +89,20 @@ class Processor:
                 inputs[modality] = usable_captions(value)[0]
         return inputs
 
-    def batch(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-        """Stacks inputs of several examples and tokenizes their captions."""
-        made = {}
+    def tokenize(self, examples: Sequence[dict[str, Any]]) -> None:
+        """Replaces the captions of several examples by their tokens, in one call for all."""
+        if self.tokenizer is None or not examples:
+            return
+        made = self.tokenizer([example["text"] for example in examples])
+        for row, example in enumerate(examples):
+            example["text"] = {name: array[row] for name, array in made.items()}
+
+    def batch(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Stacks the inputs of several examples."""
+        made: Batch = {}
         for modality in self.modalities:
             values = [example[modality] for example in examples]
-            if isinstance(values[0], str):
-                assert self.tokenizer is not None
-                made[modality] = self.tokenizer(values)
-            else:
-                names = values[0]
-                made[modality] = {n: np.stack([value[n] for value in values]) for n in names}
+            made[modality] = {n: np.stack([value[n] for value in values]) for n in values[0]}
         return made
 
 

@@ -1,8 +1,8 @@
-"""Reads batches with grain's threads: chunks of a few rows each, loaded ahead and in order."""
+"""Reads rows with grain's threads: chunks of a few rows each, loaded ahead and in order."""
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -10,7 +10,6 @@ import numpy as np
 
 from cwcl_jax.data.options import DataConfig
 
-Batch = dict[str, Any]
 # Positions that one reader thread prepares in one go: enough to hide the cost of handing over,
 # few enough that the threads share the first batch.
 _CHUNK = 16
@@ -25,11 +24,14 @@ def reader_threads(asked: int) -> int:
 
 
 class ChunkedReader:
-    """Batches of `local_size` rows out of chunks that grain's threads load in order."""
+    """`local_size` rows for each step, out of chunks that grain's threads load in order.
+
+    `load(step, rows)` returns what stands in those rows of a batch; it runs in several threads.
+    """
 
     def __init__(
         self,
-        load: Callable[[int, np.ndarray], Batch],
+        load: Callable[[int, np.ndarray], list[Any]],
         *,
         local_size: int,
         steps: int,
@@ -40,11 +42,11 @@ class ChunkedReader:
         threads = reader_threads(config.threads)
         ahead = max(threads, self._per_batch * max(1, config.prefetch))
 
-        def load_chunk(number: int) -> Batch:
+        def load_chunk(number: int) -> list[Any]:
             step, chunk = divmod(int(number), self._per_batch)
             with self._idle:
                 if not self._open:  # Asked for before the close.
-                    return {}
+                    return []
                 self._running += 1
             try:
                 return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
@@ -62,15 +64,15 @@ class ChunkedReader:
         self._idle = threading.Condition()
 
     def start(self, step: int) -> None:
-        """Begins (again) at a batch; the threads start with the first call of `next_batch`."""
+        """Begins (again) at a step; the threads start with the first call of `next_rows`."""
         self.close()
         self._open = True
         self._iterator = iter(self._dataset)
         self._iterator.set_state({"next_index": step * self._per_batch})
 
-    def next_batch(self) -> Batch:
-        """The next batch, waiting for it if need be."""
-        return _concatenate([next(self._iterator) for _ in range(self._per_batch)])
+    def next_rows(self) -> list[Any]:
+        """The rows of the next step, waiting for them if need be."""
+        return [row for _ in range(self._per_batch) for row in next(self._iterator)]
 
     def close(self) -> None:
         """Ends the threads, the chunks at hand being finished; `start` begins again."""
@@ -80,16 +82,3 @@ class ChunkedReader:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-
-
-def _concatenate(chunks: list[Batch]) -> Batch:
-    joined: Batch = {}
-    for name, first in chunks[0].items():
-        parts = [chunk[name] for chunk in chunks]
-        if isinstance(first, Mapping):
-            joined[name] = _concatenate(parts)
-        elif isinstance(first, np.ndarray):
-            joined[name] = np.concatenate(parts) if len(parts) > 1 else first
-        else:
-            joined[name] = [item for part in parts for item in part]
-    return joined

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -117,11 +116,13 @@ def weighted_loss(
 
 def prepared_embeds(config: LossConfig, p: Any) -> Array:
     """Locked embeds as the weights use them."""
-    if p.ndim == 3:
-        p = weights.channel_profiles(p)
+    prepared: Any = weights.channel_profiles(p) if p.ndim == 3 else p
     if config.weight_function == "centred":
-        p = weights.centre(p)
-    return jax.lax.stop_gradient(p) if config.detach_weights else jnp.asarray(p)
+        prepared = weights.centre(prepared)
+    if not config.detach_weights:
+        return prepared
+    detached: Array = lax.stop_gradient(prepared)
+    return detached
 
 
 def sharpness(config: LossConfig, function: WeightFunction, p: Array, engine: Engine) -> Array:

@@ -130,11 +130,9 @@ def scan_blocks(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any,
         tail = jax.tree.map(lambda x: x[full * block :], rows)
         carry, last = step(carry, jnp.asarray(full * block, jnp.int32), tail)
         outputs.append(last)
-    return carry, jax.tree.map(_join, *outputs)
-
-
-def _join(*parts: Array) -> Array:
-    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    if len(outputs) == 1:
+        return carry, outputs[0]
+    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), *outputs)
 
 
 def _reduce_logits(logits: Array, masked: Array, own: OwnPairs, axis: int) -> Stats:

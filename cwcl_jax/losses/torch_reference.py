@@ -52,7 +52,7 @@ def cellclip(u: Tensor, v: Tensor, profiles: Tensor, logit_scale: Tensor) -> Ten
     """Weights from raw profiles (n, channels, features), row sums + 1e-8, not detached."""
     normed = profiles / (profiles.norm(dim=-1, keepdim=True) + 1e-8)
     channels = profiles.shape[1]
-    similarity = sum(normed[:, c] @ normed[:, c].T for c in range(channels)) / channels
+    similarity = torch.stack([normed[:, c] @ normed[:, c].T for c in range(channels)]).mean(dim=0)
     logits = logit_scale.exp() * u @ v.T
     pairs = torch.arange(len(u), device=u.device)
     weighted = soft_cross_entropy(logits, similarity / 2 + 0.5, 1e-8)
@@ -166,3 +166,29 @@ def train_two_towers(
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def benchmark_calls(
+    name: str, u: np.ndarray, v: np.ndarray, dtype: str
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Value and gradient of a loss with p = u, and a square matrix product of the same type."""
+    kind = getattr(torch, dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    leaves = [torch.tensor(x, dtype=kind, device=device).requires_grad_() for x in (u, v)]
+    scale = torch.tensor(2.66, dtype=kind, device=device, requires_grad=True)
+    square = torch.ones(4096, 4096, dtype=kind, device=device)
+
+    def run() -> list[Tensor]:
+        loss = LOSSES[name](*leaves, leaves[0], scale)
+        gradients = torch.autograd.grad(loss, [*leaves, scale])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return [loss.detach(), *gradients]
+
+    def product() -> Tensor:
+        result = square @ square
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run, product

@@ -12,37 +12,38 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.losses.reference import dot, wide
 
 # (cosine, sharpness) -> weight
-WeightFunction = Callable[[Array, Array], Array]
+WeightFunction = Callable[[Array, ArrayLike], Array]
 
-# Bounds of the calibration's search, and its halvings: 40 leave a relative width of 1e-11.
+# Bounds of the calibration's search, and its halvings: 50 leave a relative width of 1e-14.
 _SHARPNESS_RANGE = (1e-3, 1e5)
-_HALVINGS = 40
+_HALVINGS = 50
 
 
-def affine(cosine: Array, sharpness: Array) -> Array:
+def affine(cosine: Array, sharpness: ArrayLike) -> Array:
     """The paper's cos/2 + 1/2."""
     del sharpness
     return cosine / 2 + 0.5
 
 
-def exponential(cosine: Array, sharpness: Array) -> Array:
+def exponential(cosine: Array, sharpness: ArrayLike) -> Array:
     """exp((cos - 1) * sharpness): 1 for identical embeds."""
     return jnp.exp((cosine - 1) * sharpness)
 
 
-def rectified_power(cosine: Array, sharpness: Array) -> Array:
+def rectified_power(cosine: Array, sharpness: ArrayLike) -> Array:
     """max(cos, 0) ** sharpness."""
     positive = cosine > 0
     return jnp.where(positive, jnp.power(jnp.where(positive, cosine, 1), sharpness), 0)
 
 
-def rectified_square(cosine: Array, sharpness: Array) -> Array:
+def rectified_square(cosine: Array, sharpness: ArrayLike) -> Array:
     """max(cos, 0) ** 2, without the general power's logarithm and exponential."""
     del sharpness
     return jnp.square(jnp.maximum(cosine, 0))
@@ -54,7 +55,7 @@ class UserFunction:
 
     function: Callable[[Array], Array]
 
-    def __call__(self, cosine: Array, sharpness: Array) -> Array:
+    def __call__(self, cosine: Array, sharpness: ArrayLike) -> Array:
         del sharpness
         weights = jnp.asarray(self.function(cosine))
         if weights.shape != cosine.shape:
@@ -153,7 +154,7 @@ def xlogx(x: Array) -> Array:
 
 
 def weight_matrix(
-    function: WeightFunction, p: Float[Array, "n k"], sharpness: Array
+    function: WeightFunction, p: Float[Array, "n k"], sharpness: ArrayLike
 ) -> Float[Array, "n n"]:
     """All weights at once, for the dense form."""
     return function(dot(p, p), sharpness)

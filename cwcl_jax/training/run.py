@@ -75,7 +75,7 @@ def train(config: ExperimentConfig, workdir: Path) -> int:
         check_same_sources(workdir, sources, config)
         if is_primary():
             write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
-        say(tower_table(blueprint, sources))
+        say(tower_table(blueprint))
         say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
         state, finished = _fit(blueprint, workdir, checkpoints, batches, evaluator, state, locked)
         if not finished:

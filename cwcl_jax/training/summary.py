@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from cwcl_jax.training.state import Blueprint, TowerSource, count
+from cwcl_jax.training.state import Blueprint, count
 
 _HEADER = ("tower", "encoder", "parameters", "trained", "bytes", "compute", "weights")
 
 
-def tower_table(blueprint: Blueprint, sources: Mapping[str, TowerSource]) -> str:
+def tower_table(blueprint: Blueprint) -> str:
     """A table of the towers with a line on the mesh below it."""
     config = blueprint.config
     rows = []
@@ -27,7 +27,7 @@ def tower_table(blueprint: Blueprint, sources: Mapping[str, TowerSource]) -> str
                 trained_text(parameters, trained),
                 size_text(size),
                 tower.dtype or config.dtype,
-                sources[modality].source,
+                tower.weights or "initialised",
             )
         )
     mesh = ", ".join(f"{axis} {size}" for axis, size in blueprint.mesh.shape.items())
