@@ -6,11 +6,15 @@ Formats:
     npz           the image tower as one file in AugReg's layout
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from cwcl_jax import cli
 from cwcl_jax.api import Model, load_model
+from cwcl_jax.config import ConfigError
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
@@ -42,29 +46,44 @@ def _export_npz(model: Model, output: Path, dtype: str) -> None:
     write_augreg_npz(output, config, below(model.leaves, "image"), dtype=dtype)
 
 
-def main(argv: list[str]) -> None:
-    """Parse, load, write."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    values = flags.FLAGS.flag_values_dict()
-    step = values["step"] if values["step"] >= 0 else None
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    source: str
+    output: Path
+    format: str
+    dtype: str
+    step: int | None
+
+
+def define_flags() -> Callable[[], Options]:
+    """Defines the flags; the result reads them after they were parsed."""
+    source = flags.DEFINE_string("source", "", "Workdir of a run, or an exported folder.")
+    output = flags.DEFINE_string("output", "", "Folder to write; a file for npz.")
+    form = flags.DEFINE_enum("format", "safetensors", FORMATS, "What to write.")
+    dtype = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Numbers of an npz.")
+    step = flags.DEFINE_integer("step", None, "Checkpoint of the run; default: the latest.")
+
+    def read() -> Options:
+        for flag in (source, output):
+            if not flag.value:
+                raise ConfigError(f"--{flag.name} is missing; see --help")
+        return Options(source.value, Path(output.value), form.value, dtype.value, step.value)
+
+    return read
+
+
+def main(options: Options) -> None:
+    """Load and write."""
     try:
-        model = load_model(values["source"], step=step)
-        export(model, Path(values["output"]), values["format"], dtype=values["dtype"])
+        model = load_model(options.source, step=options.step)
+        export(model, options.output, options.format, dtype=options.dtype)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"wrote {values['output']} ({values['format']})")
-
-
-def define_flags() -> None:
-    """The command line."""
-    flags.DEFINE_string("source", None, "Workdir of a run, or an exported folder.", required=True)
-    flags.DEFINE_string("output", None, "Folder to write; a file for npz.", required=True)
-    flags.DEFINE_enum("format", "safetensors", FORMATS, "What to write.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Type of numbers in an npz.")
-    flags.DEFINE_integer("step", -1, "Checkpoint of the run; -1 is the latest.")
+        raise ConfigError(str(error)) from error
+    print(f"wrote {options.output} ({options.format})")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    _read = define_flags()
+    cli.run(lambda argv: main(_read()))

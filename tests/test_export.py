@@ -130,6 +130,6 @@ def test_command_line_exports_and_reports_errors_in_one_line(tmp_path):
     assert (tmp_path / "x.npz").exists()
     bad = [*command, "--format=transformers", f"--output={tmp_path / 'y'}"]
     done = subprocess.run(bad, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: the text tower (text, pooling 'mean') does not fit" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Sizes from a folder's config.json: taken where no preset is named, explained where it is wrong."""
+"""Sizes from a folder's config.json: taken without a preset, explained beside a wrong one."""
 
 import json
 
