@@ -320,14 +320,14 @@ def all_rows(options: argparse.Namespace) -> list[Row]:
     if "logit_scale" in sets[0]:
         scales = [float(sets[0]["logit_scale"])]
     rows = []
-    embeds: dict[str, np.ndarray]
-    for embeds, name, form, dtype, scale in itertools.product(
-        sets, options.losses.split(","), options.forms.split(","), dtypes, scales
-    ):
-        uneven = form in ("gathered", "ring") and len(embeds["u"]) % devices
-        if uneven or (form == "pytorch" and dtype == "tf32"):
-            continue
-        rows.append(compare(name, form, dtype, embeds, scale, devices))
+    combinations = list(
+        itertools.product(options.losses.split(","), options.forms.split(","), dtypes, scales)
+    )
+    for embeds in sets:
+        for name, form, dtype, scale in combinations:
+            uneven = form in ("gathered", "ring") and len(embeds["u"]) % devices
+            if not (uneven or (form == "pytorch" and dtype == "tf32")):
+                rows.append(compare(name, form, dtype, embeds, scale, devices))
     if options.processes and len(sets[0]["u"]) % options.processes == 0:
         name = options.losses.split(",")[0]
         rows.append(several_processes(name, sets[0], scales[0], options.processes))

@@ -1,0 +1,206 @@
+"""Time and memory of value and gradient of the losses: python -m cwcl_jax.benchmarks.loss.
+
+Every measurement runs in a fresh process. In it, calls of the loss alternate with calls of a plain
+square matrix product; the floor is the loss's matrix flops (8 N^2 d, or 6 N^2 d with u constant) at
+the rate of that product. Wall times are the fastest of all rounds. CPU times (all threads) tell the
+same on a machine that others use, save for what waits. Memory is the peak above that before the
+first call; on a GPU the device's own count. Writes loss.md, loss.json and loss.png.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cwcl_jax.benchmarks.process import peak_resident_bytes, run_fresh
+
+FORMS = (
+    "fused cwcl",
+    "fused cwcl, u constant",
+    "fused contrastive",
+    "gathered cwcl",
+    "ring cwcl",
+    "dense jax cwcl",
+    "dense torch cwcl",
+    "dense torch contrastive",
+)
+# Dense forms keep about this many N x N float32 arrays; larger ones are left out.
+_DENSE_ARRAYS = 7
+_SHARDED_DEVICES = 2
+
+
+def made_embeds(n: int, d: int):
+    """Two arrays of unit rows."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    both = [rng.standard_normal((n, d), np.float32) for _ in "uv"]
+    return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in both]
+
+
+def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The loss's value and gradient, and a square product of the same type."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from cwcl_jax.losses import LossConfig, make_loss
+
+    kind, name = form.split(", ")[0].rsplit(" ", 1)
+    mesh = None
+    u, v = (jnp.asarray(x, dtype) for x in (u, v))
+    if kind in ("gathered", "ring"):
+        mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+        u, v = (jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (u, v))
+    config = LossConfig(name=name, form=kind.removesuffix(" jax"), diagnostics=False)
+    loss_fn = make_loss(config, mesh=mesh)
+    wanted = (1, 2) if "constant" in form else (0, 1, 2)
+
+    def loss(u, v, scale):
+        return loss_fn(u, v, jax.lax.stop_gradient(u), scale)[0]
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=wanted))
+    scale = jnp.asarray(2.66, jnp.float32)
+    square = jnp.ones((4096, 4096), dtype)
+    product = jax.jit(lambda x: jnp.dot(x, x, precision="highest"))
+    return (
+        lambda: jax.block_until_ready(run(u, v, scale)),
+        lambda: jax.block_until_ready(product(square)),
+    )
+
+
+def torch_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The same in PyTorch."""
+    from cwcl_jax.losses import torch_reference
+
+    return torch_reference.benchmark_calls(form.rsplit(" ", 1)[1], u, v, dtype)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """One form at one size, in this process."""
+    form, n, d = job["form"], job["n"], job["d"]
+    if form.startswith(("gathered", "ring")):
+        os.environ.setdefault("PJRT_NPROC", "32")
+        flag = f" --xla_force_host_platform_device_count={_SHARDED_DEVICES}"
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
+    u, v = made_embeds(n, d)
+    call = torch_call if "torch" in form else jax_call
+    run, product = call(form, u, v, job["dtype"])
+    product()
+    before = peak_resident_bytes()
+    run()
+    extra = peak_resident_bytes() - before
+    times: dict[str, list[tuple[float, float]]] = {"loss": [], "product": []}
+    start = time.perf_counter()
+    while len(times["loss"]) < 2 or time.perf_counter() - start < job["seconds"]:
+        for name, function in (("product", product), ("loss", run)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    (wall, cpu), (square_wall, square_cpu) = (
+        tuple(min(x) for x in zip(*times[name], strict=True)) for name in ("loss", "product")
+    )
+    flops = (6 if "constant" in form else 8) * n * n * d
+    share = flops / (2 * 4096**3)
+    return {
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "matmul_gflops": 2 * 4096**3 / square_wall / 1e9,
+        "of_matmul_rate": share * square_wall / wall,
+        "of_matmul_rate_cpu": share * square_cpu / cpu,
+        "extra_mb": device_peak_mb() or extra / 2**20,
+    }
+
+
+def device_peak_mb() -> float:
+    """Peak memory of an accelerator; 0 on a CPU."""
+    if "jax" not in sys.modules:
+        return 0.0
+    import jax
+
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use", 0) / 2**20
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    names = ["form", "n", "d", "dtype", "seconds", "cpu_seconds", "matmul_gflops"]
+    names += ["of_matmul_rate", "of_matmul_rate_cpu", "extra_mb", "failed"]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        shown = [f"{x:.3g}" if isinstance(x, float) and x < 100 else x for x in cells]
+        shown = [f"{x:.0f}" if isinstance(x, float) else str(x) for x in shown]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time and memory over the number of pairs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for form in dict.fromkeys(row["form"] for row in rows):
+        points = sorted((r for r in rows if r["form"] == form and "failed" not in r), key=_size)
+        for axis, name in zip(axes, ("seconds", "extra_mb"), strict=True):
+            values = [max(r[name], 1e-3) for r in points]
+            axis.loglog([r["n"] for r in points], values, "o-", label=form)
+    for axis, label in zip(axes, ("seconds, value and gradient", "extra memory, MB"), strict=True):
+        axis.set_xlabel("pairs")
+        axis.set_ylabel(label)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _size(row: dict[str, Any]) -> int:
+    return row["n"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures all forms and sizes; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Time and memory of the losses.")
+    parser.add_argument("--sizes", default="1024x512,4096x512,16384x768,65536x512")
+    parser.add_argument("--forms", default=";".join(FORMS), help="separated by ;")
+    parser.add_argument("--dtypes", default="float32", help="on a GPU also bfloat16")
+    parser.add_argument("--seconds", type=float, default=10.0, help="least time of a measurement")
+    parser.add_argument("--dense-gb", type=float, default=8.0, help="leave out larger dense forms")
+    parser.add_argument("--timeout", type=float, default=600.0)
+    parser.add_argument("--out", default="benchmark_loss")
+    parser.add_argument("--job", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.job:
+        print(json.dumps(measure(json.loads(options.job))))
+        return 0
+    rows = []
+    for size in options.sizes.split(","):
+        n, d = map(int, size.split("x"))
+        for dtype in options.dtypes.split(","):
+            for form in options.forms.split(";"):
+                job = {"form": form, "n": n, "d": d, "dtype": dtype, "seconds": options.seconds}
+                gb = _DENSE_ARRAYS * n * n * 4 / 1e9
+                if "dense" in form and gb > options.dense_gb:
+                    rows.append(job | {"failed": f"left out: needs about {gb:.0f} GB"})
+                else:
+                    rows.append(run_fresh("cwcl_jax.benchmarks.loss", job, options.timeout))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "loss.json").write_text(json.dumps(rows, indent=1))
+    (out / "loss.md").write_text(table(rows))
+    plot(rows, out / "loss.png")
+    measured = [row for row in rows if not str(row.get("failed", "left out")).startswith("left")]
+    return 1 if measured else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
