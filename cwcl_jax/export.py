@@ -4,6 +4,7 @@ Formats:
     safetensors   a folder for `cwcl_jax.load_model`: model.safetensors, cwcl_jax.json, tokenizer
     transformers  a folder for `transformers.VisionTextDualEncoderModel.from_pretrained`
     npz           the image tower as one file in AugReg's layout
+    onnx          a folder with one file per tower, by jax2onnx where it is installed
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
 from cwcl_jax.pretrained.folder import below, save_folder
+from cwcl_jax.pretrained.onnx_files import write_onnx
 
-FORMATS = ("safetensors", "transformers", "npz")
+FORMATS = ("safetensors", "transformers", "npz", "onnx")
 
 
 def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> None:
@@ -31,6 +33,8 @@ def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> 
         write_dual_encoder(output, model.description, model.leaves)
     elif form == "npz":
         _export_npz(model, output, dtype)
+    elif form == "onnx":
+        write_onnx(output, model.description, model.leaves)
     else:
         raise ValueError(f"unknown format {form!r}; choose one of {', '.join(FORMATS)}")
 

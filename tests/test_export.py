@@ -133,3 +133,26 @@ def test_command_line_exports_and_reports_errors_in_one_line(tmp_path):
     assert done.returncode == 2
     assert "error: the text tower (text, pooling 'mean') does not fit" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_onnx_files_give_equal_embeds_at_any_batch_size(tmp_path):
+    pytest.importorskip("jax2onnx", reason="pip install --no-deps jax2onnx onnx onnx-ir")
+    runtime = pytest.importorskip("onnxruntime")
+    two = model()
+    export(two, tmp_path, "onnx")
+    for modality, inputs in (
+        ("image", two.process_image(pictures(5))),
+        ("text", two.process_text(TEXTS)),
+    ):
+        session = runtime.InferenceSession(tmp_path / f"{modality}.onnx")
+        for count in (1, len(next(iter(inputs.values())))):
+            part = {name: array[:count] for name, array in inputs.items()}
+            (embeds,) = session.run(["embeds"], part)
+            np.testing.assert_allclose(embeds, two.encode(modality, part), atol=1e-5)
+
+
+def test_onnx_without_its_library_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(ValueError, match=r"needs jax2onnx.*pip install --no-deps"):
+        export(model(), tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
