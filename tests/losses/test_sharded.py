@@ -1,0 +1,115 @@
+"""Four virtual devices (tests/conftest.py)."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss
+from tests.losses import oracle
+from tests.losses.test_fused import CASES, assert_close_to_oracle, value_and_gradients
+
+SHARDED = (
+    "both directions weighted",
+    "calibrated",
+    "cellclip",
+    "duplicates masked",
+    "sigmoid, duplicates as positives",
+)
+
+
+def mesh_of(*shape, names=("data", "fsdp")):
+    return jax.make_mesh(
+        shape,
+        names[: len(shape)],
+        axis_types=(AxisType.Auto,) * len(shape),
+        devices=jax.devices()[: int(np.prod(shape))],
+    )
+
+
+def data(dtype, n=40, d=11, k=7):
+    u, v, p = (jnp.asarray(x, dtype) for x in oracle.embeds(3, n, d, k))
+    labels = jnp.asarray(np.random.default_rng(3).integers(0, n // 3, n), jnp.int32)
+    return u, v, p, labels
+
+
+@pytest.mark.parametrize("form", ["gathered", "ring"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_equals_the_equations_in_float64(name, form):
+    with jax.enable_x64(True):
+        arrays = data(jnp.float64)
+        config = LossConfig(form=form, block_size=4, **CASES[name])
+        result = value_and_gradients(config, *arrays, mesh=mesh_of(2, 2))
+        assert_close_to_oracle(CASES[name], result, arrays)
+
+
+@pytest.mark.parametrize("form", ["gathered", "ring"])
+def test_targets_of_the_caller_are_split_by_rows(form):
+    with jax.enable_x64(True):
+        arrays = data(jnp.float64)
+        targets = np.random.default_rng(1).random((40, 40))
+        config = LossConfig(form=form, weighted="both")
+        result = value_and_gradients(config, *arrays, mesh=mesh_of(4), targets=jnp.asarray(targets))
+        assert_close_to_oracle({"weighted": "both"}, result, arrays, targets=targets)
+
+
+@pytest.mark.parametrize("form", ["gathered", "ring"])
+def test_equals_one_device_in_float32(form):
+    arrays = data(jnp.float32)
+    one = value_and_gradients(LossConfig(), *arrays)
+    four = value_and_gradients(LossConfig(form=form), *arrays, mesh=mesh_of(4))
+    assert float(four[0]) == pytest.approx(float(one[0]), rel=1e-6)
+    for x, y in zip(four[2], one[2], strict=True):
+        assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y)
+    for name, x in four[1].items():
+        assert float(x) == pytest.approx(float(one[1][name]), rel=1e-5, abs=1e-5), name
+
+
+def compiled(form, mesh, n=64, d=8):
+    split = NamedSharding(mesh, P(mesh.axis_names))
+    x = jax.ShapeDtypeStruct((n, d), jnp.float32, sharding=split)
+    loss_fn = make_loss(LossConfig(form=form), mesh=mesh)
+    gradient = jax.grad(lambda u, v: loss_fn(u, v, u, 1.0)[0], argnums=(0, 1))
+    return jax.jit(gradient).lower(x, x).compile().as_text()
+
+
+def test_the_ring_never_holds_all_columns():
+    mesh = mesh_of(4)
+    text = compiled("ring", mesh)
+    assert "collective-permute" in text
+    assert not re.search(r"f32\[64,8\]", text)
+    assert re.search(r"f32\[64,8\]", compiled("gathered", mesh))
+
+
+def test_the_same_inside_scan_and_checkpoint_over_a_mesh():
+    u, v, p, _ = data(jnp.float32)
+    mesh = mesh_of(2, 2)
+
+    def loss(v):
+        config = LossConfig(form="ring")
+        return cwcl_loss(u, v, weights_from=p, logit_scale=2.0, config=config, mesh=mesh)[0]
+
+    def accumulated(v):
+        def body(total, x):
+            return total + jax.checkpoint(loss)(x), None
+
+        return jax.lax.scan(body, 0.0, jnp.stack([v, v]))[0] / 2
+
+    plain, scanned = jax.jit(jax.grad(loss))(v), jax.jit(jax.grad(accumulated))(v)
+    np.testing.assert_allclose(scanned, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_that_does_not_split_evenly_is_an_error():
+    u, v, p, _ = data(jnp.float32, n=42)
+    with pytest.raises(ValueError, match="u has 42 rows, not divisible by the 4 devices"):
+        cwcl_loss(u, v, weights_from=p, logit_scale=1.0, mesh=mesh_of(4))
+
+
+def test_a_sharded_form_without_a_mesh_is_an_error():
+    u, v, p, _ = data(jnp.float32)
+    with pytest.raises(ValueError, match="form='ring' needs a mesh"):
+        cwcl_loss(u, v, weights_from=p, logit_scale=1.0, config=LossConfig(form="ring"))
