@@ -40,6 +40,7 @@ class View:
         self.indices = indices
         self.crop_border = crop_border
         self.class_names = source.class_names
+        self.embedded = tuple(getattr(source, "embedded", ()))
         # Modalities whose embeddings the source brings, in place of raw inputs.
         self.embedded: Sequence[str] = getattr(source, "embedded", ())
 

@@ -39,7 +39,7 @@ class Runner:
         """The source that `line` names, cut to `task.max_items`."""
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
-        source = open_source(line)
+        source = open_source(line, cache_dir=self.data.cache_dir)
         count = min(len(source), task.max_items or len(source))
         return View(source, np.arange(count), crop_border=task.crop_border)
 

@@ -31,7 +31,7 @@ class Evaluator:
                     continue
                 option = f"config.evaluation.tasks.{name}.{field}"
                 try:
-                    open_source(line)
+                    open_source(line, cache_dir=self._config.data.cache_dir)
                 except (FileNotFoundError, ValueError) as error:
                     raise ConfigError(
                         f"{option}={line!r}: {error}; set --{option}=..., or leave out every task "

@@ -33,6 +33,8 @@ _FREE = (
     "config.mesh.",
     "config.distributed.",
     "config.evaluation.",
+    "config.data.cache_dir",
+    "config.data.max_skipped_share",
     "config.data.threads",
     "config.data.prefetch",
 )

@@ -89,7 +89,7 @@ class Analytic:
 def give_sources(monkeypatch: Any, **sources: Memory) -> None:
     """Lets source lines `memory:NAME` open these."""
 
-    def open_memory(line: str) -> Memory:
+    def open_memory(line: str, *, cache_dir: str = "") -> Memory:
         return sources[line.removeprefix("memory:")]
 
     monkeypatch.setattr("cwcl_jax.evaluation.runner.open_source", open_memory)
