@@ -17,11 +17,11 @@ TINY_TEXT = {
     "vocab_size": 50,
     "max_tokens": 9,
     "width": 16,
-    "depth": 3,
+    "depth": 2,
     "heads": 2,
     "mlp_width": 32,
 }
-TINY_IMAGE = {"image_size": 16, "width": 16, "depth": 3, "heads": 2, "mlp_width": 32}
+TINY_IMAGE = {"image_size": 16, "width": 16, "depth": 2, "heads": 2, "mlp_width": 32}
 
 
 def towers(**changes):
@@ -111,7 +111,7 @@ def test_padding_cannot_influence_a_text_embedding(pooling):
     assert np.any(np.asarray(gradient[:, :4]))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_fully_masked_rows_have_finite_gradients(pooling):
     definition, leaves = two_towers(towers(text={"pooling": pooling}))
 
@@ -133,7 +133,7 @@ def test_dropout_is_active_only_with_rngs():
     assert np.abs(np.asarray(first - other)).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["none", "dots_no_batch"])
 def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
     plain, plain_leaves = two_towers(towers())
     settings = {"scan_layers": True, "remat": remat}
@@ -141,7 +141,7 @@ def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
     leaves = {}
     for path in shapes:
         head, blocks, tail = path.partition("text/encoder/blocks/")
-        stack = [plain_leaves.get(f"{head}{blocks}{i}/{tail}") for i in range(3)]
+        stack = [plain_leaves.get(f"{head}{blocks}{i}/{tail}") for i in range(2)]
         leaves[path] = jnp.stack(stack) if blocks else plain_leaves[path]
         assert leaves[path].shape == shapes[path].shape
     inputs = texts([2, 9])
@@ -154,7 +154,7 @@ def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
     np.testing.assert_allclose(value, expected, atol=1e-6)
     name = "towers/text/encoder/blocks/{}mlp/up/kernel"
     np.testing.assert_allclose(
-        gradients[name.format("")][2], expected_gradients[name.format("2/")], atol=1e-5
+        gradients[name.format("")][1], expected_gradients[name.format("1/")], atol=1e-5
     )
 
 
@@ -181,11 +181,11 @@ def test_wrong_input_sizes_are_errors_that_name_the_remedy():
     ("tune", "trained"),
     [
         # A block has 16 leaves, then two embeddings, the final norm (2) and the head.
-        ("all", 3 * 16 + 2 + 2 + 1),
+        ("all", 2 * 16 + 2 + 2 + 1),
         ("none", 0),
         ("head", 1),
         ("last:0", 2 + 1),
-        ("last:2", 2 * 16 + 2 + 1),
+        ("last:1", 16 + 2 + 1),
         ("encoder/blocks/1/.*, head/.*", 16 + 1),
     ],
 )
@@ -202,7 +202,7 @@ def test_every_leaf_has_one_decision(tune, trained):
 def test_locking_errors_name_tower_and_remedy():
     configs = towers(text={"tune": "last:9"})
     paths = paths_of(configs)
-    with pytest.raises(ValueError, match=r"towers.text.tune: K of last:K.*0 to 3.*'9'"):
+    with pytest.raises(ValueError, match=r"towers.text.tune: K of last:K.*0 to 2.*'9'"):
         decide(paths, configs)
     with pytest.raises(ValueError, match="matches no leaf"):
         decide(paths, towers(text={"tune": "encoder/blocks/7/.*"}))
