@@ -1,5 +1,7 @@
 """Checks of a loss's arguments: shapes and types always, values on request."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,7 @@ def check_values(arrays: dict[str, Array | None]) -> None:
     jax.debug.callback(_check_on_host, present)
 
 
-def _check_on_host(arrays: dict[str, np.ndarray]) -> None:
+def _check_on_host(arrays: dict[str, Any]) -> None:
     # The weights last: embeds that are wrong make wrong weights.
     for name in sorted(arrays, key=lambda name: name == "weights"):
         x = np.asarray(arrays[name])

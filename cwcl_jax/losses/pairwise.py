@@ -31,7 +31,7 @@ class Inputs:
     u: Float[Array, "n d"]
     v: Float[Array, "n d"]
     logit_scale: Float[Array, ""]
-    p: Float[Array, "n k"] | None = None
+    p: Array | None = None
     labels: Array | None = None
     targets: Float[Array, "n n"] | None = None
 
