@@ -110,3 +110,22 @@ def test_a_tokenizer_with_too_many_tokens_is_refused():
     small = TowerConfig("text", "tiny", dict(TEXT.overrides) | {"vocab_size": 10})
     with pytest.raises(ValueError, match=r"tokenizer 'scenes' has \d+ tokens.*table 10"):
         model(image=IMAGE, text=small)
+
+
+def test_a_runs_workdir_loads_to_the_model_that_was_trained(tmp_path):
+    from cwcl_jax.cli import DONE
+    from cwcl_jax.training.encode import load_encoder
+    from cwcl_jax.training.run import train
+    from tests.training.toy import toy_config
+
+    config = toy_config(**{"total_steps": 2, "evaluation.tasks": {}})
+    assert train(config, tmp_path / "run") == DONE
+    trained = cwcl_jax.load_model(tmp_path / "run")
+    assert trained.description.origin["step"] == 2
+    encoder, _ = load_encoder(tmp_path / "run")
+    inputs = trained.process_text(TEXTS)
+    expected = encoder.encode("text", inputs)
+    np.testing.assert_allclose(trained.encode("text", inputs), expected, atol=1e-6)
+    save_folder(tmp_path / "exported", trained.description, trained.leaves)
+    again = cwcl_jax.load_model(tmp_path / "exported")
+    np.testing.assert_allclose(again.encode_text(TEXTS), expected, atol=1e-6)

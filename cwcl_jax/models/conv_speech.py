@@ -88,6 +88,11 @@ class ConvSpeech(nnx.Module):
     """Encoder of {"waveform": int16 (b, n) at 16 kHz, "length": int32 (b,)}."""
 
     def __init__(self, config: ConvSpeechConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        if execution.scan_layers or execution.remat != "none":
+            raise ValueError(
+                "conv_speech is small and has blocks of different dilations: set "
+                "scan_layers=False and remat='none' for it"
+            )
         widths = [config.mel_bins, *config.stem, config.width]
         self.stem = nnx.List(
             [

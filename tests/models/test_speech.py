@@ -105,6 +105,13 @@ def test_too_long_audio_is_an_error_with_seconds():
         definition.merge(leaves)(waves([32000], 32000))
 
 
+def test_options_that_the_convolutional_encoder_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="scan_layers=False"):
+        one_tower(TowerConfig("conv_speech", "tiny", remat="full"))
+    with pytest.raises(ValueError, match=r"'mean' or 'mean\+attention', not 'cls'"):
+        one_tower(TowerConfig("conv_speech", "tiny", pooling="cls"))
+
+
 def test_augmentation_needs_a_key_and_keeps_padding_silent():
     options = SpeechAugment(gain_db=6.0, noise_db=20.0, speed=0.1, time_masks=2, frequency_masks=1)
     inputs = waves([4000, 8000], 8000)
