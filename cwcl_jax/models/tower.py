@@ -50,6 +50,7 @@ class Tower(nnx.Module):
             remat=config.remat,
             attention=config.attention,
         )
+        self.encoder_name = config.encoder
         self.encoder = build_encoder(config.encoder, settings, execution, rngs=rngs)
         width = self.encoder.feature_width
         self.head = nnx.data(make_head(config.head, width, embed_dim, execution, rngs=rngs))
@@ -62,7 +63,12 @@ class Tower(nnx.Module):
     def features(
         self, inputs: Mapping[str, Any], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b f"]:
-        """Pooled encoder output. Dropout is active only with `rngs`, whose stream is `dropout`."""
+        """Pooled encoder output. Dropout is active only with `rngs`, whose stream is `dropout`.
+
+        Inputs {"embeds": (b, f)} are features that this encoder gave before: they stand for it.
+        """
+        if "embeds" in inputs and self.encoder_name != "precomputed":
+            return inputs["embeds"]
         key = None if rngs is None else rngs.dropout()
         return self.encoder(inputs, key)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
+from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.state import (
     Blueprint,
     Leaves,
@@ -21,34 +23,34 @@ from cwcl_jax.training.state import (
     locked_leaves,
     make_blueprint,
 )
-from cwcl_jax.training.workdir import check_same_sources, load_config
+from cwcl_jax.training.workdir import check_same_sources, load_config, read_json
 
 
 class EncodeFunctions:
     """Compiled encoders of a blueprint's towers; one per modality, kept between evaluations."""
 
     def __init__(self, blueprint: Blueprint):
-        self._blueprint = blueprint
+        self.blueprint = blueprint
         self._jitted: dict[tuple[str, str], Any] = {}
 
     def get(self, modality: str, output: str) -> Any:
         """`f(params, locked, inputs) -> (b, width)` float32, replicated."""
-        if modality not in self._blueprint.config.towers:
+        if modality not in self.blueprint.config.towers:
             raise ValueError(
                 f"the model has no {modality!r} tower; it has "
-                f"{sorted(self._blueprint.config.towers)}"
+                f"{sorted(self.blueprint.config.towers)}"
             )
         key = (modality, output)
         if key not in self._jitted:
             self._jitted[key] = jax.jit(
                 self._function(modality, output),
-                out_shardings=sharding.replicated(self._blueprint.mesh),
+                out_shardings=sharding.replicated(self.blueprint.mesh),
             )
         return self._jitted[key]
 
     def _function(self, modality: str, output: str) -> Any:
         def encode(params: Leaves, locked: Leaves, inputs: Mapping[str, Any]) -> jax.Array:
-            tower = self._blueprint.model_def.merge({**params, **locked}).towers[modality]
+            tower = self.blueprint.model_def.merge({**params, **locked}).towers[modality]
             features = tower.features(inputs)
             result = features if output == "features" else tower.project(features)
             return result.astype(jnp.float32)
@@ -60,6 +62,7 @@ class Encoder:
     """A trained model as functions from host arrays to host arrays.
 
     Attributes:
+      blueprint: structure of the model.
       mesh: devices; batches of any size are padded to a multiple of their number.
       step: training steps done.
     """
@@ -68,7 +71,8 @@ class Encoder:
         self._functions = functions
         self._params = params
         self._locked = locked
-        self.mesh = functions._blueprint.mesh
+        self.blueprint = functions.blueprint
+        self.mesh = functions.blueprint.mesh
         self.step = step
 
     def encode(
@@ -87,6 +91,13 @@ class Encoder:
         result = self._functions.get(modality, output)(self._params, self._locked, batch)
         return np.asarray(result)[:size]
 
+    def width(self, modality: str, output: str = "embeds") -> int:
+        """Width of the rows that `encode` gives."""
+        if output == "embeds":
+            return self.blueprint.config.embed_dim
+        model = self.blueprint.model_def.merge(self.blueprint.abstract)
+        return model.towers[modality].feature_width
+
     @property
     def inverse_temperature(self) -> float:
         leaves = {**self._locked, **self._params}
@@ -98,15 +109,16 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], rows, axis=0)]) if rows else array
 
 
-def load_encoder(workdir: Path, step: int | None = None) -> tuple[Encoder, ExperimentConfig]:
+def load_encoder(
+    workdir: Path, step: int | None = None, *, devices: Sequence[Any] | None = None
+) -> tuple[Encoder, ExperimentConfig]:
     """The model of a run at a step, by default its latest checkpoint, over all devices.
 
     Raises:
       ConfigError: `workdir` is not the folder of a run, or holds no checkpoint.
     """
     config = load_config(workdir)
-    mesh = sharding.make_mesh(config.mesh if _fits(config) else type(config.mesh)())
-    blueprint = make_blueprint(config, mesh, check_batch=False)
+    blueprint = make_blueprint(config, _encoding_mesh(config, devices), check_batch=False)
     saved = workdir / "checkpoints"
     if not saved.is_dir():
         raise ConfigError(f"{workdir} holds no checkpoint; train it first")
@@ -120,12 +132,25 @@ def load_encoder(workdir: Path, step: int | None = None) -> tuple[Encoder, Exper
     return Encoder(EncodeFunctions(blueprint), params, locked, found), config
 
 
-def imported_encoder(config: ExperimentConfig) -> tuple[Encoder, dict[str, TowerSource]]:
+def tower_sources(workdir: Path) -> dict[str, TowerSource]:
+    """Where the weights of a run's towers came from."""
+    return {
+        modality: TowerSource(record["source"], record["sha256"])
+        for modality, record in read_json(workdir / "towers.json").items()
+    }
+
+
+def imported_encoder(
+    config: ExperimentConfig, *, devices: Sequence[Any] | None = None
+) -> tuple[Encoder, dict[str, TowerSource]]:
     """The model of a config before any training, with the weights that it imports."""
-    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh), check_batch=False)
+    blueprint = make_blueprint(config, _encoding_mesh(config, devices), check_batch=False)
     state, locked, sources = initialise(blueprint)
     return Encoder(EncodeFunctions(blueprint), state.params, locked, 0), sources
 
 
-def _fits(config: ExperimentConfig) -> bool:
-    return jax.device_count() % config.mesh.fsdp == 0
+def _encoding_mesh(config: ExperimentConfig, devices: Sequence[Any] | None) -> Mesh:
+    """The run's own mesh where the devices at hand allow it, else one without `fsdp`."""
+    count = jax.device_count() if devices is None else len(devices)
+    fits = count % config.mesh.fsdp == 0
+    return sharding.make_mesh(config.mesh if fits else MeshConfig(), devices)

@@ -15,6 +15,7 @@ from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.distributed import StopSignal, check_agreement, is_primary
+from cwcl_jax.training.embedding import check_embeddings
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.input import Batches, DeviceInput
@@ -73,6 +74,7 @@ def train(config: ExperimentConfig, workdir: Path) -> int:
         )
         state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
         check_same_sources(workdir, sources, config)
+        check_embeddings(blueprint, getattr(batches, "source", None), sources)
         if is_primary():
             write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
         say(tower_table(blueprint))

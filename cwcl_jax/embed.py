@@ -1,0 +1,136 @@
+"""Writes a source's embeddings: `python -m cwcl_jax.embed --config=FILE --output=DIR`.
+
+By default the locked tower's features of the training data; a run whose source line says
+`embeds=DIR` then trains from them without running that tower. With `--workdir` the tower is that of
+a trained run, and `--what=embeds` gives the normalised embeddings after its head, for search and
+plots. An interrupted command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from cwcl_jax import cli
+from cwcl_jax.config import ConfigError, ExperimentConfig
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config_flag()
+    flags.declare_key_flag("config")  # so that --help shows it
+    _WORKDIR = flags.DEFINE_string("workdir", "", "A trained run, in place of --config.")
+    _OUTPUT = flags.DEFINE_string("output", "", "Folder of the embeddings.")
+    _MODALITY = flags.DEFINE_string("modality", "", "Tower; default: the locked one (U).")
+    _SOURCE = flags.DEFINE_string("source", "", "Source line; default: the training data.")
+    _WHAT = flags.DEFINE_enum(
+        "what", "features", ["features", "embeds"], "Before or after the head"
+    )
+    _DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16", "float32"], "Stored as.")
+    _BATCH = flags.DEFINE_integer("batch_size", 256, "Examples per call.", lower_bound=1)
+
+
+def embed(
+    config: ExperimentConfig,
+    *,
+    workdir: str,
+    output: str,
+    modality: str = "",
+    line: str = "",
+    what: str = "features",
+    dtype: str = "float16",
+    batch_size: int = 256,
+    shard_size: int = 8192,
+) -> int:
+    """Embeds a source; returns the exit code.
+
+    Args:
+      config: the experiment; with `workdir` that run's own.
+      workdir: "" for the weights that the config imports.
+      line: source line, "" for the training data.
+
+    Raises:
+      ConfigError: settings, data or weights that cannot work, or a folder of something else.
+    """
+    import jax
+
+    from cwcl_jax.data.embeddings import EmbeddingWriter
+    from cwcl_jax.data.sources import open_source
+    from cwcl_jax.training.distributed import StopSignal
+    from cwcl_jax.training.embedding import describe, embed_source
+    from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
+
+    modality = modality or config.modalities[0]
+    if modality not in config.towers:
+        raise ConfigError(f"--modality={modality}: the towers are {sorted(config.towers)}")
+    try:
+        source = open_source(line or config.data.train, cache_dir=config.data.cache_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--source={line or config.data.train}: {error}") from error
+    # Each process works through files of its own with its own devices: nothing is exchanged.
+    devices = jax.local_devices()
+    if workdir:
+        encoder, _ = load_encoder(Path(workdir), devices=devices)
+        sources = tower_sources(Path(workdir))
+    else:
+        encoder, sources = imported_encoder(config, devices=devices)
+    width = encoder.width(modality, what)
+    description = describe(
+        encoder, sources, source, modality, output=what, dtype=dtype, width=width,
+        shard_size=shard_size,
+    )  # fmt: skip
+    try:
+        writer = EmbeddingWriter(
+            output,
+            description,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    with StopSignal() as stop:
+        finished = embed_source(
+            encoder, source, writer, config.data,
+            output=what, batch_size=batch_size, progress=_report, stop=stop.requested,
+        )  # fmt: skip
+    print(f"{len(source)} vectors of {width} {dtype} in {output}" if finished else "stopped")
+    return cli.DONE if finished else cli.PREEMPTED
+
+
+def _report(done: int, total: int, seconds: float) -> None:
+    end = "\n" if done == total else "\r"
+    rate = done / max(seconds, 1e-9)
+    if sys.stderr.isatty() or done == total:
+        print(f"{done}/{total} embedded, {rate:.0f}/s", end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    """Resolves the flags and embeds."""
+    del argv
+    from cwcl_jax.training.distributed import initialize, run_main
+    from cwcl_jax.training.workdir import load_config
+
+    if bool(_WORKDIR.value) == (_CONFIG.value is not None):
+        raise ConfigError("give either --config=FILE or --workdir=RUN")
+    if not _OUTPUT.value:
+        raise ConfigError("--output is missing: the folder to write to")
+    config = load_config(Path(_WORKDIR.value)) if _WORKDIR.value else cli.resolve_config(_CONFIG)
+    initialize(config.distributed)
+
+    def run() -> int:
+        return embed(
+            config,
+            workdir=_WORKDIR.value,
+            output=_OUTPUT.value,
+            modality=_MODALITY.value,
+            line=_SOURCE.value,
+            what=_WHAT.value,
+            dtype=_DTYPE.value,
+            batch_size=_BATCH.value,
+        )
+
+    return run_main(run, code_of=cli.exit_code)
+
+
+if __name__ == "__main__":
+    cli.run(main)

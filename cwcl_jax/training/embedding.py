@@ -1,0 +1,156 @@
+"""Embeddings of a whole source with one tower, written once and read ever after.
+
+A locked tower gives the same features in every epoch, so that a run that reads them from a folder
+saves its whole forward pass. A folder knows what it was made from: the tower's weights, all that
+decides its inputs, and the source; anything else is refused as stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, to_plain
+from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.pipeline import eval_batches
+from cwcl_jax.data.sources import Source, Subset
+from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.training.encode import Encoder
+from cwcl_jax.training.state import Blueprint, TowerSource
+
+OUTPUTS = ("features", "embeds")
+
+# Fields of a tower's settings that decide how it computes, but not what.
+_NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
+
+
+def describe(
+    encoder: Encoder,
+    sources: Mapping[str, TowerSource],
+    source: Source,
+    modality: str,
+    *,
+    output: str,
+    dtype: str,
+    width: int,
+    shard_size: int,
+) -> EmbeddingDescription:
+    """What the folder will say about itself."""
+    blueprint = encoder.blueprint
+    return EmbeddingDescription(
+        modality=modality,
+        shape=(width,),
+        dtype=dtype,
+        count=len(source),
+        source=source.fingerprint(),
+        weights=weights_name(blueprint, sources, modality, encoder.step),
+        preprocessing=preprocessing(blueprint.config, modality, output),
+        shard_size=shard_size,
+    )
+
+
+def weights_name(
+    blueprint: Blueprint, sources: Mapping[str, TowerSource], modality: str, step: int
+) -> str:
+    """What the tower's values are: a locked one's file or seed, a trained one's run and step."""
+    if blueprint.features_are_locked(modality):
+        return sources[modality].sha256 or f"initialised-seed-{blueprint.config.seed}"
+    return f"{config_hash(blueprint.config)}-step-{step}"
+
+
+def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
+    """All but the weights that decides a vector: inputs, architecture, compute type, output."""
+    tower = {k: v for k, v in to_plain(config.towers[modality]).items() if k not in _NO_INFLUENCE}
+    made = {
+        "output": output,
+        "tower": tower | {"dtype": tower["dtype"] or config.dtype},
+        "inputs": dataclasses.asdict(getattr(config.data, modality)),
+    }
+    if modality == "text":
+        made["tokenizer"] = load_tokenizer(config.data.text).fingerprint()
+    return made
+
+
+def embed_source(
+    encoder: Encoder,
+    source: Source,
+    writer: EmbeddingWriter,
+    data: DataConfig,
+    *,
+    output: str,
+    batch_size: int,
+    progress: Callable[[int, int, float], None],
+    stop: Callable[[int], bool],
+) -> bool:
+    """Embeds what is missing; False if it was asked to stop before the end.
+
+    Every process embeds the files that are its own, with the devices that are its own.
+
+    Args:
+      stop: called after each file with its number; True ends the work.
+      progress: called with vectors done now, vectors to do, and seconds so far.
+    """
+    pending = writer.pending()
+    total, done, start = sum(map(len, pending)), 0, time.perf_counter()
+    for number, rows in enumerate(pending):
+        ids: list[str] = []
+        vectors, valid = [], []
+        batches = eval_batches(
+            Subset(source, rows), data, (writer.description.modality,), batch_size=batch_size
+        )
+        for batch in _trimmed(batches, len(rows)):
+            inputs = batch[writer.description.modality]
+            vectors.append(encoder.encode(writer.description.modality, inputs, output=output))
+            ids += batch["id"]
+            valid.append(batch["valid"])
+            done += len(batch["id"])
+            progress(done, total, time.perf_counter() - start)
+        writer.write(rows, ids, np.concatenate(vectors), np.concatenate(valid))
+        # Several processes have different numbers of files, so they cannot agree on one to stop
+        # after; what they have written stays, and the next start goes on from there.
+        if jax.process_count() == 1 and stop(number) and number + 1 < len(pending):
+            return False
+    return True
+
+
+def _trimmed(batches: Any, count: int) -> Iterator[dict[str, Any]]:
+    """The batches without the filling of the last one."""
+    for batch in batches:
+        rows = min(len(batch["id"]), count)
+        count -= rows
+        yield jax.tree.map(lambda leaf, rows=rows: leaf[:rows], _arrays(batch)) | {
+            "id": batch["id"][:rows]
+        }
+
+
+def _arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray | Mapping)}
+
+
+def check_embeddings(blueprint: Blueprint, source: Any, sources: Mapping[str, TowerSource]) -> None:
+    """Raises ConfigError where a run reads embeddings that its own tower would not give."""
+    stores = getattr(source, "stores", {})
+    for modality, store in stores.items():
+        tower = blueprint.config.towers.get(modality)
+        if tower is None or tower.encoder == "precomputed":
+            continue
+        if not blueprint.features_are_locked(modality):
+            raise ConfigError(
+                f"config.data.train reads {modality} embeddings from {store.folder}, but the "
+                f"{modality} tower trains: set config.towers.{modality}.tune to 'none' or 'head', "
+                "or leave out embeds="
+            )
+        try:
+            store.description.require(
+                store.folder,
+                weights=weights_name(blueprint, sources, modality, 0),
+                preprocessing=preprocessing(blueprint.config, modality, "features"),
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error

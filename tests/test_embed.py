@@ -1,0 +1,98 @@
+"""Embeddings of a source: written once, trained from, refused when stale, continued if cut off."""
+
+import numpy as np
+import pytest
+
+from cwcl_jax.cli import DONE, PREEMPTED
+from cwcl_jax.config import ConfigError
+from cwcl_jax.data.embeddings import EmbeddingStore
+from cwcl_jax.data.image import eval_pixels
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.embed import embed
+from cwcl_jax.training import distributed
+from cwcl_jax.training.encode import imported_encoder
+from cwcl_jax.training.metrics import read_json_lines
+from cwcl_jax.training.run import train
+from tests.training.toy import toy_config
+
+SOURCE = "scenes:train?n=100"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("embeds") / "image"
+    code = embed(
+        toy_config(), workdir="", output=str(path), line=SOURCE, dtype="float32", batch_size=32,
+        shard_size=40,
+    )  # fmt: skip
+    assert code == DONE
+    return path
+
+
+def test_vectors_are_the_features_of_the_tower(folder):
+    config = toy_config()
+    encoder, _ = imported_encoder(config)
+    store = EmbeddingStore(folder)
+    source = open_source(SOURCE)
+    assert len(store) == 100
+    for index in (0, 39, 40, 99):
+        name, vector = store[index]
+        assert name == source[index]["id"]
+        pixels = eval_pixels(source[index]["image"], config.data.image)[None]
+        expected = encoder.encode("image", {"pixels": pixels}, output="features")[0]
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_training_from_embeddings_gives_the_losses_of_training_from_pictures(folder, tmp_path):
+    def losses(name, line):
+        train(toy_config(**{"data.train": line}), tmp_path / name)
+        return [r["loss"] for r in read_json_lines(tmp_path / name / "metrics.jsonl")]
+
+    np.testing.assert_allclose(
+        losses("cached", f"{SOURCE}&embeds={folder}"), losses("pictures", SOURCE), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"towers.image.overrides.depth": 2}, {"data.image.eval_resize": 40}],
+    ids=["weights", "architecture", "preprocessing"],
+)
+def test_stale_embeddings_are_refused(folder, tmp_path, changes):
+    config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", **changes})
+    with pytest.raises(ConfigError, match="stale"):
+        train(config, tmp_path)
+
+
+def test_embeddings_of_another_source_are_refused(folder, tmp_path):
+    config = toy_config(**{"data.train": f"scenes:train?n=100&seed=5&embeds={folder}"})
+    with pytest.raises(ConfigError, match="stale"):
+        train(config, tmp_path)
+
+
+def test_embeddings_of_a_tower_that_trains_are_refused(folder, tmp_path):
+    config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", "towers.image.tune": "all"})
+    with pytest.raises(ConfigError, match=r"the image tower trains.*tune"):
+        train(config, tmp_path)
+
+
+def test_interrupted_command_continues(tmp_path, monkeypatch):
+    def run():
+        return embed(
+            toy_config(), workdir="", output=str(tmp_path), line=SOURCE, batch_size=32,
+            shard_size=40,
+        )  # fmt: skip
+
+    monkeypatch.setattr(distributed.StopSignal, "requested", lambda self, step: True)
+    assert run() == PREEMPTED
+    (first,) = tmp_path.glob("*.array_record")
+    written = first.stat().st_mtime_ns
+    monkeypatch.undo()
+    assert run() == DONE
+    assert first.stat().st_mtime_ns == written
+    assert len(EmbeddingStore(tmp_path)) == 100
+
+
+def test_unknown_modality_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"--modality=sound: the towers are"):
+        embed(toy_config(), workdir="", output=str(tmp_path), modality="sound")
