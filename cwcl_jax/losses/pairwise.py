@@ -235,4 +235,5 @@ def _dense_by_source(config, inputs, source, function, own, same) -> Array:
     assert function is not None
     p = prepared_embeds(config, inputs.p)
     sharp = sharpness(config, function, lax.stop_gradient(p), OneDevice())
-    return weights.weight_matrix(function, p, sharp)
+    matrix = weights.weight_matrix(function, p, sharp)
+    return jnp.where(own, 1.0, matrix) if function is weights.exponential else matrix

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from cwcl_jax.losses.own_pairs import OwnPairs
 from cwcl_jax.losses.reference import wide
-from cwcl_jax.losses.weights import WeightFunction, xlogx
+from cwcl_jax.losses.weights import WeightFunction, exponential, xlogx
 
 Side = dict[str, Array]
 Stats = dict[str, Array]
@@ -94,6 +94,9 @@ def tile_weights(
             assert tiling.function is not None
             cosine = inner(rows["p"], columns["p"], tiling.precision)
             weights = tiling.function(cosine, scalars["sharpness"])
+            if tiling.function is exponential:
+                # Rows of narrow types have a norm that is only about 1.
+                weights = own.replaced(weights, jnp.ones((own.shape[0],) * 2, weights.dtype))
         case "constant":
             weights = jnp.where(own.mask(), 1.0, tiling.offdiagonal)
         case "labels":

@@ -33,8 +33,8 @@ def affine(cosine: Array, sharpness: ArrayLike) -> Array:
 
 
 def exponential(cosine: Array, sharpness: ArrayLike) -> Array:
-    """exp((cos - 1) * sharpness): 1 for identical embeds."""
-    return jnp.exp((cosine - 1) * sharpness)
+    """exp((cos - 1) * sharpness): 1 for identical embeds, also where rounding makes cos > 1."""
+    return jnp.exp((jnp.minimum(cosine, 1) - 1) * sharpness)
 
 
 def rectified_power(cosine: Array, sharpness: ArrayLike) -> Array:
