@@ -1,8 +1,8 @@
 """Pretrains both towers on scenes: the source of the locked image tower in the package.
 
     python -m cwcl_jax.train --config=configs/scenes_pretrain.py --workdir=runs/scenes_pretrain
-    python -m cwcl_jax.export --workdir=runs/scenes_pretrain --format=augreg \
-        --modality=image --output=cwcl_jax/assets/scenes_vit.npz
+    python -m cwcl_jax.export --source=runs/scenes_pretrain --format=npz \\
+        --output=cwcl_jax/assets/scenes_vit.npz
 """
 
 from ml_collections import ConfigDict

@@ -17,7 +17,7 @@ def check_inputs(config: ExperimentConfig) -> None:
         if hasattr(settings, "image_size"):
             _check_image_size(config, settings.image_size, option)
         if hasattr(settings, "vocab_size"):
-            _check_text(config, settings, option)
+            _check_text(config, settings, option, imported=bool(tower.weights))
 
 
 def _check_image_size(config: ExperimentConfig, expected: int, option: str) -> None:
@@ -30,7 +30,7 @@ def _check_image_size(config: ExperimentConfig, expected: int, option: str) -> N
         )
 
 
-def _check_text(config: ExperimentConfig, settings: Any, option: str) -> None:
+def _check_text(config: ExperimentConfig, settings: Any, option: str, *, imported: bool) -> None:
     text = config.data.text
     if text.max_tokens > settings.max_tokens:
         raise ConfigError(
@@ -41,8 +41,9 @@ def _check_text(config: ExperimentConfig, settings: Any, option: str) -> None:
         size = load_tokenizer(text).vocab_size
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    # An id beyond the table would be clamped to its last row without a word.
-    if size > settings.vocab_size:
+    # An id beyond the table would be clamped to its last row without a word; far fewer ids than
+    # a pretrained table has rows mean another tokenizer, whose ids stand for other words.
+    if size > settings.vocab_size or (imported and size < settings.vocab_size // 2):
         raise ConfigError(
             f"the tokenizer config.data.text.tokenizer={text.tokenizer!r} has {size} tokens, the "
             f"text tower's table {settings.vocab_size}: they do not belong together; name the "

@@ -76,29 +76,41 @@ def learning_rate_factors(config: OptimizerConfig, paths: Iterable[str]) -> dict
     return factors
 
 
-_BLOCK = re.compile(r"(.*/blocks)/(\d+)/.*")
+_BLOCK = re.compile(r"(.*/)blocks/(\d+)/.*")
+_STACKED = re.compile(r".*/blocks/(?!\d+/).*")
+# Above the blocks: these keep the full rate. Everything else beside them comes before.
+_ABOVE = re.compile(r"(final_)?norm/.*|pool\w*/.*")
 
 
 def layer_decay_factors(decay: float, paths: Iterable[str]) -> dict[str, float]:
-    """`decay ** depth below the top`: heads and final norms 1, embeddings the lowest."""
+    """`decay ** depth below the top`: heads and final norms 1, what comes before the blocks least.
+
+    Raises:
+      ValueError: the layers of a tower are stacked in one leaf, which has one factor only.
+    """
     paths = list(paths)
     if decay == 1.0:
         return dict.fromkeys(paths, 1.0)
-    top: dict[str, int] = {}
+    blocks: dict[str, int] = {}
     for path in paths:
+        if _STACKED.fullmatch(path):
+            raise ValueError(
+                f"config.optimizer.layer_decay={decay} cannot give the layers stacked in {path!r} "
+                "factors of their own: set the tower's scan_layers=False"
+            )
         if match := _BLOCK.fullmatch(path):
-            top[match[1]] = max(top.get(match[1], 0), int(match[2]))
-    factors = {}
-    for path in paths:
-        stack = next((name for name in top if path.startswith(name.removesuffix("blocks"))), None)
-        if stack is None:
-            depth = 0
-        elif match := _BLOCK.fullmatch(path):
-            depth = top[stack] - int(match[2]) + 1
-        else:
-            depth = top[stack] + 2 if "embed" in path else 0
-        factors[path] = decay**depth
-    return factors
+            blocks[match[1]] = max(blocks.get(match[1], 0), int(match[2]) + 1)
+    return {path: decay ** _depth(path, blocks) for path in paths}
+
+
+def _depth(path: str, blocks: Mapping[str, int]) -> int:
+    """Layers between a leaf and the top of its encoder, whose number of blocks is known."""
+    encoder = next((prefix for prefix in blocks if path.startswith(prefix)), None)
+    if encoder is None:
+        return 0
+    if match := _BLOCK.fullmatch(path):
+        return blocks[encoder] - int(match[2])
+    return 0 if _ABOVE.fullmatch(path.removeprefix(encoder)) else blocks[encoder] + 1
 
 
 def make_optimizer(

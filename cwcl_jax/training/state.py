@@ -7,7 +7,8 @@ the two towers, which leaves train, and where each lies on the mesh; building on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ from jax.sharding import Mesh
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.locking import decide
+from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
-from cwcl_jax.pretrained import import_tower
+from cwcl_jax.pretrained import complete, import_tower
 from cwcl_jax.training import sharding
 from cwcl_jax.training.optimizer import make_optimizer
 
@@ -120,6 +122,7 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
     """
     if check_batch:
         _check_batch(config, mesh)
+    config = _with_sizes_of_files(config)
     try:
         model_def, abstract = split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
         decisions = decide(abstract, config.towers)
@@ -141,6 +144,25 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
         for path, leaf in abstract.items()
     }
     return Blueprint(config, mesh, model_def, _with_shardings(mesh, abstract), trained)
+
+
+def _with_sizes_of_files(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the sizes of towers that have weights but no preset, from their files."""
+    towers = {}
+    for modality, tower in config.towers.items():
+        with _weights_errors(modality, tower):
+            towers[modality] = complete(tower)
+    return dataclasses.replace(config, towers=towers)
+
+
+@contextmanager
+def _weights_errors(modality: str, tower: TowerConfig) -> Iterator[None]:
+    """Errors about a weights file as ConfigErrors that name the option."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        option = f"config.towers.{modality}.weights"
+        raise ConfigError(f"{option}={tower.weights!r}: {error}; set --{option}=...") from error
 
 
 def _check_batch(config: ExperimentConfig, mesh: Mesh) -> None:

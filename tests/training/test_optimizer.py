@@ -81,6 +81,21 @@ def test_layer_decay_shrinks_towards_the_input():
     assert factors["logit_scale"] == 1.0
 
 
+def test_layer_decay_reaches_what_comes_before_the_blocks_whatever_its_name():
+    paths = [
+        "towers/image/encoder/blocks/0/mlp/up/kernel",
+        "towers/image/encoder/class_token",
+        "towers/image/encoder/patch_embed/kernel",
+        "towers/image/encoder/norm/bias",
+    ]
+    assert list(layer_decay_factors(0.5, paths).values()) == [0.5, 0.25, 0.25, 1.0]
+
+
+def test_layer_decay_of_stacked_layers_is_an_error():
+    with pytest.raises(ValueError, match="scan_layers=False"):
+        layer_decay_factors(0.5, ["towers/text/encoder/blocks/mlp/up/kernel"])
+
+
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_updates_equal_those_of_torch_adamw(clip_norm):
     config = OptimizerConfig(
