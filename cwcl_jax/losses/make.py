@@ -62,6 +62,7 @@ def make_loss(
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     axes = tuple(a for a in axes if mesh is not None and a in mesh.axis_names)
     function = None if weight_function is None else UserFunction(weight_function)
+    _check_weight_gradient(config, own=function is not None)
 
     def loss_fn(u, v, p, logit_scale, logit_bias=None, labels=None, targets=None):
         checks.check_pair(u, v)
@@ -76,6 +77,21 @@ def make_loss(
         return _evaluate(config, inputs, bias, engine, function)
 
     return loss_fn
+
+
+# The weight functions whose tiled form passes a gradient on to p, and those without any p.
+_WITH_WEIGHT_GRADIENT = ("affine", "centred", "uniform", "labels")
+
+
+def _check_weight_gradient(config: LossConfig, *, own: bool) -> None:
+    """Raises where the gradient through the weights is asked for, but would silently be zero."""
+    elementwise = own or config.weight_function not in _WITH_WEIGHT_GRADIENT
+    if not config.detach_weights and config.form != "dense" and elementwise:
+        name = "your own weight function" if own else f"weight_function={config.weight_function!r}"
+        raise ValueError(
+            f"detach_weights=False with {name} has no gradient of the weights in the tiled forms; "
+            "set form='dense', or detach_weights=True as in the paper."
+        )
 
 
 def _evaluate(config, inputs, bias, engine, function) -> tuple[Array, Diagnostics]:

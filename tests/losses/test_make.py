@@ -137,3 +137,14 @@ def test_the_other_public_losses():
     assert float(loss) == pytest.approx(oracle.contrastive(u64, v64, np.e), rel=1e-5)
     loss, _ = sigmoid_loss(u, v, logit_scale=1.0, logit_bias=-2.0)
     assert float(loss) == pytest.approx(oracle.sigmoid(u64, v64, np.e, -2.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["exp", "relu", "calibrated"])
+def test_a_gradient_of_the_weights_that_a_tiled_form_lacks_is_an_error(name):
+    options = {"weight_function": name, "detach_weights": False}
+    with pytest.raises(ValueError, match=rf"{name}.*form='dense'"):
+        make_loss(LossConfig(**options))
+    with pytest.raises(ValueError, match="your own weight function"):
+        make_loss(LossConfig(detach_weights=False), weight_function=lambda cosine: cosine**2)
+    make_loss(LossConfig(**options, form="dense"))
+    make_loss(LossConfig(detach_weights=False))
