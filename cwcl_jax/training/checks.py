@@ -6,11 +6,19 @@ from typing import Any
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.losses.options import resolve
 from cwcl_jax.models.encoders import encoder_config
 
 
 def check_inputs(config: ExperimentConfig) -> None:
-    """Raises ConfigError where sizes of the data and of a tower contradict each other."""
+    """Raises ConfigError where the data cannot feed the towers or the loss."""
+    loss = resolve(config.loss)
+    if loss.weight_function == "labels" or loss.duplicates != "negatives":
+        raise ConfigError(
+            f"config.loss.name={loss.name!r}, weight_function={loss.weight_function!r}, "
+            f"duplicates={loss.duplicates!r} needs labels, which training batches do not carry: "
+            "choose another loss here, or call cwcl_jax.cwcl_loss with labels in code of your own"
+        )
     for modality, tower in config.towers.items():
         settings = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
         option = f"config.towers.{modality}.overrides"

@@ -280,6 +280,7 @@ def test_changed_tower_file_is_refused(finished, tmp_path):
             r"data\.text\.tokenizer='/nowhere",
         ),
         ({"towers.text.preset": "tny"}, r"unknown preset .*'tny'"),
+        ({"loss.name": "supervised"}, r"'supervised'.* needs labels"),
         ({"optimizer.decay": "kernels"}, r"config\.optimizer\.decay='kernels' matches no"),
     ],
 )
