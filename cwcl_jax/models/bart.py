@@ -48,7 +48,8 @@ class BartEncoder(TextEncoder):
     """Encoder of {"tokens": int32 (b, s), "mask": bool (b, s)}."""
 
     def __init__(self, config: BartConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, _stack(config), execution, rngs=rngs)
+        stack = TransformerConfig.of(config, norm_order="post")
+        super().__init__(config, stack, execution, rngs=rngs)
         self.token_embedding = embedding(config.vocab_size, config.width, execution, rngs)
         self.position_embedding = embedding(config.max_tokens, config.width, execution, rngs)
         self.embedding_norm = layer_norm(config.width, config.epsilon, execution, rngs)
@@ -67,16 +68,3 @@ class BartEncoder(TextEncoder):
         positions = self.position_embedding.embedding[...][None, : tokens.shape[1]]
         x = self.embedding_norm(x + positions.astype(self.execution.dtype))
         return dropout(x, self.config.dropout, key)
-
-
-def _stack(config: BartConfig) -> TransformerConfig:
-    return TransformerConfig(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        mlp_width=config.mlp_width,
-        norm_order="post",
-        activation=config.activation,
-        epsilon=config.epsilon,
-        dropout=config.dropout,
-    )

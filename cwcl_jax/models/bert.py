@@ -96,7 +96,8 @@ class Bert(TextEncoder):
             raise ValueError(
                 f"pooling of a BERT is 'cls', 'mean' or 'pooler', not {config.pooling!r}"
             )
-        super().__init__(config, _stack(config), execution, rngs=rngs)
+        stack = TransformerConfig.of(config, norm_order="post")
+        super().__init__(config, stack, execution, rngs=rngs)
         width = config.width
         self.token_embedding = embedding(config.vocab_size, width, execution, rngs)
         self.position_embedding = embedding(config.position_rows, width, execution, rngs)
@@ -129,16 +130,3 @@ class Bert(TextEncoder):
         if self.config.pooling == "pooler":
             return jnp.tanh(self.pooler(tokens[:, 0]))
         return super().pool(tokens, mask)
-
-
-def _stack(config: BertConfig) -> TransformerConfig:
-    return TransformerConfig(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        mlp_width=config.mlp_width,
-        norm_order="post",
-        activation=config.activation,
-        epsilon=config.epsilon,
-        dropout=config.dropout,
-    )

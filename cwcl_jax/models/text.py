@@ -50,7 +50,8 @@ class TextTransformer(TextEncoder):
     """Encoder of {"tokens": int32 (b, s), "mask": bool (b, s)}."""
 
     def __init__(self, config: TextConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, _stack(config), execution, rngs=rngs)
+        stack = TransformerConfig.of(config, norm_order="pre", causal=config.causal)
+        super().__init__(config, stack, execution, rngs=rngs)
         self.token_embedding = embedding(config.vocab_size, config.width, execution, rngs)
         self.position_embedding = embedding(config.max_tokens, config.width, execution, rngs)
         self.norm = layer_norm(config.width, config.epsilon, execution, rngs)
@@ -70,17 +71,3 @@ class TextTransformer(TextEncoder):
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """The final norm of pre-norm blocks."""
         return self.norm(x)
-
-
-def _stack(config: TextConfig) -> TransformerConfig:
-    return TransformerConfig(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        mlp_width=config.mlp_width,
-        norm_order="pre",
-        activation=config.activation,
-        epsilon=config.epsilon,
-        dropout=config.dropout,
-        causal=config.causal,
-    )

@@ -75,6 +75,31 @@ class TransformerConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
 
+    @classmethod
+    def of(
+        cls,
+        settings: Any,
+        *,
+        norm_order: str,
+        query_value_bias: bool = True,
+        key_bias: bool = True,
+        causal: bool = False,
+    ) -> "TransformerConfig":
+        """The stack of an encoder whose settings name the sizes and numerics as they do here."""
+        return cls(
+            depth=settings.depth,
+            width=settings.width,
+            heads=settings.heads,
+            mlp_width=settings.mlp_width,
+            norm_order=norm_order,
+            activation=settings.activation,
+            epsilon=settings.epsilon,
+            dropout=settings.dropout,
+            query_value_bias=query_value_bias,
+            key_bias=key_bias,
+            causal=causal,
+        )
+
 
 def linear(
     fan_in: int, fan_out: int, execution: Execution, rngs: nnx.Rngs, *, bias: bool = True

@@ -173,15 +173,6 @@ class Vit(nnx.Module):
 
 def transformer_config(config: VitConfig) -> TransformerConfig:
     """The stack of a ViT."""
-    return TransformerConfig(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        mlp_width=config.mlp_width,
-        norm_order="pre",
-        activation=config.activation,
-        epsilon=config.epsilon,
-        dropout=config.dropout,
-        query_value_bias=config.qkv_bias,
-        key_bias=config.qkv_bias,
+    return TransformerConfig.of(
+        config, norm_order="pre", query_value_bias=config.qkv_bias, key_bias=config.qkv_bias
     )

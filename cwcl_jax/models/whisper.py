@@ -76,7 +76,8 @@ class WhisperEncoder(nnx.Module):
         self.conv2 = FrameConv(width, width, 3, execution, stride=2, rngs=rngs)
         table = sinusoids(config.max_positions, width)
         self.position_embedding = nnx.Param(jnp.asarray(table, execution.param_dtype))
-        self.blocks = make_blocks(_stack(config), execution, rngs=rngs)
+        self.stack = TransformerConfig.of(config, norm_order="pre", key_bias=False)
+        self.blocks = make_blocks(self.stack, execution, rngs=rngs)
         self.norm = layer_norm(width, config.epsilon, execution, rngs)
         self.config = config
         self.execution = execution
@@ -132,7 +133,7 @@ class WhisperEncoder(nnx.Module):
             self.blocks,
             x,
             None if self.config.attend_padding else frames,
-            config=_stack(self.config),
+            config=self.stack,
             execution=self.execution,
             key=keys[1],
         )
@@ -153,17 +154,3 @@ def sinusoids(length: int, width: int) -> Float[np.ndarray, "t d"]:
     steps = np.log(10000.0) / (width // 2 - 1)
     angles = np.arange(length)[:, None] * np.exp(-steps * np.arange(width // 2))[None, :]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-
-def _stack(config: WhisperConfig) -> TransformerConfig:
-    return TransformerConfig(
-        depth=config.depth,
-        width=config.width,
-        heads=config.heads,
-        mlp_width=config.mlp_width,
-        norm_order="pre",
-        activation=config.activation,
-        epsilon=config.epsilon,
-        dropout=config.dropout,
-        key_bias=False,
-    )
