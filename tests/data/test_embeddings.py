@@ -178,7 +178,8 @@ def test_features_of_users_keep_their_shape(tmp_path, kind):
         batches = train_batches(config, ("profile", "text"), seed=0, global_batch_size=4)
         batch = next(batches)
         np.testing.assert_array_equal(batch["profile"]["embeds"], profiles[batch["index"]])
-        assert batches.skipped in ({}, {"embeds not finite": 1})
+        # The reader runs ahead, perhaps into the next epoch: how often it met the bad one is open.
+        assert set(batches.skipped) <= {"embeds not finite"}
         batches.close()
 
 
