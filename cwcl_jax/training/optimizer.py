@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from cwcl_jax.training.options import OptimizerConfig
 
@@ -113,15 +115,64 @@ def _depth(path: str, blocks: Mapping[str, int]) -> int:
     return 0 if _ABOVE.fullmatch(path.removeprefix(encoder)) else blocks[encoder] + 1
 
 
+def _muon_and(
+    adam: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    """Muon for the kernels inside blocks, Adam for all other leaves."""
+
+    def dimensions(leaves: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            path: leaf if isinstance(leaf, optax.MaskedNode) else _matrix_axes(path, leaf.ndim)
+            for path, leaf in leaves.items()
+        }
+
+    def match_adam(updates: Mapping[str, Any], params: Any = None) -> dict[str, Any]:
+        del params
+        return {
+            path: leaf
+            if isinstance(leaf, optax.MaskedNode)
+            else _ADAM_RMS * _larger_side(path, leaf) ** 0.5 * leaf
+            for path, leaf in updates.items()
+        }
+
+    muon = optax.chain(
+        contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=dimensions),
+        optax.stateless(match_adam),
+    )
+
+    def labels(params: Mapping[str, Any]) -> dict[str, str]:
+        return {path: "muon" if _HIDDEN.fullmatch(path) else "adam" for path in params}
+
+    return optax.partition({"muon": muon, "adam": adam}, labels)
+
+
+_HIDDEN = re.compile(r".*/blocks/.*/kernel")
+# An orthogonal matrix times this and the root of its larger side has the root mean square of
+# Adam's updates, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
+_ADAM_RMS = 0.2
+
+
+def _matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers:
+    """The axes that make a kernel a matrix: all before the last are inputs, except the layers'."""
+    first = 1 if _STACKED.fullmatch(path) else 0
+    return contrib.MuonDimensionNumbers(tuple(range(first, ndim - 1)), (ndim - 1,))
+
+
+def _larger_side(path: str, leaf: jax.Array) -> int:
+    first = 1 if _STACKED.fullmatch(path) else 0
+    return max(math.prod(leaf.shape[first:-1]), leaf.shape[-1])
+
+
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, paths: Iterable[str]
 ) -> optax.GradientTransformation:
-    """AdamW with clipping, a decay mask and learning-rate factors by path."""
+    """AdamW or Muon, with clipping, a decay mask and learning-rate factors by path."""
     paths = list(paths)
     factors = learning_rate_factors(config, paths)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     steps = [
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        adam if config.name == "adamw" else _muon_and(adam, config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, paths)),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     ]

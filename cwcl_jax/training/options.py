@@ -30,14 +30,17 @@ class TemperatureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and what it applies to.
+    """AdamW or Muon, its schedule and what it applies to.
 
     Attributes:
+      name: "adamw"; or "muon" (Jordan 2024), which orthogonalises the updates of the kernels inside
+        blocks and leaves all else to AdamW: faster from scratch, less tried for fine-tuning.
       learning_rate: peak.
       schedule: "cosine", "constant" or "rsqrt", each after a linear warm-up.
       warmup_steps: steps of the warm-up.
       final_fraction: learning rate at the end of "cosine", as a fraction of the peak.
       rsqrt_timescale: steps over which "rsqrt" keeps about the peak.
+      muon_momentum: of "muon".
       weight_decay: decoupled, applied as `learning_rate * weight_decay * parameter`.
       decay: regular expression of the leaves that decay (full match on the path).
       clip_norm: global gradient norm; 0 switches clipping off.
@@ -45,6 +48,7 @@ class OptimizerConfig:
       layer_decay: factor per layer below the top of a tuned tower, 1.0 for none.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup_steps: int = 0
@@ -53,6 +57,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    muon_momentum: float = 0.95
     weight_decay: float = 1e-4
     decay: str = r".*/(kernel|embedding)"
     clip_norm: float = 1.0
@@ -60,6 +65,8 @@ class OptimizerConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self):
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"name={self.name!r} is not one of 'adamw', 'muon'")
         if self.schedule not in ("cosine", "constant", "rsqrt"):
             raise ValueError(
                 f"schedule={self.schedule!r} is not one of 'cosine', 'constant', 'rsqrt'"
@@ -116,6 +123,15 @@ class DistributedConfig:
       process_id: of this process; only with num_processes.
       initialization_timeout: seconds to wait for all processes at the start.
       heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+      barrier_timeout: seconds to wait for the other processes before checks and saves.
+      startup_timeout: watchdog's limit, in seconds, for all that comes before the first step; like
+        the limits below it counts time without progress, and 0 switches it off.
+      first_step_timeout: for compiling and doing the first step of a start.
+      step_timeout: for each further step, with the wait for its data.
+      evaluation_timeout: for each batch of an evaluation, or what is done between two.
+      saving_timeout: for a checkpoint.
+      embedding_timeout: for each batch of an embedding.
+      shutdown_timeout: for all processes to end together.
     """
 
     coordinator_address: str = ""
@@ -123,3 +139,17 @@ class DistributedConfig:
     process_id: int = 0
     initialization_timeout: int = 300
     heartbeat_timeout: int = 30
+    barrier_timeout: float = 600.0
+    startup_timeout: float = 1800.0
+    first_step_timeout: float = 1800.0
+    step_timeout: float = 600.0
+    evaluation_timeout: float = 1800.0
+    saving_timeout: float = 1800.0
+    embedding_timeout: float = 1800.0
+    shutdown_timeout: float = 300.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_timeout") and value < 0:
+                raise ValueError(f"{field.name}={value} must not be negative; 0 means no limit")

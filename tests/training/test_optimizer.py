@@ -128,3 +128,55 @@ def test_updates_equal_those_of_torch_adamw(clip_norm):
     for name in params:
         # 1e-5: five steps, and torch adds 1e-6 to the norm that it clips by.
         np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_muon_makes_hidden_updates_orthogonal_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "towers/text/encoder/blocks/0/mlp/kernel": (24, 16),
+        "towers/text/encoder/blocks/0/conv/kernel": (3, 8, 16),
+        "towers/text/encoder/token_embedding/embedding": (24, 16),
+        "towers/text/head/kernel": (24, 16),
+        "logit_scale": (),
+    }
+    params = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in shapes.items()}
+    gradients = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in shapes.items()}
+    options = {"weight_decay": 0.0, "clip_norm": 0.0, "schedule": "constant", "learning_rate": 0.1}
+    made = {}
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(OptimizerConfig(name=name, **options), 10, shapes)
+        made[name], _ = optimizer.update(gradients, optimizer.init(params), params)
+    for path in shapes:
+        if "blocks" not in path:
+            np.testing.assert_array_equal(made["muon"][path], made["adamw"][path])
+            continue
+        matrix = np.asarray(made["muon"][path]).reshape(24, 16)
+        # Five Newton-Schulz steps bring singular values near 1, by design not exactly to it.
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * 24**0.5)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        gradient = np.asarray(gradients[path]).reshape(24, 16)
+        left, _, right = np.linalg.svd(gradient, full_matrices=False)
+        polar = left @ right
+        cosine = -(polar * matrix).sum() / np.linalg.norm(matrix) / np.linalg.norm(polar)
+        assert cosine > 0.97
+
+
+def test_muon_treats_stacked_layers_as_it_treats_single_ones():
+    rng = np.random.default_rng(1)
+    kernels = rng.normal(size=(3, 8, 6)).astype(np.float32)
+    single = {f"text/blocks/{k}/mlp/kernel": jnp.asarray(kernels[k]) for k in range(3)}
+    stacked = {"text/blocks/mlp/kernel": jnp.asarray(kernels)}
+    options = OptimizerConfig(name="muon", weight_decay=0.01, clip_norm=0.0)
+    updates = []
+    for params in (single, stacked):
+        optimizer = make_optimizer(options, 10, params)
+        update, _ = optimizer.update(params, optimizer.init(params), params)
+        updates.append(update)
+    expected = np.stack([updates[0][f"text/blocks/{k}/mlp/kernel"] for k in range(3)])
+    np.testing.assert_allclose(updates[1]["text/blocks/mlp/kernel"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_unknown_optimizer_is_an_error():
+    with pytest.raises(ValueError, match="'adamw', 'muon'"):
+        OptimizerConfig(name="adam")
