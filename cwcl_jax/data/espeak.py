@@ -28,6 +28,18 @@ VARIANTS = (
     "", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5",
     "klatt", "klatt2", "klatt3", "klatt4", "Annie", "Alex",
 )  # fmt: skip
+_TEST_ACCENTS = ("en-gb-scotland", "en-us-nyc")
+_TEST_VARIANTS = ("m7", "f4", "klatt3", "Alex")
+# Neither an accent nor a variant of the one set is in the other.
+VOICE_SETS: dict[str, tuple[str, ...]] = {
+    "train": tuple(
+        f"{name}+{variant}"
+        for name in VOICES
+        for variant in VARIANTS
+        if name not in _TEST_ACCENTS and variant and variant not in _TEST_VARIANTS
+    ),
+    "test": tuple(f"{name}+{variant}" for name in _TEST_ACCENTS for variant in _TEST_VARIANTS),
+}
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _SYNCHRONOUS, _DO_NOT_EXIT, _UTF8_AND_END_PAUSE, _BY_CHARACTER = 2, 0x8000, 0x1001, 1
 _CALLBACK = ctypes.CFUNCTYPE(

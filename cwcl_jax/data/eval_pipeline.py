@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.processing import Batch, Processor
+from cwcl_jax.data.processing import Batch, Processor, shorten
 from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
@@ -89,6 +89,9 @@ class EvalBatches:
         if some is None:
             some = self._any_usable()
         batch: Batch = self._processor.batch([inputs or some for _, inputs, _ in rows])
+        # Hosts that share a batch must agree on its shape, which each would find from its own rows.
+        if self._size == self._local and "waveform" in batch.get("speech", ()):
+            batch["speech"] = shorten(batch["speech"], self._config.speech)
         batch["captions"] = [_captions(example.get("text")) for _, _, example in rows]
         batch["index"] = np.array([index for index, _, _ in rows], np.int64)
         batch["valid"] = np.array([inputs is not None for _, inputs, _ in rows])

@@ -34,6 +34,18 @@ class SpeechInputs:
     max_seconds: float = 10.0
     # Training takes a random window of a recording that is too long; evaluation its beginning.
     random_crop: bool = True
+    # Seconds, ascending: batches of similar lengths, padded to one of these or to max_seconds;
+    # () pads every batch to max_seconds. Needs a source that knows how long its recordings are.
+    buckets: tuple[float, ...] = ()
+    # Batches that are sorted by length together.
+    bucket_window: int = 8
+
+    def __post_init__(self):
+        if any(seconds <= 0 for seconds in self.buckets) or self.bucket_window < 1:
+            raise ValueError(
+                f"buckets={self.buckets} must be positive seconds, and bucket_window="
+                f"{self.bucket_window} at least 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,11 @@ class DataConfig:
     threads: int = 0
     # Batches kept ready on the host.
     prefetch: int = 2
-    # Where indexes of tars are kept; "" = beside the tars, or in the user's cache folder.
+    # Where indexes of tars, spoken sentences and locked features are kept; "" = indexes beside the
+    # tars, all else in the user's cache folder.
     cache_dir: str = ""
+    # Run the locked encoders over the training data once, before the first step, and keep what they
+    # give: only for data that is the same in every epoch.
+    keep_locked_features: bool = False
     # The run fails when a larger share of the examples read so far was unusable.
     max_skipped_share: float = 0.01

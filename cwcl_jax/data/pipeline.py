@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.data.buckets import BucketedOrder, batch_lengths
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import order_of_source
@@ -62,6 +63,7 @@ class TrainBatches:
         self.examples_per_epoch = self._order.per_epoch
         self.steps_per_epoch = self.examples_per_epoch // global_batch_size
         self._check_sizes(config, length)
+        self._buckets = self._make_buckets(config)
         self._counter = SkipCounter(config.max_skipped_share)
         self._config = config
         self._reader = ChunkedReader(
@@ -71,6 +73,26 @@ class TrainBatches:
         self._step = 0
         self._started = False
         self.wait_seconds = 0.0
+
+    def _make_buckets(self, config: DataConfig) -> BucketedOrder | None:
+        options = config.speech
+        if not options.buckets or "speech" not in self._processor.raw:
+            return None
+        durations = getattr(self.source, "durations", None)
+        if durations is None:
+            raise ValueError(
+                f"data.speech.buckets={options.buckets} needs to know how long the recordings of "
+                f"{config.train!r} are, and this source does not; set data.speech.buckets=(), or "
+                "read spoken sentences with keep=auto."
+            )
+        return BucketedOrder(
+            self._order,
+            durations,
+            lengths=batch_lengths(options.buckets, options.max_seconds),
+            batch_size=self._global_size,
+            window=options.bucket_window,
+            steps=self.steps_per_epoch,
+        )
 
     def _check_sizes(self, config: DataConfig, length: int) -> None:
         if self.steps_per_epoch == 0:
@@ -105,16 +127,23 @@ class TrainBatches:
         """Example numbers and inputs of some rows of a batch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         positions = step_in_epoch * self._global_size + self._first_row + rows
-        indices = self._order.indices(epoch, positions)
+        seconds = None
+        if self._buckets is None:
+            indices = self._order.indices(epoch, positions)
+        else:
+            indices, seconds = self._buckets.batch(epoch, step_in_epoch)
+            indices = indices[self._first_row + rows]
         loaded = [
-            self._load_one(epoch, int(position), int(index))
+            self._load_one(epoch, int(position), int(index), seconds)
             for position, index in zip(positions, indices, strict=True)
         ]
         self._counter.add_read(len(loaded))
         self._processor.tokenize([inputs for _, inputs in loaded])
         return loaded
 
-    def _load_one(self, epoch: int, position: int, index: int) -> tuple[int, dict[str, Any]]:
+    def _load_one(
+        self, epoch: int, position: int, index: int, seconds: float | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """The example of a position, or the first usable one of its replacements."""
         fields = self._processor.fields()
         for attempt in range(1, _MAX_REPLACEMENTS + 1):
@@ -124,7 +153,7 @@ class TrainBatches:
                 name = f"{name} ({example['id']})"
                 # Keyed by the position, not by the host or thread that happens to read it.
                 key = (self._seed, 21, epoch, position)
-                return index, self._processor.train_example(example, *key)
+                return index, self._processor.train_example(example, *key, seconds=seconds)
             except BadExample as error:
                 self._counter.add_skipped(name, error)
             index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
@@ -176,8 +205,9 @@ def train_batches(
     global_batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    source: Source | None = None,
 ) -> TrainBatches:
-    """Opens `config.train` and returns the endless iterator of this host's batches."""
+    """The endless iterator of this host's batches of `source`, by default of `config.train`."""
     return TrainBatches(
         config,
         modalities,
@@ -185,4 +215,5 @@ def train_batches(
         global_batch_size=global_batch_size,
         process_index=process_index,
         process_count=process_count,
+        source=source,
     )

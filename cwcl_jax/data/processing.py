@@ -1,15 +1,16 @@
 """From what a source gives to the arrays that the towers take, one example and one batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from cwcl_jax.data.audio import waveform
+from cwcl_jax.data.buckets import batch_lengths
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.image import eval_pixels, train_pixels
-from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.options import DataConfig, SpeechInputs
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example
 from cwcl_jax.data.text import TextTokenizer, load_tokenizer
@@ -51,26 +52,32 @@ class Processor:
             made["tokenizer"] = self.tokenizer.fingerprint()
         return made
 
-    def train_example(self, example: Example, *key: int) -> dict[str, Any]:
+    def train_example(
+        self, example: Example, *key: int, seconds: float | None = None
+    ) -> dict[str, Any]:
         """Inputs of one example by modality; captions stay strings until `tokenize`.
 
         Random choices follow the integers `key`, those of one modality apart from the others'.
+        `seconds` is the length of the batch's waveforms, where it is not the largest.
         """
         inputs: dict[str, Any] = {}
         for modality in self.modalities:
             if modality in self.raw:
                 value = _field(example, FIELDS[modality])
                 draws = Draws(*key, _STREAMS[modality])
-                inputs[modality] = self._train_value(modality, value, draws)
+                inputs[modality] = self._train_value(modality, value, draws, seconds)
             else:
                 inputs[modality] = {"embeds": _embeds(example, modality)}
         return inputs
 
-    def _train_value(self, modality: str, value: Any, draws: Draws) -> Any:
+    def _train_value(self, modality: str, value: Any, draws: Draws, seconds: float | None) -> Any:
         if modality == "image":
             return {"pixels": train_pixels(value, self.config.image, draws)}
         if modality == "speech":
-            return waveform(value, self.config.speech, draws)
+            options = self.config.speech
+            return waveform(
+                value, replace(options, max_seconds=seconds or options.max_seconds), draws
+            )
         return draws.pick(usable_captions(value))
 
     def eval_example(self, example: Example) -> dict[str, Any]:
@@ -104,6 +111,16 @@ class Processor:
             values = [example[modality] for example in examples]
             made[modality] = {n: np.stack([value[n] for value in values]) for n in values[0]}
         return made
+
+
+def shorten(inputs: dict[str, np.ndarray], options: SpeechInputs) -> dict[str, np.ndarray]:
+    """Waveforms cut to the shortest of the options' lengths that holds them all."""
+    longest = int(inputs["length"].max())
+    for seconds in batch_lengths(options.buckets, options.max_seconds):
+        samples = round(seconds * options.sample_rate)
+        if samples >= longest:
+            return inputs | {"waveform": inputs["waveform"][:, :samples]}
+    return inputs
 
 
 def usable_captions(value: str | Sequence[str]) -> list[str]:

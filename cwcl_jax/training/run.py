@@ -18,6 +18,7 @@ from cwcl_jax.training.distributed import StopSignal, check_agreement, is_primar
 from cwcl_jax.training.embedding import check_embeddings
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
+from cwcl_jax.training.features import training_source
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
 from cwcl_jax.training.metrics import Progress, make_writers
@@ -99,6 +100,7 @@ def _open_batches(config: ExperimentConfig) -> Iterator[Batches]:
             global_batch_size=config.global_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            source=training_source(config),
         )
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(

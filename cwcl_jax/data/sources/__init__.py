@@ -14,9 +14,11 @@ from cwcl_jax.data.sources.base import (
     parse_source_line,
 )
 from cwcl_jax.data.sources.coco import open_coco
+from cwcl_jax.data.sources.commands import open_commands
 from cwcl_jax.data.sources.embedded import Embedded, open_embeddings
 from cwcl_jax.data.sources.mixture import Mixture
 from cwcl_jax.data.sources.scenes import open_scenes
+from cwcl_jax.data.sources.sentences import open_sentences
 from cwcl_jax.data.sources.speech import (
     open_common_voice,
     open_slurp,
@@ -43,6 +45,8 @@ __all__ = [
 
 SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "scenes": open_scenes,
+    "commands": open_commands,
+    "sentences": open_sentences,
     "tars": open_tars,
     "clip_benchmark": open_clip_benchmark,
     "coco": open_coco,
@@ -117,9 +121,10 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
 
 def _open_spoken(line: SourceLine, cache_dir: str) -> Source:
     """`spoken:KIND:PATH?...`: options that are not its own belong to the inner source."""
-    own = set(inspect.signature(open_spoken).parameters)
+    own = set(inspect.signature(open_spoken).parameters) - {"cache_dir"}
     (inner,) = parse_source_line(line.path)
     theirs = {key: value for key, value in line.options.items() if key not in own}
     source = _open_one(SourceLine(inner.kind, inner.path, theirs), cache_dir)
     mine = {key: value for key, value in line.options.items() if key in own}
-    return call_with_options(open_spoken, source, SourceLine("spoken", line.path, mine), {})
+    shared = {"cache_dir": cache_dir}
+    return call_with_options(open_spoken, source, SourceLine("spoken", line.path, mine), shared)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import unquote
 
+import numpy as np
+
 Example = dict[str, Any]
 ALL_FIELDS = ("image", "text", "audio", "label", "embeds")
 
@@ -48,6 +50,11 @@ class SourceBase:
 
     @property
     def class_names(self) -> Sequence[str] | None:
+        return None
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        """Seconds of every recording (float64), where they are known without reading it."""
         return None
 
     def __getitem__(self, index: int) -> Example:

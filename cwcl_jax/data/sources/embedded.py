@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
@@ -26,6 +28,10 @@ class Embedded(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        return getattr(self.source, "durations", None)
 
     def __len__(self) -> int:
         return len(self.source)

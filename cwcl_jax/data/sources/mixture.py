@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
 
 
@@ -22,6 +24,12 @@ class Mixture(SourceBase):
         names = [part.class_names for part in self.parts]
         same = all(n is not None and list(n) == list(names[0] or ()) for n in names)
         return names[0] if same else None
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        found = [getattr(part, "durations", None) for part in self.parts]
+        known = [durations for durations in found if durations is not None]
+        return np.concatenate(known) if len(known) == len(found) else None
 
     def __len__(self) -> int:
         return self.starts[-1]

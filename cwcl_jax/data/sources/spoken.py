@@ -1,8 +1,8 @@
 """Spoken sentences: another source's text read aloud by espeak-ng, in a voice the index picks.
 
-`spoken:scenes:train`, `spoken:tsv:/sentences.tsv?text=sentence&voices=en-us+f2`. To keep the
-recordings, render a source once: `python -m cwcl_jax.data.sources.spoken LINE FOLDER` writes FLAC
-files and a manifest for `jsonl:`.
+`spoken:commands:train?voices=train`, `spoken:tsv:/sentences.tsv?text=sentence&voices=en-us+f2`.
+`keep=auto` (or a folder) speaks everything once and reads it from there ever after; `python -m
+cwcl_jax.data.sources.spoken LINE FOLDER` writes FLAC files and a manifest, to listen to.
 """
 
 import json
@@ -11,9 +11,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.espeak import VOICES, random_voice, speak
+from cwcl_jax.data.espeak import VOICE_SETS, VOICES, random_voice, speak
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.recorded import Recorded, default_folder
 
 
 class Spoken(SourceBase):
@@ -47,9 +48,22 @@ class Spoken(SourceBase):
         return fingerprint_of("spoken", self.source.fingerprint(), self.voices, self.seed)
 
 
-def open_spoken(source: Source, *, voices: str = "", voice_seed: int = 0) -> Spoken:
-    """Reads a source aloud; `voices` is a comma-separated list of espeak-ng's names."""
-    return Spoken(source, voices=voices.split(",") if voices else VOICES, seed=voice_seed)
+def open_spoken(
+    source: Source, *, cache_dir: str = "", voices: str = "", voice_seed: int = 0, keep: str = ""
+) -> Spoken | Recorded:
+    """Reads a source aloud.
+
+    Args:
+      voices: espeak-ng's names separated by commas, or "train" or "test", sets that share neither
+        an accent nor a variant.
+      voice_seed: another number gives every sentence another voice.
+      keep: a folder for the recordings, or "auto": one in the cache folder.
+    """
+    names = VOICE_SETS.get(voices) or (tuple(voices.split(",")) if voices else VOICES)
+    spoken = Spoken(source, voices=names, seed=voice_seed)
+    if not keep:
+        return spoken
+    return Recorded(spoken, default_folder(spoken, cache_dir) if keep == "auto" else keep)
 
 
 def render(source: Source, folder: str | Path) -> Path:

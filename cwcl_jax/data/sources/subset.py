@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
 
 
@@ -16,6 +18,11 @@ class Subset(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        whole = getattr(self.source, "durations", None)
+        return None if whole is None else whole[np.asarray(self.indices, np.int64)]
 
     def __len__(self) -> int:
         return len(self.indices)

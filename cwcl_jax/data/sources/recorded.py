@@ -1,0 +1,246 @@
+"""Recordings of a spoken source kept in a folder: made once, by all cores, and read ever after.
+
+A folder holds `description.json` and, for every 256 examples, raw int16 samples at 16 kHz with
+their ends. Files appear only when complete, so an interrupted run continues with those that are
+missing. Nothing is decoded or resampled when the recordings are read, and their lengths are known.
+"""
+
+import fcntl
+import functools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, Int16, Int64
+
+from cwcl_jax.data.audio import resample
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources.base import Example, Source, SourceBase
+
+RATE = 16_000
+_SHARD = 256
+_VERSION = 1
+_AUDIBLE = 30  # of 32767
+
+
+class Recorded(SourceBase):
+    """The examples of a spoken source, with recordings from `folder`.
+
+    Opening it costs nothing: what is missing is spoken when a recording or a length is first asked.
+    """
+
+    def __init__(self, source: Source, folder: str | Path):
+        self.source = source
+        self.folder = Path(folder)
+        self.embedded = tuple(getattr(source, "embedded", ()))
+        self._lock = threading.Lock()
+        self._shards: list[tuple[np.ndarray, Int64[np.ndarray, " n"]]] = []
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        if "audio" not in fields:
+            return self.source.read(index, fields)
+        example = self.source.read(index, {*fields} - {"audio"})
+        shard, row = divmod(index, _SHARD)
+        samples, ends = self._opened()[shard]
+        start, end = (int(ends[row - 1]) if row else 0), int(ends[row])
+        if start == end:
+            raise BadExample("audio empty", f"{example['id']} could not be spoken")
+        example["audio"] = (np.array(samples[start:end]), RATE)
+        return example
+
+    @functools.cached_property
+    def durations(self) -> Float64[np.ndarray, " n"]:
+        """Seconds of every recording."""
+        lengths = [np.diff(ends, prepend=0) for _, ends in self._opened()]
+        return np.concatenate(lengths) / RATE
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def _opened(self) -> list[tuple[np.ndarray, Int64[np.ndarray, " n"]]]:
+        with self._lock:
+            if not self._shards:
+                record(self.source, self.folder)
+                self._shards = [
+                    (_samples(path), np.load(path.with_suffix(".npy")))
+                    for path in _paths(self.folder, len(self.source))
+                ]
+        return self._shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "durations")}
+        return {**kept, "_shards": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+def default_folder(source: Source, cache_dir: str) -> Path:
+    """Where recordings are kept when no folder is named: under the source's fingerprint."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cwcl_jax"
+    return (Path(cache_dir) if cache_dir else home) / "recordings" / source.fingerprint()
+
+
+def record(source: Source, folder: Path, *, processes: int = 0) -> None:
+    """Speaks what `folder` lacks, in several processes; other callers on this machine wait.
+
+    Raises:
+      ValueError: the folder holds the recordings of another source.
+      RuntimeError: a process failed; its message is included.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_description(source, folder)
+    if not _missing(folder, len(source)):
+        return
+    with _locked(folder / "lock"):
+        missing = _missing(folder, len(source))
+        if missing:
+            usable = getattr(os, "sched_getaffinity", None)
+            cores = len(usable(0)) if usable else os.cpu_count() or 1
+            _record_in_processes(source, folder, missing, processes or min(cores, len(missing)))
+
+
+def _check_description(source: Source, folder: Path) -> None:
+    file = folder / "description.json"
+    mine = {"version": _VERSION, "source": source.fingerprint(), "count": len(source)}
+    if not file.exists():
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(mine | {"sample_rate": RATE}, indent=1))
+        temporary.replace(file)
+        return
+    there = json.loads(file.read_text())
+    if any(there.get(name) != value for name, value in mine.items()):
+        raise ValueError(
+            f"{folder} holds recordings of another source ({there.get('count')} examples of "
+            f"{there.get('source')}, wanted {mine['count']} of {mine['source']}); name another "
+            "folder in keep=, or delete this one."
+        )
+
+
+def _paths(folder: Path, count: int) -> list[Path]:
+    return [folder / f"recordings-{shard:05d}.int16" for shard in range(-(-count // _SHARD))]
+
+
+def _missing(folder: Path, count: int) -> list[int]:
+    paths = _paths(folder, count)
+    return [shard for shard, path in enumerate(paths) if not path.with_suffix(".npy").exists()]
+
+
+def _samples(path: Path) -> np.ndarray:
+    # A file without samples cannot be mapped.
+    return np.memmap(path, np.int16, "r") if path.stat().st_size else np.zeros(0, np.int16)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with open(file, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _record_in_processes(source: Source, folder: Path, shards: list[int], count: int) -> None:
+    """Deals the shards to processes of their own: espeak-ng has one global state in each."""
+    # This very package, also where it is not installed.
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cwcl_jax.data.sources.recorded"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(count)
+    ]
+    try:
+        for number, worker in enumerate(workers):
+            assert worker.stdin is not None
+            pickle.dump((source, folder, shards[number::count]), worker.stdin)
+            worker.stdin.close()
+            worker.stdin = None
+        _watch(workers, folder, len(source), len(shards))
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: int) -> None:
+    start, shown = time.perf_counter(), 0.0
+    total = min(count, wanted * _SHARD)
+    while any(worker.poll() is None for worker in workers):
+        time.sleep(0.1)
+        done = (wanted - len(_missing(folder, count))) * _SHARD
+        if sys.stderr.isatty() and time.perf_counter() - shown > 1:
+            shown = time.perf_counter()
+            rate = done / (shown - start)
+            print(f"\rspeaking {done}/{total} sentences, {rate:.0f}/s", end="", file=sys.stderr)
+        if any(worker.returncode for worker in workers):
+            break
+    for worker in workers:
+        if worker.returncode:
+            message = worker.communicate()[1].decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"speaking failed: {message[-1] if message else worker.returncode}")
+    seconds = time.perf_counter() - start
+    end = "\r" if sys.stderr.isatty() else ""
+    print(
+        f"{end}{total} sentences spoken in {seconds:.0f} s, kept in {folder}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _work() -> None:
+    """One process: speaks the shards that come on its standard input."""
+    source, folder, shards = pickle.load(sys.stdin.buffer)
+    for shard in shards:
+        path = _paths(folder, len(source))[shard]
+        rows = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
+        pieces = [_spoken(source, row) for row in rows]
+        temporary = path.with_suffix(".unfinished")
+        temporary.write_bytes(b"".join(piece.tobytes() for piece in pieces))
+        temporary.replace(path)
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        np.save(path.with_suffix(".part.npy"), ends)
+        path.with_suffix(".part.npy").replace(path.with_suffix(".npy"))
+
+
+def _spoken(source: Source, index: int) -> np.ndarray:
+    """Samples of an example at the kept rate; none where it cannot be spoken."""
+    try:
+        samples, rate = source.read(index, ("audio",))["audio"]
+    except BadExample:
+        return np.zeros(0, np.int16)
+    return without_silence(resample(samples, rate, RATE))
+
+
+def without_silence(samples: Int16[np.ndarray, " n"]) -> Int16[np.ndarray, " m"]:
+    """The recording up to a twentieth of a second around what can be heard.
+
+    espeak-ng ends a sentence with up to 0.3 s of silence, a seventh of what a step would compute.
+    """
+    heard = np.flatnonzero(np.abs(samples.astype(np.int32)) > _AUDIBLE)
+    if not len(heard):
+        return samples[:0]
+    return samples[max(0, heard[0] - RATE // 20) : heard[-1] + RATE // 20]
+
+
+if __name__ == "__main__":
+    _work()
