@@ -56,6 +56,9 @@ class DataConfig:
     # Examples that one epoch draws, without replacement, from all; 0 = all of them.
     examples_per_epoch: int = 0
     shuffle: bool = True
+    # What makes two pairs of a batch alike, for losses that go by labels: "class" (the source's
+    # labels), "text" (equal captions, whatever their case), "" = pairs carry no label.
+    labels: str = ""
     image: ImageInputs = field(default_factory=ImageInputs)
     text: TextInputs = field(default_factory=TextInputs)
     speech: SpeechInputs = field(default_factory=SpeechInputs)
@@ -71,3 +74,7 @@ class DataConfig:
     keep_locked_features: bool = False
     # The run fails when a larger share of the examples read so far was unusable.
     max_skipped_share: float = 0.01
+
+    def __post_init__(self):
+        if self.labels not in ("", "class", "text"):
+            raise ValueError(f"labels={self.labels!r} is not one of '', 'class', 'text'.")

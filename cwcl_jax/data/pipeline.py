@@ -62,7 +62,7 @@ class TrainBatches:
         )
         self.examples_per_epoch = self._order.per_epoch
         self.steps_per_epoch = self.examples_per_epoch // global_batch_size
-        self._check_sizes(config, length)
+        self._check(config, length)
         self._buckets = self._make_buckets(config)
         self._counter = SkipCounter(config.max_skipped_share)
         self._config = config
@@ -94,7 +94,12 @@ class TrainBatches:
             steps=self.steps_per_epoch,
         )
 
-    def _check_sizes(self, config: DataConfig, length: int) -> None:
+    def _check(self, config: DataConfig, length: int) -> None:
+        if config.labels == "class" and self.source.class_names is None:
+            raise ValueError(
+                f"data.labels='class', but {config.train!r} has no classes; choose a source with "
+                "classes, or data.labels='text' for equal captions."
+            )
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"An epoch of {self.examples_per_epoch} examples (data.examples_per_epoch="

@@ -1,5 +1,6 @@
 """From what a source gives to the arrays that the towers take, one example and one batch."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -43,6 +44,8 @@ class Processor:
     def fields(self) -> set[str]:
         """What must be read of every example."""
         fields = {FIELDS[modality] for modality in self.raw}
+        if self.config.labels:
+            fields.add("label" if self.config.labels == "class" else "text")
         return fields if len(self.raw) == len(self.modalities) else {*fields, "embeds"}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -50,6 +53,8 @@ class Processor:
         made: dict[str, Any] = {m: asdict(getattr(self.config, _OPTIONS[m])) for m in self.raw}
         if self.tokenizer is not None:
             made["tokenizer"] = self.tokenizer.fingerprint()
+        if self.config.labels:
+            made["labels"] = self.config.labels
         return made
 
     def train_example(
@@ -68,7 +73,16 @@ class Processor:
                 inputs[modality] = self._train_value(modality, value, draws, seconds)
             else:
                 inputs[modality] = {"embeds": _embeds(example, modality)}
+        if self.config.labels:
+            inputs["label"] = self._label(example, inputs)
         return inputs
+
+    def _label(self, example: Example, inputs: Mapping[str, Any]) -> np.int32:
+        """Equal for pairs that the options call alike."""
+        if self.config.labels == "class":
+            return np.int32(_field(example, "label"))
+        text = inputs["text"] if "text" in self.raw else usable_captions(_field(example, "text"))[0]
+        return np.int32(zlib.crc32(text.casefold().encode()) & 0x7FFFFFFF)
 
     def _train_value(self, modality: str, value: Any, draws: Draws, seconds: float | None) -> Any:
         if modality == "image":
@@ -110,6 +124,8 @@ class Processor:
         for modality in self.modalities:
             values = [example[modality] for example in examples]
             made[modality] = {n: np.stack([value[n] for value in values]) for n in values[0]}
+        if "label" in examples[0]:
+            made["label"] = np.array([example["label"] for example in examples], np.int32)
         return made
 
 

@@ -13,11 +13,12 @@ from cwcl_jax.models.encoders import encoder_config
 def check_inputs(config: ExperimentConfig) -> None:
     """Raises ConfigError where the data cannot feed the towers or the loss."""
     loss = resolve(config.loss)
-    if loss.weight_function == "labels" or loss.duplicates != "negatives":
+    by_labels = loss.weight_function == "labels" or loss.duplicates != "negatives"
+    if by_labels and not config.data.labels:
         raise ConfigError(
             f"config.loss.name={loss.name!r}, weight_function={loss.weight_function!r}, "
-            f"duplicates={loss.duplicates!r} needs labels, which training batches do not carry: "
-            "choose another loss here, or call cwcl_jax.cwcl_loss with labels in code of your own"
+            f"duplicates={loss.duplicates!r} needs labels: set --config.data.labels=class (the "
+            "source's classes) or =text (pairs with equal captions)"
         )
     for modality, tower in config.towers.items():
         settings = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)

@@ -120,13 +120,13 @@ def _muon_and(
 ) -> optax.GradientTransformation:
     """Muon for the kernels inside blocks, Adam for all other leaves."""
 
-    def dimensions(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    def dimensions(leaves: Any) -> Any:
         return {
             path: leaf if isinstance(leaf, optax.MaskedNode) else _matrix_axes(path, leaf.ndim)
             for path, leaf in leaves.items()
         }
 
-    def match_adam(updates: Mapping[str, Any], params: Any = None) -> dict[str, Any]:
+    def match_adam(updates: Any, params: Any = None) -> Any:
         del params
         return {
             path: leaf
@@ -140,7 +140,7 @@ def _muon_and(
         optax.stateless(match_adam),
     )
 
-    def labels(params: Mapping[str, Any]) -> dict[str, str]:
+    def labels(params: Any) -> Any:
         return {path: "muon" if _HIDDEN.fullmatch(path) else "adam" for path in params}
 
     return optax.partition({"muon": muon, "adam": adam}, labels)

@@ -27,7 +27,8 @@ from cwcl_jax.training.optimizer import make_schedule
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState
 
 Metrics = dict[str, jax.Array]
-Batch = Mapping[str, Mapping[str, Any]]
+Batch = Mapping[str, Any]
+Labels = jax.Array | None
 
 _NORM_EPSILON = 1e-12
 _SCALARS = ("logit_scale", "logit_bias")
@@ -117,29 +118,37 @@ class GradientFunction:
         """Gradients (flat dict like `params`) and metrics.
 
         Args:
-          batch: by modality, arrays of shape (b, ...); other entries are ignored.
+          batch: by modality, arrays of shape (b, ...); "label", (b,), where the loss needs it;
+            other entries are ignored.
           step: folded into the key of dropout.
         """
         inputs = {modality: batch[modality] for modality in (self._u, self._v)}
         key = jax.random.fold_in(self._key, step)
         chunks = self._blueprint.config.accumulation_steps
+        labels = batch.get("label")
         if chunks == 1:
-            return self._direct(params, locked, inputs, key)
-        return self._cached(params, locked, inputs, key, chunks)
+            return self._direct(params, locked, inputs, labels, key)
+        return self._cached(params, locked, inputs, labels, key, chunks)
 
     def _direct(
-        self, params: Leaves, locked: Leaves, inputs: Batch, key: jax.Array
+        self, params: Leaves, locked: Leaves, inputs: Batch, labels: Labels, key: jax.Array
     ) -> tuple[Leaves, Metrics]:
         features = self._locked_features(params, locked, inputs)
 
         def objective(params: Leaves) -> tuple[jax.Array, Metrics]:
             embeds, p = self._embed(params, locked, inputs, features, key)
-            return self._loss_of({**locked, **params}, embeds, p)
+            return self._loss_of({**locked, **params}, embeds, p, labels)
 
         return jax.grad(objective, has_aux=True)(params)
 
     def _cached(
-        self, params: Leaves, locked: Leaves, inputs: Batch, key: jax.Array, chunks: int
+        self,
+        params: Leaves,
+        locked: Leaves,
+        inputs: Batch,
+        labels: Labels,
+        key: jax.Array,
+        chunks: int,
     ) -> tuple[Leaves, Metrics]:
         mesh = self._blueprint.mesh
         keys = jax.random.split(key, chunks)
@@ -158,7 +167,7 @@ class GradientFunction:
         tuned = {modality: embeds[modality] for modality in self._tuned}
 
         def objective(scalars: Leaves, tuned: Leaves) -> tuple[jax.Array, Metrics]:
-            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, p)
+            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, p, labels)
 
         (from_scalars, from_embeds), metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(
             scalars, tuned
@@ -213,7 +222,7 @@ class GradientFunction:
         return embeds, jax.lax.stop_gradient(normalise(features[self._u]))
 
     def _loss_of(
-        self, leaves: Leaves, embeds: Mapping[str, jax.Array], p: jax.Array
+        self, leaves: Leaves, embeds: Mapping[str, jax.Array], p: jax.Array, labels: Labels
     ) -> tuple[jax.Array, Metrics]:
         return self._loss(
             embeds[self._u],
@@ -221,6 +230,7 @@ class GradientFunction:
             p,
             leaves["logit_scale"],
             logit_bias=leaves.get("logit_bias"),
+            labels=labels,
         )
 
 

@@ -75,10 +75,19 @@ def test_every_trained_leaf_moves():
     assert [path for path in unmoved if not path.endswith("key/bias")] == []
 
 
-@pytest.mark.parametrize(("loss", "fsdp"), [("cwcl", 1), ("cwcl", 4), ("contrastive", 2)])
-def test_four_devices_give_the_losses_of_one(fsdp, loss):
-    one, *_ = run({"loss.name": loss})
-    four, *_ = run({"loss.name": loss}, devices=4, fsdp=fsdp)
+@pytest.mark.parametrize(
+    ("changes", "fsdp"),
+    [
+        ({}, 1),
+        ({}, 4),
+        ({"loss.name": "contrastive"}, 2),
+        ({"loss.name": "supervised", "data.labels": "text"}, 2),
+        ({"optimizer.name": "muon"}, 4),
+    ],
+)
+def test_four_devices_give_the_losses_of_one(changes, fsdp):
+    one, *_ = run(changes)
+    four, *_ = run(changes, devices=4, fsdp=fsdp)
     np.testing.assert_allclose(four, one, rtol=1e-5)
 
 

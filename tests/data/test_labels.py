@@ -1,0 +1,50 @@
+"""Labels in training batches: which pairs of a batch are alike."""
+
+import numpy as np
+import pytest
+
+from cwcl_jax.data.options import DataConfig, TextInputs
+from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.sources import open_source
+
+
+def _batch(train: str, labels: str, modalities=("text",), size=32):
+    config = DataConfig(train=train, labels=labels, threads=1, text=TextInputs(max_tokens=16))
+    batches = train_batches(config, modalities, seed=0, global_batch_size=size)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+def test_class_labels_are_the_sources():
+    line = "scenes:test?task=shape&n=64&size=16"
+    batch = _batch(line, "class", ("image", "text"))
+    source = open_source(line)
+    expected = [source.read(int(i), {"label"})["label"] for i in batch["index"]]
+    assert batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["label"], expected)
+
+
+def test_text_labels_are_equal_where_captions_are(tmp_path):
+    texts = ["a red star", "A red star ", "a blue moon", "a green ring"] * 8
+    rows = [f"{i}\t{text}" for i, text in enumerate(texts)]
+    (tmp_path / "t.tsv").write_text("id\ttext\n" + "\n".join(rows) + "\n")
+    batch = _batch(f"tsv:{tmp_path}/t.tsv?text=text", "text")
+    kinds = np.array([{0: 0, 1: 0, 2: 2, 3: 3}[int(i) % 4] for i in batch["index"]])
+    same = batch["label"][:, None] == batch["label"][None, :]
+    np.testing.assert_array_equal(same, kinds[:, None] == kinds[None, :])
+    assert batch["label"].min() >= 0
+
+
+def test_without_the_option_batches_carry_no_labels():
+    assert "label" not in _batch("scenes:train?n=64", "")
+
+
+def test_class_labels_need_a_source_with_classes():
+    with pytest.raises(ValueError, match=r"'scenes:train\?n=64' has no classes"):
+        _batch("scenes:train?n=64", "class")
+
+
+def test_unknown_kind_of_labels_is_an_error():
+    with pytest.raises(ValueError, match="labels='id'"):
+        DataConfig(labels="id")
