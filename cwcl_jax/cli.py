@@ -48,6 +48,8 @@ def exit_code(error: BaseException) -> int:
     """Of a process that an exception ends."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
+    if isinstance(error, TimeoutError):
+        return WATCHDOG
     return BAD_CONFIG if isinstance(error, ConfigError) else FAILED
 
 

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
+
+if TYPE_CHECKING:
+    from cwcl_jax.training.watchdog import Watchdog
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
@@ -41,6 +45,7 @@ def embed(
     dtype: str = "float16",
     batch_size: int = 256,
     shard_size: int = 8192,
+    watchdog: Watchdog | None = None,
 ) -> int:
     """Embeds a source; returns the exit code.
 
@@ -56,9 +61,10 @@ def embed(
 
     from cwcl_jax.data.embeddings import EmbeddingWriter
     from cwcl_jax.data.sources import open_source
-    from cwcl_jax.training.distributed import StopSignal
-    from cwcl_jax.training.embedding import describe, embed_source
+    from cwcl_jax.training.embedding import all_finished, describe, embed_source
     from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
+    from cwcl_jax.training.stopping import IndependentStop
+    from cwcl_jax.training.watchdog import unwatched
 
     modality = modality or config.modalities[0]
     if modality not in config.towers:
@@ -88,11 +94,14 @@ def embed(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with StopSignal() as stop:
+    watchdog = watchdog or unwatched()
+    with IndependentStop() as stop, watchdog.phase("embedding"):
         finished = embed_source(
             encoder, source, writer, config.data,
-            output=what, batch_size=batch_size, progress=_report, stop=stop.requested,
+            output=what, batch_size=batch_size, progress=_report,
+            stop=lambda done: stop.requested(), watchdog=watchdog,
         )  # fmt: skip
+        finished = all_finished(finished, stop.requested, watchdog)
     print(f"{len(source)} vectors of {width} {dtype} in {output}" if finished else "stopped")
     return cli.DONE if finished else cli.PREEMPTED
 
@@ -117,7 +126,7 @@ def main(argv: list[str]) -> int:
     config = load_config(Path(_WORKDIR.value)) if _WORKDIR.value else cli.resolve_config(_CONFIG)
     initialize(config.distributed)
 
-    def run() -> int:
+    def run(watchdog: Watchdog) -> int:
         return embed(
             config,
             workdir=_WORKDIR.value,
@@ -127,9 +136,11 @@ def main(argv: list[str]) -> int:
             what=_WHAT.value,
             dtype=_DTYPE.value,
             batch_size=_BATCH.value,
+            watchdog=watchdog,
         )
 
-    return run_main(run, code_of=cli.exit_code)
+    logs = Path(_OUTPUT.value) / "logs"
+    return run_main(run, config.distributed, code_of=cli.exit_code, logs=logs)
 
 
 if __name__ == "__main__":

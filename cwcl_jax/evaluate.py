@@ -24,6 +24,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_
 if TYPE_CHECKING:
     from cwcl_jax.evaluation.results import TaskResult
     from cwcl_jax.training.encode import Encoder
+    from cwcl_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +72,26 @@ def define_flags() -> Callable[[], Options]:
 
 
 def evaluate(options: Options) -> int:
-    """Runs what the options ask for; prints and writes the results."""
+    """Runs what the options ask for, alone or as one process of a job; the results are written."""
     _check(options)
+    # Here and not above: flags and settings are checked before the slow imports.
+    from cwcl_jax.training.distributed import initialize, run_main
+    from cwcl_jax.training.options import DistributedConfig
+
+    settings = options.config.distributed if options.config else DistributedConfig()
+    initialize(settings)
+    return run_main(lambda watchdog: _evaluate(options, watchdog), settings, code_of=cli.exit_code)
+
+
+def _evaluate(options: Options, watchdog: Watchdog) -> int:
     encoder, config = _load(options)
+    encoder.on_batch = watchdog.beat
     try:
-        if options.audio or options.image:
-            _rank_one(options, encoder, config)
-        else:
-            _run_tasks(options, encoder, _with_tasks(config, options.tasks))
+        with watchdog.phase("evaluation"):
+            if options.audio or options.image:
+                _rank_one(options, encoder, config)
+            else:
+                _run_tasks(options, encoder, _with_tasks(config, options.tasks))
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise ConfigError(str(error)) from error
     return cli.DONE

@@ -1,7 +1,7 @@
 """Trains one tower against another: `python -m cwcl_jax.train --config=configs/lit_cwcl.py`.
 
 The same command resumes an interrupted run, and says so when it is complete. Exit codes: 0 done,
-75 saved and stopped on request, 2 bad settings, 1 anything else.
+75 saved and stopped on request, 2 bad settings, 43 a deadline passed, 1 anything else.
 """
 
 from pathlib import Path
@@ -27,7 +27,12 @@ def main(argv: list[str]) -> int:
 
     initialize(config.distributed)
     workdir = Path(_WORKDIR.value or f"runs/{config.name}-{config.loss.name}")
-    return run_main(lambda: train(config, workdir), code_of=cli.exit_code)
+    return run_main(
+        lambda watchdog: train(config, workdir, watchdog),
+        config.distributed,
+        code_of=cli.exit_code,
+        logs=workdir / "logs",
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.image import eval_pixels
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.embed import embed
-from cwcl_jax.training import distributed
+from cwcl_jax.training import stopping
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.run import train
@@ -83,7 +83,8 @@ def test_interrupted_command_continues(tmp_path, monkeypatch):
             shard_size=40,
         )  # fmt: skip
 
-    monkeypatch.setattr(distributed.StopSignal, "requested", lambda self, step: True)
+    answers = iter([False, False, True])  # one batch into the second file
+    monkeypatch.setattr(stopping.IndependentStop, "requested", lambda self: next(answers))
     assert run() == PREEMPTED
     (first,) = tmp_path.glob("*.array_record")
     written = first.stat().st_mtime_ns

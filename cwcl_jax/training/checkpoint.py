@@ -34,6 +34,7 @@ class Checkpoints:
             # A reader must not remove what a run beside it is just writing.
             cleanup_tmp_directories=not read_only,
         )
+        _leave_preemption_alone(self._checkpointer)
 
     @property
     def latest_step(self) -> int | None:
@@ -104,3 +105,14 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _leave_preemption_alone(checkpointer: Any) -> None:
+    """Keeps orbax from asking jax whether a preemption is due.
+
+    It asks in every save, with the step's number, for its statistics alone, and again from a
+    thread when the files are written. jax finds the call to stop at from the latest number that
+    each process asked with, and the numbers must be consecutive (`stopping.StopSignal`): with
+    orbax's between them a request could be lost.
+    """
+    checkpointer._manager.reached_preemption = lambda step: False

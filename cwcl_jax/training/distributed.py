@@ -1,31 +1,37 @@
-"""One process or many: how they find each other, agree, stop together and fail together.
+"""One process or many: how they find each other, agree and fail together.
 
 JAX's distributed runtime is the engine. What is added: where its settings come from, a process
-that fails ends the whole job within seconds, a request to stop reaches every process at the same
-step, and a start-up check that all processes run the same thing.
+that fails ends the whole job within seconds, and a start-up check that all processes run the same
+thing. How they stop together: `stopping`; how one that hangs is found: `watchdog`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import ipaddress
+import json
 import os
 import re
-import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
+from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError
+from cwcl_jax.training.coordination import barrier, gather
 from cwcl_jax.training.options import DistributedConfig
+from cwcl_jax.training.process_logs import ProcessLog, open_process_log
+from cwcl_jax.training.watchdog import Watchdog
+
+# Seconds in which processes that fail alike wait for each other.
+_LAST_MEETING = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +168,7 @@ def initialize(config: DistributedConfig) -> None:
         local_device_ids=layout.local_device_ids,
         initialization_timeout=config.initialization_timeout,
         heartbeat_timeout_seconds=config.heartbeat_timeout,
+        shutdown_timeout_seconds=int(config.shutdown_timeout) or 300,
     )
 
 
@@ -175,97 +182,115 @@ def end_job(code: int) -> NoReturn:
 
     Leaving by an exception instead holds all processes in jax's shutdown barrier for minutes.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk must not keep it alive
+            stream.flush()
     os._exit(code)
 
 
-def run_main(main: Callable[[], int], *, code_of: Callable[[BaseException], int]) -> int:
-    """Runs `main`; with several processes, an exception in any ends the job within seconds.
+def run_main(
+    main: Callable[[Watchdog], int],
+    config: DistributedConfig,
+    *,
+    code_of: Callable[[BaseException], int],
+    logs: Path | None = None,
+) -> int:
+    """Runs `main` under the watchdog; with several processes an exception in any ends the job.
 
     Args:
-      main: returns the exit code.
+      main: gets the watchdog, in its phase "startup", and returns the exit code.
       code_of: exit code for an exception.
+      logs: folder for a log file of each process, of a job that has several.
     """
-    try:
-        return main()
-    except BaseException as error:
-        if not jax.distributed.is_initialized():
-            raise
-        rank = jax.process_index()
-        text = "".join(traceback.format_exception(error))
-        prefix = f"[process {rank} of {jax.process_count()}] "
-        print("".join(prefix + line + "\n" for line in text.splitlines()), file=sys.stderr)
-        end_job(code_of(error))
+    log = open_process_log(logs)
+    with Watchdog.from_config(config, outputs=log.last_words) as watchdog:
+        try:
+            with watchdog.phase("startup"):
+                code = main(watchdog)
+            with watchdog.phase("shutdown"):
+                if jax.distributed.is_initialized():
+                    jax.distributed.shutdown()
+            return code
+        except BaseException as error:
+            if not jax.distributed.is_initialized():
+                raise
+            _say_exception(log, error)
+            code = code_of(error)
+            if code == BAD_CONFIG:
+                # Mostly all processes find the same mistake: each may say so and give this code.
+                with contextlib.suppress(Exception):
+                    barrier("bad configuration", _LAST_MEETING)
+            end_job(code)
 
 
-def check_agreement(facts: Mapping[str, str]) -> None:
+def _say_exception(log: ProcessLog, error: BaseException) -> None:
+    prefix = f"[process {jax.process_index()} of {jax.process_count()}] "
+    text = "".join(traceback.format_exception(error))
+    if isinstance(error, ConfigError):
+        text = f"error: {error}"
+    log.say("".join(prefix + line + "\n" for line in text.splitlines()))
+
+
+def check_agreement(facts: Mapping[str, str], timeout: float) -> None:
     """Raises ConfigError, on every process, if one of `facts` differs between processes.
 
     Args:
       facts: what must be equal, by name, for example {"settings": config_hash(config)}.
+      timeout: seconds to wait for the other processes.
     """
-    if jax.process_count() == 1:
-        return
     names = sorted(facts)
-    digests = np.stack([_digest(facts[name]) for name in names])
-    everyone = np.asarray(multihost_utils.process_allgather(digests))
-    differences = [
-        f"{name} (process {', '.join(map(str, ranks))})"
-        for name, ranks in _differing(names, everyone).items()
-    ]
-    if differences:
-        raise ConfigError(
-            "the processes of this job do not run the same thing; what differs from process 0: "
-            + "; ".join(differences)
-        )
+    mine = json.dumps([_digest(facts[name]) for name in names])
+    everyone = [json.loads(text) for text in gather("agreement", mine, timeout)]
+    different = differing(names, everyone)
+    if not different:
+        return
+    # Only now the facts themselves travel.
+    values = gather("disagreement", json.dumps(dict(facts)), timeout)
+    lines = []
+    for name, processes in different.items():
+        here, there = (json.loads(values[process])[name] for process in (0, processes[0]))
+        listed = ", ".join(map(str, processes))
+        lines.append(f"{name} (process {listed}): {_difference(here, there)}")
+    raise ConfigError(
+        "the processes of this job do not run the same thing; what differs from process 0: "
+        + "; ".join(lines)
+    )
 
 
-def _digest(text: str) -> np.ndarray:
-    return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _differing(names: Sequence[str], digests: np.ndarray) -> dict[str, list[int]]:
-    """Names -> processes whose digest is not process 0's. `digests`: (processes, names, words)."""
+def differing(names: Sequence[str], digests: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Names -> processes whose digest is not process 0's. `digests`: by process, by name."""
     result = {}
     for position, name in enumerate(names):
-        ranks = np.flatnonzero((digests[:, position] != digests[0, position]).any(axis=-1))
-        if len(ranks):
-            result[name] = ranks.tolist()
+        ranks = [r for r, row in enumerate(digests) if row[position] != digests[0][position]]
+        if ranks:
+            result[name] = ranks
     return result
 
 
-class StopSignal:
-    """SIGTERM and Ctrl-C as a request to save and stop; a second Ctrl-C ends at once.
+def _difference(here: str, there: str) -> str:
+    """The first stretch in which two texts differ."""
+    first = next(
+        (i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b),
+        min(len(here), len(there)),
+    )
+    start = max(first - 20, 0)
+    return f"{there[start : first + 30]!r} there, {here[start : first + 30]!r} in process 0"
 
-    With several processes jax's runtime receives SIGTERM and makes all of them see the request at
-    the same step; Ctrl-C is left alone, since launchers turn it into SIGTERM.
-    """
 
-    def __init__(self) -> None:
-        self._received = False
-        self._previous: dict[int, Any] = {}
+def code_version() -> str:
+    """A hash of the package's source files."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
-    def __enter__(self) -> StopSignal:
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = True
-
-    def requested(self, step: int) -> bool:
-        """Whether all processes should save after `step` and stop.
-
-        Call it at every step with consecutive numbers: jax's agreement counts them.
-        """
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+def compiler_flags(environ: Mapping[str, str]) -> str:
+    """What decides which program the compiler makes; processes must not differ in it."""
+    names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
+    return "; ".join(f"{name}={environ.get(name, '')}" for name in names)

@@ -21,8 +21,10 @@ from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.pipeline import eval_batches
 from cwcl_jax.data.sources import Source, Subset
 from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.training import coordination
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
+from cwcl_jax.training.watchdog import Watchdog, unwatched
 
 OUTPUTS = ("features", "embeds")
 
@@ -87,15 +89,19 @@ def embed_source(
     batch_size: int,
     progress: Callable[[int, int, float], None],
     stop: Callable[[int], bool],
+    watchdog: Watchdog | None = None,
 ) -> bool:
-    """Embeds what is missing; False if it was asked to stop before the end.
+    """Embeds what is missing of the writer's files; False if asked to stop before the end.
 
-    Every process embeds the files that are its own, with the devices that are its own.
+    Every process embeds the files that are its own, with the devices that are its own. What was
+    written stays: the next start goes on from there.
 
     Args:
-      stop: called after each file with its number; True ends the work.
+      stop: called after each batch with the vectors done; True ends the work, and the file begun
+        is left out.
       progress: called with vectors done now, vectors to do, and seconds so far.
     """
+    watchdog = watchdog or unwatched()
     pending = writer.pending()
     total, done, start = sum(map(len, pending)), 0, time.perf_counter()
     for number, rows in enumerate(pending):
@@ -111,12 +117,25 @@ def embed_source(
             valid.append(batch["valid"])
             done += len(batch["id"])
             progress(done, total, time.perf_counter() - start)
+            watchdog.beat(f"file {number + 1} of {len(pending)}")
+            if stop(done) and done < total:
+                return False
         writer.write(rows, ids, np.concatenate(vectors), np.concatenate(valid))
-        # Several processes have different numbers of files, so they cannot agree on one to stop
-        # after; what they have written stays, and the next start goes on from there.
-        if jax.process_count() == 1 and stop(number) and number + 1 < len(pending):
-            return False
     return True
+
+
+def all_finished(finished: bool, stop: Callable[[], bool], watchdog: Watchdog) -> bool:
+    """Waits until all processes have ended their own work; whether all of it was done.
+
+    Args:
+      stop: called while waiting, so that a request to stop still reaches the others.
+    """
+
+    def waiting() -> None:
+        watchdog.beat("waiting for the other processes")
+        stop()
+
+    return set(coordination.meet("embedded", str(finished), waiting)) == {"True"}
 
 
 def _trimmed(batches: Any, count: int) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Encoder:
       blueprint: structure of the model.
       mesh: devices; batches of any size are padded to a multiple of their number.
       step: training steps done.
+      on_batch: called before each batch, equally often on all processes.
     """
 
     def __init__(self, functions: EncodeFunctions, params: Leaves, locked: Leaves, step: int):
@@ -74,6 +75,7 @@ class Encoder:
         self.blueprint = functions.blueprint
         self.mesh = functions.blueprint.mesh
         self.step = step
+        self.on_batch: Callable[[], None] = lambda: None
 
     def encode(
         self, modality: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
@@ -84,6 +86,7 @@ class Encoder:
           modality: a tower's name.
           inputs: that tower's inputs, each (b, ...), whole on every process.
         """
+        self.on_batch()
         size = len(next(iter(inputs.values())))
         padding = -size % self.mesh.size
         padded = {name: _pad(np.asarray(array), padding) for name, array in inputs.items()}

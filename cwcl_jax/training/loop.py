@@ -13,11 +13,13 @@ import numpy as np
 
 from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.distributed import StopSignal
+from cwcl_jax.training.coordination import barrier
 from cwcl_jax.training.input import DeviceBatch, DeviceInput
 from cwcl_jax.training.metrics import Progress, Writer
 from cwcl_jax.training.state import Leaves, TrainState
 from cwcl_jax.training.step import TrainStep
+from cwcl_jax.training.stopping import Stopped, StopSignal
+from cwcl_jax.training.watchdog import Watchdog
 from cwcl_jax.training.workdir import write_json
 
 # Steps that may be under way on the devices: enough to hide dispatch, few enough that their
@@ -39,7 +41,8 @@ class Loop:
     """Trains from a state to `config.total_steps`, or until asked to stop.
 
     Args:
-      evaluate: called with (state, step) at the chosen interval; returns scalars to log.
+      evaluate: called with (state, step) at the chosen interval; returns scalars to log, or raises
+        Stopped when someone asked to stop in the middle of it.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Loop:
         writers: list[Writer],
         progress: Progress,
         evaluate: Callable[[TrainState, int], dict[str, float]],
+        watchdog: Watchdog,
     ):
         self._config = config
         self._workdir = workdir
@@ -60,6 +64,7 @@ class Loop:
         self._writers = writers
         self._progress = progress
         self._evaluate = evaluate
+        self._watchdog = watchdog
         self._unread: deque[_Pending] = deque()
         self._last_values: dict[str, float] = {}
 
@@ -70,33 +75,57 @@ class Loop:
         done: int,
         batches: DeviceInput,
         stop: StopSignal,
+        *,
+        evaluation_is_missing: bool = False,
     ) -> tuple[TrainState, bool]:
         """The state after the last step, and whether all steps were done.
+
+        Args:
+          evaluation_is_missing: the run was stopped in the evaluation after step `done`.
 
         Raises:
           NonFiniteLossError: checkpoints made before it remain.
         """
         config = self._config
         clock = _Clock(config.global_batch_size, batches)
-        while done < config.total_steps:
-            batch = next(batches)
-            state, metrics = self._step(state, locked, batch.arrays)
-            done += 1
-            self._unread.append(_Pending(done, metrics, batch.index))
-            self._throttle()
-            if done == 1 or done % config.logging.every_steps == 0 or done == config.total_steps:
-                self._log(done, clock)
-            stopping = done < config.total_steps and stop.requested(done)
-            if self._save_is_due(done) or stopping:
+        start, stopping = done, done < config.total_steps and stop.requested()
+        if evaluation_is_missing and not stopping:
+            stopping = not self._run_evaluation(state, done)
+        while done < config.total_steps and not stopping:
+            with self._watchdog.phase("first_step" if done == start else "step"):
+                state, batch = self._advance(state, locked, batches, done + 1)
+                if done == start:  # its limit is for the compilation too, which is over then
+                    jax.block_until_ready(self._unread[-1].metrics)
+                done += 1
+                if (
+                    done == 1
+                    or done % config.logging.every_steps == 0
+                    or done == config.total_steps
+                ):
+                    self._log(done, clock)
+            stopping = done < config.total_steps and stop.requested()
+            saved = self._save_is_due(done) or stopping
+            if saved:
                 self._save(done, state, batch)
-            if stopping:
-                self._progress.end()
-                return state, False
-            if self._evaluation_is_due(done):
-                self._run_evaluation(state, done)
+            if self._evaluation_is_due(done) and not stopping:
+                stopping = not self._run_evaluation(state, done)
+                if stopping and not saved:
+                    self._save(done, state, batch)
                 clock.restart()
         self._progress.end()
-        return state, True
+        return state, not stopping
+
+    def _advance(
+        self, state: TrainState, locked: Leaves, batches: DeviceInput, number: int
+    ) -> tuple[TrainState, DeviceBatch]:
+        """Sends one step to the devices and waits for an earlier one."""
+        self._watchdog.beat(f"step {number}, waiting for data")
+        batch = next(batches)
+        self._watchdog.beat(f"step {number}, on the devices")
+        state, metrics = self._step(state, locked, batch.arrays)
+        self._unread.append(_Pending(number, metrics, batch.index))
+        self._throttle()
+        return state, batch
 
     def _throttle(self) -> None:
         """Waits for the step before the last one."""
@@ -146,18 +175,27 @@ class Loop:
         return done == self._config.total_steps or bool(every and done % every == 0)
 
     def _save(self, done: int, state: TrainState, batch: DeviceBatch) -> None:
-        self._read_metrics()  # never a checkpoint of parameters that a NaN has reached
-        self._checkpoints.save(done, state, batch.data_state)
+        with self._watchdog.phase("saving", f"step {done}"):
+            # Reading the metrics waits for all processes too, but could not say who is missing.
+            barrier("saving", self._config.distributed.barrier_timeout)
+            self._read_metrics()  # never a checkpoint of parameters that a NaN has reached
+            self._checkpoints.save(done, state, batch.data_state)
 
     def _evaluation_is_due(self, done: int) -> bool:
         every = self._config.evaluation.every_steps
         return bool(every and done % every == 0 and done < self._config.total_steps)
 
-    def _run_evaluation(self, state: TrainState, done: int) -> None:
+    def _run_evaluation(self, state: TrainState, done: int) -> bool:
+        """Whether it came to its end."""
         self._progress.end()
-        values = self._evaluate(state, done)
+        try:
+            with self._watchdog.phase("evaluation", f"after step {done}"):
+                values = self._evaluate(state, done)
+        except Stopped:
+            return False
         for writer in self._writers:
             writer.write(done, values)
+        return True
 
 
 class _Clock:

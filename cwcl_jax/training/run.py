@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +15,20 @@ from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
-from cwcl_jax.training.distributed import StopSignal, check_agreement, is_primary
+from cwcl_jax.training.coordination import gather
+from cwcl_jax.training.distributed import (
+    check_agreement,
+    code_version,
+    compiler_flags,
+    is_primary,
+)
 from cwcl_jax.training.embedding import check_embeddings
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
-from cwcl_jax.training.metrics import Progress, make_writers
+from cwcl_jax.training.metrics import Progress, make_writers, read_json_lines
 from cwcl_jax.training.plots import plot_losses
 from cwcl_jax.training.state import (
     Blueprint,
@@ -33,7 +40,9 @@ from cwcl_jax.training.state import (
     make_blueprint,
 )
 from cwcl_jax.training.step import TrainStep
+from cwcl_jax.training.stopping import Stopped, StopSignal
 from cwcl_jax.training.summary import tower_table
+from cwcl_jax.training.watchdog import Watchdog, unwatched
 from cwcl_jax.training.workdir import (
     check_same_data,
     check_same_run,
@@ -43,49 +52,61 @@ from cwcl_jax.training.workdir import (
 )
 
 
-def train(config: ExperimentConfig, workdir: Path) -> int:
+def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = None) -> int:
     """Trains in `workdir`, or resumes what it holds; returns the exit code.
 
     Raises:
       ConfigError: settings, data or weights that cannot work, before anything is computed.
       NonFiniteLossError: the loss diverged.
     """
+    watchdog = watchdog or unwatched()
     check_same_run(workdir, config)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
-    with (
-        _open_batches(config) as batches,
-        Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints,
-    ):
-        start = checkpoints.latest_step or 0
-        if start >= config.total_steps and evaluator.has_results():
-            say(f"{workdir} is complete ({start} steps). Its results:\n")
-            say(evaluator.saved_table())
-            return DONE
-        check_inputs(config)
-        evaluator.check_sources()
-        check_same_data(workdir, batches.fingerprint(), config)
-        check_agreement(
-            {
-                "settings": config_hash(config),
-                "packages": json.dumps(environment()["packages"]),
-                "training data": json.dumps(batches.fingerprint(), sort_keys=True, default=str),
-                "first step": str(start),
-            }
-        )
-        state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
-        check_same_sources(workdir, sources, config)
-        check_embeddings(blueprint, getattr(batches, "source", None), sources)
-        if is_primary():
-            write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
-        say(tower_table(blueprint))
-        say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
-        state, finished = _fit(blueprint, workdir, checkpoints, batches, evaluator, state, locked)
-        if not finished:
-            say(f"stopped after step {int(state.step)}, saved; the same command resumes")
-            return PREEMPTED
-    _finish(blueprint, workdir, evaluator, state, locked)
+    with StopSignal() as stop:
+        with (
+            _open_batches(config) as batches,
+            Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints,
+        ):
+            start = checkpoints.latest_step or 0
+            if start >= config.total_steps and evaluator.has_results():
+                say(f"{workdir} is complete ({start} steps). Its results:\n")
+                say(evaluator.saved_table())
+                return DONE
+            check_inputs(config)
+            evaluator.check_sources()
+            check_same_data(workdir, batches.fingerprint(), config)
+            check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
+            state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
+            check_same_sources(workdir, sources, config)
+            check_embeddings(blueprint, getattr(batches, "source", None), sources)
+            if is_primary():
+                write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
+            say(tower_table(blueprint))
+            say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
+            fit = _Fit(blueprint, workdir, checkpoints, batches, evaluator, watchdog)
+            state, finished = fit.run(state, locked, stop)
+            with watchdog.phase("saving", "the last checkpoint"):
+                checkpoints.wait()
+                last = checkpoints.latest_step or 0
+        if finished:
+            finished = _finish(blueprint, workdir, evaluator, state, locked, stop, watchdog)
+    if not finished:
+        say(f"stopped after step {last}, saved; the same command resumes")
+        return PREEMPTED
     return DONE
+
+
+def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, str]:
+    """What all processes must have in common."""
+    return {
+        "settings": config_hash(config),
+        "code": code_version(),
+        "packages": json.dumps(environment()["packages"]),
+        "compiler flags": compiler_flags(os.environ),
+        "training data": json.dumps(batches.fingerprint(), sort_keys=True, default=str),
+        "first step": str(start),
+    }
 
 
 @contextmanager
@@ -131,53 +152,101 @@ def _trained(blueprint: Blueprint) -> dict[str, list[str]]:
     }
 
 
-def _fit(
-    blueprint: Blueprint,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    batches: Batches,
-    evaluator: Evaluator,
-    state: TrainState,
-    locked: Leaves,
-) -> tuple[TrainState, bool]:
-    config = blueprint.config
-    start = int(state.step)
-    functions = EncodeFunctions(blueprint)
+class _Fit:
+    """The loop and what it needs; closed again when it ends."""
 
-    def evaluate(state: TrainState, step: int) -> dict[str, float]:
-        return evaluator.run(Encoder(functions, state.params, locked, step))
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        batches: Batches,
+        evaluator: Evaluator,
+        watchdog: Watchdog,
+    ):
+        self._blueprint = blueprint
+        self._workdir = workdir
+        self._checkpoints = checkpoints
+        self._batches = batches
+        self._evaluator = evaluator
+        self._watchdog = watchdog
 
-    writers = make_writers(workdir, config, start) if is_primary() else []
-    device_input = DeviceInput(batches, blueprint.mesh, depth=config.data.prefetch)
-    loop = Loop(
-        config,
-        workdir,
-        step=TrainStep(blueprint),
-        checkpoints=checkpoints,
-        writers=writers,
-        progress=Progress(config.total_steps),
-        evaluate=evaluate,
-    )
-    try:
-        with StopSignal() as stop:
-            return loop.run(state, locked, start, device_input, stop)
-    finally:
-        device_input.close()
-        for writer in writers:
-            writer.close()
+    def run(self, state: TrainState, locked: Leaves, stop: StopSignal) -> tuple[TrainState, bool]:
+        """The last state, and whether all steps were done."""
+        config, mesh = self._blueprint.config, self._blueprint.mesh
+        start = int(state.step)
+        functions = EncodeFunctions(self._blueprint)
+
+        def evaluate(state: TrainState, step: int) -> dict[str, float]:
+            encoder = Encoder(functions, state.params, locked, step)
+            encoder.on_batch = _between_batches(stop, self._watchdog)
+            return self._evaluator.run(encoder)
+
+        missing = self._evaluation_is_missing(start)
+        writers = make_writers(self._workdir, config, start) if is_primary() else []
+        device_input = DeviceInput(self._batches, mesh, depth=config.data.prefetch)
+        loop = Loop(
+            config,
+            self._workdir,
+            step=TrainStep(self._blueprint),
+            checkpoints=self._checkpoints,
+            writers=writers,
+            progress=Progress(config.total_steps),
+            evaluate=evaluate,
+            watchdog=self._watchdog,
+        )
+        try:
+            return loop.run(state, locked, start, device_input, stop, evaluation_is_missing=missing)
+        finally:
+            device_input.close()
+            for writer in writers:
+                writer.close()
+
+    def _evaluation_is_missing(self, start: int) -> bool:
+        """Whether the run was stopped in the evaluation after step `start`."""
+        config = self._blueprint.config
+        every = config.evaluation.every_steps
+        if not (start and every and start % every == 0 and start < config.total_steps):
+            return False
+        records = read_json_lines(self._workdir / "metrics.jsonl") if is_primary() else []
+        names = [name for record in records if record["step"] == start for name in record]
+        found = any(name.startswith("evaluation/") for name in names)
+        # Process 0's word counts: it rewrites the file next.
+        timeout = config.distributed.barrier_timeout
+        return gather("evaluation missing", str(not found), timeout)[0] == "True"
+
+
+def _between_batches(stop: StopSignal, watchdog: Watchdog) -> Callable[[], None]:
+    def between() -> None:
+        watchdog.beat()
+        if stop.requested():
+            raise Stopped
+
+    return between
 
 
 def _finish(
-    blueprint: Blueprint, workdir: Path, evaluator: Evaluator, state: TrainState, locked: Leaves
-) -> None:
-    """Evaluates the end of the run; writes and prints the results."""
-    step = int(state.step)
-    encoder = Encoder(EncodeFunctions(blueprint), state.params, locked, step)
-    table = evaluator.run_and_write(encoder)
-    if is_primary():
-        plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
-        say("\n" + table)
-        say(f"\nresults, metrics and plots are in {workdir}")
+    blueprint: Blueprint,
+    workdir: Path,
+    evaluator: Evaluator,
+    state: TrainState,
+    locked: Leaves,
+    stop: StopSignal,
+    watchdog: Watchdog,
+) -> bool:
+    """Evaluates the end of the run, writes and prints the results; False if stopped before."""
+    encoder = Encoder(EncodeFunctions(blueprint), state.params, locked, int(state.step))
+    encoder.on_batch = _between_batches(stop, watchdog)
+    with watchdog.phase("evaluation", "after the last step"):
+        try:
+            table = evaluator.run_and_write(encoder)
+        except Stopped:
+            return False
+        if is_primary():
+            plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+    say("\n" + table)
+    say(f"\nresults, metrics and plots are in {workdir}")
+    return True
 
 
 def say(text: str) -> None:

@@ -88,9 +88,8 @@ def test_loopback_coordinator_is_refused_for_several_hosts_only():
 
 
 def test_differing_processes_are_named():
-    digests = np.zeros((4, 2, 2), np.uint32)
-    digests[3, 1] = 7
-    assert distributed._differing(["data", "settings"], digests) == {"settings": [3]}
+    digests = [["a", "b"], ["a", "b"], ["a", "b"], ["a", "c"]]
+    assert distributed.differing(["data", "settings"], digests) == {"settings": [3]}
 
 
 def test_exit_codes():
@@ -113,7 +112,14 @@ if sys.argv[2:] == ["fail"] and os.environ["CWCL_PROCESS_ID"] == "1":
     def fail(*arguments, **options):
         raise RuntimeError("no such luck")
     run.make_writers = run.DeviceInput = fail
-sys.exit(distributed.run_main(lambda: run.train(config, workdir), code_of=exit_code))
+sys.exit(
+    distributed.run_main(
+        lambda watchdog: run.train(config, workdir, watchdog),
+        config.distributed,
+        code_of=exit_code,
+        logs=workdir / "logs",
+    )
+)
 """
 
 

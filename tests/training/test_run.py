@@ -97,8 +97,11 @@ def test_other_data_is_refused(finished, tmp_path):
 
 def test_interrupted_run_resumes_bit_for_bit(finished, tmp_path, monkeypatch):
     class StopAfterThree(run_module.StopSignal):
-        def requested(self, step):
-            return step == 3
+        calls = 0  # the first comes before the first step
+
+        def requested(self):
+            self.calls += 1
+            return self.calls == 4
 
     monkeypatch.setattr(run_module, "StopSignal", StopAfterThree)
     assert train(toy_config(), tmp_path) == PREEMPTED
@@ -118,10 +121,12 @@ from cwcl_jax.config import from_json
 from cwcl_jax.training import loop, run
 workdir, kill_after = Path(sys.argv[1]), int(sys.argv[2])
 class Kill(run.StopSignal):
-    def requested(self, step):
-        if step == kill_after:
+    calls = 0  # the first comes before the first step
+    def requested(self):
+        self.calls += 1
+        if kill_after and self.calls == kill_after + 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().requested(step)
+        return super().requested()
 run.StopSignal = Kill
 sys.exit(run.train(from_json((workdir.parent / "experiment.json").read_text()), workdir))
 """

@@ -1,0 +1,108 @@
+"""What processes tell each other through jax's coordination service, without any device.
+
+Everything here waits with a time-out and names the processes that did not come: a collective on
+devices would wait for ever, and say nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+# The service's client has no public name; this module is the only one that uses it.
+from jax._src import distributed as _jax_distributed
+
+_uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+class MissingProcessesError(TimeoutError):
+    """Some processes did not come to a barrier in time; the message names them."""
+
+
+def client() -> Any:
+    """The coordination service's client; None in a job of one process."""
+    return _jax_distributed.global_state.client if jax.distributed.is_initialized() else None
+
+
+def barrier(name: str, timeout: float) -> None:
+    """Waits for all processes, which must call it with the same names in the same order.
+
+    Args:
+      timeout: seconds.
+
+    Raises:
+      MissingProcessesError: someone did not come.
+    """
+    gather(name, "", timeout)
+
+
+def gather(name: str, value: str, timeout: float) -> list[str]:
+    """What each process gave, by process number; a barrier.
+
+    Raises:
+      MissingProcessesError: someone did not come.
+    """
+    service = client()
+    if service is None:
+        return [value]
+    count = jax.process_count()
+    key = f"cwcl_jax/{name}/{next(_uses[name])}"
+    service.key_value_set(f"{key}/{jax.process_index()}", value)
+    try:
+        service.wait_at_barrier(key, max(int(timeout * 1000), 1))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        present = {process for process, _ in _values(service, key)}
+        missing = [str(process) for process in range(count) if process not in present]
+        raise MissingProcessesError(
+            f"waited {timeout:g} s for all {count} processes at {name!r}; missing: process "
+            f"{', '.join(missing) or '(came late)'}. Its own log says what it was doing"
+        ) from error
+    return [text for _, text in sorted(_values(service, key))]
+
+
+def meet(name: str, value: str, while_waiting: Callable[[], None]) -> list[str]:
+    """`gather` without a time-out, for work of very different lengths.
+
+    Args:
+      while_waiting: called twice a second.
+    """
+    service = client()
+    if service is None:
+        return [value]
+    key = f"cwcl_jax/{name}/{next(_uses[name])}"
+    service.key_value_set(f"{key}/{jax.process_index()}", value)
+    while len(_values(service, key)) < jax.process_count():
+        while_waiting()
+        time.sleep(0.5)
+    return [text for _, text in sorted(_values(service, key))]
+
+
+def _values(service: Any, key: str) -> list[tuple[int, str]]:
+    pairs = service.key_value_dir_get(f"{key}/")
+    return [(int(path.rpartition("/")[2]), value) for path, value in pairs]
+
+
+def set_flag(name: str) -> None:
+    """Raises a flag that every process can see."""
+    service = client()
+    if service is not None:
+        service.key_value_set(f"cwcl_jax/flag/{name}", "1", allow_overwrite=True)
+
+
+def flag_is_set(name: str) -> bool:
+    """Whether any process has raised the flag."""
+    service = client()
+    if service is None:
+        return False
+    try:
+        service.key_value_try_get(f"cwcl_jax/flag/{name}")
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

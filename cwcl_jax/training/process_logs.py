@@ -1,0 +1,92 @@
+"""A log file of every process of a job, beside the run's other files.
+
+Process 0 talks to the terminal as well as to its file. The others' output, also that of compiled
+libraries, goes to their files alone; only their last words (an exception, the watchdog's stacks)
+reach the terminal too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+
+class Tee:
+    """A text stream that writes to several, of which only the first must work."""
+
+    def __init__(self, streams: Iterable[IO[str]]):
+        self._streams = list(streams)
+
+    def write(self, text: str) -> int:
+        self._streams[0].write(text)
+        for stream in self._streams[1:]:
+            with contextlib.suppress(OSError):  # a lost line of a log must not end the run
+                stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._streams[0].flush()
+
+    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding: the first one's
+        return getattr(self._streams[0], name)
+
+
+class ProcessLog:
+    """Where this process writes.
+
+    Attributes:
+      last_words: streams with a descriptor for what must be seen: the terminal and the file.
+    """
+
+    def __init__(self, last_words: list[IO[str]]):
+        self.last_words = last_words
+
+    def say(self, text: str) -> None:
+        """Writes to terminal and file; a full disk does not stop it."""
+        for stream in self.last_words:
+            try:
+                stream.write(text)
+                stream.flush()
+            except (OSError, ValueError):
+                continue
+
+
+def open_process_log(folder: Path | None) -> ProcessLog:
+    """Sends this process's output where it belongs; nothing changes in a job of one process.
+
+    Args:
+      folder: gets `process-N.log`, continued by every start; None for no files.
+    """
+    if folder is None or jax.process_count() == 1:
+        return ProcessLog([sys.stderr])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"process-{jax.process_index()}.log"
+    file = path.open("a", encoding="utf-8", buffering=1)
+    file.write(_header())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        terminal = sys.stderr
+        sys.stdout = Tee([sys.stdout, file])
+        sys.stderr = Tee([sys.stderr, file])
+        return ProcessLog([terminal, file])
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    return ProcessLog([terminal, file])
+
+
+def _header() -> str:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return (
+        f"--- {now} process {jax.process_index()} of {jax.process_count()} on "
+        f"{socket.gethostname()}, pid {os.getpid()}\n"
+    )

@@ -1,0 +1,80 @@
+"""Requests to save and stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from cwcl_jax.training import coordination
+
+
+class Stopped(Exception):
+    """Work was left in the middle because someone asked to stop."""
+
+
+class _Request:
+    """Remembers that SIGTERM or Ctrl-C came; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Any:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            # None: a handler that was not made in Python, here jax's, cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._received:
+                raise KeyboardInterrupt
+            with contextlib.suppress(OSError):  # print() is not safe in a signal handler
+                os.write(2, b"\nsaving and stopping; Ctrl-C again ends at once\n")
+        self._received = True
+
+
+class StopSignal(_Request):
+    """A request to stop that all processes see at the same call of `requested`.
+
+    With several processes jax's runtime receives SIGTERM and agrees on the call; Ctrl-C is left
+    alone then, since launchers turn it into SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = 0
+
+    def __enter__(self) -> Any:
+        return super().__enter__() if jax.process_count() == 1 else self
+
+    def requested(self) -> bool:
+        """Whether all processes should save and stop now; all of them call it equally often."""
+        if jax.process_count() == 1:
+            return self._received
+        # jax agrees on a call number, the largest so far plus one: the numbers must have no gaps.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)
+
+
+class IndependentStop(_Request):
+    """A request to stop for processes that work each at its own pace; it reaches all soon.
+
+    It takes SIGTERM over from jax's runtime, whose agreement needs equal numbers of calls.
+    """
+
+    def requested(self) -> bool:
+        """Whether this process should stop."""
+        if self._received:
+            coordination.set_flag("stop")
+        return self._received or coordination.flag_is_set("stop")

@@ -1,0 +1,147 @@
+"""A thread that ends a process whose work stands still.
+
+A process that dies is noticed by jax's runtime; one that lives and does nothing (a file system
+that hangs, a collective that one process never entered) is not, and holds the others for ever.
+Each phase of the work has a limit of time without progress. When it is over, the stacks of all
+threads are written down and the process ends with exit code 43; jax then ends the other ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cwcl_jax.cli import WATCHDOG
+from cwcl_jax.training.options import DistributedConfig
+
+PHASES = ("startup", "first_step", "step", "evaluation", "saving", "embedding", "shutdown")
+
+
+@dataclasses.dataclass
+class _Phase:
+    name: str
+    detail: str
+    since: float
+
+
+class Watchdog:
+    """Watches one phase at a time; what is done inside of a phase may be a phase of its own.
+
+    Args:
+      limits: seconds without progress by phase; 0 or none for no limit.
+      outputs: files with a descriptor, to which message and stacks go.
+      end: called with the exit code; does not return outside of tests.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, float],
+        *,
+        outputs: Sequence[Any] | None = None,
+        end: Callable[[int], Any] = os._exit,
+        tick: float = 0.5,
+    ):
+        self._limits = dict(limits)
+        self._outputs = outputs
+        self._end = end
+        self._tick = tick
+        self._lock = threading.Lock()
+        self._phases: list[_Phase] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def from_config(cls, config: DistributedConfig, **options: Any) -> Watchdog:
+        """With the limits of the settings."""
+        return cls({name: getattr(config, f"{name}_timeout") for name in PHASES}, **options)
+
+    def __enter__(self) -> Watchdog:
+        if any(self._limits.values()):
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    @contextmanager
+    def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        """The work within belongs to phase `name`; afterwards the outer phase starts anew."""
+        if name not in PHASES:
+            raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}")
+        with self._lock:
+            self._phases.append(_Phase(name, detail, time.monotonic()))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._phases.pop()
+                if self._phases:
+                    self._phases[-1].since = time.monotonic()
+
+    def beat(self, detail: str | None = None) -> None:
+        """Progress: the limit of the present phase starts anew."""
+        with self._lock:
+            if self._phases:
+                phase = self._phases[-1]
+                phase.since = time.monotonic()
+                phase.detail = phase.detail if detail is None else detail
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(self._tick):
+            now = time.monotonic()
+            self._forgive(now - last - self._tick)
+            last = now
+            message = self._overdue(now)
+            if message:
+                self._report(message)
+                self._end(WATCHDOG)
+                return
+
+    def _forgive(self, late: float) -> None:
+        """A process that was itself frozen (SIGSTOP, a suspended machine) is given that time."""
+        if late > 5.0:
+            with self._lock:
+                for phase in self._phases:
+                    phase.since += late
+
+    def _overdue(self, now: float) -> str:
+        """What to say if the present phase is over its limit, else ""."""
+        with self._lock:
+            if not self._phases:
+                return ""
+            phase = self._phases[-1]
+            limit, waited = self._limits.get(phase.name, 0), now - phase.since
+            if not limit or waited <= limit:
+                return ""
+            return (
+                f"watchdog: no progress for {waited:.0f} s in {phase.name}"
+                f"{f' ({phase.detail})' if phase.detail else ''}; the limit is "
+                f"config.distributed.{phase.name}_timeout={limit:g} (0: none). All stacks follow; "
+                f"this process ends with exit code {WATCHDOG}."
+            )
+
+    def _report(self, message: str) -> None:
+        outputs = [sys.stderr] if self._outputs is None else self._outputs
+        for output in outputs:
+            try:
+                output.write(f"\n{message}\n")
+                output.flush()
+                faulthandler.dump_traceback(output, all_threads=True)
+            except (OSError, ValueError):  # a full disk or a closed file must not keep it alive
+                continue
+
+
+def unwatched() -> Watchdog:
+    """One without limits, for callers that watch over themselves."""
+    return Watchdog({})

@@ -1,0 +1,103 @@
+"""The watchdog ends what stands still, and nothing else."""
+
+import tempfile
+import threading
+import time
+
+import pytest
+
+from cwcl_jax.cli import WATCHDOG, exit_code
+from cwcl_jax.training import watchdog as module
+from cwcl_jax.training.options import DistributedConfig
+from cwcl_jax.training.watchdog import PHASES, Watchdog, unwatched
+
+
+class Ended:
+    """Stands in for `os._exit`."""
+
+    def __init__(self):
+        self.code = None
+        self.event = threading.Event()
+
+    def __call__(self, code):
+        self.code = code
+        self.event.set()
+
+
+@pytest.fixture
+def ended():
+    return Ended()
+
+
+def watched(limits, ended, output):
+    return Watchdog(limits, outputs=[output], end=ended, tick=0.02)
+
+
+def test_a_phase_over_its_limit_ends_the_process_and_names_itself(ended):
+    with tempfile.TemporaryFile("w+") as output, watched({"step": 0.2}, ended, output) as dog:
+        with dog.phase("step", "step 7, waiting for data"):
+            assert ended.event.wait(10)
+        output.seek(0)
+        text = output.read()
+    assert ended.code == WATCHDOG
+    assert "in step (step 7, waiting for data); the limit is config.distributed.step" in text
+    # The stacks of all threads, this one's among them.
+    assert "test_a_phase_over_its_limit" in text
+    assert "most recent call first" in text
+
+
+def test_progress_and_phases_without_limit_keep_it_alive(ended):
+    with tempfile.TemporaryFile("w+") as output, watched({"step": 0.5}, ended, output) as dog:
+        with dog.phase("step"):
+            for _ in range(20):
+                time.sleep(0.05)
+                dog.beat()
+            with dog.phase("evaluation"):  # no limit
+                time.sleep(0.8)
+            # Back in the outer phase, whose time starts anew.
+            assert not ended.event.wait(0.1)
+        assert not ended.event.wait(0.8)  # outside of all phases
+    assert ended.code is None
+
+
+def test_compilation_has_a_limit_of_its_own(ended):
+    limits = {"first_step": 60.0, "step": 0.1}
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        watched(limits, ended, output) as dog,
+        dog.phase("step"),
+        dog.phase("first_step"),
+    ):
+        assert not ended.event.wait(0.5)
+
+
+def test_time_in_which_the_process_was_frozen_does_not_count(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    dog = Watchdog({"step": 10.0})
+    with dog.phase("step"):
+        now[0] = 100.0
+        assert dog._overdue(now[0])
+        dog._forgive(95.0)
+        assert not dog._overdue(now[0])
+        dog._forgive(0.3)  # a busy machine is no excuse
+        now[0] = 106.0
+        assert dog._overdue(now[0])
+
+
+def test_no_limits_no_thread():
+    with unwatched() as dog, dog.phase("step"):
+        assert "watchdog" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_every_phase_has_a_setting_and_unknown_phases_are_errors():
+    config = DistributedConfig()
+    assert all(getattr(config, f"{phase}_timeout") > 0 for phase in PHASES)
+    with pytest.raises(ValueError, match="phase 'stepp' is not one of startup, first_step"):
+        unwatched().phase("stepp").__enter__()
+    with pytest.raises(ValueError, match=r"step_timeout=-1\.0 must not be negative"):
+        DistributedConfig(step_timeout=-1.0)
+
+
+def test_a_passed_deadline_has_the_watchdogs_exit_code():
+    assert exit_code(TimeoutError("barrier")) == WATCHDOG
