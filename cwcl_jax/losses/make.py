@@ -23,7 +23,7 @@ from cwcl_jax.losses.weights import UserFunction
 Diagnostics = dict[str, Array]
 
 # Above this size of the gathered columns on one device, "auto" takes the ring.
-_GATHERED_BYTES = 2**30
+GATHERED_BYTES = 2**30
 
 
 @runtime_checkable
@@ -173,7 +173,7 @@ def _engine(config: LossConfig, mesh, axes: tuple[str, ...], u: Array, p) -> Eng
     if gathered.devices == 1:
         return OneDevice()
     width = u.shape[1] + (0 if p is None else p[0].size)
-    too_large = u.shape[0] * width * u.dtype.itemsize > _GATHERED_BYTES
+    too_large = u.shape[0] * width * u.dtype.itemsize > GATHERED_BYTES
     return Ring(mesh, axes) if too_large else gathered
 
 

@@ -57,11 +57,16 @@ def _attention(
 
 
 def _cudnn_may_fit(query: jax.Array, *, masked: bool) -> bool:
+    _, tokens, _, head_dim = query.shape
+    fits = cudnn_takes(query.dtype, tokens, head_dim, masked=masked)
+    return fits and jax.default_backend() == "gpu"
+
+
+def cudnn_takes(dtype: DTypeLike, tokens: int, head_dim: int, *, masked: bool) -> bool:
     """What cuDNN asks of types and sizes, known without a device."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    sizes = query.shape[3] % 8 == 0 and query.shape[3] <= 128
-    even = query.shape[1] % 2 == 0
-    return half and sizes and (even or not masked) and jax.default_backend() == "gpu"
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    sizes = head_dim % 8 == 0 and head_dim <= 128
+    return half and sizes and (tokens % 2 == 0 or not masked)
 
 
 @functools.cache
