@@ -1,0 +1,113 @@
+"""Says what a run needs before anything is rented: `python -m cwcl_jax.plan --mesh=a100x4 ...`.
+
+`--mesh=a100x4` names a chip and a number of devices. The config's model, optimizer and train step
+are built for that many virtual devices without data, weights or memory; the step is compiled, never
+run. Printed are parameters, bytes on a device, flops, traffic, the time at the chip's peaks, the
+largest batch that fits, and what changes with other settings. Chips: a100-40, a100-80, h100, h200,
+v4, v5e, v5p, v6e.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from absl import flags
+
+from cwcl_jax import cli
+from cwcl_jax.config import ConfigError, ExperimentConfig
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config_flag()
+    flags.declare_key_flag("config")  # so that --help shows it
+    _MESH = flags.DEFINE_string("mesh", "", "Chip and number of devices, for example a100x4.")
+    _COMPILE = flags.DEFINE_bool("compile", True, "Compile the step; without: shapes only.")
+    _VARIANTS = flags.DEFINE_bool("variants", True, "Also say what other settings would change.")
+    _EFFICIENCY = flags.DEFINE_float(
+        "efficiency", 0.5, "Share of the roofline that a real run is taken to reach."
+    )
+    _OUTPUT = flags.DEFINE_string("output", "", "Also write the plan to this file.")
+
+
+def plan(
+    config: ExperimentConfig,
+    mesh: str,
+    *,
+    compile_step: bool = True,
+    variants: bool = True,
+    efficiency: float = 0.5,
+) -> str:
+    """The plan as text. The process must have as many devices as `mesh` says, of any kind.
+
+    Raises:
+      ConfigError: an unknown chip, or a config that cannot run on such a mesh.
+    """
+    import jax
+
+    from cwcl_jax.planning import compiled, inputs, report
+    from cwcl_jax.planning import variants as changes
+    from cwcl_jax.planning.chips import parse_mesh
+    from cwcl_jax.planning.estimate import Planner
+
+    if not 0 < efficiency <= 1:
+        raise ConfigError(f"--efficiency={efficiency}: a share between 0 and 1")
+    chip, count = parse_mesh(mesh)
+    devices = jax.devices()[:count]
+    if len(devices) < count:
+        raise ConfigError(f"--mesh={mesh}: this process has only {len(devices)} devices")
+    config = without_files(config)
+    planner = Planner(chip, devices)
+    embedded: tuple[str, ...] = ()
+    if "embeds=" in config.data.train:
+        embedded = inputs.embedded_modalities(planner.estimate(config).blueprint)
+    base = planner.estimate(config, embedded)
+    found = compiled.compile_step(base.blueprint, base.batch) if compile_step else None
+    others = changes.variants(base, planner) if variants else ()
+    return report.report(base, found, others, efficiency=efficiency)
+
+
+def without_files(config: ExperimentConfig) -> ExperimentConfig:
+    """The config without weights, where a preset gives a tower's sizes."""
+    towers = {
+        modality: dataclasses.replace(tower, weights="") if tower.preset else tower
+        for modality, tower in config.towers.items()
+    }
+    return dataclasses.replace(config, towers=towers)
+
+
+def virtual_devices(count: int) -> None:
+    """Makes this process one of `count` CPU devices; before JAX has looked for any."""
+    import jax
+
+    forced = r"--xla_force_host_platform_device_count=\d+"
+    os.environ["XLA_FLAGS"] = re.sub(forced, "", os.environ.get("XLA_FLAGS", ""))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def main(argv: list[str]) -> int:
+    """Resolves the flags, prints the plan."""
+    del argv
+    from cwcl_jax.planning.chips import parse_mesh
+
+    if not _MESH.value:
+        raise ConfigError("--mesh is missing: a chip and a number of devices, such as a100x4")
+    config = cli.resolve_config(_CONFIG)
+    virtual_devices(parse_mesh(_MESH.value)[1])
+    text = plan(
+        config,
+        _MESH.value,
+        compile_step=_COMPILE.value,
+        variants=_VARIANTS.value,
+        efficiency=_EFFICIENCY.value,
+    )
+    print(text)
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(text + "\n", encoding="utf-8")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,110 @@
+"""Accelerators as data sheets describe them, and meshes of them by name.
+
+Peaks are those of dense matrix products. Every row names where its numbers are published; what a
+program reaches of them is another matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+from cwcl_jax.config import ConfigError
+
+_GB, _GIB, _TERA = 10**9, 2**30, 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      memory: bytes.
+      half: flops of bfloat16 products.
+      single: flops of float32 products at JAX's default precision (TF32; one bfloat16 pass).
+      highest: flops of float32 products at precision "highest" (no tensor cores; six passes).
+      bandwidth: bytes/s between memory and chip.
+      link: bytes/s that one chip sends to the others of its island.
+      island: chips joined by such links: an NVLink node, a pod.
+      network: bytes/s that one chip sends out of its island.
+      has_fused_attention: whether cuDNN's kernel exists, which keeps no tokens x tokens array.
+      source: where the numbers are published.
+    """
+
+    name: str
+    memory: int
+    half: float
+    single: float
+    highest: float
+    bandwidth: float
+    link: float
+    island: int
+    network: float
+    has_fused_attention: bool
+    source: str
+
+    def sends(self, devices: int) -> float:
+        """Bytes/s that each of `devices` chips can send at once."""
+        return self.link if devices <= self.island else min(self.link, self.network)
+
+
+def _gpu(name, memory, half, single, highest, bandwidth, link, network, source) -> Chip:
+    """Nodes of eight with one network card for each GPU, as NVIDIA's DGX machines have them."""
+    return Chip(
+        name, memory * _GB, half * _TERA, single * _TERA, highest * _TERA, bandwidth * _GB,
+        link * _GB, 8, network * _GB, True, source,
+    )  # fmt: skip
+
+
+def _tpu(name, memory, half, bandwidth, link, pod, network, source) -> Chip:
+    """A TPU multiplies float32 in bfloat16 passes: one by default, six at precision "highest"."""
+    return Chip(
+        name, memory * _GIB, half * _TERA, half * _TERA, half * _TERA / 6, bandwidth * _GB,
+        link * _GB, pod, network * _GB, False, source,
+    )  # fmt: skip
+
+
+_A100 = "NVIDIA A100 data sheet (SXM); DGX A100: 200 Gb/s per GPU"
+_H100 = "NVIDIA H100 data sheet (SXM), dense; DGX H100: 400 Gb/s per GPU"
+_H200 = "NVIDIA H200 data sheet (SXM), dense; DGX H200: 400 Gb/s per GPU"
+_TPU = "cloud.google.com/tpu/docs/"
+
+CHIPS: dict[str, Chip] = {
+    chip.name: chip
+    for chip in (
+        _gpu("a100-40", 40, 312, 156, 19.5, 1555, 300, 25, _A100),
+        _gpu("a100-80", 80, 312, 156, 19.5, 2039, 300, 25, _A100),
+        _gpu("h100", 80, 989, 495, 67, 3350, 450, 50, _H100),
+        _gpu("h200", 141, 989, 495, 67, 4800, 450, 50, _H200),
+        # Out of a pod: the host's network cards divided by its chips.
+        _tpu("v4", 32, 275, 1200, 300, 4096, 6.25, _TPU + "v4; network as v5p (not published)"),
+        _tpu("v5e", 16, 197, 819, 200, 256, 3.125, _TPU + "v5e, v6e"),
+        _tpu("v5p", 95, 459, 2765, 600, 8960, 6.25, _TPU + "v5p"),
+        _tpu("v6e", 32, 918, 1640, 448, 256, 12.5, _TPU + "v6e"),
+    )
+}
+_ALIASES = {"a100": "a100-80", "tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p", "tpu-v6e": "v6e"}
+
+
+def parse_mesh(text: str) -> tuple[Chip, int]:
+    """The chip and the number of devices of `a100x4`, `v5e:256` or `h100`.
+
+    Raises:
+      ConfigError: no such chip (names the nearest), or no number of devices.
+    """
+    match = re.fullmatch(r"([a-z0-9\-]+?)(?:[x:](\d+))?", text.strip().lower())
+    name = match[1] if match else text
+    name = _ALIASES.get(name, name)
+    if name not in CHIPS or match is None:
+        known = sorted([*CHIPS, *_ALIASES])
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"--mesh={text}: no chip of that name; {hint}known: {', '.join(known)}; write the "
+            "number of devices behind it, as in a100x4"
+        )
+    devices = int(match[2] or 1)
+    if devices < 1:
+        raise ConfigError(f"--mesh={text}: a mesh has at least one device")
+    return CHIPS[name], devices

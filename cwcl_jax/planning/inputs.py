@@ -1,0 +1,77 @@
+"""The abstract batch of a config: shapes that its pipeline would give, without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cwcl_jax.training import sharding
+from cwcl_jax.training.state import Blueprint
+
+AbstractBatch = dict[str, dict[str, jax.ShapeDtypeStruct]]
+
+
+def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> AbstractBatch:
+    """The global batch, split over the mesh.
+
+    Args:
+      embedded: modalities of which the data gives features in place of raw inputs.
+    """
+    return {
+        modality: inputs_of(
+            blueprint, modality, blueprint.config.global_batch_size, modality in embedded
+        )
+        for modality in blueprint.config.modalities
+    }
+
+
+def inputs_of(
+    blueprint: Blueprint, modality: str, examples: int, embedded: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The inputs of one tower for a number of examples."""
+    tower = blueprint.config.towers[modality]
+    shapes: dict[str, tuple[tuple[int, ...], Any]]
+    if embedded or tower.encoder == "precomputed":
+        model = blueprint.model_def.merge(blueprint.abstract)
+        shapes = {"embeds": ((model.towers[modality].feature_width,), jnp.float32)}
+    else:
+        shapes = _raw_shapes(blueprint, modality)
+    split = sharding.batch_sharding(blueprint.mesh)
+    return {
+        name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=split)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _raw_shapes(blueprint: Blueprint, modality: str) -> dict[str, tuple[tuple[int, ...], Any]]:
+    data = blueprint.config.data
+    if modality == "image":
+        return {"pixels": ((data.image.size, data.image.size, 3), jnp.uint8)}
+    if modality == "text":
+        tokens = (data.text.max_tokens,)
+        return {"tokens": (tokens, jnp.int32), "mask": (tokens, jnp.bool_)}
+    samples = round(data.speech.sample_rate * data.speech.max_seconds)
+    return {"waveform": ((samples,), jnp.int16), "length": ((), jnp.int32)}
+
+
+def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
+    """Modalities whose features the training data already holds: `embeds=` in its source line."""
+    config = blueprint.config
+    if "embeds=" not in config.data.train:
+        return ()
+    return tuple(m for m in config.modalities if blueprint.features_are_locked(m))
+
+
+def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
+    """Modalities whose locked tower could run once, ahead of the training."""
+    given = embedded_modalities(blueprint)
+    return tuple(
+        modality
+        for modality in blueprint.config.modalities
+        if blueprint.features_are_locked(modality)
+        and modality not in given
+        and blueprint.config.towers[modality].encoder != "precomputed"
+    )

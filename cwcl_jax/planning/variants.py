@@ -1,0 +1,63 @@
+"""What would change: the same config with one thing different."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.planning.estimate import Estimate, Planner
+from cwcl_jax.planning.inputs import can_be_embedded
+from cwcl_jax.training.options import MeshConfig
+
+_MOST_FSDP = 8
+
+
+def variants(base: Estimate, planner: Planner) -> Iterator[tuple[str, Estimate | ConfigError]]:
+    """(what differs, the estimate or why it cannot be), the config itself first."""
+    yield "as configured", base
+    for name, config, embedded in _changes(base):
+        try:
+            yield name, planner.estimate(config, embedded)
+        except ConfigError as error:
+            yield name, error
+
+
+def _changes(base: Estimate) -> Iterator[tuple[str, ExperimentConfig, tuple[str, ...]]]:
+    config, count = base.blueprint.config, base.devices
+    same = base.embedded
+    if locked := can_be_embedded(base.blueprint):
+        yield f"{' and '.join(locked)} tower precomputed (embed)", config, (*same, *locked)
+    fsdp = min(count, _MOST_FSDP)
+    if count > 1 and config.mesh.fsdp != fsdp and count % fsdp == 0:
+        mesh = MeshConfig(fsdp=fsdp)
+        yield f"mesh.fsdp={fsdp}", dataclasses.replace(config, mesh=mesh), same
+    if rematerialised := _rematerialised(base):
+        yield "remat=full in tuned towers", rematerialised, same
+    if count > 1:
+        for form in ("gathered", "ring"):
+            if config.loss.form != form:
+                loss = dataclasses.replace(config.loss, form=form)
+                yield f"loss.form={form}", dataclasses.replace(config, loss=loss), same
+    if config.loss.precision != "high":
+        loss = dataclasses.replace(config.loss, precision="default")
+        yield "loss.precision=default", dataclasses.replace(config, loss=loss), same
+    for chunks in {1, 4 * config.accumulation_steps} - {config.accumulation_steps}:
+        if config.global_batch_size % (chunks * count) == 0:
+            name = f"accumulation_steps={chunks}"
+            yield name, dataclasses.replace(config, accumulation_steps=chunks), same
+
+
+def _rematerialised(base: Estimate) -> ExperimentConfig | None:
+    """The config with rematerialisation in every tower that trains and can have it."""
+    config = base.blueprint.config
+    towers = {
+        modality: dataclasses.replace(tower, remat="full")
+        for modality, tower in config.towers.items()
+        if not base.blueprint.features_are_locked(modality)
+        and tower.remat == "none"
+        and tower.encoder not in ("conv_speech", "precomputed")
+    }
+    if not towers:
+        return None
+    return dataclasses.replace(config, towers={**config.towers, **towers})

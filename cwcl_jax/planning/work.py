@@ -1,0 +1,149 @@
+"""Work of a traced step: flops by precision, bytes of its products, what it sends.
+
+Counted in the jaxpr, so exact for matrix products and for loops: XLA's own cost analysis counts
+the body of a loop once, whatever its length.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from cwcl_jax.planning.graph import subjaxprs
+
+PRECISIONS = ("half", "single", "highest")
+_SENDING = (
+    "all_gather",
+    "psum_scatter",
+    "reduce_scatter",
+    "psum",
+    "ppermute",
+    "pmax",
+    "all_to_all",
+)
+
+
+def _sums() -> dict[Any, float]:
+    return collections.defaultdict(float)
+
+
+@dataclasses.dataclass
+class Work:
+    """What one device does in one step, if the devices share the work evenly.
+
+    Attributes:
+      flops: of products, by precision: "half", "single" (float32, default), "highest" (float32).
+      elementwise: elements that all other operations make.
+      product_bytes: operands and results of products.
+      score_bytes: of these, attention's tokens x tokens arrays, by the number of tokens.
+      sent: bytes that explicit collectives (those of the loss) send, by kind.
+      endless: loops without a known length, counted once.
+    """
+
+    flops: dict[str, float] = dataclasses.field(default_factory=_sums)
+    elementwise: float = 0.0
+    product_bytes: float = 0.0
+    score_bytes: dict[int, float] = dataclasses.field(default_factory=_sums)
+    sent: dict[str, float] = dataclasses.field(default_factory=_sums)
+    endless: int = 0
+
+    @property
+    def total_flops(self) -> float:
+        """Of all products."""
+        return float(sum(self.flops.values()))
+
+
+def count_work(function: Callable[..., Any], *arguments: Any, devices: int) -> Work:
+    """The work of `function` for abstract global arguments, per device."""
+    work = Work()
+    _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1 / devices, devices, work)
+    return work
+
+
+def _count(jaxpr: Any, times: float, devices: int, work: Work) -> None:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            _count_product(equation, times, work)
+        elif name == "conv_general_dilated":
+            _count_convolution(equation, times, work)
+        elif name in _SENDING:
+            work.sent[name] += times * _sent_bytes(equation, name, devices)
+        else:
+            inner = list(subjaxprs(equation))
+            if not inner:
+                work.elementwise += times * sum(math.prod(v.aval.shape) for v in equation.outvars)
+            for body in inner if name != "cond" else inner[:1]:
+                _count(body, times * _repeats(equation, devices, work), devices, work)
+
+
+def _repeats(equation: Any, devices: int, work: Work) -> float:
+    """How often an operation runs its body, in units of a device's share."""
+    name = equation.primitive.name
+    if name == "scan":
+        return equation.params["length"]
+    if name == "shard_map":
+        return devices  # shapes inside are those of one device
+    if name == "while":
+        work.endless += 1
+    return 1
+
+
+def _count_product(equation: Any, times: float, work: Work) -> None:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    left, right = (atom.aval for atom in equation.invars)
+    out = equation.outvars[0].aval
+    depth = math.prod(left.shape[axis] for axis in contracting)
+    work.flops[_precision(equation, left)] += times * 2 * math.prod(out.shape) * depth
+    for aval in (left, right, out):
+        size = times * math.prod(aval.shape) * aval.dtype.itemsize
+        work.product_bytes += size
+        if is_scores(aval.shape):
+            work.score_bytes[aval.shape[-1]] += size
+
+
+def _count_convolution(equation: Any, times: float, work: Work) -> None:
+    left, kernel = (atom.aval for atom in equation.invars)
+    out = equation.outvars[0].aval
+    features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+    depth = math.prod(kernel.shape) // features
+    work.flops[_precision(equation, left)] += times * 2 * math.prod(out.shape) * depth
+    for aval in (left, kernel, out):
+        work.product_bytes += times * math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def _precision(equation: Any, operand: Any) -> str:
+    if operand.dtype.itemsize <= 2:
+        return "half"
+    chosen = equation.params.get("precision")
+    first = chosen[0] if isinstance(chosen, tuple) else chosen
+    return "highest" if first == jax.lax.Precision.HIGHEST else "single"
+
+
+def _sent_bytes(equation: Any, name: str, devices: int) -> float:
+    """What one device sends: as the bandwidth-optimal ring algorithms do."""
+    sizes = [
+        math.prod(atom.aval.shape) * atom.aval.dtype.itemsize
+        for atom in equation.invars
+        if not isinstance(atom, core.Literal)
+    ]
+    own, others = sum(sizes), devices - 1
+    factor = {
+        "all_gather": others,  # of its own part to each of the others
+        "psum": 2 * others / devices,
+        "pmax": 2 * others / devices,
+        "ppermute": min(others, 1),
+    }.get(name, others / devices)
+    return own * factor
+
+
+def is_scores(shape: tuple[int, ...]) -> bool:
+    """Whether an array is (batch, heads, tokens, tokens), with or without an axis of one."""
+    kept = (*shape[:2], *(size for size in shape[2:] if size != 1))
+    return len(kept) >= 4 and kept[-1] == kept[-2]

@@ -1,0 +1,122 @@
+"""Reckoned memory against a step that really ran, and against the literature."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cwcl_jax.planning.chips import CHIPS
+from cwcl_jax.planning.compiled import compile_step
+from cwcl_jax.planning.estimate import Planner
+from cwcl_jax.planning.kept import kept_for_backward
+from cwcl_jax.planning.memory import state_bytes
+from cwcl_jax.planning.towers import tower_needs
+from cwcl_jax.training import sharding
+from cwcl_jax.training.options import MeshConfig
+from cwcl_jax.training.state import initialise
+from cwcl_jax.training.step import TrainStep
+from tests.planning.wide import TEXT, wide_config
+
+
+def on_first_device(tree):
+    """Bytes that real arrays occupy there."""
+    first = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_memory_agrees_with_a_step_that_ran(fsdp):
+    config = dataclasses.replace(wide_config(), mesh=MeshConfig(fsdp=fsdp))
+    base = Planner(CHIPS["a100-40"], jax.devices()).estimate(config)
+    compiled = compile_step(base.blueprint, base.batch)
+
+    state, locked, _ = initialise(base.blueprint)
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), base.batch)
+    batch = sharding.put_batch(base.blueprint.mesh, batch)
+    step = TrainStep(base.blueprint)
+    run = step._jitted.lower(state, locked, batch).compile()
+    state, _ = run(state, locked, batch)
+    memory = run.memory_analysis()
+
+    there = on_first_device((state, locked, batch))
+    reckoned = base.memory.state + state_bytes(jax.tree.leaves(base.batch))
+    assert reckoned == pytest.approx(there, rel=0.1)
+    assert compiled.argument_bytes == pytest.approx(memory.argument_size_in_bytes, rel=0.1)
+    assert compiled.temporary_bytes == pytest.approx(memory.temp_size_in_bytes, rel=0.1)
+
+
+def test_fsdp_splits_the_state():
+    chip, devices = CHIPS["h100"], jax.devices()
+    whole, split = (
+        Planner(chip, devices).estimate(
+            dataclasses.replace(wide_config(), mesh=MeshConfig(fsdp=fsdp))
+        )
+        for fsdp in (1, 4)
+    )
+    # Small leaves (biases, norms) stay whole on every device.
+    assert split.memory.optimizer == pytest.approx(whole.memory.optimizer / 4, rel=0.1)
+    assert split.memory.activations == whole.memory.activations
+    assert sum(split.sent.values()) > sum(whole.sent.values())
+
+
+def test_a_block_keeps_sixteen_arrays_of_its_tokens():
+    """Korthikanti et al. 2022, section 4.1: 34 bytes per element in 16 bits with dropout masks."""
+    config = wide_config(**{"towers.text.overrides": TEXT | {"depth": 9}})
+    needs = tower_needs(config, "text", ())
+    per_block = 16 * TEXT["max_tokens"] * TEXT["width"] * 4
+    assert needs.kept == pytest.approx(9 * per_block, rel=0.1)
+
+
+def test_needs_grow_by_the_block_as_a_whole_trace_says():
+    deep = wide_config(**{"towers.text.overrides": TEXT | {"depth": 4}})
+    from_blocks = tower_needs(deep, "text", ())
+    towers = {**deep.towers, "text": dataclasses.replace(deep.towers["text"], tune="last:4")}
+    whole = tower_needs(dataclasses.replace(deep, towers=towers), "text", ())
+    # With last:4 the embeddings are locked, and their gather keeps nothing.
+    assert from_blocks.kept == pytest.approx(whole.kept, rel=0.05)
+
+
+def test_elementwise_chains_are_computed_again_and_products_kept():
+    def function(kernels, x):
+        for kernel in kernels:
+            x = jnp.tanh(x @ kernel) * 2 + 1
+        return x
+
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    kernels = [jax.ShapeDtypeStruct((16, 16), jnp.float32)] * 3
+    kept = kept_for_backward(function, kernels, x)
+    # Three results before tanh, and the operands of the second and third product.
+    assert kept.other == 5 * 8 * 16 * 4
+
+
+def test_remat_keeps_block_inputs_only():
+    plain = tower_needs(wide_config(), "text", ())
+    again = tower_needs(wide_config(**{"towers.text.remat": "full"}), "text", ())
+    assert again.kept < 0.25 * plain.kept
+    assert again.working > plain.working
+
+
+def test_locked_towers_keep_nothing():
+    config = wide_config(**{"towers.image.tune": "none", "towers.image.head": "none",
+                            "embed_dim": 128})  # fmt: skip
+    needs = tower_needs(config, "image", ())
+    assert needs.kept == needs.kept_scores == 0
+    assert needs.working > 0
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+    chip = dataclasses.replace(CHIPS["a100-40"], memory=200_000_000)
+    base = Planner(chip, jax.devices()).estimate(wide_config())
+    largest, step = base.largest_batch(), base.devices
+    limit = 0.9 * chip.memory
+    assert largest % step == 0
+    assert base.memory_of(largest).total <= limit < base.memory_of(largest + step).total
