@@ -106,3 +106,15 @@ def test_random_damage_never_ends_the_run():
             data[place] = rng.integers(256)
         with contextlib.suppress(BadExample):
             assert waveform(bytes(data), INPUTS)["waveform"].shape == (3200,)
+
+
+def test_clipped_and_silent_recordings_are_taken_as_they_are():
+    clipped = np.clip(tone(0.1).astype(int) * 50, -32768, 32767).astype(np.int16)
+    made = waveform((clipped, 8_000), SpeechInputs(max_seconds=0.3))
+    # Resampling overshoots full scale; it must not wrap around to the other sign.
+    inner = made["waveform"][100 : int(made["length"]) - 100].astype(int)
+    upsampled = np.repeat(clipped.astype(int), 2)[100 : 100 + len(inner)]
+    assert np.mean(np.sign(inner) == np.sign(upsampled)) > 0.95
+    silent = waveform((np.zeros(800, np.int16), 16_000), INPUTS)
+    assert silent["length"] == 800
+    assert not silent["waveform"].any()

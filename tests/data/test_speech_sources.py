@@ -179,3 +179,30 @@ def test_speech_manifests_in_jsonl(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
     example = open_source(f"jsonl:{tmp_path}/m.jsonl")[0]
     assert example == {"id": "wavs/1.wav", "audio": AUDIO + b"1.wav", "text": "hello"}
+
+
+def test_lists_of_clip_durations_are_read_where_a_release_has_them(tmp_path):
+    (tmp_path / "train.tsv").write_text("path\tsentence\na.mp3\tone\nb.mp3\ttwo\nc.mp3\tthree\n")
+    assert open_source(f"common_voice:{tmp_path}").durations is None
+    (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\nb.mp3\t1500\na.mp3\t500\n")
+    assert list(open_source(f"common_voice:{tmp_path}").durations) == [0.5, 1.5, 1.0]
+
+
+def test_lists_without_their_columns_are_an_error_that_names_them(tmp_path):
+    (tmp_path / "train.tsv").write_text("path\ttext\na.mp3\tone\n")
+    with pytest.raises(ValueError, match=r"train\.tsv: the header has no sentence \(it has path"):
+        open_source(f"common_voice:{tmp_path}")
+    (tmp_path / "test.jsonl").write_text('{"slurp_id": 1, "sentence": "a"}\n')
+    with pytest.raises(ValueError, match="a sentence has no scenario, action"):
+        open_source(f"slurp:{tmp_path}")
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "test.tsv").write_text("id\tutterance\n1\tcall\n")
+    with pytest.raises(ValueError, match="has no file_id"):
+        open_source(f"stop:{tmp_path}?split=test")
+
+
+def test_a_broken_line_of_slurp_is_left_out(tmp_path):
+    _slurp(tmp_path)
+    file = tmp_path / "test.jsonl"
+    file.write_text("{broken\n" + file.read_text())
+    assert len(open_source(f"slurp:{tmp_path}?split=test&unit=sentences")) == 3

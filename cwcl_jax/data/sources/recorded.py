@@ -207,9 +207,8 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
     )
 
 
-def _work() -> None:
-    """One process: speaks the shards that come on its standard input."""
-    source, folder, shards = pickle.load(sys.stdin.buffer)
+def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
+    """Writes some of the files of a folder."""
     for shard in shards:
         path = _paths(folder, len(source))[shard]
         rows = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
@@ -243,4 +242,4 @@ def without_silence(samples: Int16[np.ndarray, " n"]) -> Int16[np.ndarray, " m"]
 
 
 if __name__ == "__main__":
-    _work()
+    speak_shards(*pickle.load(sys.stdin.buffer))

@@ -2,9 +2,11 @@
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.columns import StringColumn
@@ -30,7 +32,16 @@ class Recordings(Table):
     ):
         super().__init__(columns, root=roots[0], class_names=class_names)
         self.roots = list(roots)
+        self._durations: np.ndarray | None = None
         self.renamed = renamed
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        return self._durations
+
+    def set_durations(self, seconds: np.ndarray | None) -> None:
+        """Seconds of every recording, where a release lists them."""
+        self._durations = seconds
 
     def locate(self, name: str) -> Path:
         names = [name, name.replace(*self.renamed)] if self.renamed else [name]
@@ -56,10 +67,21 @@ def _recordings(
     return Recordings(columns, roots=roots, class_names=classes, renamed=renamed)
 
 
-def _read_tsv(file: Path) -> Iterator[dict[str, str]]:
+def _read_tsv(file: Path, *needed: str) -> Iterator[dict[str, str]]:
     """Rows by header name; quotation marks are text (Common Voice has lone ones)."""
-    with open(file, newline="", encoding="utf-8") as lines:
-        yield from csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    with open(file, newline="", encoding="utf-8", errors="replace") as lines:
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        _require_names(rows.fieldnames or (), needed, f"{file}: the header")
+        yield from rows
+
+
+def _require_names(found: Iterable[str], needed: Iterable[str], where: str) -> None:
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(
+            f"{where} has no {', '.join(missing)} (it has {', '.join(found) or 'nothing'}); the "
+            "release's own file is expected."
+        )
 
 
 def open_common_voice(path: str, *, split: str = "train") -> Recordings:
@@ -67,9 +89,22 @@ def open_common_voice(path: str, *, split: str = "train") -> Recordings:
     file = require(Path(path) / f"{split}.tsv", f"Common Voice's list of the split {split!r}")
     rows = [
         {"id": row.get("path"), "audio": row.get("path"), "text": row.get("sentence")}
-        for row in _read_tsv(file)
+        for row in _read_tsv(file, "path", "sentence")
     ]
-    return _recordings(rows, [Path(path) / "clips"])
+    table = _recordings(rows, [Path(path) / "clips"])
+    table.set_durations(_clip_durations(Path(path) / "clip_durations.tsv", rows))
+    return table
+
+
+def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+    """Seconds by row, from the list that newer releases bring; None without it."""
+    if not file.exists():
+        return None
+    known = {row["clip"]: row["duration[ms]"] for row in _read_tsv(file, "clip", "duration[ms]")}
+    # A clip that the list lacks counts as average.
+    milliseconds = [float(known.get(row["audio"] or "") or "nan") for row in rows]
+    seconds = np.array(milliseconds) / 1000
+    return np.where(np.isnan(seconds), np.nanmean(seconds), seconds)
 
 
 def open_slurp(
@@ -84,7 +119,7 @@ def open_slurp(
         raise ValueError(f"unit={unit!r} of slurp must be recordings or sentences.")
     folder = _first_existing(Path(path), ("dataset/slurp", "slurp", "."), f"{split}.jsonl")
     rows = []
-    for sentence in read_json_lines(folder / f"{split}.jsonl"):
+    for sentence in _slurp_lines(folder / f"{split}.jsonl"):
         base = {
             "id": str(sentence["slurp_id"]),
             "text": sentence["sentence"],
@@ -106,7 +141,16 @@ def _slurp_classes(folder: Path) -> list[str]:
     """Classes of all splits present, so that labels mean the same in each."""
     files = [folder / f"{split}.jsonl" for split in ("train", "devel", "test")]
     present = [file for file in files if file.exists()]
-    return sorted({slurp_class(row) for file in present for row in read_json_lines(file)})
+    return sorted({slurp_class(row) for file in present for row in _slurp_lines(file)})
+
+
+def _slurp_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The sentences of a list; broken lines are logged and left out."""
+    for row in read_json_lines(file):
+        if row:
+            needed = ("slurp_id", "sentence", "scenario", "action")
+            _require_names(row, needed, f"{file}: a sentence")
+            yield row
 
 
 def _slurp_audio_folders(path: Path, folder: Path) -> list[Path]:
@@ -132,7 +176,7 @@ def open_stop(path: str, *, split: str = "test") -> Recordings:
     base = Path(path)
     folder = _first_existing(base, ("manifests", "stop/manifests"), f"{split}.tsv")
     rows = []
-    for row in _read_tsv(folder / f"{split}.tsv"):
+    for row in _read_tsv(folder / f"{split}.tsv", "file_id"):
         # Numbers repeat across domains: the whole path is the identity.
         file = row["file_id"]
         rows.append(

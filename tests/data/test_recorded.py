@@ -1,0 +1,112 @@
+"""Kept recordings: spoken once, continued when interrupted, refused for another source."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from cwcl_jax.data.espeak import VOICE_SETS
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources import recorded as module
+from cwcl_jax.data.sources.base import SourceBase
+
+pytest.importorskip("espeakng_loader")
+pytest.importorskip("soxr")
+
+
+class Tones(SourceBase):
+    """Tones of known lengths in place of speech; every fifth one cannot be spoken."""
+
+    def __init__(self, count=10):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def read(self, index, fields):
+        example = {"id": str(index), "text": f"tone {index}"}
+        if "audio" in fields:
+            if index % 5 == 4:
+                raise BadExample("text empty")
+            example["audio"] = (np.full(1600 * (index + 1), 1000, np.int16), 16_000)
+        return example
+
+    def fingerprint(self):
+        return f"tones {self.count}"
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Speaks in this process, four examples a file."""
+    monkeypatch.setattr(module, "_SHARD", 4)
+    calls = []
+
+    def speak_here(source, folder, shards, count):
+        calls.append(list(shards))
+        module.speak_shards(source, folder, shards)
+
+    monkeypatch.setattr(module, "_record_in_processes", speak_here)
+    return calls
+
+
+def test_recordings_and_durations_come_back(here, tmp_path):
+    source = module.Recorded(Tones(), tmp_path / "kept")
+    assert here == []  # opening costs nothing
+    assert source.read(1, ("text",)) == {"id": "1", "text": "tone 1"}
+    assert here == []
+    expected = [0.1 * (i + 1) if i % 5 != 4 else 0.0 for i in range(10)]
+    np.testing.assert_allclose(source.durations, expected, atol=0.051)
+    samples, rate = source[6]["audio"]
+    assert (len(samples), rate) == (11_200, 16_000)
+    with pytest.raises(BadExample, match="audio empty"):
+        source[4]
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again[6]["audio"][0], samples)
+    assert here == [[0, 1, 2]]
+
+
+def test_an_interrupted_folder_is_continued(here, tmp_path):
+    module.Recorded(Tones(), tmp_path)[0]
+    (tmp_path / "recordings-00001.npy").unlink()
+    source = module.Recorded(Tones(), tmp_path)
+    assert len(source[5]["audio"][0]) == 9600
+    assert here == [[0, 1, 2], [1]]
+
+
+def test_recordings_of_another_source_are_refused(here, tmp_path):
+    module.Recorded(Tones(), tmp_path)[0]
+    with pytest.raises(ValueError, match=r"another source.*name another folder in keep="):
+        module.Recorded(Tones(11), tmp_path)[0]
+
+
+def test_silence_around_the_speech_is_cut():
+    speech = np.concatenate([np.zeros(4000), np.full(100, 900), np.zeros(8000)]).astype(np.int16)
+    assert len(module.without_silence(speech)) == 800 + 100 + 799
+    assert len(module.without_silence(np.zeros(100, np.int16))) == 0
+
+
+def test_processes_speak_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SHARD", 256)
+    line = "spoken:commands:test?task=keywords&n=6&voices=test&keep=auto"
+    source = open_source(line, cache_dir=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == []
+    assert source.durations.shape == (6,)
+    assert np.all((source.durations > 0.1) & (source.durations < 2))
+    (folder,) = (tmp_path / "recordings").iterdir()
+    assert folder.name == source.fingerprint()
+
+
+def test_a_failing_process_tells_why(tmp_path):
+    line = f"spoken:commands:test?task=keywords&n=2&voices=martian+m1&keep={tmp_path}/kept"
+    with pytest.raises(RuntimeError, match=r"speaking failed.*no voice 'martian"):
+        open_source(line)[0]
+
+
+def test_test_voices_share_neither_accent_nor_variant_with_training_voices():
+    parts = {
+        name: [set(part) for part in zip(*(voice.split("+") for voice in voices), strict=True)]
+        for name, voices in VOICE_SETS.items()
+    }
+    for train, test in zip(parts["train"], parts["test"], strict=True):
+        assert not train & test
