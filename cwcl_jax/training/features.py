@@ -21,6 +21,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.sources import Embedded, Source, open_source
 from cwcl_jax.training import sharding
+from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.embedding import describe, embed_source
 from cwcl_jax.training.encode import Encoder, imported_encoder
 from cwcl_jax.training.state import make_blueprint
@@ -52,6 +53,7 @@ def training_source(config: ExperimentConfig) -> Source:
     if not locked:
         return source
     _check_repeatable(config, locked)
+    check_inputs(config)
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
     for modality in locked:
@@ -61,6 +63,12 @@ def training_source(config: ExperimentConfig) -> Source:
         )  # fmt: skip
         folders.append(_keep(config, encoder, source, description))
     return Embedded(source, folders)
+
+
+def cache_folder(config: ExperimentConfig) -> Path:
+    """Where features are kept."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cwcl_jax"
+    return (Path(config.data.cache_dir) if config.data.cache_dir else home) / "features"
 
 
 def _check_repeatable(config: ExperimentConfig, locked: list[str]) -> None:
@@ -77,10 +85,8 @@ def _keep(
     config: ExperimentConfig, encoder: Encoder, source: Source, description: EmbeddingDescription
 ) -> str:
     """Writes what is missing of the folder; other processes of this machine wait for it."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cwcl_jax"
-    cache = Path(config.data.cache_dir) if config.data.cache_dir else home
     name = hashlib.sha256(description.to_json().encode()).hexdigest()[:16]
-    folder = cache / "features" / f"{description.modality}-{name}"
+    folder = cache_folder(config) / f"{description.modality}-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock")):
         writer = EmbeddingWriter(folder, description)

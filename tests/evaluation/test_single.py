@@ -47,6 +47,9 @@ def test_pictures_are_ranked_too(tmp_path):
 def test_recordings_that_mean_little_are_warned_of(tmp_path):
     ranked = rank(write(tmp_path / "a.wav", np.zeros(800, np.int16)))
     assert "silent" in ranked.warnings[0]
+    square = np.where(np.arange(800) % 40 < 20, 32_767, -32_768).astype(np.int16)
+    clipped = rank(write(tmp_path / "d.wav", square))
+    assert "clipped: 100%" in clipped.warnings[0]
     long = rank(write(tmp_path / "b.wav", np.full(RATE, 1000, np.int16)))
     assert "only the first 0.1 s" in long.warnings[0]
     twice = rank(write(tmp_path / "c.wav", np.full(800, 1000, np.int16)), ("circle", "circle", ""))

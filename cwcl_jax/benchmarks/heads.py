@@ -1,0 +1,257 @@
+"""Losses compared on heads alone: features of a trained trunk, a new head for each loss and seed.
+
+    python -m cwcl_jax.benchmarks.heads --config=configs/speech_cwcl.py:head,init=runs/first \
+        --losses=contrastive,affine,uniform0.53,relu2 --seeds=3 --output=heads.json
+
+The features of the training data and of the test items are computed once and kept; then a head
+takes seconds. All losses see the same batches. `--group=4` fills batches with groups of near
+duplicates: every example is joined by three random ones of its ten nearest in text space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jaxtyping import Float, Int
+
+from cwcl_jax import cli
+from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.data.order import GlobalOrder
+from cwcl_jax.data.sources import Embedded
+from cwcl_jax.evaluation.significance import seed_interval
+from cwcl_jax.evaluation.tables import Table
+from cwcl_jax.evaluation.tasks import run_tasks
+from cwcl_jax.losses.short_names import loss_fields
+from cwcl_jax.training import sharding
+from cwcl_jax.training.encode import EncodeFunctions, Encoder
+from cwcl_jax.training.features import training_source
+from cwcl_jax.training.kept_rows import KeptRows, kept_rows
+from cwcl_jax.training.state import Blueprint, Leaves, TrainState, initialise, make_blueprint
+from cwcl_jax.training.step import GradientFunction
+
+if __name__ == "__main__":
+    _CONFIG = cli.define_config_flag()
+    flags.declare_key_flag("config")
+    _LOSSES = flags.DEFINE_list("losses", ["contrastive", "affine"], "Short names, see losses.")
+    _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of heads and order.", lower_bound=1)
+    _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes, learning rate in proportion.")
+    _GROUP = flags.DEFINE_integer("group", 1, "Near duplicates that come together.", lower_bound=1)
+    _OUTPUT = flags.DEFINE_string("output", "heads.json", "File of all results; it is continued.")
+
+_CHUNK = 100
+_NEAREST = 10
+Rows = Int[np.ndarray, "steps b"]
+Chunk = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The training data after both encoders."""
+
+    u: Float[np.ndarray, "n k"]
+    v: Float[np.ndarray, "n f"]
+
+
+def read_features(config: ExperimentConfig) -> Features:
+    """Features of both modalities of `config.data.train`, computed now where they are missing."""
+    source = training_source(config)
+    stores = source.stores if isinstance(source, Embedded) else {}
+    if set(stores) != set(config.towers):
+        raise ConfigError(
+            "heads are compared on features of locked encoders: use a config with both encoders "
+            "locked and data.keep_locked_features=True, such as speech_cwcl.py:head,init=RUN"
+        )
+    arrays = {}
+    for modality, store in stores.items():
+        vectors = [store[i][1] for i in range(len(store))]
+        width = store.description.shape[0]
+        arrays[modality] = np.stack([np.full(width, np.nan) if v is None else v for v in vectors])
+    usable = np.all([np.isfinite(array).all(axis=1) for array in arrays.values()], axis=0)
+    u, v = (arrays[modality][usable].astype(np.float32) for modality in config.modalities)
+    return Features(u, v)
+
+
+def batches(features: Features, config: ExperimentConfig, *, group: int) -> Iterator[Rows]:
+    """Rows of the training data, some steps at a time; a function of the seed alone."""
+    count, size = len(features.u), config.global_batch_size
+    if size % group:
+        raise ConfigError(f"--group={group} does not divide the batch of {size}")
+    anchors = size // group
+    order = GlobalOrder((count,), (float(count),), count, config.seed)
+    nearest = nearest_rows(features.u) if group > 1 else None
+    per_epoch = count // anchors
+    for first in range(0, config.total_steps, _CHUNK):
+        chosen = []
+        for step in range(first, min(first + _CHUNK, config.total_steps)):
+            epoch, place = divmod(step, per_epoch)
+            rows = order.indices(epoch, np.arange(place * anchors, (place + 1) * anchors))
+            if nearest is not None:
+                draws = np.random.default_rng((config.seed, step))
+                picked = draws.permuted(nearest[rows], axis=1)[:, : group - 1]
+                rows = np.concatenate([rows[:, None], picked], axis=1).ravel()
+            chosen.append(rows)
+        yield np.stack(chosen)
+
+
+def nearest_rows(u: Float[np.ndarray, "n k"]) -> Int[np.ndarray, "n m"]:
+    """The nearest other rows by cosine."""
+    unit = u / np.linalg.norm(u, axis=1, keepdims=True)
+    found = []
+    for first in range(0, len(unit), 1024):
+        cosine = unit[first : first + 1024] @ unit.T
+        cosine[np.arange(len(cosine)), first + np.arange(len(cosine))] = -2
+        found.append(np.argpartition(-cosine, _NEAREST, axis=1)[:, :_NEAREST])
+    return np.concatenate(found)
+
+
+def make_chunk(blueprint: Blueprint) -> Chunk:
+    """`state, metrics = chunk(state, locked, u, v, rows)`: a scan over steps on given features."""
+    u_name, v_name = blueprint.config.modalities
+    gradients, optimizer = GradientFunction(blueprint), blueprint.optimizer()
+    most = math.log(blueprint.config.temperature.maximum or math.inf)
+
+    def chunk(state: TrainState, locked: Leaves, u: Any, v: Any, rows: Any) -> Any:
+        def step(state: TrainState, rows: Any) -> tuple[TrainState, Any]:
+            batch = {u_name: {"embeds": u[rows]}, v_name: {"embeds": v[rows]}}
+            found, metrics = gradients(state.params, locked, batch, state.step)
+            updates, opt_state = optimizer.update(found, state.opt_state, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
+            params["logit_scale"] = jnp.minimum(params["logit_scale"], most)
+            return TrainState(state.step + 1, params, opt_state), metrics
+
+        state, metrics = jax.lax.scan(step, state, rows)
+        return state, {name: values[-1] for name, values in metrics.items()}
+
+    return jax.jit(chunk)
+
+
+class HeadRuns:
+    """Trains and evaluates heads for one config; features and programs are shared."""
+
+    def __init__(self, config: ExperimentConfig, *, group: int = 1):
+        self.config = config
+        self.group = group
+        self.features = read_features(config)
+        self._arrays = jax.device_put((self.features.u, self.features.v))
+        self._mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
+        self._chunks: dict[Any, Chunk] = {}
+        self._functions: EncodeFunctions | None = None
+        self._kept: KeptRows | Encoder | None = None
+
+    def run(self, short: str, seed: int, batch: int) -> dict[str, float]:
+        """Metrics of one head, with the last step's diagnostics as `train/NAME`."""
+        config = variant(self.config, short, seed, batch)
+        blueprint = make_blueprint(config, self._mesh)
+        state, locked, sources = initialise(blueprint)
+        chunk = self._chunks.setdefault((short, batch), make_chunk(blueprint))
+        metrics: Mapping[str, Any] = {}
+        for rows in batches(self.features, config, group=self.group):
+            state, metrics = chunk(state, locked, *self._arrays, jnp.asarray(rows))
+        values = {f"train/{name}": float(value) for name, value in metrics.items()}
+        self._functions = self._functions or EncodeFunctions(blueprint)
+        encoder = Encoder(self._functions, state.params, locked, config.total_steps)
+        if self._kept is None:
+            self._kept = kept_rows(config, encoder, sources)
+        if isinstance(self._kept, KeptRows):
+            self._kept.encoder = encoder
+        results = run_tasks(config.evaluation, encode=self._kept.encode, data=config.data)
+        if isinstance(self._kept, KeptRows):
+            self._kept.save()
+        return values | {name: v for result in results for name, v in result.flat().items()}
+
+
+def variant(config: ExperimentConfig, short: str, seed: int, batch: int) -> ExperimentConfig:
+    """The config with another loss, seed and batch (learning rate in proportion, same samples)."""
+    factor = batch / config.global_batch_size
+    rate = config.optimizer.learning_rate * factor
+    tasks = {
+        name: dataclasses.replace(task, bootstrap=0)
+        for name, task in config.evaluation.tasks.items()
+    }
+    return dataclasses.replace(
+        config,
+        seed=seed,
+        global_batch_size=batch,
+        total_steps=max(1, round(config.total_steps / factor)),
+        loss=dataclasses.replace(config.loss, **loss_fields(short)),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        evaluation=dataclasses.replace(config.evaluation, tasks=tasks),
+    )
+
+
+def compare(
+    records: list[dict[str, Any]], metrics: list[str], baseline: str = "contrastive"
+) -> Table:
+    """Means over seeds, and differences to the baseline with the same seed and batch."""
+    settings = list(dict.fromkeys((r["loss"], r["batch"], r["group"]) for r in records))
+    rows = []
+    for loss, batch, group in settings:
+        own = {r["seed"]: r["metrics"] for r in records if _is(r, loss, batch, group)}
+        base = {r["seed"]: r["metrics"] for r in records if _is(r, baseline, batch, group)}
+        cells = []
+        for metric in metrics:
+            cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
+            common = sorted(set(own) & set(base)) if loss != baseline else []
+            if len(common) > 1:
+                gains = [100 * (own[s][metric] - base[s][metric]) for s in common]
+                mean, (low, high) = seed_interval(gains)
+                cell += f" ({mean:+.1f}: {low:+.1f} to {high:+.1f})"
+            cells.append(cell)
+        rows.append((loss, str(batch), str(group), str(len(own)), *cells))
+    header = ("loss", "batch", "group", "seeds", *metrics)
+    note = f"In brackets: minus {baseline} with the same seeds, 95 % interval over seeds (t)."
+    return Table("heads on one trunk", header, tuple(rows), (note,))
+
+
+def _is(record: Mapping[str, Any], loss: str, batch: int, group: int) -> bool:
+    return (record["loss"], record["batch"], record["group"]) == (loss, batch, group)
+
+
+def headline(records: list[dict[str, Any]]) -> list[str]:
+    """The metrics that the table shows."""
+    wanted = ("top1", "top5", "top1_general", "_R@1", "_R@10", "structure_correlation")
+    names = records[0]["metrics"]
+    return [n for n in names if not n.startswith("train/") and "text_top" not in n
+            and any(n.endswith(end) for end in wanted)]  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Runs what is missing in the output file, and prints the table."""
+    del argv
+    config = cli.resolve_config(_CONFIG)
+    output = Path(_OUTPUT.value)
+    records = json.loads(output.read_text()) if output.exists() else []
+    done = {(r["loss"], r["batch"], r["group"], r["seed"]) for r in records}
+    sizes = [int(size) for size in _BATCHES.value] or [config.global_batch_size]
+    runs: HeadRuns | None = None
+    for seed in range(_SEEDS.value):
+        for batch in sizes:
+            for short in _LOSSES.value:
+                if (short, batch, _GROUP.value, seed) in done:
+                    continue
+                runs = runs or HeadRuns(config, group=_GROUP.value)
+                start = time.perf_counter()
+                metrics = runs.run(short, seed, batch)
+                record = {"loss": short, "batch": batch, "group": _GROUP.value, "seed": seed}
+                records.append(record | {"metrics": metrics})
+                temporary = output.with_suffix(".unfinished")
+                temporary.write_text(json.dumps(records, indent=1))
+                temporary.replace(output)
+                print(f"{short} batch {batch} seed {seed}: {time.perf_counter() - start:.0f} s")
+    print(compare(records, headline(records)).text())
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

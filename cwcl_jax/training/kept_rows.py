@@ -1,0 +1,105 @@
+"""Features of locked encoders in evaluations, kept by the inputs' own bytes.
+
+Every evaluation of a locked tower encodes the same prompts and test items. With
+`data.keep_locked_features` they are encoded once; later evaluations, and those of other runs with
+the same encoder, only read their inputs and apply the head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cwcl_jax.config import ExperimentConfig
+from cwcl_jax.training.embedding import preprocessing, weights_name
+from cwcl_jax.training.encode import Encoder
+from cwcl_jax.training.features import cache_folder
+from cwcl_jax.training.state import TowerSource
+
+_KEY_BYTES = 16
+
+
+class KeptRows:
+    """`encode` of an encoder, that computes features of locked encoders once for each input.
+
+    `encoder` may be replaced by one with another head. One process only: several would have to
+    agree on what each of them still has to compute.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path, sources: Mapping[str, TowerSource]):
+        self.encoder = encoder
+        blueprint = encoder.blueprint
+        config = blueprint.config
+        self._files: dict[str, Path] = {}
+        self._rows: dict[str, dict[bytes, np.ndarray]] = {}
+        self._changed: set[str] = set()
+        for modality in config.towers:
+            if blueprint.features_are_locked(modality) and jax.process_count() == 1:
+                made = preprocessing(config, modality, "features")
+                weights = weights_name(blueprint, sources, modality, encoder.step)
+                name = hashlib.sha256(json.dumps([made, weights], sort_keys=True).encode())
+                file = folder / f"rows-{modality}-{name.hexdigest()[:16]}.npz"
+                self._files[modality] = file
+                self._rows[modality] = _read(file)
+
+    def encode(
+        self, modality: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
+    ) -> np.ndarray:
+        """As `Encoder.encode`."""
+        if modality not in self._rows or "embeds" in inputs:
+            return self.encoder.encode(modality, inputs, output=output)
+        rows, keys = self._rows[modality], _keys(inputs)
+        if any(key not in rows for key in keys):
+            features = self.encoder.encode(modality, inputs, output="features")
+            rows.update(zip(keys, features, strict=True))
+            self._changed.add(modality)
+        features = np.stack([rows[key] for key in keys])
+        if output == "features":
+            return features
+        return self.encoder.encode(modality, {"embeds": features})
+
+    def save(self) -> None:
+        """Writes what is new."""
+        for modality in self._changed:
+            file, rows = self._files[modality], self._rows[modality]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".unfinished.npz")
+            keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _KEY_BYTES)
+            np.savez(temporary, keys=keys, features=np.stack(list(rows.values())))
+            temporary.replace(file)
+        self._changed.clear()
+
+
+def kept_rows(
+    config: ExperimentConfig, encoder: Encoder, sources: Mapping[str, TowerSource]
+) -> Encoder | KeptRows:
+    """The encoder, with kept features where the settings ask for them."""
+    if not config.data.keep_locked_features:
+        return encoder
+    return KeptRows(encoder, cache_folder(config), sources)
+
+
+def _read(file: Path) -> dict[bytes, np.ndarray]:
+    if not file.exists():
+        return {}
+    with np.load(file, allow_pickle=False) as arrays:
+        keys, features = arrays["keys"], arrays["features"]
+    return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
+
+
+def _keys(inputs: Mapping[str, np.ndarray]) -> list[bytes]:
+    """A hash of each row; zeros at an array's end do not count, since padding has no influence."""
+    names = sorted(inputs)
+    columns = [np.asarray(inputs[name]) for name in names]
+    keys = []
+    for row in range(len(columns[0])):
+        made = hashlib.blake2b(digest_size=_KEY_BYTES)
+        for name, column in zip(names, columns, strict=True):
+            made.update(name.encode() + column[row].tobytes().rstrip(b"\0"))
+        keys.append(made.digest())
+    return keys

