@@ -1,0 +1,146 @@
+"""The manifests are what the API server accepts, and wire the processes together as needed."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cwcl_jax.cli import BAD_CONFIG, DONE, PREEMPTED
+from cwcl_jax.training.distributed import find_layout
+from cwcl_jax.training.metrics import read_json_lines
+from cwcl_jax.training.options import DistributedConfig
+from launch import local
+
+pytest.importorskip("yaml", reason="PyYAML is in the test extra")
+from tests.launch.kubernetes import JOBSET, check_fields, documents, jobs, pods
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = ["indexed_job.yaml", "jobset_gpu.yaml", "jobset_tpu.yaml"]
+GPU_FILES = FILES[:2]
+
+
+def validate(document):
+    """Against the API's schemas, unknown fields refused; a JobSet's inner Jobs as Jobs."""
+    validator = pytest.importorskip("kubernetes_validate", reason="it is in the test extra")
+    if document["kind"] != "JobSet":
+        return validator.validate(document, "1.33", strict=True)
+    assert document["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
+    check_fields(document["spec"], JOBSET, "spec")
+    for name, _, spec in jobs(document):
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
+        validator.validate(job, "1.33", strict=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_manifest_is_valid_strictly(name):
+    for document in documents(name):
+        validate(document)
+
+
+def test_the_validation_notices_a_misspelt_field():
+    for path in (["spec"], ["spec", "template", "spec"]):
+        document = copy.deepcopy(documents("indexed_job.yaml")[1])
+        place = document
+        for part in path:
+            place = place[part]
+        place["backofLimit"] = 3
+        with pytest.raises(Exception, match="backofLimit"):
+            validate(document)
+    document = copy.deepcopy(documents("jobset_gpu.yaml")[0])
+    document["spec"]["failurePolicy"]["rules"][0]["action"] = "FailJob"
+    with pytest.raises(ValueError, match=r"rules\[0\]\.action='FailJob' is not one of"):
+        validate(document)
+    del document["spec"]["failurePolicy"]
+    document["spec"]["network"]["enableDNS"] = True
+    with pytest.raises(ValueError, match=r"spec\.network\.enableDNS is unknown"):
+        validate(document)
+
+
+def made(name):
+    """The pods of a manifest, and the one Job that makes them."""
+    (document,) = (d for d in documents(name) if d["kind"] in ("Job", "JobSet"))
+    ((_, _, spec),) = jobs(document)
+    return pods(document), spec
+
+
+@pytest.mark.parametrize("name", GPU_FILES)
+def test_every_pod_finds_the_coordinator_and_its_place(name):
+    all_pods, spec = made(name)
+    layouts = [find_layout(DistributedConfig(), pod.environ) for pod in all_pods]
+    assert [layout.process_id for layout in layouts] == list(range(spec["completions"]))
+    assert {layout.num_processes for layout in layouts} == {spec["completions"]}
+    assert {layout.coordinator for layout in layouts} == {f"{all_pods[0].host}:8476"}
+    assert {pod.environ["CWCL_NUM_HOSTS"] for pod in all_pods} == {str(spec["completions"])}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pods_are_restarted_by_exit_code(name):
+    _, spec = made(name)
+    assert spec["completionMode"] == "Indexed"
+    assert spec["completions"] == spec["parallelism"]
+    rules = spec["podFailurePolicy"]["rules"]
+    by_code = {rule["onExitCodes"]["values"][0]: rule for rule in rules if "onExitCodes" in rule}
+    assert by_code[BAD_CONFIG]["action"] == "FailJob"
+    assert by_code[PREEMPTED]["action"] == "Ignore"
+    template = spec["template"]["spec"]
+    assert {r["onExitCodes"]["containerName"] for r in by_code.values()} == {
+        c["name"] for c in template["containers"]
+    }
+    assert template["restartPolicy"] == "Never"
+    assert template["terminationGracePeriodSeconds"] >= 60
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_sources_its_environment_and_becomes_python(name, tmp_path):
+    all_pods, _ = made(name)
+    *shell, python, module, entry, config, workdir = all_pods[0].command
+    assert (python, module, entry) == ("python", "-m", "cwcl_jax.train")
+    assert config.startswith("--config=configs/")
+    assert (ROOT / config.removeprefix("--config=").split(":")[0]).exists()
+    assert workdir.startswith("--workdir=/runs/")
+    shown = subprocess.run(
+        [*shell, "sh", "-c", 'echo $$ "$JAX_COMPILATION_CACHE_DIR" "$1"', "sh", "two words"],
+        cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ | {"HOME": "/home/x"},
+    )  # fmt: skip
+    assert shown.stdout.endswith(" two words\n")
+    assert "compil" in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_indexed_job_trains_as_local_processes(tmp_path):
+    """Every pod's own command and environment; names of hosts and of the toy run exchanged."""
+    all_pods, _ = made("indexed_job.yaml")
+    port = local.free_port()
+    settings = ["--config=tests/training/toy_file.py", f"--workdir={tmp_path}/run"]
+    children = []
+    for pod in all_pods:
+        environ = pod.environ | {
+            "JAX_COORDINATOR_ADDRESS": pod.environ["JAX_COORDINATOR_ADDRESS"].replace(
+                f"{all_pods[0].host}:8476", f"127.0.0.1:{port}"
+            ),
+            "CWCL_NUM_HOSTS": "1",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable if w == "python" else w for w in pod.command[:-2]] + settings
+        inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        with (tmp_path / pod.host).open("w") as output:
+            children.append(
+                subprocess.Popen(
+                    ["timeout", "-s", "KILL", "240", *command],
+                    cwd=ROOT,
+                    env=inherited | environ,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    codes = [child.wait() for child in children]
+    text = "\n".join((tmp_path / pod.host).read_text() for pod in all_pods)
+    assert codes == [DONE] * len(all_pods), text
+    steps = [r["step"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
