@@ -236,10 +236,11 @@ def _loss_work(blueprint: Blueprint) -> Work:
 
     def gradient(u: Any, v: Any, p: Any) -> Any:
         scale = jnp.zeros((), jnp.float32)
+        labels = jnp.arange(u.shape[0], dtype=jnp.int32) if config.data.labels else None
         bias = scale if config.loss.name == "sigmoid" else None
 
         def value(u: Any, v: Any) -> Any:
-            return loss(u, v, p, scale, logit_bias=bias)[0]
+            return loss(u, v, p, scale, logit_bias=bias, labels=labels)[0]
 
         return jax.grad(value, trained)(u, v)
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint
 
-AbstractBatch = dict[str, dict[str, jax.ShapeDtypeStruct]]
+# By modality the inputs of its tower by name; "label" is one array.
+AbstractBatch = dict[str, Any]
 
 
 def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> AbstractBatch:
@@ -20,12 +21,16 @@ def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> Abst
     Args:
       embedded: modalities of which the data gives features in place of raw inputs.
     """
-    return {
-        modality: inputs_of(
-            blueprint, modality, blueprint.config.global_batch_size, modality in embedded
-        )
-        for modality in blueprint.config.modalities
+    config = blueprint.config
+    batch: AbstractBatch = {
+        modality: inputs_of(blueprint, modality, config.global_batch_size, modality in embedded)
+        for modality in config.modalities
     }
+    if config.data.labels:
+        split = sharding.batch_sharding(blueprint.mesh)
+        shape = (config.global_batch_size,)
+        batch["label"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+    return batch
 
 
 def inputs_of(

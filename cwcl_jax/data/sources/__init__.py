@@ -16,6 +16,7 @@ from cwcl_jax.data.sources.base import (
 from cwcl_jax.data.sources.coco import open_coco
 from cwcl_jax.data.sources.commands import open_commands
 from cwcl_jax.data.sources.embedded import Embedded, open_embeddings
+from cwcl_jax.data.sources.made import open_made
 from cwcl_jax.data.sources.mixture import Mixture
 from cwcl_jax.data.sources.scenes import open_scenes
 from cwcl_jax.data.sources.sentences import open_sentences
@@ -62,6 +63,7 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "fsdd": open_spoken_digits,
     "embeddings": open_embeddings,
     "arrays": open_arrays,
+    "made": open_made,
     "spoken": open_spoken,
 }
 

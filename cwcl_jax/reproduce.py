@@ -1,0 +1,134 @@
+"""The paper's tables and figures: `python -m cwcl_jax.reproduce --table=4 --figure=5,6`.
+
+At `--scale=embedded` the runs that are needed are made on this machine with data that the package
+makes (scenes; spoken commands, which need the extra `speech`), several seeds each, resumed after a
+kill, reused when complete. `--output` gets one Markdown page with our numbers and intervals over
+seeds, the paper's beside them, the pictures, the commands, versions and time. `--scale=paper`
+prints the commands of the full-scale runs for a cluster.
+
+Tables 4 to 8, Figures 5 to 8, `--ablation=weights` and `--ablation=batch`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from cwcl_jax import cli
+from cwcl_jax.config import ConfigError
+
+if __name__ == "__main__":
+    _TABLE = flags.DEFINE_list("table", [], "Numbers of tables, 4 to 8.")
+    _FIGURE = flags.DEFINE_list("figure", [], "Numbers of figures, 5 to 8.")
+    _ABLATION = flags.DEFINE_list("ablation", [], "weights, batch.")
+    _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
+    _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1)
+    _STEPS = flags.DEFINE_integer("steps", 0, "Steps of every run; 0 = the config's.")
+    _OUTPUT = flags.DEFINE_string("output", "reproduction", "Folder of the page.")
+    _RUNS = flags.DEFINE_string("runs", "runs/reproduce", "Folder of the runs.")
+    _SCENES = flags.DEFINE_string("scenes", "", "More of configs/lit_cwcl.py's argument.")
+    _SPEECH = flags.DEFINE_string("speech", "", "More of configs/speech_cwcl.py's argument.")
+
+
+def reproduce(
+    tables: Sequence[int],
+    figures: Sequence[int],
+    ablations: Sequence[str],
+    *,
+    seeds: int,
+    scale,
+    output: Path,
+    runs: Path,
+    made_by: str,
+) -> Path:
+    """Makes the runs and the page; returns the page.
+
+    Raises:
+      ConfigError: a table or figure that is not known, or settings that cannot work.
+    """
+    from cwcl_jax.reproduction import experiments, page
+    from cwcl_jax.reproduction.runs import Runner
+    from cwcl_jax.reproduction.sections import Maker
+
+    unknown = [number for number in figures if number not in (5, 6, 7, 8)]
+    if unknown:
+        raise ConfigError(f"--figure={unknown[0]}: choose one of 5, 6, 7, 8")
+    wanted = [experiments.table(number, scale) for number in tables]
+    wanted += [experiments.ablation(kind, scale) for kind in ablations]
+    output.mkdir(parents=True, exist_ok=True)
+    maker = Maker(Runner(runs), scale, range(seeds), output)
+    sections = [maker.experiment(experiment) for experiment in wanted]
+    drawn = {5: maker.figure5, 6: maker.figure6}
+    for number in figures:
+        sections.append(drawn[number]() if number in drawn else maker.alignment_figure(number))
+    commands = [run.command(runs) for run in maker.used]
+    sections.append(page.closing_section(commands, made_by, maker.runner.seconds))
+    path = output / "README.md"
+    title = "# The paper's experiments at embedded scale"
+    path.write_text("\n\n".join([title, *sections]) + "\n", encoding="utf-8")
+    return path
+
+
+def paper_commands(tables: Sequence[int], seeds: int) -> str:
+    """The full-scale runs behind the tables, one command a line, for a cluster's launcher."""
+    image, speech = "configs/lit_cwcl.py:paper", "configs/speech_cwcl.py:paper"
+    variants = {4: (image, [""]), 5: (speech, ["init=random", ""])}
+    variants[6] = (speech, ["lock=none", "lock=speech", "lock=text", "lock=both"])
+    variants[7] = (speech, ["batch=20", "batch=40", "batch=80"])
+    variants[8] = (speech, ["", "text=bart"])
+    lines = ["# One job each; --config files name the data and weights that they need."]
+    for number in tables or sorted(variants):
+        if number not in variants:
+            raise ConfigError(f"--table={number}: choose one of 4, 5, 6, 7, 8")
+        file, arguments = variants[number]
+        lines.append(f"# Table {number}")
+        for argument in arguments:
+            for loss in ("loss=contrastive", ""):
+                config = ",".join(filter(None, (file, argument, loss)))
+                name = config.split("/")[1].replace(".py:", "-").replace(",", "-")
+                lines += [
+                    f"python -m cwcl_jax.train --config={config} --config.seed={seed} "
+                    f"--workdir=runs/{name.replace('=', '-')}-seed{seed}"
+                    for seed in range(seeds)
+                ]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _numbers(flag: str, values: Sequence[str]) -> list[int]:
+    try:
+        return [int(value) for value in values]
+    except ValueError as error:
+        raise ConfigError(f"--{flag}={','.join(values)}: numbers separated by commas") from error
+
+
+def main(argv: list[str]) -> int:
+    """Resolves the flags and makes the page, or prints the cluster's commands."""
+    del argv
+    from cwcl_jax.reproduction.experiments import Scale
+
+    tables, figures = _numbers("table", _TABLE.value), _numbers("figure", _FIGURE.value)
+    if _SCALE.value == "paper":
+        print(paper_commands(tables, _SEEDS.value))
+        return cli.DONE
+    if not (tables or figures or _ABLATION.value):
+        raise ConfigError("nothing to do: name --table, --figure or --ablation; see --help")
+    page = reproduce(
+        tables,
+        figures,
+        _ABLATION.value,
+        seeds=_SEEDS.value,
+        scale=Scale(_STEPS.value, _SCENES.value, _SPEECH.value),
+        output=Path(_OUTPUT.value),
+        runs=Path(_RUNS.value),
+        made_by=shlex.join(["python", "-m", "cwcl_jax.reproduce", *sys.argv[1:]]),
+    )
+    print(f"\nwritten: {page}")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

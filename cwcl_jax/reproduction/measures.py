@@ -1,0 +1,76 @@
+"""Numbers of a run from the values per item that its evaluation left, and over several seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cwcl_jax.evaluation.compare import load_items
+from cwcl_jax.evaluation.significance import seed_interval
+
+
+def measure(folder: Path, task: str, metric: str) -> float:
+    """A share of a run's items, in per cent.
+
+    Args:
+      metric: an array of ranks in the task's items, and the rank that still counts:
+        "rank@1", "rank_general@5", "image_to_text_rank@10"; or "block_diagonality".
+    """
+    items = load_items(folder)
+    if task not in items:
+        raise ValueError(f"{folder} has no results of the task {task!r}, only {sorted(items)}")
+    if metric == "block_diagonality":
+        classes = items[task]["matrix_classes"]
+        same, matrix = classes[:, None] == classes[None, :], items[task]["matrix"]
+        return 100 * float(matrix[same].mean() - matrix[~same].mean())
+    name, _, limit = metric.partition("@")
+    if name not in items[task]:
+        raise ValueError(f"the task {task!r} in {folder} has no {name!r}: {sorted(items[task])}")
+    return 100 * float(np.mean(items[task][name] <= int(limit)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A number over seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's 95 % interval of the mean; None for one seed."""
+        return seed_interval(self.values)[1] if len(self.values) > 1 else None
+
+    @property
+    def half(self) -> float:
+        """Half the interval's width, 0 for one seed."""
+        return 0.0 if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ± {self.half:.2f}" if self.interval else "")
+
+
+def difference(a: Spread, b: Spread) -> Spread:
+    """B minus A, seed by seed."""
+    return Spread(tuple(y - x for x, y in zip(a.values, b.values, strict=True)))
+
+
+def verdict(change: Spread) -> str:
+    """What the seeds say about a difference."""
+    if change.interval is None:
+        return "one seed: nothing can be said"
+    low, high = change.interval
+    if low > 0:
+        return "higher"
+    return "lower" if high < 0 else "no difference shown"
+
+
+def spread(folders: Sequence[Path], task: str, metric: str) -> Spread:
+    """A number of the runs that differ in their seed only."""
+    return Spread(tuple(measure(folder, task, metric) for folder in folders))

@@ -1,0 +1,164 @@
+"""Sections of the page: run what is needed, read the numbers, draw the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cwcl_jax.config import ConfigError
+from cwcl_jax.evaluation.compare import draw_matrices, load_items
+from cwcl_jax.reproduction import experiments, figures, page
+from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
+from cwcl_jax.reproduction.measures import Spread, spread
+from cwcl_jax.reproduction.runs import Run, Runner
+
+_TEMPLATES = (1, 5, 10)
+
+
+@dataclasses.dataclass
+class Maker:
+    """Makes sections, and remembers the runs that they needed.
+
+    Attributes:
+      runner: carries runs out.
+      scale: changes of the configs.
+      seeds: of every run.
+      folder: of the page and its pictures.
+    """
+
+    runner: Runner
+    scale: Scale
+    seeds: Sequence[int]
+    folder: Path
+    used: list[Run] = dataclasses.field(default_factory=list)
+
+    def folders(self, run: Run) -> list[Path]:
+        """The complete folders of a run, one a seed."""
+        found = []
+        for seed in self.seeds:
+            seeded = dataclasses.replace(run, seed=seed)
+            for needed in (seeded.after, seeded):
+                if needed is not None and needed not in self.used:
+                    self.used.append(needed)
+            found.append(self.runner.complete(seeded))
+        return found
+
+    def experiment(self, experiment: Experiment) -> str:
+        """The section of a table."""
+        for seed in self.seeds:  # seed by seed: a stopped command leaves whole comparisons
+            for run in experiment.runs:
+                self._once(run, seed)
+        numbers = {
+            name: [None if cell is None else self._number(cell) for cell in row]
+            for name, row in _padded(experiment).items()
+        }
+        return page.table_section(experiment, numbers, self.seeds)
+
+    def _once(self, run: Run, seed: int) -> None:
+        self.runner.complete(dataclasses.replace(run, seed=seed))
+
+    def _number(self, cell: Cell) -> Spread:
+        return spread(self.folders(cell.run), cell.task, cell.metric)
+
+    def figure5(self) -> str:
+        """Accuracy over the number of templates."""
+        curves: dict[str, dict[str, dict[int, Spread]]] = {}
+        chance = {}
+        for task in experiments.SCENE_TASKS:
+            curves[task] = {}
+            for method, run in experiments.scene_runs(self.scale).items():
+                folders = self.folders(run)
+                curves[task][method] = {
+                    k: spread(folders, task, f"rank_k{k}@1") for k in _TEMPLATES
+                }
+                chance[task] = 100 / len(np.unique(load_items(folders[0])[task]["labels"]))
+        path = figures.plot_templates(curves, chance, self.folder / "figure5.png")
+        text = (
+            "Zero-shot top-1 on scenes over the number of simple templates; bars are intervals "
+            "over seeds. In the paper (Figure 5) CL falls with fewer templates and CWCL does not."
+        )
+        return "## Robustness to templates (Figure 5)\n\n" + page.picture(path, self.folder, text)
+
+    def figure6(self) -> str:
+        """Scenes by their similarity to an anchor."""
+        path = similarity_picture(self.folder / "figure6.png", self.scale)
+        text = (
+            "Scenes sorted by their similarity to an anchor in the locked image tower, and their "
+            "weights: the paper's cos/2 + 1/2 hardly tells them apart, sharper functions do."
+        )
+        return "## What the loss sees (Figure 6)\n\n" + page.picture(path, self.folder, text)
+
+    def alignment_figure(self, number: int) -> str:
+        """Figures 7 and 8: speech against text, six classes, CL beside CWCL."""
+        items, numbers = {}, {}
+        for method, run in experiments.table(8, self.scale).rows.items():
+            if method not in experiments.METHODS:
+                continue
+            folders = self.folders(run[0].run)
+            if number == 8:
+                folders = [_other_classes(folder) for folder in folders]
+            items[method] = load_items(folders[0])["alignment"]
+            numbers[method] = spread(folders, "alignment", "block_diagonality")
+        path = draw_matrices(items, self.folder / f"figure{number}.png")
+        said = ", ".join(f"{method} {value}" for method, value in numbers.items())
+        text = (
+            f"Cosines between speech and text embeddings of six classes, seed {self.seeds[0]}. "
+            f"Block diagonality x 100 over seeds: {said}."
+        )
+        title = f"## Alignment (Figure {number})\n\n"
+        return title + page.picture(path, self.folder, text)
+
+
+def _padded(experiment: Experiment) -> dict[str, list[Cell | None]]:
+    """Rows with None where a method has no number for a column."""
+    width = len(experiment.columns)
+    return {name: [*row, *[None] * (width - len(row))] for name, row in experiment.rows.items()}
+
+
+def _other_classes(folder: Path) -> Path:
+    """The alignment task again with other classes drawn, in a folder of its own."""
+    target = folder / "figure8"
+    if (target / "items" / "alignment.npz").exists():
+        return target
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    task = config["evaluation"]["tasks"]["alignment"] | {"seed": 1}
+    target.mkdir(exist_ok=True)
+    tasks = target / "tasks.json"
+    tasks.write_text(json.dumps({"alignment": task}), encoding="utf-8")
+    command = ["-m", "cwcl_jax.evaluate", f"--workdir={folder}", f"--tasks={tasks}"]
+    done = subprocess.run(
+        [sys.executable, *command, f"--output={target}"], capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ConfigError(f"evaluating {folder} with other classes failed: {last}")
+    return target
+
+
+def similarity_picture(path: Path, scale: Scale, *, scenes: int = 300) -> Path:
+    """Figure 6, from the locked tower of the scenes' config as it is shipped."""
+    from cwcl_jax.data.pipeline import eval_batches
+    from cwcl_jax.data.sources import open_source
+    from cwcl_jax.evaluation.zero_shot import normalise
+    from cwcl_jax.reproduction.runs import load_experiment
+    from cwcl_jax.training.encode import imported_encoder
+
+    config = load_experiment(experiments.SCENES, scale.scenes)
+    encoder, _ = imported_encoder(config)
+    source = open_source(f"scenes:test?task=retrieval&n={scenes}")
+    pixels, embeds = [], []
+    for batch in eval_batches(source, config.data, ("image",), batch_size=100):
+        pixels.append(batch["image"]["pixels"])
+        embeds.append(encoder.encode("image", batch["image"], output="features"))
+    pictures = np.concatenate(pixels)[:scenes]
+    captions = [str(source[index]["text"]) for index in range(len(source))]
+    anchors = (3, 11, 42)
+    return figures.plot_similarity(
+        anchors, list(pictures), normalise(np.concatenate(embeds)[:scenes]), path, captions=captions
+    )

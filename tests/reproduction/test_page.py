@@ -1,0 +1,126 @@
+"""Numbers over seeds, verdicts, pages; the definitions of all experiments."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cwcl_jax.config import ConfigError
+from cwcl_jax.evaluation.significance import seed_interval
+from cwcl_jax.reproduction import experiments, page
+from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
+from cwcl_jax.reproduction.figures import _spread_out
+from cwcl_jax.reproduction.measures import Spread, difference, measure, verdict
+from cwcl_jax.reproduction.paper import TABLES
+from cwcl_jax.reproduction.runs import Run
+
+
+def write_items(folder, task, **arrays):
+    (folder / "items").mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "items" / f"{task}.npz", **arrays)
+
+
+def test_shares_come_from_ranks(tmp_path):
+    write_items(tmp_path, "shape", rank=np.asarray([1, 2, 1, 7]), rank_k1=np.asarray([3, 3, 1, 1]))
+    assert measure(tmp_path, "shape", "rank@1") == 50
+    assert measure(tmp_path, "shape", "rank@5") == 75
+    assert measure(tmp_path, "shape", "rank_k1@1") == 50
+    with pytest.raises(ValueError, match="no 'rank_k9'"):
+        measure(tmp_path, "shape", "rank_k9@1")
+    with pytest.raises(ValueError, match="no results of the task 'colour'"):
+        measure(tmp_path, "colour", "rank@1")
+
+
+def test_block_diagonality_is_within_minus_between(tmp_path):
+    matrix = np.asarray([[1.0, 0.5], [0.1, 0.9]])
+    write_items(tmp_path, "alignment", matrix=matrix, matrix_classes=np.asarray(["a", "b"]))
+    assert measure(tmp_path, "alignment", "block_diagonality") == pytest.approx(65)
+
+
+def test_intervals_are_students_over_seeds():
+    values = (10.0, 12.0, 14.0)
+    assert Spread(values).interval == seed_interval(values)[1]
+    assert str(Spread(values)) == "12.00 ± 4.97"
+    assert str(Spread((3.0,))) == "3.00"
+
+
+def test_verdicts_follow_the_interval_of_paired_differences():
+    low, noisy = Spread((10.0, 20.0, 30.0)), Spread((11.0, 21.1, 30.9))
+    assert verdict(difference(low, noisy)) == "higher"
+    assert verdict(difference(noisy, low)) == "lower"
+    assert verdict(Spread((-1.0, 1.0, 0.5))) == "no difference shown"
+    assert "nothing can be said" in verdict(Spread((5.0,)))
+
+
+def two_by_one(cl, cwcl):
+    run = Run("x", "configs/lit_cwcl.py")
+    cells = (Cell(run, "t", "rank@1"),)
+    experiment = Experiment("Title", 4, ("R@1",), {"CL": cells, "CWCL": cells}, "About.")
+    return experiment, {"CL": [Spread(cl)], "CWCL": [Spread(cwcl)]}
+
+
+def test_the_page_says_that_cwcl_does_not_win():
+    text = page.table_section(*two_by_one((50.0, 51.0, 52.0), (40.0, 41.2, 42.1)), (0, 1, 2))
+    assert "lower in 1" in text
+    assert "**not** reproduced" in text
+    assert "| CWCL | 35.10 |" in text  # the paper's, beside
+    assert "-9.90" in text
+
+
+def test_the_page_says_that_cwcl_wins():
+    text = page.table_section(*two_by_one((40.0, 41.0, 42.0), (50.0, 51.2, 52.1)), (0, 1, 2))
+    assert "higher than CL in 1 of 1" in text
+    assert "not** reproduced" not in text
+
+
+def test_one_seed_allows_no_conclusion():
+    text = page.table_section(*two_by_one((40.0,), (90.0,)), (0,))
+    assert "no conclusion" in text
+    assert "±" not in text
+
+
+@pytest.mark.parametrize("number", [4, 5, 6, 7, 8])
+def test_every_table_is_defined_and_has_the_papers_beside(number):
+    made = experiments.table(number, Scale(steps=3))
+    assert made.paper == number
+    assert {"CL", "CWCL"} <= set(made.rows)
+    for row in made.rows.values():
+        assert len(row) <= len(made.columns)
+    for row in TABLES[number].rows.values():
+        assert len(row) == len(TABLES[number].columns)
+    for run in made.runs:
+        assert any(option.startswith("--config.total_steps=") for option in run.options)
+
+
+def test_runs_of_equal_names_are_equal():
+    scale = Scale()
+    made = [experiments.table(n, scale) for n in (4, 5, 6, 7, 8)]
+    made += [experiments.ablation(kind, scale) for kind in ("weights", "batch")]
+    runs = {run for experiment in made for run in experiment.runs}
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_batches_keep_the_number_of_examples():
+    made = experiments.ablation("batch", Scale(steps=100))
+    products = set()
+    for run in made.runs:
+        options = dict(option.split("=") for option in run.options)
+        products.add(
+            int(options["--config.global_batch_size"]) * int(options["--config.total_steps"])
+        )
+    assert len(products) == 1
+
+
+def test_unknown_tables_are_errors():
+    with pytest.raises(ConfigError, match="--table=3: choose one of 4"):
+        experiments.table(3, Scale())
+    with pytest.raises(ConfigError, match="choose weights or batch"):
+        experiments.ablation("seed", Scale())
+
+
+def test_others_run_from_the_most_to_the_least_similar():
+    cosines = np.linspace(1, -1, 50)
+    chosen = _spread_out(cosines, 0, 9)
+    assert chosen[:3] == [1, 2, 3]
+    assert chosen[-1] == 49
+    assert chosen == sorted(chosen)

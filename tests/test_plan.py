@@ -1,0 +1,119 @@
+"""The planner's command: the whole plan in a fresh process, clear mistakes, full scale (slow)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cwcl_jax.cli import BAD_CONFIG, DONE
+from cwcl_jax.config import ConfigError
+from cwcl_jax.plan import plan, without_files
+from cwcl_jax.reproduction.runs import load_experiment
+from tests.planning.wide import wide_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, timeout=300):
+    return subprocess.run(
+        ["timeout", "-s", "KILL", str(timeout), sys.executable, "-m", "cwcl_jax.plan", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.multiprocess
+def test_command_prints_the_whole_plan(tmp_path):
+    output = tmp_path / "plan.txt"
+    # More devices than this machine, or the test process, has.
+    result = run("--config=configs/lit_cwcl.py", "--mesh=v5ex64", f"--output={output}")
+    assert result.returncode == DONE, result.stderr
+    for text in (
+        "64 x v5e",
+        "locked",
+        "optimizer state",
+        "XLA's analysis of the compiled step",
+        "largest global batch that fits",
+        "in matrix products with loops counted",
+        "compiled: all-reduce",
+        "device-hours",
+        "image tower precomputed (embed)",
+        "mesh.fsdp=8",
+        "remat=full",
+        "loss.form=ring",
+        "accumulation_steps=4",
+    ):
+        assert text in result.stdout, text
+    assert output.read_text() == result.stdout
+
+
+@pytest.mark.multiprocess
+def test_a_mistake_is_one_line():
+    result = run("--config=configs/lit_cwcl.py", "--mesh=b100x4")
+    assert result.returncode == BAD_CONFIG
+    assert "no chip of that name; did you mean" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    config = wide_config(global_batch_size=30)
+    with pytest.raises(ConfigError, match=r"global_batch_size=30 is not divisible by 4 devices"):
+        plan(config, "a100x4", compile_step=False, variants=False)
+
+
+def test_too_small_a_process_and_a_wrong_share_are_errors():
+    with pytest.raises(ConfigError, match="only 4 devices"):
+        plan(wide_config(), "a100x8")
+    with pytest.raises(ConfigError, match=r"--efficiency=2: a share"):
+        plan(wide_config(), "a100x4", efficiency=2)
+
+
+def test_weights_that_are_not_here_are_not_asked_for():
+    config = without_files(load_experiment("configs/lit_cwcl.py", "paper"))
+    assert {tower.weights for tower in config.towers.values()} == {""}
+
+
+def test_sizes_that_stand_in_absent_weights_are_asked_for():
+    config = load_experiment("configs/speech_cwcl.py", "paper")
+    with pytest.raises(ConfigError, match=r"--config\.towers\.text\.preset=.*RoBERTa-large"):
+        without_files(config)
+
+
+def test_what_does_not_fit_is_said_and_ring_and_gathered_send_what_xla_sends():
+    text = plan(wide_config(**{"loss.form": "gathered"}), "h100x4", variants=False)
+    assert "fits in 90% of 80.00 GB" in text
+    rows = {
+        line[:28].strip(): float(line.split()[-1])
+        for line in text.splitlines()
+        if line.startswith(("reckoned: ", "compiled: "))
+    }
+    reckoned = sum(v for k, v in rows.items() if k.startswith("reckoned"))
+    compiled = sum(v for k, v in rows.items() if k.startswith("compiled"))
+    assert reckoned == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("config", "mesh", "overrides"),
+    [
+        ("configs/lit_cwcl.py:paper", "a100x4", []),
+        (
+            "configs/lit_cwcl.py:paper",
+            "h100x512",
+            ["--config.global_batch_size=1048576", "--config.accumulation_steps=1"],
+        ),
+    ],
+)
+def test_full_scale_is_planned_within_three_minutes(config, mesh, overrides):
+    start = time.perf_counter()
+    result = run(f"--config={config}", f"--mesh={mesh}", *overrides, timeout=400)
+    assert result.returncode == DONE, result.stderr
+    assert "device-hours" in result.stdout
+    assert time.perf_counter() - start < 180
