@@ -41,6 +41,7 @@ def scenes(config: Any) -> ConfigDict:
         encoder="vit",
         preset="tiny",
         weights="package:scenes_vit.npz",
+        pooling="mean",
         tune="none",
         head="none",
     )

@@ -14,19 +14,26 @@ from cwcl_jax.models.tower import TowerConfig
 
 def get_config(argument: str = "") -> ConfigDict:
     del argument
-    config = defaults(name="scenes_pretrain", total_steps=1500, global_batch_size=256)
+    config = defaults(name="scenes_pretrain", total_steps=5000, global_batch_size=128)
 
-    config.data.train = "scenes:train"
+    # Half of the pictures show one thing and are described by little else than its shape and
+    # colour: with more to tell pictures apart by, shape is the last cue to be learnt.
+    config.data.train = "scenes:train?objects=1&detail=0.1::scenes:train"
 
     # No head on the image tower: its features must be the embedding that is shipped.
     config.embed_dim = 96
-    config.towers.image = defaults(TowerConfig, encoder="vit", preset="tiny", head="none")
+    config.towers.image = defaults(
+        TowerConfig, encoder="vit", preset="tiny", head="none", pooling="mean"
+    )
     config.towers.text = defaults(TowerConfig, encoder="text", preset="tiny")
 
     config.loss.name = "contrastive"
     config.loss.weights_from = "image"
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.multipliers = (".*/blocks/.*/kernel=1.0", ".*=0.3")
+    config.optimizer.b2 = 0.95
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 1e-2
 
@@ -34,6 +41,6 @@ def get_config(argument: str = "") -> ConfigDict:
         config.evaluation.tasks[task] = defaults(
             TaskConfig, source=f"scenes:test?task={task}&n=1000", template_counts=(1, 5, 10)
         )
-    config.evaluation.every_steps = 500
+    config.evaluation.every_steps = 1000
     config.checkpoint.every_steps = 250
     return config
