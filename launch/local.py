@@ -60,11 +60,8 @@ def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, 
         "CWCL_PROCESS_ID": str(rank),
         "PYTHONUNBUFFERED": "1",
     }
-    first = rank * options.devices
     if options.gpus:
-        return env | {
-            "CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(options.devices))
-        }
+        return env | {"CUDA_VISIBLE_DEVICES": ",".join(gpus(options)[rank])}
     flags = f"--xla_force_host_platform_device_count={options.devices}"
     return env | {
         "JAX_PLATFORMS": "cpu",
@@ -72,6 +69,24 @@ def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, 
         # With fewer threads than queued collectives, CPU devices can wait for each other for ever.
         "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
     }
+
+
+def gpus(options: argparse.Namespace) -> list[list[str]]:
+    """Each process's GPUs: the next of those that CUDA_VISIBLE_DEVICES names, else from 0 on."""
+    needed = options.processes * options.devices
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = named.split(",") if named else [str(i) for i in range(needed)]
+    if len(visible) < needed:
+        raise SystemExit(
+            f"local.py: {options.processes} processes of {options.devices} GPUs need {needed}, but "
+            f"CUDA_VISIBLE_DEVICES={named} names {len(visible)}; lower -n or -d"
+        )
+    return [visible[i * options.devices :][: options.devices] for i in range(options.processes)]
+
+
+def ending(code: int) -> str:
+    """An exit code in words."""
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 def forward(stream: IO[str], rank: int) -> None:
@@ -118,11 +133,17 @@ class Job:
     def wait(self) -> int:
         """The job's exit code: of the process that failed first, else the largest."""
         first_failure = 0
-        while any(process.poll() is None for process in self._processes):
-            failed = [p.returncode for p in self._processes if p.returncode not in (None, 0)]
+        # All of them: any() would not look at the processes after the first living one.
+        while None in [process.poll() for process in self._processes]:
+            failed = [
+                (rank, p.returncode)
+                for rank, p in enumerate(self._processes)
+                if p.returncode not in (None, 0)
+            ]
             if failed and not first_failure:
-                first_failure = failed[0]
+                rank, first_failure = failed[0]
                 if first_failure != PREEMPTED:
+                    print(f"[local] process {rank}: {ending(first_failure)}", flush=True)
                     self.terminate()
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 for process in self._processes:

@@ -1,0 +1,270 @@
+"""Weak scaling of the train step: python -m cwcl_jax.benchmarks.step --processes=1,2,4.
+
+Each measurement is a job of several processes, with the same number of examples for every device:
+seconds of a step, and the bytes that a device sends in it, read from the compiled program, beside
+those that the formulas below give. The formulas then say what 8, 64 and 512 A100s would send for
+the paper's experiment. Writes step.md and step.json.
+
+Per device and step, with N examples, P devices, embeds of width d, features of width k and W
+trained weights, in values of float32:
+
+    gathered    (P-1)/P * N (2 d + 8)   columns, their gradient, statistics (two reduced)
+    ring        N (3 d + 6)             the columns twice, their gradient, statistics
+    moments     (P-1)/P * 2 (k d + k + 2 d)   closed form of the weighted direction
+    gradients   (P-1)/P * 2 W           one all-reduce
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FORMS = ("gathered", "ring")
+# The largest devices of one link: NVLink 3 has 300 GB/s each way; between nodes eight adapters
+# of 200 Gbit/s serve eight A100s. Peak figures, so the times are lower bounds.
+_NVLINK, _BETWEEN_NODES = 300e9, 25e9
+_PER_NODE = 8
+
+
+def experiment(batch: int, form: str) -> Any:
+    """The default image-text run, from scratch, with that many examples."""
+    from cwcl_jax.config import defaults, from_config_dict
+    from cwcl_jax.models.tower import TowerConfig
+
+    config = defaults(name="benchmark", total_steps=100, global_batch_size=batch, embed_dim=96)
+    config.data.train = "scenes:train"
+    config.towers.image = defaults(
+        TowerConfig, encoder="vit", preset="tiny", tune="none", head="none"
+    )
+    config.towers.text = defaults(TowerConfig, encoder="text", preset="tiny")
+    config.loss.form = form
+    return from_config_dict(config)
+
+
+def made_batch(config: Any, rows: int) -> dict[str, Any]:
+    """This process's examples: noise of the right shapes."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    size, length = config.data.image.size, config.data.text.max_tokens
+    return {
+        "image": {"pixels": rng.integers(0, 256, (rows, size, size, 3), np.uint8)},
+        "text": {
+            "tokens": rng.integers(4, 200, (rows, length)).astype(np.int32),
+            "mask": np.ones((rows, length), bool),
+        },
+    }
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any] | None:
+    """One process's part of a measurement; the result on process 0."""
+    import jax
+
+    from cwcl_jax.training import sharding
+    from cwcl_jax.training.collectives import traffic
+    from cwcl_jax.training.distributed import initialize, is_primary
+    from cwcl_jax.training.options import DistributedConfig
+    from cwcl_jax.training.state import initialise, make_blueprint
+    from cwcl_jax.training.step import TrainStep
+
+    initialize(DistributedConfig())
+    devices = jax.device_count()
+    config = experiment(job["examples"] * devices, job["form"])
+    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
+    state, locked, _ = initialise(blueprint)
+    rows = job["examples"] * jax.local_device_count()
+    batch = sharding.put_batch(blueprint.mesh, made_batch(config, rows))
+    compiled = TrainStep(blueprint).lower(batch).compile()
+    seconds = []
+    for _ in range(job["steps"]):
+        start = time.perf_counter()
+        state, metrics = compiled(state, locked, batch)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - start)
+    found = traffic(compiled.as_text())
+    if not is_primary():
+        return None
+    sent = {kind: round(one.sent_bytes) for kind, one in found.items()}
+    shape = (config.global_batch_size, devices, *widths(blueprint))
+    return {
+        "devices": devices,
+        "batch": config.global_batch_size,
+        "seconds": statistics.median(seconds[1:]),
+        "fastest_seconds": min(seconds[1:]),
+        "sent_bytes": sent,
+        "sent_total": sum(sent.values()),
+        "formula_total": round(sum(formula(*shape)[job["form"]].values())),
+    }
+
+
+def widths(blueprint: Any) -> tuple[int, int, int]:
+    """Width of the embeds, of the features that give the weights, and trained weights."""
+    config = blueprint.config
+    model = blueprint.model_def.merge(blueprint.abstract)
+    features = model.towers[config.loss.weights_from].feature_width
+    trained = sum(leaf.size for leaf in blueprint.abstract_params.values())
+    return config.embed_dim, features, trained
+
+
+def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str, dict[str, float]]:
+    """Bytes that a device sends in a step, by form of the loss and part; see the module's head."""
+    if devices == 1:
+        return {form: {} for form in FORMS}
+    share = 4 * (devices - 1) / devices
+    common = {"moments": share * 2 * (k * d + k + 2 * d), "gradients": share * 2 * weights}
+    return {
+        "gathered": {"loss": share * batch * (2 * d + 8)} | common,
+        "ring": {"loss": 4.0 * batch * (3 * d + 6)} | common,
+    }
+
+
+def run_job(job: dict[str, Any], processes: int, devices: int, timeout: float) -> dict[str, Any]:
+    """A measurement by several processes on this machine; adds "failed" if it comes to nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "cwcl_jax.benchmarks.step", f"--job={json.dumps(job)}"]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    children = [
+        subprocess.Popen(
+            command,
+            env=os.environ
+            | {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "CWCL_NUM_PROCESSES": str(processes),
+                "CWCL_PROCESS_ID": str(rank),
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": flags,
+                "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
+            },
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    row = job | {"processes": processes}
+    try:
+        output, errors = children[0].communicate(timeout=timeout)
+        for child in children:
+            child.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        return row | {"failed": f"no result after {timeout:.0f} s"}
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    if children[0].returncode:
+        lines = errors.strip().splitlines() or [f"exit code {children[0].returncode}"]
+        return row | {"failed": lines[-1][:200]}
+    return row | json.loads(output.strip().splitlines()[-1])
+
+
+def on_paper() -> list[dict[str, Any]]:
+    """What A100s would send for the paper's image-text experiment, and how long at least."""
+    d, k, weights = 1024, 1024, paper_weights()
+    rows = []
+    for devices in (8, 64, 512):
+        bandwidth = _NVLINK if devices <= _PER_NODE else _BETWEEN_NODES
+        for batch in (16_384, 2_048 * devices):
+            for form, parts in formula(batch, devices, d, k, weights).items():
+                total = sum(parts.values())
+                rows.append(
+                    {"devices": devices, "batch": batch, "form": form}
+                    | {f"{name}_mb": value / 1e6 for name, value in parts.items()}
+                    | {"total_mb": total / 1e6, "least_ms": total / bandwidth * 1e3}
+                )
+    return rows
+
+
+def paper_weights() -> int:
+    """Trained weights of the paper's image-text run with a text tower from scratch (preset B)."""
+    import jax
+
+    from cwcl_jax.config import defaults, from_config_dict
+    from cwcl_jax.models.tower import TowerConfig
+    from cwcl_jax.training import sharding
+    from cwcl_jax.training.state import make_blueprint
+
+    config = defaults(name="paper", total_steps=1, global_batch_size=16_000, embed_dim=1024)
+    config.data.train = "scenes:train"
+    config.towers.image = defaults(
+        TowerConfig, encoder="vit", preset="ViT-L/16", tune="none", head="none"
+    )
+    config.towers.text = defaults(
+        TowerConfig, encoder="text", preset="B", overrides={"vocab_size": 30_522}
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    return widths(make_blueprint(from_config_dict(config), mesh, check_batch=False))[2]
+
+
+def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Rows as Markdown."""
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = [_shown(row.get(name, "")) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{kind} {size:,}" for kind, size in value.items())
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+MEASURED = (
+    "form", "processes", "devices", "batch", "seconds", "fastest_seconds",
+    "sent_bytes", "sent_total", "formula_total", "failed",
+)  # fmt: skip
+COMPUTED = (
+    "devices", "batch", "form", "loss_mb", "moments_mb", "gradients_mb", "total_mb", "least_ms",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures all forms and numbers of processes; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Weak scaling of the train step.")
+    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
+    parser.add_argument("--examples", type=int, default=64, help="of each device")
+    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--timeout", type=float, default=600.0)
+    parser.add_argument("--out", default="benchmark_step")
+    parser.add_argument("--job", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.job:
+        result = measure(json.loads(options.job))
+        if result is not None:
+            print(json.dumps(result))
+        return 0
+    rows = []
+    for form in options.forms.split(","):
+        for processes in map(int, options.processes.split(",")):
+            job = {"form": form, "examples": options.examples, "steps": options.steps}
+            rows.append(run_job(job, processes, options.devices, options.timeout))
+            print(table(rows[-1:], MEASURED).splitlines()[-1], flush=True)
+    computed = on_paper()
+    print(table(computed, COMPUTED))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "step.json").write_text(json.dumps({"measured": rows, "on_paper": computed}, indent=1))
+    (out / "step.md").write_text(table(rows, MEASURED) + "\n" + table(computed, COMPUTED))
+    return 1 if any("failed" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

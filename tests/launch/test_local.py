@@ -1,0 +1,92 @@
+"""The local launcher starts, ends and names its processes; here they are small shell scripts."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import local
+
+LOCAL = [sys.executable, str(Path(local.__file__))]
+
+
+def launch(script, *options):
+    return subprocess.run(
+        [*LOCAL, *options, "--", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+
+
+def test_every_process_gets_its_place_and_its_lines_their_number():
+    done = launch('echo "$CWCL_PROCESS_ID of $CWCL_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS"')
+    assert done.returncode == 0
+    lines = sorted(done.stdout.splitlines())
+    assert [line.split(" at ")[0] for line in lines] == ["[0] 0 of 2", "[1] 1 of 2"]
+    assert len({line.split(" at ")[1] for line in lines}) == 1
+
+
+def test_cpu_devices_and_threads():
+    options = local.parse(["-n", "2", "-d", "3", "true"])
+    env = local.environment(options, 1234, 1)
+    assert "--xla_force_host_platform_device_count=3" in env["XLA_FLAGS"]
+    assert (env["JAX_PLATFORMS"], env["PJRT_NPROC"]) == ("cpu", "32")
+
+
+def test_gpus_are_shared_out(monkeypatch):
+    options = local.parse(["-n", "2", "-d", "2", "--gpus", "true"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    visible = [local.environment(options, 1, rank)["CUDA_VISIBLE_DEVICES"] for rank in range(2)]
+    assert visible == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    visible = [local.environment(options, 1, rank)["CUDA_VISIBLE_DEVICES"] for rank in range(2)]
+    assert visible == ["4,5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(SystemExit, match="need 4, but CUDA_VISIBLE_DEVICES=4,5,6 names 3"):
+        local.environment(options, 1, 0)
+
+
+def test_the_first_failure_ends_the_others_and_is_the_exit_code():
+    start = time.monotonic()
+    done = launch('[ "$CWCL_PROCESS_ID" = 1 ] && exit 3; sleep 100', "-n", "3")
+    assert done.returncode == 3
+    assert time.monotonic() - start < 20
+    assert "[local] process 1: exit code 3" in done.stdout
+
+
+def test_a_killed_process_is_named():
+    done = launch('[ "$CWCL_PROCESS_ID" = 0 ] && kill -9 $$; sleep 100')
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "[local] process 0: SIGKILL" in done.stdout
+
+
+def test_preempted_processes_are_not_hurried():
+    done = launch('[ "$CWCL_PROCESS_ID" = 0 ] && exit 75; sleep 1; echo saved; exit 75')
+    assert done.returncode == 75
+    assert "[1] saved" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("trap", "code"), [("trap 'echo saving; exit 75' TERM", 75), ("trap '' TERM", 137)]
+)
+def test_term_is_passed_on_and_kill_follows(trap, code):
+    child = subprocess.Popen(
+        [
+            *LOCAL,
+            "--grace",
+            "1",
+            "--",
+            "sh",
+            "-c",
+            f"{trap}; echo here; while :; do sleep 0.1; done",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lines = [child.stdout.readline() for _ in range(2)]
+    assert sorted(lines) == ["[0] here\n", "[1] here\n"]
+    child.terminate()
+    output, _ = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert output.count("saving") == (2 if code == 75 else 0)
