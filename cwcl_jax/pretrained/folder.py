@@ -114,6 +114,11 @@ def load_folder(folder: Path) -> tuple[ModelDescription, dict[str, jax.Array]]:
     return description, {path: jnp.asarray(weights.read(path)) for path in abstract}
 
 
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples, and the settings hold no lists."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+
+
 def read_description(folder: Path) -> ModelDescription:
     """The description of an exported folder, with the tokenizer's path made whole."""
     path = folder / DESCRIPTION
@@ -121,9 +126,9 @@ def read_description(folder: Path) -> ModelDescription:
         content = json.loads(path.read_text())
         version = content.pop("format")
         towers = {name: TowerConfig(**fields) for name, fields in content.pop("towers").items()}
-        text = TextInputs(**content.pop("text"))
-        image = ImageInputs(**content.pop("image"))
-        speech = SpeechInputs(**content.pop("speech"))
+        text = TextInputs(**_with_tuples(content.pop("text")))
+        image = ImageInputs(**_with_tuples(content.pop("image")))
+        speech = SpeechInputs(**_with_tuples(content.pop("speech")))
         description = ModelDescription(
             towers=towers, image=image, text=text, speech=speech, **content
         )
