@@ -99,11 +99,19 @@ class Job:
     """The processes, started together and ended together."""
 
     def __init__(self, options: argparse.Namespace):
-        self._grace = options.grace
+        self._options = options
         self._kill_at: float | None = None
+        self._processes: list[subprocess.Popen[str]] = []
+        self._readers: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Starts the processes, unless `terminate` was called before."""
+        options = self._options
         port = options.port or free_port()
-        self._processes = [
-            subprocess.Popen(
+        for rank in range(options.processes):
+            if self._kill_at is not None:
+                break
+            process = subprocess.Popen(
                 options.command,
                 env=environment(options, port, rank),
                 stdout=subprocess.PIPE,
@@ -113,19 +121,17 @@ class Job:
                 # A terminal's Ctrl-C must come through `terminate`, once.
                 start_new_session=True,
             )
-            for rank in range(options.processes)
-        ]
-        self._readers = [
-            threading.Thread(target=forward, args=(process.stdout, rank), daemon=True)
-            for rank, process in enumerate(self._processes)
-        ]
-        for reader in self._readers:
+            self._processes.append(process)
+            reader = threading.Thread(target=forward, args=(process.stdout, rank), daemon=True)
             reader.start()
+            self._readers.append(reader)
+        if self._kill_at is not None:  # it came in between: the newest has not heard of it
+            self.terminate()
 
     def terminate(self, *_: object) -> None:
         """SIGTERM to all; SIGKILL follows after the grace time."""
         if self._kill_at is None:
-            self._kill_at = time.monotonic() + self._grace
+            self._kill_at = time.monotonic() + self._options.grace
         for process in self._processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
@@ -162,6 +168,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(parse(argv))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, job.terminate)
+    job.start()
     return job.wait()
 
 

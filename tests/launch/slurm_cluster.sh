@@ -14,9 +14,7 @@ D=$1
 NODES=(rack001-ib rack002-ib)
 
 ip link set lo up
-ip link add cwclnet type dummy
-ip addr add 10.77.8.1/24 dev cwclnet
-ip link set cwclnet up
+ip addr add 10.77.8.1/32 dev lo
 {
   echo "127.0.0.1 localhost"
   echo "10.77.8.1 $(hostname) ${NODES[*]}"

@@ -31,8 +31,13 @@ class Cluster:
             ["bash", str(Path(__file__).parent / "slurm_cluster.sh"), str(folder)],
             stdin=subprocess.PIPE,
         )
-        self.wait_for(lambda: (folder / "pid").exists(), "the cluster")
-        self._inside = ["nsenter", "-t", (folder / "pid").read_text().strip(), "-m", "-n", "--"]
+
+    def start(self):
+        """Waits until the nodes are there."""
+        file = self.folder / "pid"
+        self.wait_for(file.exists, "the cluster")
+        target = file.read_text().strip()
+        self._inside = ["nsenter", "-t", target, "-m", "-n", f"--wd={ROOT}", "--"]
         self.wait_for(lambda: self("sinfo", "-hNo", "%T").count("idle") == 2, "two idle nodes")
 
     def __call__(self, *command, **options):
@@ -102,8 +107,11 @@ def cluster(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("namespaces of its own need root")
     made = Cluster(tmp_path)
-    yield made
-    made.close()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
 
 
 def test_submit_stop_requeue_resume_and_lose_a_node(cluster, tmp_path):
