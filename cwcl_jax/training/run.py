@@ -123,6 +123,8 @@ def _open_batches(config: ExperimentConfig) -> Iterator[Batches]:
             process_count=jax.process_count(),
             source=training_source(config),
         )
+    except ConfigError:
+        raise
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(
             f"config.data.train={config.data.train!r}: {error}; set --config.data.train=..."

