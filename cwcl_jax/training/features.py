@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,8 +31,11 @@ _BATCH = 256
 _SHARD = 8192
 
 
-def training_source(config: ExperimentConfig) -> Source:
+def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda: None) -> Source:
     """The source of `config.data.train`, with features of the locked encoders if it asks for them.
+
+    Args:
+      beat: called now and then while features are made: the watchdog's.
 
     Raises:
       ConfigError: the data is not the same in every epoch.
@@ -61,7 +65,7 @@ def training_source(config: ExperimentConfig) -> Source:
             encoder, sources, source, modality, output="features", dtype="float32",
             width=encoder.width(modality, "features"), shard_size=_SHARD,
         )  # fmt: skip
-        folders.append(_keep(config, encoder, source, description))
+        folders.append(_keep(config, encoder, source, description, beat))
     return Embedded(source, folders)
 
 
@@ -82,16 +86,21 @@ def _check_repeatable(config: ExperimentConfig, locked: list[str]) -> None:
 
 
 def _keep(
-    config: ExperimentConfig, encoder: Encoder, source: Source, description: EmbeddingDescription
+    config: ExperimentConfig,
+    encoder: Encoder,
+    source: Source,
+    description: EmbeddingDescription,
+    beat: Callable[[], None],
 ) -> str:
     """Writes what is missing of the folder; other processes of this machine wait for it."""
     name = hashlib.sha256(description.to_json().encode()).hexdigest()[:16]
     folder = cache_folder(config) / f"{description.modality}-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with _locked(folder.with_suffix(".lock"), beat):
         writer = EmbeddingWriter(folder, description)
         if not writer.is_complete():
             print(f"features of the locked {description.modality} encoder, once, into {folder}")
+            encoder.on_batch = beat
             embed_source(
                 encoder, source, writer, config.data,
                 output="features", batch_size=_BATCH, progress=_report, stop=lambda step: False,
@@ -100,9 +109,15 @@ def _keep(
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _locked(file: Path, beat: Callable[[], None]) -> Iterator[None]:
     with open(file, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                beat()  # whoever holds it is watched by a watchdog of its own
+                time.sleep(0.5)
         yield
 
 
