@@ -204,8 +204,9 @@ def paper_weights() -> int:
     config.towers.text = defaults(
         TowerConfig, encoder="text", preset="B", overrides={"vocab_size": 30_522}
     )
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    return widths(make_blueprint(from_config_dict(config), mesh, check_batch=False))[2]
+    frozen = from_config_dict(config)
+    mesh = sharding.make_mesh(frozen.mesh, jax.devices()[:1])
+    return widths(make_blueprint(frozen, mesh, check_batch=False))[2]
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
     evaluator = Evaluator(config, workdir)
     with StopSignal() as stop:
         with (
-            _open_batches(config) as batches,
+            _open_batches(config, watchdog) as batches,
             Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints,
         ):
             start = checkpoints.latest_step or 0
@@ -110,7 +110,7 @@ def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, 
 
 
 @contextmanager
-def _open_batches(config: ExperimentConfig) -> Iterator[Batches]:
+def _open_batches(config: ExperimentConfig, watchdog: Watchdog) -> Iterator[Batches]:
     import jax
 
     try:
@@ -121,7 +121,7 @@ def _open_batches(config: ExperimentConfig) -> Iterator[Batches]:
             global_batch_size=config.global_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            source=training_source(config),
+            source=training_source(config, watchdog.beat),
         )
     except ConfigError:
         raise
