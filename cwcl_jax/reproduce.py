@@ -28,7 +28,7 @@ if __name__ == "__main__":
     _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
     _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1)
     _STEPS = flags.DEFINE_integer("steps", 0, "Steps of every run; 0 = the config's.")
-    _OUTPUT = flags.DEFINE_string("output", "reproduction", "Folder of the page.")
+    _OUTPUT = flags.DEFINE_string("output", "runs/reproduction", "Folder of the page.")
     _RUNS = flags.DEFINE_string("runs", "runs/reproduce", "Folder of the runs.")
     _SCENES = flags.DEFINE_string("scenes", "", "More of configs/lit_cwcl.py's argument.")
     _SPEECH = flags.DEFINE_string("speech", "", "More of configs/speech_cwcl.py's argument.")

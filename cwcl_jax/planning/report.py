@@ -8,6 +8,7 @@ from cwcl_jax.config import ConfigError
 from cwcl_jax.planning.compiled import Compiled
 from cwcl_jax.planning.estimate import USABLE_MEMORY, Estimate
 from cwcl_jax.planning.memory import Memory
+from cwcl_jax.planning.towers import has_blocks
 from cwcl_jax.training.state import count
 from cwcl_jax.training.summary import format_table, size_text, trained_text
 
@@ -68,6 +69,7 @@ def _towers(base: Estimate) -> str:
         leaves = {p: a for p, a in blueprint.abstract.items() if p.startswith(prefix)}
         trained = {p: a for p, a in leaves.items() if p in blueprint.trained}
         attention = "fused" if base.fused[modality] else "XLA"
+        attention = attention if has_blocks(tower) else "none"
         rows.append(
             (
                 modality,
@@ -188,8 +190,7 @@ def _variants(rows: Sequence[tuple[str, Estimate | ConfigError]]) -> str:
 def _notes(base: Estimate, compiled: Compiled | None) -> str:
     lines = ["GB are 10^9 bytes. Reckoned from traced shapes; nothing was run."]
     for modality, fused in base.fused.items():
-        tower = base.blueprint.config.towers[modality]
-        if base.chip.has_fused_attention and not fused and hasattr(tower, "attention"):
+        if base.chip.has_fused_attention and not fused:
             lines.append(f"{modality}: cuDNN's attention is not taken; {_why_not_fused(modality)}")
     if compiled:
         lines.append(f"lowered and compiled for {base.devices} devices in {compiled.seconds:.0f} s")

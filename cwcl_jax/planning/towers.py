@@ -11,7 +11,7 @@ from flax import nnx
 
 from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.models.attention import cudnn_takes
-from cwcl_jax.models.encoders import encoder_config
+from cwcl_jax.models.encoders import encoder_config, encoder_family
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.planning.graph import trace
 from cwcl_jax.planning.inputs import inputs_of
@@ -178,10 +178,15 @@ def _settings(config: ExperimentConfig, modality: str) -> Any:
 
 
 def attention_is_fused(blueprint: Blueprint, modality: str, *, chip_has_it: bool) -> bool:
-    """Whether this tower's attention runs in cuDNN's kernel, by the model's own rule."""
+    """Whether this tower's attention runs in cuDNN's kernel, by the model's own rule.
+
+    True also for a tower without attention blocks, which has nothing to fuse.
+    """
     tower = blueprint.config.towers[modality]
     settings = _settings(blueprint.config, modality)
-    if not chip_has_it or tower.attention == "xla" or not hasattr(settings, "heads"):
+    if not has_blocks(tower):
+        return True
+    if not chip_has_it or tower.attention == "xla":
         return False
     head_dim = settings.width // settings.heads
     dtype = jax.numpy.dtype(tower.dtype or blueprint.config.dtype)
@@ -190,12 +195,16 @@ def attention_is_fused(blueprint: Blueprint, modality: str, *, chip_has_it: bool
 
 
 def sequence(blueprint: Blueprint, modality: str) -> tuple[int, bool]:
-    """Tokens of one example in the attention, and whether some are masked."""
+    """Tokens of one example in the attention (0 without any), and whether some are masked."""
+    data, tower = blueprint.config.data, blueprint.config.towers[modality]
     settings = _settings(blueprint.config, modality)
-    if modality == "image":
+    if not has_blocks(tower):
+        return 0, False
+    reads = encoder_family(tower.encoder).modality
+    if reads == "image":
         return settings.tokens, False
-    if modality == "text":
-        return blueprint.config.data.text.max_tokens, True
-    if getattr(settings, "attend_padding", False):
+    if reads == "text":
+        return data.text.max_tokens, True
+    if settings.attend_padding:
         return settings.max_positions, False
-    return round(blueprint.config.data.speech.max_seconds * 50), True
+    return round(data.speech.max_seconds * 50), True

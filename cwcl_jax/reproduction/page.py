@@ -108,9 +108,10 @@ def conclusion(experiment: Experiment, numbers: Numbers) -> str:
 def closing_section(commands: Sequence[Sequence[str]], made_by: str, seconds: float) -> str:
     """How the page came about: commands, versions, time."""
     versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
-    lines = ["## How this page was made", "", "    " + made_by, "", "which ran"]
-    lines += ["", *("    " + shlex.join(command) for command in commands), ""]
-    lines.append(f"Training and evaluation of these runs: {seconds / 60:.1f} minutes.")
+    lines = ["## How this page was made", "", "    " + made_by, ""]
+    if commands:
+        lines += ["which ran", "", *("    " + shlex.join(command) for command in commands), ""]
+        lines.append(f"Training and evaluation of these runs: {seconds / 60:.1f} minutes.")
     lines.append(f"Python {platform.python_version()}, {versions}, {platform.platform()}.")
     return "\n".join(lines)
 

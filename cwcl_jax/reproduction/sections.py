@@ -90,7 +90,8 @@ class Maker:
         path = similarity_picture(self.folder / "figure6.png", self.scale)
         text = (
             "Scenes sorted by their similarity to an anchor in the locked image tower, and their "
-            "weights: the paper's cos/2 + 1/2 hardly tells them apart, sharper functions do."
+            "weights: the paper's cos/2 + 1/2 leaves most of a batch above 1/2, sharper functions "
+            "single out the nearest. CL gives 1 to the anchor and 0 to all others."
         )
         return "## What the loss sees (Figure 6)\n\n" + page.picture(path, self.folder, text)
 
