@@ -57,7 +57,8 @@ train() {
 case "${1:-}" in
   setup) setup ;;
   train) shift && train "$@" ;;
-  stop) everywhere pkill -TERM -f "python3 -m cwcl_jax.train" ;;
+  # The brackets keep pkill from matching the shell that runs it.
+  stop) everywhere pkill -TERM -f "[p]ython3 -m cwcl_jax.train" ;;
   run) shift && [[ $# -gt 0 ]] && everywhere "$@" ;;
   *) usage ;;
 esac

@@ -153,6 +153,17 @@ def test_tpu_training_is_tried_again_after_crashes_only(tpu, code, attempts):
     assert len(calls) == 2 * attempts
 
 
+def test_tpu_stop_asks_training_alone(tpu, tmp_path):
+    executable(tmp_path / "bin" / "pkill", f'#!/bin/sh\necho "$@" >> {tmp_path}/pkill\n')
+    done, _ = tpu("stop")
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "pkill").read_text().splitlines()
+    assert asked == ["-TERM -f [p]ython3 -m cwcl_jax.train"] * 2
+    pattern = asked[0].split(" -f ")[1]
+    assert re.search(pattern, "python3 -m cwcl_jax.train --config=x")
+    assert not re.search(pattern, f"bash -c pkill {asked[0]}")
+
+
 def test_tpu_script_says_what_is_missing(tpu):
     done, _ = tpu("train", TPU_NAME="")
     assert done.returncode != 0

@@ -37,7 +37,7 @@ def act(action: str) -> None:
 
 
 def guilty(place: str) -> bool:
-    """Whether this process is to act at `place`: "step", "save" or "evaluation"."""
+    """Whether this process is to act at `place`: "start", "step", "save" or "evaluation"."""
     import jax
 
     return FAULT.get("place", "step") == place and FAULT.get("process") == jax.process_index()
@@ -84,11 +84,15 @@ if __name__ == "__main__":
     experiment = from_json((WORKDIR.parent / "experiment.json").read_text())
     distributed.initialize(experiment.distributed)
     prepare()
-    from cwcl_jax.training.run import train
+    from cwcl_jax.training import run
 
+    if guilty("start") and FAULT["action"] == "differ":
+        run.code_version = lambda: "something else"
+    elif guilty("start"):
+        act(FAULT["action"])
     sys.exit(
         distributed.run_main(
-            lambda watchdog: train(experiment, WORKDIR, watchdog),
+            lambda watchdog: run.train(experiment, WORKDIR, watchdog),
             experiment.distributed,
             code_of=exit_code,
             logs=WORKDIR / "logs",

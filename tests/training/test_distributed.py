@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cwcl_jax.cli import BAD_CONFIG, DONE, FAILED, exit_code
-from cwcl_jax.config import ConfigError, to_json
+from cwcl_jax.cli import BAD_CONFIG, DONE, FAILED, PREEMPTED, WATCHDOG, exit_code
+from cwcl_jax.config import ConfigError
+from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.training import distributed
 from cwcl_jax.training.distributed import Layout, check_addresses, find_layout
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import DistributedConfig
+from tests.training.jobs import CHILD, run_job, write_experiment
 from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,47 +99,18 @@ def test_exit_codes():
     assert exit_code(SystemExit(75)) == 75
 
 
-_CHILD = """
-import os, sys
-from pathlib import Path
-from cwcl_jax.cli import exit_code
-from cwcl_jax.config import from_json
-from cwcl_jax.training import distributed
-workdir = Path(sys.argv[1])
-config = from_json((workdir.parent / "experiment.json").read_text())
-distributed.initialize(config.distributed)
-from cwcl_jax.training import run
-if sys.argv[2:] == ["fail"] and os.environ["CWCL_PROCESS_ID"] == "1":
-    def fail(*arguments, **options):
-        raise RuntimeError("no such luck")
-    run.make_writers = run.DeviceInput = fail
-sys.exit(
-    distributed.run_main(
-        lambda watchdog: run.train(config, workdir, watchdog),
-        config.distributed,
-        code_of=exit_code,
-        logs=workdir / "logs",
-    )
-)
-"""
-
-
-def launch(workdir, processes, devices, *arguments):
-    command = [sys.executable, str(ROOT / "launch/local.py"), "-n", str(processes)]
-    command += ["-d", str(devices), "--grace", "5", "--"]
-    command += [sys.executable, "-c", _CHILD, str(workdir), *arguments]
+def launch(workdir, processes, devices, *command):
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    launcher = [sys.executable, str(ROOT / "launch/local.py"), "-n", str(processes)]
     return subprocess.run(
-        ["timeout", "-s", "KILL", "200", *command],
+        ["timeout", "-s", "KILL", "300", *launcher, "-d", str(devices), "--", *command],
         env=environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def losses(workdir):
-    return [record["loss"] for record in read_json_lines(workdir / "metrics.jsonl")]
+    return [r["loss"] for r in read_json_lines(workdir / "metrics.jsonl") if "loss" in r]
 
 
 def metrics(workdir):
@@ -147,23 +119,116 @@ def metrics(workdir):
 
 @pytest.mark.multiprocess
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    (tmp_path / "experiment.json").write_text(to_json(toy_config()))
-    one = launch(tmp_path / "one", 1, 4)
-    assert one.returncode == DONE, one.stdout
-    two = launch(tmp_path / "two", 2, 2)
-    assert two.returncode == DONE, two.stdout
+    write_experiment(tmp_path, toy_config())
+    for name, processes, devices in (("one", 1, 4), ("two", 2, 2)):
+        done = launch(tmp_path / name, processes, devices, *CHILD, str(tmp_path / name))
+        assert done.returncode == DONE, done.stdout
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
-    # Only one process talks, and the evaluation agrees.
-    assert not re.search(r"^\[1\] tower", two.stdout, re.MULTILINE)
-    results = [
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")
-    ]
-    assert results[0][0]["metrics"] == results[1][0]["metrics"]
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+    # Only one process talks; the other one has a file of its own.
+    assert not re.search(r"^\[1\] tower", done.stdout, re.MULTILINE)
+    files = sorted(path.name for path in (tmp_path / "two" / "logs").iterdir())
+    assert files == ["process-0.log", "process-1.log"]
+    assert "step 1/4" in (tmp_path / "two" / "logs" / "process-0.log").read_text()
+    assert not (tmp_path / "one" / "logs").exists()
 
 
 @pytest.mark.multiprocess
-def test_exception_on_one_process_ends_the_job_within_seconds(tmp_path):
-    (tmp_path / "experiment.json").write_text(to_json(toy_config()))
-    result = launch(tmp_path / "run", 2, 1, "fail")
-    assert result.returncode not in (DONE, -signal.SIGKILL), result.stdout
-    assert "[process 1 of 2] RuntimeError: no such luck" in result.stdout
+def test_processes_that_differ_are_named_and_end_with_2(tmp_path):
+    write_experiment(tmp_path, toy_config())
+    fault = {"place": "start", "action": "differ", "process": 1}
+    ending = run_job(tmp_path / "run", 2, fault=fault)
+    assert ending.codes == [BAD_CONFIG, BAD_CONFIG], ending.output
+    assert "do not run the same thing" in ending.output
+    assert "code (process 1): 'something else' there" in ending.output
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_does_not_come_is_named(tmp_path):
+    write_experiment(tmp_path, toy_config(**{"distributed.barrier_timeout": 3.0}))
+    ending = run_job(
+        tmp_path / "run", 2, fault={"place": "start", "action": "hang", "process": 1}, frozen=[1]
+    )
+    assert ending.codes[0] == WATCHDOG, ending.output
+    assert "waited 3 s for all 2 processes at 'agreement'; missing: process 1" in ending.output
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_the_default_run_does_not_depend_on_the_layout(tmp_path, processes, devices):
+    """Losses, evaluation and embeddings of configs/lit_cwcl.py, for a few steps."""
+    config = ["--config=configs/lit_cwcl.py"]
+    few = ["--config.total_steps=4", "--config.global_batch_size=64"]
+    few += ["--config.logging.every_steps=1", "--config.logging.tensorboard=False"]
+    for task in ("shape", "colour", "combination", "retrieval"):
+        line = f"scenes:test?task={task}&n=96"
+        few += [f"--config.evaluation.tasks.{task}.source={line}"]
+        few += [f"--config.evaluation.tasks.{task}.bootstrap=0"]
+    for name, n, d in (("one", 1, 4), ("many", processes, devices)):
+        python = [sys.executable, "-m"]
+        done = launch(
+            tmp_path, n, d, *python, "cwcl_jax.train", *config, *few,
+            f"--workdir={tmp_path / name}",
+        )  # fmt: skip
+        assert done.returncode == DONE, done.stdout
+        done = launch(
+            tmp_path, n, d, *python, "cwcl_jax.embed", *config, "--source=scenes:train?n=200",
+            "--dtype=float32", f"--output={tmp_path / name}-embeds",
+        )  # fmt: skip
+        assert done.returncode == DONE, done.stdout
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-5)
+    for mine, expected in zip(metrics(tmp_path / "many"), metrics(tmp_path / "one"), strict=True):
+        assert mine == pytest.approx(expected, abs=0.011)  # one of 96 items may be a near tie
+    one, many = (EmbeddingStore(tmp_path / f"{name}-embeds") for name in ("one", "many"))
+    for index in range(200):
+        assert many[index][0] == one[index][0]
+        np.testing.assert_allclose(many[index][1], one[index][1], atol=1e-5)
+    print(f"\n{processes} x {devices}: {losses(tmp_path / 'many')}")
+    print(f"one x 4: {losses(tmp_path / 'one')}")
+
+
+_EMBED = """
+import sys
+from cwcl_jax.cli import exit_code
+from cwcl_jax.embed import embed
+from cwcl_jax.training import distributed, embedding
+from cwcl_jax.training.options import DistributedConfig
+from tests.training.toy import toy_config
+import os, signal
+distributed.initialize(DistributedConfig())
+import jax
+batches = [0]
+def run(watchdog):
+    def report(done, total, seconds):
+        batches[0] += 1
+        if sys.argv[2] == "term" and jax.process_index() == 1 and batches[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    import cwcl_jax.embed as module
+    module._report = report
+    return embed(
+        toy_config(), workdir="", output=sys.argv[1], line="scenes:train?n=800", dtype="float32",
+        batch_size=20, shard_size=80, watchdog=watchdog,
+    )
+sys.exit(distributed.run_main(run, DistributedConfig(), code_of=exit_code))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_embedding_stops_on_all_processes_and_goes_on(tmp_path):
+    command = [sys.executable, "-c", _EMBED, str(tmp_path / "out")]
+    stopped = launch(tmp_path, 2, 1, *command, "term")
+    assert stopped.returncode == PREEMPTED, stopped.stdout
+    assert "[local]" not in stopped.stdout  # nobody failed
+    assert 0 < len(list((tmp_path / "out").glob("*.array_record"))) < 10
+    done = launch(tmp_path, 4, 1, *command, "")
+    assert done.returncode == DONE, done.stdout
+    alone = launch(tmp_path, 1, 1, sys.executable, "-c", _EMBED, str(tmp_path / "alone"), "")
+    assert alone.returncode == DONE, alone.stdout
+    one, many = EmbeddingStore(tmp_path / "alone"), EmbeddingStore(tmp_path / "out")
+    assert len(many) == 800
+    for index in range(0, 800, 7):
+        assert many[index][0] == one[index][0]
+        np.testing.assert_array_equal(many[index][1], one[index][1])
