@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.reproduction.paper import TABLES
 from cwcl_jax.reproduction.runs import Run, load_experiment
 
 SCENES = "configs/lit_cwcl.py"
@@ -95,7 +96,7 @@ def _table4(scale: Scale) -> Experiment:
     return Experiment(
         "Retrieval (Table 4)",
         4,
-        ("I->T R@1", "R@5", "R@10", "T->I R@1", "R@5", "R@10"),
+        TABLES[4].columns,
         {
             method: tuple(Cell(run, "retrieval", f"{way}_rank@{k}") for way, k in columns)
             for method, run in scene_runs(scale).items()

@@ -100,9 +100,12 @@ def conclusion(experiment: Experiment, numbers: Numbers) -> str:
         "difference."
     )
     if counts["higher"] <= counts["lower"]:
-        said += " So the paper's gain is **not** reproduced here."
-    note = "The intervals are not corrected for the number of comparisons."
-    return f"**{said}** {note}"
+        said += " So the paper's gain is not reproduced here."
+    notes = ["The intervals are not corrected for the number of comparisons."]
+    full = [column for *_, column, change in pairs if not any(change.values)]
+    if full:
+        notes.append(f"Equal in every seed, as at 100 %: {', '.join(dict.fromkeys(full))}.")
+    return f"**{said}** " + " ".join(notes)
 
 
 def closing_section(commands: Sequence[Sequence[str]], made_by: str, seconds: float) -> str:
