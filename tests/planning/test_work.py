@@ -78,8 +78,9 @@ def test_flops_agree_with_the_compiled_step(changes, devices, fsdp):
         devices=devices,
     )
     compiled = compile_step(blueprint, batch)
+    # Exact but for products that the compiler drops or joins.
     assert work.total_flops == pytest.approx(compiled.product_flops, rel=0.1)
     if not changes:  # no loops: XLA's own count holds, elementwise work included
         assert work.total_flops == pytest.approx(compiled.cost_flops, rel=0.1)
-    else:
-        assert compiled.cost_flops < compiled.product_flops
+    if "accumulation_steps" in changes:  # the towers run inside of loops, which XLA counts once
+        assert compiled.cost_flops < 0.8 * compiled.product_flops
