@@ -87,6 +87,6 @@ def test_term_is_passed_on_and_kill_follows(trap, code):
     lines = [child.stdout.readline() for _ in range(2)]
     assert sorted(lines) == ["[0] here\n", "[1] here\n"]
     child.terminate()
-    output, _ = child.communicate(timeout=30)
+    output, _ = child.communicate(timeout=60)
     assert child.returncode == code
     assert output.count("saving") == (2 if code == 75 else 0)

@@ -17,7 +17,7 @@ import pytest
 from cwcl_jax.training.metrics import read_json_lines
 
 ROOT = Path(__file__).parent.parent.parent
-_LONGEST = 240.0
+_LONGEST = 600.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
