@@ -9,7 +9,8 @@
 --config=configs/speech_cwcl.py:data=/data             sentences of your own (/data/sentences),
                                                        tested on /data/slurp and /data/fsdd
 --config=configs/speech_cwcl.py:lock=both              Table 6: text, speech, both or none
---config=configs/speech_cwcl.py:init=runs/first        Table 5: the speech encoder of another run
+--config=configs/speech_cwcl.py:init=runs/first        Table 5: the speech encoder of another run,
+                                                       exported into runs/first/export
 --config=configs/speech_cwcl.py:batch=64               Table 7: learning rate in proportion
 --config=configs/speech_cwcl.py:head,init=runs/first   a new head on the features of that run,
                                                        in seconds: ablations over losses
@@ -59,6 +60,7 @@ def get_config(argument: str = "") -> ConfigDict:
         augment="masks",
         head=False,
     )
+    options["init"] = exported(options["init"])
     _require("lock", options["lock"], LOCKS)
     _require("augment", options["augment"], tuple(AUGMENT))
     config = defaults(name="speech_cwcl")
@@ -90,6 +92,19 @@ def set_batch(config: Any, batch: int) -> None:
     if batch:
         config.optimizer.learning_rate *= batch / config.global_batch_size
         config.global_batch_size = batch
+
+
+def exported(init: str) -> str:
+    """The weights of a first run: its folder `export`, or what `init` itself names."""
+    folder = Path(init)
+    if not init or not (folder / "checkpoints").is_dir():
+        return init
+    if not (folder / "export" / "model.safetensors").exists():
+        raise ConfigError(
+            f"init={init} is a run that is not exported: python -m cwcl_jax.export "
+            f"--source={init} --output={folder / 'export'} --format=safetensors"
+        )
+    return str(folder / "export")
 
 
 def lock_towers(config: Any, lock: str) -> None:

@@ -150,6 +150,15 @@ def test_without_minilm_the_run_says_how_to_get_it(tmp_path, part):
     assert "config.data.train" not in str(caught.value)
 
 
+def test_a_first_run_gives_its_exported_weights(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match=r"cwcl_jax\.export .*--format=safetensors"):
+        config(f"init={tmp_path}")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.safetensors").touch()
+    assert config(f"init={tmp_path}").towers["speech"].weights == str(tmp_path / "export")
+
+
 def test_own_sentences_bring_the_tasks_whose_data_is_there(tmp_path):
     (tmp_path / "fsdd").mkdir()
     tasks = config(f"data={tmp_path}").evaluation.tasks
