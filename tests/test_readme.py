@@ -15,6 +15,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cwcl_jax.config import to_plain
@@ -82,7 +83,8 @@ RUN_BY = {
         r"python -m cwcl_jax\.reproduce .*",
     ],
     "tests/test_configs.py::test_takes_a_step_at_toy_size": [
-        r"python -m cwcl_jax\.train --config=configs/(features|speech)_cwcl\.py\S*",
+        r"python -m cwcl_jax\.train --config=configs/(features|speech)_cwcl\.py\S*"
+        r"( --workdir=\S+)?",
     ],
 }
 
@@ -134,7 +136,10 @@ def test_command_is_run_by_a_test_or_listed_as_not_run(command):
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "cwcl_jax." in c])
-def test_every_option_of_a_command_exists(command):
+def test_every_option_of_a_command_exists(command, tmp_path, monkeypatch):
+    rows = np.zeros((4, 8), np.float32)
+    np.savez(tmp_path / "features.npz", profile=rows, compound=rows)
+    monkeypatch.chdir(tmp_path)
     module = re.search(r"-m (cwcl_jax[\w.]*)", command)
     if module is None:
         return
