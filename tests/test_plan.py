@@ -81,21 +81,13 @@ def test_weights_that_are_not_here_are_not_asked_for():
 
 def test_sizes_that_stand_in_absent_weights_are_asked_for():
     config = load_experiment("configs/speech_cwcl.py", "paper")
-    with pytest.raises(ConfigError, match=r"--config\.towers\.text\.preset=.*RoBERTa-large"):
+    with pytest.raises(ConfigError, match=r"--config\.towers\.speech\.preset=.*whisper-small"):
         without_files(config)
 
 
-def test_what_does_not_fit_is_said_and_ring_and_gathered_send_what_xla_sends():
-    text = plan(wide_config(**{"loss.form": "gathered"}), "h100x4", variants=False)
-    assert "fits in 90% of 80.00 GB" in text
-    rows = {
-        line[:28].strip(): float(line.split()[-1])
-        for line in text.splitlines()
-        if line.startswith(("reckoned: ", "compiled: "))
-    }
-    reckoned = sum(v for k, v in rows.items() if k.startswith("reckoned"))
-    compiled = sum(v for k, v in rows.items() if k.startswith("compiled"))
-    assert reckoned == pytest.approx(compiled, rel=0.1)
+def test_what_does_not_fit_is_said():
+    config = wide_config(**{"data.prefetch": 10_000_000})
+    assert "DOES NOT FIT" in plan(config, "h100x4", compile_step=False, variants=False)
 
 
 @pytest.mark.slow

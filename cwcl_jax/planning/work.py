@@ -42,8 +42,10 @@ class Work:
       elementwise: elements that all other operations make.
       product_bytes: operands and results of products.
       score_bytes: of these, attention's tokens x tokens arrays, by the number of tokens.
-      sent: bytes that explicit collectives (those of the loss) send, by kind.
+      sent: bytes that explicit collectives (those of the loss) send, by kind. A gather that the
+        backward pass repeats counts once: the compiler joins the two.
       endless: loops without a known length, counted once.
+      gathered: bytes sent by gathers, by the shape and type of what is gathered.
     """
 
     flops: dict[str, float] = dataclasses.field(default_factory=_sums)
@@ -52,6 +54,7 @@ class Work:
     score_bytes: dict[int, float] = dataclasses.field(default_factory=_sums)
     sent: dict[str, float] = dataclasses.field(default_factory=_sums)
     endless: int = 0
+    gathered: dict[tuple, float] = dataclasses.field(default_factory=_sums)
 
     @property
     def total_flops(self) -> float:
@@ -63,6 +66,8 @@ def count_work(function: Callable[..., Any], *arguments: Any, devices: int) -> W
     """The work of `function` for abstract global arguments, per device."""
     work = Work()
     _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1 / devices, devices, work)
+    if work.gathered:
+        work.sent["all_gather"] += sum(work.gathered.values())
     return work
 
 
@@ -73,23 +78,33 @@ def _count(jaxpr: Any, times: float, devices: int, work: Work) -> None:
             _count_product(equation, times, work)
         elif name == "conv_general_dilated":
             _count_convolution(equation, times, work)
+        elif name == "all_gather":
+            aval = equation.invars[0].aval
+            work.gathered[aval.shape, str(aval.dtype)] += times * _sent_bytes(
+                equation, name, devices
+            )
         elif name in _SENDING:
             work.sent[name] += times * _sent_bytes(equation, name, devices)
+        elif name == "shard_map":
+            before, work.gathered = work.gathered, _sums()
+            for body in subjaxprs(equation):  # whose shapes are those of one device
+                _count(body, times * devices, devices, work)
+            for what, size in work.gathered.items():
+                before[what] = max(before[what], size)
+            work.gathered = before
         else:
             inner = list(subjaxprs(equation))
             if not inner:
                 work.elementwise += times * sum(math.prod(v.aval.shape) for v in equation.outvars)
             for body in inner if name != "cond" else inner[:1]:
-                _count(body, times * _repeats(equation, devices, work), devices, work)
+                _count(body, times * _repeats(equation, work), devices, work)
 
 
-def _repeats(equation: Any, devices: int, work: Work) -> float:
-    """How often an operation runs its body, in units of a device's share."""
+def _repeats(equation: Any, work: Work) -> float:
+    """How often an operation runs its body."""
     name = equation.primitive.name
     if name == "scan":
         return equation.params["length"]
-    if name == "shard_map":
-        return devices  # shapes inside are those of one device
     if name == "while":
         work.endless += 1
     return 1
