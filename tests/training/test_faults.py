@@ -247,7 +247,7 @@ def two_hosts():
     setup = Path(__file__).parent / "two_hosts.sh"
     if subprocess.run(["bash", str(setup), "up"], check=False).returncode:
         pytest.skip("network namespaces cannot be made here")
-    yield [["nsenter", f"--net=/run/netns/cwcl{i}", "--"] for i in range(2)]
+    yield [["bash", str(setup), "run", str(i)] for i in range(2)]
     subprocess.run(["bash", str(setup), "down"], check=True)
 
 
@@ -255,7 +255,7 @@ def two_hosts():
 def test_lost_link_between_two_hosts(tmp_path, undisturbed, two_hosts):
     write_experiment(tmp_path, CONFIG)
     workdir = tmp_path / "run"
-    environ = {"JAX_COORDINATOR_ADDRESS": "10.77.9.10:8476"}
+    environ = {"JAX_COORDINATOR_ADDRESS": "10.77.9.10:8476", "CWCL_NUM_HOSTS": "2"}
     job = Job(workdir, 2, fault={"pace": 0.5}, prefixes=two_hosts, environ=environ)
     job.wait_for(lambda: 3 in losses(workdir))
     subprocess.run(["ip", "link", "set", "cwclv1", "down"], check=True)

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # two_hosts.sh up|down: two network namespaces, cwcl0 and cwcl1, on a bridge; 10.77.9.10 and .11.
+# two_hosts.sh run 0|1 COMMAND...: runs it there, on a host named cwcl0 or cwcl1. The name must not
+# resolve to a loopback address: that is the address which gloo offers to its peers.
 set -euo pipefail
 
 down() {
@@ -25,8 +27,19 @@ up() {
   done
 }
 
+run() {
+  local i=$1 hosts
+  shift
+  hosts=$(mktemp)
+  printf '127.0.0.1 localhost\n10.77.9.10 cwcl0\n10.77.9.11 cwcl1\n' >"$hosts"
+  # shellcheck disable=SC2016  # for the inner shell
+  exec nsenter --net="/run/netns/cwcl$i" unshare --mount --uts -- bash -c \
+    'mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; exec "$@"' run "$hosts" "cwcl$i" "$@"
+}
+
 case "${1:-}" in
   up) down && up ;;
   down) down ;;
-  *) echo "usage: $0 up|down" >&2 && exit 2 ;;
+  run) shift && run "$@" ;;
+  *) echo "usage: $0 up|down|run" >&2 && exit 2 ;;
 esac
