@@ -12,7 +12,6 @@ from cwcl_jax.reproduction.runs import Run, load_experiment
 SCENES = "configs/lit_cwcl.py"
 SPEECH = "configs/speech_cwcl.py"
 SCENE_TASKS = ("shape", "colour", "combination")
-SPEECH_TASKS = ("intent", "new_intent", "keywords")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +117,20 @@ def pretrained_speech(scale: Scale) -> Run:
     return dataclasses.replace(run, seed=1000)
 
 
+def speech_tasks(scale: Scale) -> list[str]:
+    """Names of the config's tasks with classes: intents first, then keywords."""
+    tasks = load_experiment(SPEECH, scale.speech).evaluation.tasks
+    names = [[n for n, task in tasks.items() if task.kind == k] for k in ("intent", "keywords")]
+    if not names[0]:
+        raise ConfigError(f"--speech={scale.speech}: these settings have no task of kind intent")
+    return [name for kind in names for name in kind]
+
+
 def _table5(scale: Scale) -> Experiment:
-    first = pretrained_speech(scale)
+    first, intent = pretrained_speech(scale), speech_tasks(scale)[0]
     rows = {
         method: tuple(
-            Cell(run, "intent", "rank@1")
+            Cell(run, intent, "rank@1")
             for run in (
                 _speech(scale, f"scratch-{method.lower()}", argument),
                 _speech(scale, f"init-{method.lower()}", argument, "init={init}", after=first),
@@ -141,7 +149,7 @@ def _table5(scale: Scale) -> Experiment:
 
 
 def _table6(scale: Scale) -> Experiment:
-    first = pretrained_speech(scale)
+    first, intent = pretrained_speech(scale), speech_tasks(scale)[0]
     locks = ("none", "speech", "text", "both")
     rows = {}
     for method, argument in METHODS.items():
@@ -156,7 +164,7 @@ def _table6(scale: Scale) -> Experiment:
             )
             for lock in locks
         ]
-        rows[method] = tuple(Cell(run, "intent", "rank@1") for run in runs)
+        rows[method] = tuple(Cell(run, intent, "rank@1") for run in runs)
     return Experiment(
         "What is locked (Table 6), intents, top-1",
         6,
@@ -167,6 +175,7 @@ def _table6(scale: Scale) -> Experiment:
 
 
 def _table7(scale: Scale) -> Experiment:
+    intent = speech_tasks(scale)[0]
     base = load_experiment(SPEECH, scale.speech)
     steps = scale.steps or base.total_steps
     sizes = tuple(base.global_batch_size * factor // 2 for factor in (1, 2, 4))
@@ -179,7 +188,7 @@ def _table7(scale: Scale) -> Experiment:
                 _speech(scale, f"batch{size}-{method.lower()}", argument, f"batch={size}"),
                 options=(fixed,),
             )
-            cells.append(Cell(run, "intent", "rank@1"))
+            cells.append(Cell(run, intent, "rank@1"))
         rows[method] = tuple(cells)
     return Experiment(
         "Batch size with the learning rate in proportion (Table 7), intents, top-1",
@@ -195,20 +204,18 @@ def _table8(scale: Scale) -> Experiment:
         method: _speech(scale, f"scratch-{method.lower()}", argument)
         for method, argument in METHODS.items()
     }
-    sets = [(task, suffix) for task in SPEECH_TASKS for suffix in ("", "_general")]
+    sets = [(task, suffix) for task in speech_tasks(scale) for suffix in ("", "_general")]
     rows = {
         method: tuple(Cell(run, task, f"rank{suffix}@5") for task, suffix in sets)
         for method, run in runs.items()
     }
     rows["text itself"] = tuple(
-        Cell(runs["CWCL"], task, f"text_rank{suffix}@5")
-        for task, suffix in sets
-        if task != "keywords"
+        Cell(runs["CWCL"], task, f"text_rank{suffix}@5") for task, suffix in sets
     )
     return Experiment(
         "Zero-shot intents and keywords, top-5 (Table 8); # general templates",
         8,
-        ("intent", "intent#", "new intent", "new intent#", "keywords", "keywords#"),
+        tuple(task.replace("_", " ") + "#" * bool(suffix) for task, suffix in sets),
         rows,
         "Ours: spoken commands, MiniLM as text tower; new intents are those never trained on.",
     )
