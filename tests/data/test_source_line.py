@@ -49,7 +49,12 @@ def test_mistakes_are_named_with_their_remedy(line, message):
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in SOURCE_KINDS if k not in ("scenes", "spoken", "tfds", "arrays")]
+    "kind",
+    [
+        kind
+        for kind in SOURCE_KINDS
+        if kind not in ("scenes", "commands", "made", "spoken", "tfds", "arrays")
+    ],
 )
 def test_a_missing_path_is_named(kind, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
