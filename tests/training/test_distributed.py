@@ -203,7 +203,7 @@ batches = [0]
 def run(watchdog):
     def report(done, total, seconds):
         batches[0] += 1
-        if sys.argv[2] == "term" and jax.process_index() == 1 and batches[0] == 3:
+        if sys.argv[2] == "term" and jax.process_index() == 1 and batches[0] == 6:
             os.kill(os.getpid(), signal.SIGTERM)
     import cwcl_jax.embed as module
     module._report = report
