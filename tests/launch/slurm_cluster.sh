@@ -65,7 +65,8 @@ export SLURM_CONF=$D/slurm.conf
 down() {
   scancel --signal=KILL --user=root 2>/dev/null || true
   for file in "$D"/slurmd.*.pid "$D/slurmctld.pid" "$D/munge/munged.pid"; do
-    [[ -r $file ]] && kill "$(cat "$file")" 2>/dev/null || true
+    # KILL: a slurmd that is asked to end waits for steps which will not come.
+    [[ -r $file ]] && kill -KILL "$(cat "$file")" 2>/dev/null || true
   done
 }
 trap down EXIT
