@@ -15,7 +15,7 @@ from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
-from cwcl_jax.training.coordination import gather
+from cwcl_jax.training.coordination import barrier, gather
 from cwcl_jax.training.distributed import (
     check_agreement,
     code_version,
@@ -63,6 +63,8 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
     check_same_run(workdir, config)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
+    # The next thing that needs all processes is a collective of orbax's, which names nobody.
+    barrier("start", config.distributed.barrier_timeout)
     with StopSignal() as stop:
         with (
             _open_batches(config, watchdog) as batches,

@@ -151,7 +151,7 @@ def test_a_process_that_does_not_come_is_named(tmp_path):
         tmp_path / "run", 2, fault={"place": "start", "action": "hang", "process": 1}, frozen=[1]
     )
     assert ending.codes[0] == WATCHDOG, ending.output
-    assert "waited 3 s for all 2 processes at 'agreement'; missing: process 1" in ending.output
+    assert "waited 3 s for all 2 processes at 'start'; missing: process 1" in ending.output
 
 
 @pytest.mark.slow
