@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ from cwcl_jax.training.watchdog import Watchdog
 
 # Seconds in which processes that fail alike wait for each other.
 _LAST_MEETING = 2.0
+# Seconds that process 0 stays after it: it runs the coordination service, and jax aborts every
+# process that sees the service go.
+_HEAD_START = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +224,8 @@ def run_main(
                 # Mostly all processes find the same mistake: each may say so and give this code.
                 with contextlib.suppress(Exception):
                     barrier("bad configuration", _LAST_MEETING)
+                    if is_primary():
+                        time.sleep(_HEAD_START)
             end_job(code)
 
 

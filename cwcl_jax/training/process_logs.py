@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, runtime_checkable
 
 import jax
 
@@ -39,6 +39,14 @@ class Tee:
         return getattr(self._streams[0], name)
 
 
+@runtime_checkable
+class TextOutput(Protocol):
+    """What takes text: a file, the terminal, or what a notebook or a test puts in its place."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+
+
 class ProcessLog:
     """Where this process writes.
 
@@ -46,7 +54,7 @@ class ProcessLog:
       last_words: streams with a descriptor for what must be seen: the terminal and the file.
     """
 
-    def __init__(self, last_words: list[IO[str]]):
+    def __init__(self, last_words: list[TextOutput]):
         self.last_words = last_words
 
     def say(self, text: str) -> None:
