@@ -126,17 +126,26 @@ def speech_tasks(scale: Scale) -> list[str]:
     return [name for kind in names for name in kind]
 
 
+def _from_scratch(scale: Scale, method: str) -> Run:
+    return _speech(scale, f"scratch-{method.lower()}", METHODS[method])
+
+
+def _from_pretrained(scale: Scale, method: str, lock: str = "text") -> Run:
+    first = pretrained_speech(scale)
+    if lock == "text":  # what the config does without being told
+        return _speech(scale, f"init-{method.lower()}", METHODS[method], "init={init}", after=first)
+    name = f"lock-{lock}-{method.lower()}"
+    return _speech(scale, name, METHODS[method], f"lock={lock}", "init={init}", after=first)
+
+
 def _table5(scale: Scale) -> Experiment:
-    first, intent = pretrained_speech(scale), speech_tasks(scale)[0]
+    intent = speech_tasks(scale)[0]
     rows = {
         method: tuple(
             Cell(run, intent, "rank@1")
-            for run in (
-                _speech(scale, f"scratch-{method.lower()}", argument),
-                _speech(scale, f"init-{method.lower()}", argument, "init={init}", after=first),
-            )
+            for run in (_from_scratch(scale, method), _from_pretrained(scale, method))
         )
-        for method, argument in METHODS.items()
+        for method in METHODS
     }
     return Experiment(
         "Random against pretrained speech encoder (Table 5), intents, top-1",
@@ -149,22 +158,14 @@ def _table5(scale: Scale) -> Experiment:
 
 
 def _table6(scale: Scale) -> Experiment:
-    first, intent = pretrained_speech(scale), speech_tasks(scale)[0]
-    locks = ("none", "speech", "text", "both")
-    rows = {}
-    for method, argument in METHODS.items():
-        runs = [
-            _speech(
-                scale,
-                f"lock-{lock}-{method.lower()}",
-                argument,
-                f"lock={lock}",
-                "init={init}",
-                after=first,
-            )
-            for lock in locks
-        ]
-        rows[method] = tuple(Cell(run, intent, "rank@1") for run in runs)
+    intent = speech_tasks(scale)[0]
+    rows = {
+        method: tuple(
+            Cell(_from_pretrained(scale, method, lock), intent, "rank@1")
+            for lock in ("none", "speech", "text", "both")
+        )
+        for method in METHODS
+    }
     return Experiment(
         "What is locked (Table 6), intents, top-1",
         6,
@@ -183,6 +184,9 @@ def _table7(scale: Scale) -> Experiment:
     for method, argument in METHODS.items():
         cells = []
         for size in sizes:
+            if size == base.global_batch_size:
+                cells.append(Cell(_from_scratch(scale, method), intent, "rank@1"))
+                continue
             fixed = f"--config.total_steps={max(1, steps * base.global_batch_size // size)}"
             run = dataclasses.replace(
                 _speech(scale, f"batch{size}-{method.lower()}", argument, f"batch={size}"),
@@ -200,10 +204,7 @@ def _table7(scale: Scale) -> Experiment:
 
 
 def _table8(scale: Scale) -> Experiment:
-    runs = {
-        method: _speech(scale, f"scratch-{method.lower()}", argument)
-        for method, argument in METHODS.items()
-    }
+    runs = {method: _from_scratch(scale, method) for method in METHODS}
     sets = [(task, suffix) for task in speech_tasks(scale) for suffix in ("", "_general")]
     rows = {
         method: tuple(Cell(run, task, f"rank{suffix}@5") for task, suffix in sets)

@@ -105,6 +105,14 @@ def test_runs_of_equal_names_are_equal():
     assert len({run.name for run in runs}) == len(runs)
 
 
+def test_what_two_tables_show_is_trained_once():
+    five, six, seven, eight = (set(experiments.table(n, Scale()).runs) for n in (5, 6, 7, 8))
+    assert len(five & six) == 2  # pretrained, text locked: with CL and with CWCL
+    assert len(five & seven) == len(five & eight) == 2  # from scratch at the config's batch
+    assert len(six) == 8
+    assert len(seven) == 6
+
+
 def test_batches_keep_the_number_of_examples():
     made = experiments.ablation("batch", Scale(steps=100))
     products = set()
