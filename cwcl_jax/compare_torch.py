@@ -1,4 +1,4 @@
-"""Compares loss and gradients with PyTorch: python -m cwcl_jax.compare_torch [--out=DIR].
+"""Compares loss and gradients with PyTorch: python -m cwcl_jax.compare_torch [--output=DIR].
 
 Every row is one form of the loss on one set of embeds; the reference is PyTorch autograd on the
 equations in float64 on the same (rounded) embeds. `--embeds=FILE.npz` takes arrays u, v and,
@@ -293,7 +293,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compares loss and gradients with PyTorch.")
     parser.add_argument("--embeds", default="", help=".npz with u, v and, optionally, p")
-    parser.add_argument("--out", default="compare_torch", help="folder of the results")
+    parser.add_argument("--output", default="runs/compare_torch", help="folder of the results")
     parser.add_argument("--losses", default="cwcl,contrastive,sigmoid,astroclip")
     parser.add_argument("--forms", default=",".join(("pytorch", *FORMS)))
     parser.add_argument("--dtypes", default="", help="default: all that the device has")
@@ -337,7 +337,7 @@ def all_rows(options: argparse.Namespace) -> list[Row]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit code."""
     options = parse(argv)
-    out = Path(options.out)
+    out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
         rows = all_rows(options)

@@ -11,7 +11,7 @@ SMALL = ["--losses=cwcl", "--forms=fused,ring", "--dtypes=float32", "--sizes=32x
 def test_the_forms_agree_with_pytorch_and_the_report_is_written(tmp_path):
     out = tmp_path / "out"
     code = compare_torch.main(
-        [*SMALL, "--inverse-temperatures=14.3", f"--out={out}", "--steps=20", "--processes=0"]
+        [*SMALL, "--inverse-temperatures=14.3", f"--output={out}", "--steps=20", "--processes=0"]
     )
     assert code == 0
     report = json.loads((out / "compare_torch.json").read_text())
@@ -28,7 +28,7 @@ def test_an_exceeded_tolerance_gives_exit_code_1(tmp_path, monkeypatch):
     path = tmp_path / "embeds.npz"
     made = compare_torch.made_embeds(32, 8)
     np.savez(path, u=3 * made["u"], v=made["v"], logit_scale=2.0)
-    flags = ["--steps=0", "--processes=0", f"--out={tmp_path}", f"--embeds={path}"]
+    flags = ["--steps=0", "--processes=0", f"--output={tmp_path}", f"--embeds={path}"]
     assert compare_torch.main(["--losses=cwcl", "--forms=fused", "--dtypes=float32", *flags]) == 1
 
 

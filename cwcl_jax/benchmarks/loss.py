@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="least time of a measurement")
     parser.add_argument("--dense-gb", type=float, default=8.0, help="leave out larger dense forms")
     parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument("--out", default="benchmark_loss")
+    parser.add_argument("--output", default="runs/benchmark_loss", help="folder of the results")
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.job:
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 else:
                     rows.append(run_fresh("cwcl_jax.benchmarks.loss", job, options.timeout))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
-    out = Path(options.out)
+    out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     (out / "loss.json").write_text(json.dumps(rows, indent=1))
     (out / "loss.md").write_text(table(rows))

@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument("--out", default="benchmark_step")
+    parser.add_argument("--output", default="runs/benchmark_step", help="folder of the results")
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.job:
@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(table(rows[-1:], MEASURED).splitlines()[-1], flush=True)
     computed = on_paper()
     print(table(computed, COMPUTED))
-    out = Path(options.out)
+    out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
     (out / "step.json").write_text(json.dumps({"measured": rows, "on_paper": computed}, indent=1))
     (out / "step.md").write_text(table(rows, MEASURED) + "\n" + table(computed, COMPUTED))

@@ -9,7 +9,7 @@ from cwcl_jax.benchmarks.process import run_fresh
 @pytest.mark.multiprocess
 def test_every_measurement_is_written_down(tmp_path):
     flags = ["--sizes=64x8,128x8", "--forms=fused cwcl;dense torch cwcl", "--seconds=0"]
-    code = loss.main([*flags, f"--out={tmp_path}", "--dense-gb=0.0002"])
+    code = loss.main([*flags, f"--output={tmp_path}", "--dense-gb=0.0002"])
     assert code == 0
     rows = json.loads((tmp_path / "loss.json").read_text())
     assert [row["form"] for row in rows] == ["fused cwcl", "dense torch cwcl"] * 2
