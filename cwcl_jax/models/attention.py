@@ -2,7 +2,7 @@
 
 `jax.nn.dot_product_attention` chooses XLA unless it is asked for cuDNN by name, and cuDNN takes
 half-precision types, head sizes in multiples of 8, masks of full size and, with a mask, even
-lengths only. Softmax is in float32 in both.
+lengths only; an odd one gets a token that nobody looks at. Softmax is in float32 in both.
 """
 
 import functools
@@ -24,7 +24,7 @@ def attend(
 ) -> Float[Array, "b s h k"]:
     """Self-attention; `mask` is True where a key is real, `implementation` auto, xla or cudnn."""
     if implementation == "auto":
-        fits = _cudnn_may_fit(query, masked=mask is not None)
+        fits = jax.default_backend() == "gpu" and cudnn_takes(query.dtype, query.shape[-1])
         works = fits and _cudnn_compiles(query.shape, query.dtype, mask is not None, causal)
         implementation = "cudnn" if works else "xla"
     return _attention(query, key, value, mask, causal, implementation)
@@ -42,6 +42,8 @@ def _attention(
         # A row without any real key would divide by zero in a fused kernel; it may look at
         # everything, since pooling drops it.
         mask = mask | ~jnp.any(mask, axis=1, keepdims=True)
+        if implementation == "cudnn" and mask.shape[1] % 2:
+            return _with_a_blind_token(query, key, value, mask, causal, implementation)
         mask = mask[:, None, None, :]
         if implementation == "cudnn":
             size = query.shape[1]
@@ -56,17 +58,24 @@ def _attention(
     )
 
 
-def _cudnn_may_fit(query: jax.Array, *, masked: bool) -> bool:
-    _, tokens, _, head_dim = query.shape
-    fits = cudnn_takes(query.dtype, tokens, head_dim, masked=masked)
-    return fits and jax.default_backend() == "gpu"
+def _with_a_blind_token(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    causal: bool,
+    implementation: str,
+) -> jax.Array:
+    """The same attention, computed with one token more, of which no other sees anything."""
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
+    mask = jnp.pad(mask, ((0, 0), (0, 1)))
+    return _attention(query, key, value, mask, causal, implementation)[:, :-1]
 
 
-def cudnn_takes(dtype: DTypeLike, tokens: int, head_dim: int, *, masked: bool) -> bool:
-    """What cuDNN asks of types and sizes, known without a device."""
+def cudnn_takes(dtype: DTypeLike, head_dim: int) -> bool:
+    """What cuDNN asks of type and head size, known without a device."""
     half = dtype in (jnp.bfloat16, jnp.float16)
-    sizes = head_dim % 8 == 0 and head_dim <= 128
-    return half and sizes and (tokens % 2 == 0 or not masked)
+    return half and head_dim % 8 == 0 and head_dim <= 128
 
 
 @functools.cache

@@ -22,8 +22,8 @@ from cwcl_jax.planning.memory import Memory, State, memory, state_bytes
 from cwcl_jax.planning.towers import (
     TowerNeeds,
     attention_is_fused,
+    attention_tokens,
     has_blocks,
-    sequence,
     tower_needs,
 )
 from cwcl_jax.planning.work import Work, count_work
@@ -106,7 +106,7 @@ class Estimate:
     def times(self) -> Times:
         rates = {p: getattr(self.chip, p) for p in ("half", "single", "highest")}
         touched = self.work.product_bytes - sum(
-            self.work.score_bytes.get(sequence(self.blueprint, modality)[0], 0.0)
+            self.work.score_bytes.get(attention_tokens(self.blueprint, modality), 0.0)
             for modality, fused in self.fused.items()
             if fused
         )

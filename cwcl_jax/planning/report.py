@@ -191,16 +191,13 @@ def _notes(base: Estimate, compiled: Compiled | None) -> str:
     lines = ["GB are 10^9 bytes. Reckoned from traced shapes; nothing was run."]
     for modality, fused in base.fused.items():
         if base.chip.has_fused_attention and not fused:
-            lines.append(f"{modality}: cuDNN's attention is not taken; {_why_not_fused(modality)}")
+            lines.append(
+                f"{modality}: cuDNN's attention is not taken: it wants bfloat16 or float16, and "
+                "head sizes in multiples of 8 up to 128"
+            )
     if compiled:
         lines.append(f"lowered and compiled for {base.devices} devices in {compiled.seconds:.0f} s")
     return "\n".join(lines)
-
-
-def _why_not_fused(modality: str) -> str:
-    rule = "it wants bfloat16, head sizes in multiples of 8 up to 128, and with a mask an even"
-    remedy = " (an even --config.data.text.max_tokens)" if modality == "text" else ""
-    return f"{rule} number of tokens{remedy}"
 
 
 def _gb(size: float) -> str:

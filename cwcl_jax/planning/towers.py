@@ -190,21 +190,20 @@ def attention_is_fused(blueprint: Blueprint, modality: str, *, chip_has_it: bool
         return False
     head_dim = settings.width // settings.heads
     dtype = jax.numpy.dtype(tower.dtype or blueprint.config.dtype)
-    tokens, masked = sequence(blueprint, modality)
-    return cudnn_takes(dtype, tokens, head_dim, masked=masked)
+    return cudnn_takes(dtype, head_dim)
 
 
-def sequence(blueprint: Blueprint, modality: str) -> tuple[int, bool]:
-    """Tokens of one example in the attention (0 without any), and whether some are masked."""
+def attention_tokens(blueprint: Blueprint, modality: str) -> int:
+    """Tokens of one example in the attention; 0 without any."""
     data, tower = blueprint.config.data, blueprint.config.towers[modality]
     settings = _settings(blueprint.config, modality)
     if not has_blocks(tower):
-        return 0, False
+        return 0
     reads = encoder_family(tower.encoder).modality
     if reads == "image":
-        return settings.tokens, False
+        return settings.tokens
     if reads == "text":
-        return data.text.max_tokens, True
+        return data.text.max_tokens
     if settings.attend_padding:
-        return settings.max_positions, False
-    return round(data.speech.max_seconds * 50), True
+        return settings.max_positions
+    return round(data.speech.max_seconds * 50)

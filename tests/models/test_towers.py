@@ -249,3 +249,26 @@ def test_fused_attention_is_asked_for_only_where_it_can_exist():
     assert bool(jnp.isfinite(got).all())
     with pytest.raises(ValueError, match="unknown attention 'flash'"):
         build(towers(text={"attention": "flash"}))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_blind_token_changes_neither_attention_nor_its_gradient(causal):
+    from cwcl_jax.models import attention
+
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(3, 7, 2, 8)), jnp.float32) for _ in range(4))
+    mask = jnp.asarray(np.arange(7) < np.array([7, 4, 1])[:, None])
+
+    def plain(*arrays):
+        return attention.attend(*arrays, mask, causal=causal, implementation="xla")
+
+    def padded(*arrays):
+        return attention._with_a_blind_token(*arrays, mask, causal, "xla")
+
+    np.testing.assert_allclose(padded(q, k, v), plain(q, k, v), atol=1e-6)
+    got, expected = (
+        jax.grad(lambda *x, f=f: jnp.sum(f(*x) * weight), argnums=(0, 1, 2))(q, k, v)
+        for f in (padded, plain)
+    )
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

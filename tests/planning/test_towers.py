@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import jax
-import pytest
 
-from cwcl_jax.planning.towers import attention_is_fused, sequence
+from cwcl_jax.planning.towers import attention_is_fused, attention_tokens
 from cwcl_jax.reproduction.runs import load_experiment
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
@@ -18,22 +17,21 @@ def blueprint_of(config):
     return make_blueprint(config, mesh, check_batch=False)
 
 
-@pytest.mark.parametrize(("tokens", "fused"), [(16, True), (15, False)])
-def test_masked_attention_is_fused_for_even_lengths_only(tokens, fused):
-    blueprint = blueprint_of(wide_config(**{"data.text.max_tokens": tokens, "dtype": "bfloat16"}))
-    assert sequence(blueprint, "text") == (tokens, True)
-    assert attention_is_fused(blueprint, "text", chip_has_it=True) is fused
-    assert not attention_is_fused(blueprint, "text", chip_has_it=False)
-
-
-def test_pictures_have_no_mask_and_float32_is_not_fused():
+def test_attention_is_fused_in_half_precision_on_chips_that_have_the_kernel():
     half, single = (blueprint_of(wide_config(dtype=name)) for name in ("bfloat16", "float32"))
-    assert sequence(half, "image") == (17, False)
-    assert attention_is_fused(half, "image", chip_has_it=True)
-    assert not attention_is_fused(single, "image", chip_has_it=True)
+    for modality in ("image", "text"):
+        assert attention_is_fused(half, modality, chip_has_it=True)
+        assert not attention_is_fused(half, modality, chip_has_it=False)
+        assert not attention_is_fused(single, modality, chip_has_it=True)
+
+
+def test_tokens_are_those_of_the_inputs():
+    blueprint = blueprint_of(wide_config(**{"data.text.max_tokens": 15}))
+    assert attention_tokens(blueprint, "text") == 15
+    assert attention_tokens(blueprint, "image") == 17
 
 
 def test_features_from_a_file_have_no_attention():
     blueprint = blueprint_of(load_experiment("configs/features_cwcl.py"))
-    assert sequence(blueprint, "v") == (0, False)
+    assert attention_tokens(blueprint, "v") == 0
     assert attention_is_fused(blueprint, "v", chip_has_it=False)
