@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_
 if TYPE_CHECKING:
     from cwcl_jax.evaluation.results import TaskResult
     from cwcl_jax.training.encode import Encoder
+    from cwcl_jax.training.kept_rows import KeptRows
+    from cwcl_jax.training.state import TowerSource
     from cwcl_jax.training.watchdog import Watchdog
 
 
@@ -84,14 +86,18 @@ def evaluate(options: Options) -> int:
 
 
 def _evaluate(options: Options, watchdog: Watchdog) -> int:
-    encoder, config = _load(options)
+    from cwcl_jax.training.kept_rows import KeptRows
+
+    encoder, config, sources = _load(options)
     encoder.on_batch = watchdog.beat
     try:
         with watchdog.phase("evaluation"):
             if options.audio or options.image:
                 _rank_one(options, encoder, config)
             else:
-                _run_tasks(options, encoder, _with_tasks(config, options.tasks))
+                kept = KeptRows(encoder, sources)
+                _run_tasks(options, kept, _with_tasks(config, options.tasks))
+                kept.save()
     except (ValueError, FileNotFoundError, ImportError) as error:
         raise ConfigError(str(error)) from error
     return cli.DONE
@@ -108,16 +114,17 @@ def _check(options: Options) -> None:
         raise ConfigError("--classes belongs to --audio or --image; tasks have class_names")
 
 
-def _load(options: Options) -> tuple[Encoder, ExperimentConfig]:
+def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, TowerSource]]:
     # Here and not above: flags and settings are checked before the slow imports.
-    from cwcl_jax.training.encode import imported_encoder, load_encoder
+    from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
 
     if options.config is None:
-        return load_encoder(Path(options.workdir), options.step)
+        workdir = Path(options.workdir)
+        return *load_encoder(workdir, options.step), tower_sources(workdir)
     encoder, sources = imported_encoder(options.config)
     for modality, source in sources.items():
         print(f"{modality} tower: {source.source}")
-    return encoder, options.config
+    return encoder, options.config, sources
 
 
 def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
@@ -140,21 +147,21 @@ def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
     return from_config_dict(plain)
 
 
-def _run_tasks(options: Options, encoder: Encoder, config: ExperimentConfig) -> None:
+def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> None:
     from cwcl_jax.evaluation.report import terminal_report
     from cwcl_jax.evaluation.tasks import run_tasks
     from cwcl_jax.training.distributed import is_primary
 
     results = run_tasks(
         config.evaluation,
-        encode=encoder.encode,
+        encode=kept.encode,
         data=config.data,
-        features=partial(encoder.encode, output="features"),
+        features=partial(kept.encode, output="features"),
     )
     if is_primary():
         baselines = config.evaluation.robustness_baselines
         print(terminal_report(results, baselines_file=baselines))
-        _write(options, config, results, encoder.step)
+        _write(options, config, results, kept.encoder.step)
 
 
 def _write(

@@ -50,6 +50,7 @@ def loaded(monkeypatch, encoder, config):
     monkeypatch.setattr(
         "cwcl_jax.training.encode.load_encoder", lambda workdir, step=None: (encoder, config)
     )
+    monkeypatch.setattr("cwcl_jax.training.encode.tower_sources", lambda workdir: {})
 
 
 def test_one_and_four_devices_give_the_same_numbers(config, encoder):

@@ -254,12 +254,12 @@ def test_sentences_are_cut_to_the_longest_without_changing_their_embeds(cache):
     np.testing.assert_allclose(short, with_long[:3], atol=1e-5)
 
 
-def test_kept_rows_equal_the_encoder_and_are_computed_once(cache, tmp_path):
-    encoder, sources = imported_encoder(toy(cache))
+def test_kept_rows_equal_the_encoder_and_are_computed_once(tmp_path):
+    encoder, sources = imported_encoder(toy(tmp_path))
     tokens = np.random.default_rng(0).integers(4, 50, (4, 16)).astype(np.int32)
     inputs = {"tokens": tokens, "mask": np.ones((4, 16), bool)}
     expected = encoder.encode("text", inputs)
-    kept = KeptRows(encoder, tmp_path, sources)
+    kept = KeptRows(encoder, sources)
     np.testing.assert_allclose(kept.encode("text", inputs), expected, atol=1e-6)
     kept.save()
     calls = []
@@ -269,7 +269,7 @@ def test_kept_rows_equal_the_encoder_and_are_computed_once(cache, tmp_path):
         calls.append(set(given))
         return plain(modality, given, **more)
 
-    again = KeptRows(encoder, tmp_path, sources)
+    again = KeptRows(encoder, sources)
     encoder.encode = counted
     np.testing.assert_allclose(again.encode("text", inputs), expected, atol=1e-6)
     assert calls == [{"embeds"}]

@@ -36,7 +36,7 @@ from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.features import training_source
-from cwcl_jax.training.kept_rows import KeptRows, kept_rows
+from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState, initialise, make_blueprint
 from cwcl_jax.training.step import GradientFunction
 
@@ -147,7 +147,7 @@ class HeadRuns:
         self._mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
         self._chunks: dict[Any, Chunk] = {}
         self._functions: EncodeFunctions | None = None
-        self._kept: KeptRows | Encoder | None = None
+        self._kept: KeptRows | None = None
 
     def run(self, short: str, seed: int, batch: int) -> dict[str, float]:
         """Metrics of one head, with the last step's diagnostics as `train/NAME`."""
@@ -161,13 +161,10 @@ class HeadRuns:
         values = {f"train/{name}": float(value) for name, value in metrics.items()}
         self._functions = self._functions or EncodeFunctions(blueprint)
         encoder = Encoder(self._functions, state.params, locked, config.total_steps)
-        if self._kept is None:
-            self._kept = kept_rows(config, encoder, sources)
-        if isinstance(self._kept, KeptRows):
-            self._kept.encoder = encoder
+        self._kept = self._kept or KeptRows(encoder, sources)
+        self._kept.encoder = encoder
         results = run_tasks(config.evaluation, encode=self._kept.encode, data=config.data)
-        if isinstance(self._kept, KeptRows):
-            self._kept.save()
+        self._kept.save()
         return values | {name: v for result in results for name, v in result.flat().items()}
 
 

@@ -12,7 +12,7 @@ from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tasks import run_tasks
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
-from cwcl_jax.training.kept_rows import KeptRows, kept_rows
+from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.workdir import write_text
 
 
@@ -74,13 +74,12 @@ class Evaluator:
         return self._workdir / "results.txt"
 
     def _results(self, encoder: Encoder) -> list[TaskResult]:
-        kept = kept_rows(self._config, encoder, tower_sources(self._workdir))
+        kept = KeptRows(encoder, tower_sources(self._workdir))
         results = run_tasks(
             self._config.evaluation,
             encode=kept.encode,
             data=self._config.data,
             features=partial(kept.encode, output="features"),
         )
-        if isinstance(kept, KeptRows):
-            kept.save()
+        kept.save()
         return results

@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.training.embedding import preprocessing, weights_name
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.features import cache_folder
@@ -27,19 +26,23 @@ _KEY_BYTES = 16
 class KeptRows:
     """`encode` of an encoder, that computes features of locked encoders once for each input.
 
-    `encoder` may be replaced by one with another head. One process only: several would have to
-    agree on what each of them still has to compute.
+    `encoder` may be replaced by one with another head. Keeps nothing where the settings do not ask
+    for it, nor in a job of several processes, which would have to agree on what each of them still
+    has to compute.
     """
 
-    def __init__(self, encoder: Encoder, folder: Path, sources: Mapping[str, TowerSource]):
+    def __init__(self, encoder: Encoder, sources: Mapping[str, TowerSource]):
         self.encoder = encoder
         blueprint = encoder.blueprint
         config = blueprint.config
         self._files: dict[str, Path] = {}
         self._rows: dict[str, dict[bytes, np.ndarray]] = {}
         self._changed: set[str] = set()
+        if not config.data.keep_locked_features or jax.process_count() > 1:
+            return
+        folder = cache_folder(config)
         for modality in config.towers:
-            if blueprint.features_are_locked(modality) and jax.process_count() == 1:
+            if blueprint.features_are_locked(modality):
                 made = preprocessing(config, modality, "features")
                 weights = weights_name(blueprint, sources, modality, encoder.step)
                 name = hashlib.sha256(json.dumps([made, weights], sort_keys=True).encode())
@@ -73,15 +76,6 @@ class KeptRows:
             np.savez(temporary, keys=keys, features=np.stack(list(rows.values())))
             temporary.replace(file)
         self._changed.clear()
-
-
-def kept_rows(
-    config: ExperimentConfig, encoder: Encoder, sources: Mapping[str, TowerSource]
-) -> Encoder | KeptRows:
-    """The encoder, with kept features where the settings ask for them."""
-    if not config.data.keep_locked_features:
-        return encoder
-    return KeptRows(encoder, cache_folder(config), sources)
 
 
 def _read(file: Path) -> dict[bytes, np.ndarray]:
