@@ -84,7 +84,7 @@ class LossConfig:
         (left out of the softmax and of the targets).
       form: "auto", "dense" (the equations, N x N arrays), "fused" (tiled, one device), "gathered"
         or "ring" (over a mesh).
-      block_size: rows of a tile; 0 chooses.
+      block_size, block_columns: rows and columns of a tile; 0 chooses.
       precision: of float32 matrix products on accelerators. Lower ones are faster and lose digits
         that a high inverse temperature multiplies.
       sampled_rows: rows from which the calibration, and the entropy of closed-form weights, are
@@ -111,6 +111,7 @@ class LossConfig:
     duplicates: str = "negatives"
     form: str = "auto"
     block_size: int = 0
+    block_columns: int = 0
     precision: str = "highest"
     sampled_rows: int = 128
     diagnostics: bool = True
@@ -159,7 +160,7 @@ def _require_range(config: LossConfig) -> None:
         value = getattr(config, field)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{field}={value} must not be negative.")
-    for field, least in (("block_size", 0), ("sampled_rows", 1)):
+    for field, least in (("block_size", 0), ("block_columns", 0), ("sampled_rows", 1)):
         if getattr(config, field) < least:
             raise ValueError(f"{field}={getattr(config, field)} must be at least {least}.")
 

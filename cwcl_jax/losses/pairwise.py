@@ -148,6 +148,7 @@ def make_tiling(config: LossConfig, source: str, function: WeightFunction | None
         duplicates=config.duplicates,
         diagnostics=config.diagnostics,
         block_size=config.block_size,
+        block_columns=config.block_columns,
         precision=config.precision,
     )
 

@@ -39,7 +39,8 @@ def pair_loss(
 
 
 def _sides(u, v, scale, bias, extras) -> tuple[Side, Side, Stats]:
-    return {"x": u} | extras, {"x": v} | extras, {"scale": scale, "bias": bias}
+    scalars = {"scale": scale, "bias": bias, "first_column": jnp.zeros((), jnp.int32)}
+    return {"x": u} | extras, {"x": v} | extras, scalars
 
 
 def _forward_rule(tiling, engine, u, v, scale, bias, extras):
@@ -90,6 +91,7 @@ def sigmoid_pairs(
         duplicates=config.duplicates,
         diagnostics=config.diagnostics,
         block_size=config.block_size,
+        block_columns=config.block_columns,
         precision=config.precision,
     )
     extras = {} if inputs.labels is None else {"labels": inputs.labels}

@@ -1,6 +1,6 @@
 """Sweeps over the logits in tiles: what the loss needs of every row and column, and its gradient.
 
-A tile is a block of rows (u) against all columns at hand (v). The forward sweep yields each row's
+A tile is a block of rows (u) against a block of columns (v). The forward sweep yields each row's
 and each column's log-sum-exp as a pair (max, sum), sums of the weights where they are made tile by
 tile, and maxima for the accuracies. The backward sweep makes each tile again:
 
@@ -28,9 +28,11 @@ Side = dict[str, Array]
 Stats = dict[str, Array]
 
 # A tile of logits takes at most about this many bytes, within these numbers of rows. Fewer rows
-# make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block size").
+# make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block size"). A CPU
+# wants few columns too; other devices have no caches that a tile could stay in.
 _TILE_BYTES = 64 * 2**20
 _BLOCK_LIMITS = (128, 512)
+_CPU_COLUMNS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Tiling:
       duplicates: see `LossConfig`.
       diagnostics: also sum what entropies and accuracies need.
       block_size: rows of a tile, 0 chooses.
+      block_columns: columns of a tile, 0 chooses.
       precision: of float32 products.
     """
 
@@ -59,13 +62,31 @@ class Tiling:
     duplicates: str = "negatives"
     diagnostics: bool = True
     block_size: int = 0
+    block_columns: int = 0
     precision: str = "highest"
 
-    def block(self, rows: int, columns: int, itemsize: int) -> int:
-        """Rows of one tile."""
+    def tile(self, rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+        """Rows and columns of one tile, of so many at hand; the last ones may be smaller or larger.
+
+        No tile may hold only some of its rows' own pairs. Own pairs start at a multiple of `rows`
+        (0 if there are as many columns), so it is enough that tiles divide both evenly.
+        """
+        width = min(columns, self.block_columns or (_CPU_COLUMNS if _on_cpu() else columns))
         low, high = _BLOCK_LIMITS
-        chosen = self.block_size or min(high, max(low, _TILE_BYTES // (columns * itemsize)))
-        return min(rows, chosen)
+        height = self.block_size or min(high, max(low, _TILE_BYTES // (width * itemsize)))
+        height = min(rows, height)
+        if width == columns:
+            return height, columns
+        if rows != columns:
+            even = next(h for h in range(height, 0, -1) if rows % h == 0)
+            if even < min(low, height):
+                return height, columns
+            height = even
+        return height, max(width // height, 1) * height
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def inner(a: Array, b: Array, precision: str) -> Array:
@@ -119,18 +140,25 @@ def same_label(rows: Side, columns: Side) -> Array:
     return rows["labels"][:, None] == columns["labels"][None, :]
 
 
-def scan_blocks(step: Callable, carry: Any, rows: Any, block: int) -> tuple[Any, Any]:
-    """`lax.scan` of `step(carry, first_row, rows_of_a_block)`, with a ragged last block."""
-    n = jax.tree.leaves(rows)[0].shape[0]
+def scan_blocks(
+    step: Callable, carry: Any, items: Any, block: int, least: int = 1
+) -> tuple[Any, Any]:
+    """`lax.scan` of `step(carry, first, items_of_a_block)`; the last block may be ragged.
+
+    With fewer than `least` items left for it, it takes those of the block before it too.
+    """
+    n = jax.tree.leaves(items)[0].shape[0]
     full, rest = divmod(n, block) if n > block else (0, n)
+    if full and 0 < rest < least:
+        full, rest = full - 1, rest + block
     outputs: list[Any] = []
     if full:
-        blocks = jax.tree.map(lambda x: x[: full * block].reshape(full, block, *x.shape[1:]), rows)
+        blocks = jax.tree.map(lambda x: x[: full * block].reshape(full, block, *x.shape[1:]), items)
         firsts = jnp.arange(full, dtype=jnp.int32) * block
         carry, stacked = lax.scan(lambda c, x: step(c, *x), carry, (firsts, blocks))
         outputs.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stacked))
     if rest:
-        tail = jax.tree.map(lambda x: x[full * block :], rows)
+        tail = jax.tree.map(lambda x: x[full * block :], items)
         carry, last = step(carry, jnp.asarray(full * block, jnp.int32), tail)
         outputs.append(last)
     if len(outputs) == 1:
@@ -237,22 +265,30 @@ def forward_sweep(
     Args:
       tiling: static facts.
       rows, columns: "x" (the embeds) and what the weights need: "p", "labels", "targets".
-      scalars: "scale" s; "sharpness" and "first_column" where the weights need them.
-      first: the column that is row 0's own pair; may lie outside.
+      scalars: "scale" s; "first_column", the first of these columns among all; "bias" and
+        "sharpness" where they are needed.
+      first: the column that is row 0's own pair, a multiple of the number of rows; may lie outside.
     """
     n, m = rows["x"].shape[0], columns["x"].shape[0]
     dtype = wide(rows["x"])
+    height, width = tiling.tile(n, m, dtype.itemsize)
 
-    def step(column_stats, first_row, block):
-        own = OwnPairs(first + first_row, block["x"].shape[0], m)
-        logits = tile_logits(tiling, block, columns, scalars, own)
-        row_stats, new = _reduce_tile(tiling, block, columns, scalars, logits, own)
-        return merge(column_stats, new), row_stats
+    def over_columns(row_stats, first_column, part):
+        size = part["x"].shape[0]
+        here = scalars | {"first_column": scalars["first_column"] + first_column}
 
-    start = empty_stats(tiling, m, dtype, "columns")
-    block = tiling.block(n, m, dtype.itemsize)
-    column_stats, row_stats = scan_blocks(step, start, rows, block)
-    return row_stats, column_stats
+        def over_rows(column_stats, first_row, block):
+            own = OwnPairs(first + first_row - first_column, block["x"].shape[0], size)
+            logits = tile_logits(tiling, block, part, here, own)
+            row_stats, new = _reduce_tile(tiling, block, part, here, logits, own)
+            return merge(column_stats, new), row_stats
+
+        start = empty_stats(tiling, size, dtype, "columns")
+        column_stats, new = scan_blocks(over_rows, start, rows, height)
+        return merge(row_stats, new), column_stats
+
+    start = empty_stats(tiling, n, dtype, "rows")
+    return scan_blocks(over_columns, start, columns, width, height)
 
 
 def backward_sweep(
@@ -272,34 +308,40 @@ def backward_sweep(
         module's equation, each absent where its term is.
       scalars: also "own", d of the equation.
     """
-    m = columns["x"].shape[0]
+    n, m = rows["x"].shape[0], columns["x"].shape[0]
     dtype = wide(rows["x"])
     need_rows, need_columns = needed
+    height, width = tiling.tile(n, m, dtype.itemsize)
 
-    def step(column_gradient, first_row, block):
-        side, factors = block
-        x = side["x"]
-        own = OwnPairs(first + first_row, x.shape[0], m)
-        g = _tile_gradient(tiling, side, columns, scalars, own, factors, column_factors)
-        row_gradient = None
-        if need_rows:
-            row_gradient = lax.dot(
-                g, columns["x"], precision=tiling.precision, preferred_element_type=dtype
-            )
-        if need_columns:
-            column_gradient = column_gradient + lax.dot_general(
-                g,
-                x,
-                (((0,), (0,)), ((), ())),
-                precision=tiling.precision,
-                preferred_element_type=dtype,
-            )
-        return column_gradient, row_gradient
+    def over_columns(row_gradient, first_column, part):
+        part, part_factors = part
+        size = part["x"].shape[0]
+        here = scalars | {"first_column": scalars["first_column"] + first_column}
 
-    start = jnp.zeros(columns["x"].shape, dtype) if need_columns else None
-    block = tiling.block(rows["x"].shape[0], m, dtype.itemsize)
-    column_gradient, row_gradient = scan_blocks(step, start, (rows, row_factors), block)
-    return row_gradient, column_gradient
+        def over_rows(column_gradient, first_row, block):
+            side, factors = block
+            own = OwnPairs(first + first_row - first_column, side["x"].shape[0], size)
+            g = _tile_gradient(tiling, side, part, here, own, factors, part_factors)
+            new = product(g, part["x"], 1) if need_rows else None
+            if need_columns:
+                column_gradient = column_gradient + product(g, side["x"], 0)
+            return column_gradient, new
+
+        start = jnp.zeros(part["x"].shape, dtype) if need_columns else None
+        column_gradient, new = scan_blocks(over_rows, start, (rows, row_factors), height)
+        return row_gradient + new if need_rows else None, column_gradient
+
+    def product(g: Array, x: Array, axis: int) -> Array:
+        return lax.dot_general(
+            g,
+            x,
+            (((axis,), (0,)), ((), ())),
+            precision=tiling.precision,
+            preferred_element_type=dtype,
+        )
+
+    start = jnp.zeros(rows["x"].shape, dtype) if need_rows else None
+    return scan_blocks(over_columns, start, (columns, column_factors), width, height)
 
 
 def _tile_gradient(tiling, rows, columns, scalars, own: OwnPairs, row_factors, column_factors):

@@ -22,6 +22,7 @@ from cwcl_jax.losses.options import resolve
         ("reverse_weight", -1.0),
         ("row_sum_epsilon", float("nan")),
         ("block_size", -1),
+        ("block_columns", -1),
         ("sampled_rows", 0),
     ],
 )

@@ -42,7 +42,7 @@ def data(dtype, n=40, d=11, k=7):
 def test_equals_the_equations_in_float64(name, form):
     with jax.enable_x64(True):
         arrays = data(jnp.float64)
-        config = LossConfig(form=form, block_size=4, **CASES[name])
+        config = LossConfig(form=form, block_size=5, block_columns=6, **CASES[name])
         result = value_and_gradients(config, *arrays, mesh=mesh_of(2, 2))
         assert_close_to_oracle(CASES[name], result, arrays)
 
@@ -52,7 +52,7 @@ def test_targets_of_the_caller_are_split_by_rows(form):
     with jax.enable_x64(True):
         arrays = data(jnp.float64)
         targets = np.random.default_rng(1).random((40, 40))
-        config = LossConfig(form=form, weighted="both")
+        config = LossConfig(form=form, weighted="both", block_size=2, block_columns=4)
         result = value_and_gradients(config, *arrays, mesh=mesh_of(4), targets=jnp.asarray(targets))
         assert_close_to_oracle({"weighted": "both"}, result, arrays, targets=targets)
 
