@@ -176,7 +176,7 @@ def on_paper() -> list[dict[str, Any]]:
     rows = []
     for devices in (8, 64, 512):
         bandwidth = _NVLINK if devices <= _PER_NODE else _BETWEEN_NODES
-        for batch in (16_384, 2_048 * devices):
+        for batch in sorted({16_384, 2_048 * devices}):
             for form, parts in formula(batch, devices, d, k, weights).items():
                 total = sum(parts.values())
                 rows.append(
