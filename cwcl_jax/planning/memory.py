@@ -152,10 +152,12 @@ def _passes(
 def _loss_bytes(blueprint: Blueprint, size: int, *, ring: bool) -> float:
     """Embeds of the other side, their gradient, and one tile."""
     devices, width = blueprint.mesh.size, blueprint.config.embed_dim
-    columns = size / devices if ring else size
-    rows = Tiling(block_size=blueprint.config.loss.block_size).block(
-        max(1, round(size / devices)), max(1, round(columns)), 4
-    )
+    own = max(1, round(size / devices))
+    columns = own if ring else size
+    loss = blueprint.config.loss
+    # All columns unless told otherwise, as on an accelerator: the machine that plans has a CPU.
+    tiling = Tiling(block_size=loss.block_size, block_columns=loss.block_columns or columns)
+    tile_rows, tile_columns = tiling.tile(own, columns, 4)
     travelling = 4 if ring else 2  # a block, the next one, and the gradients of both
-    own = 3 * size / devices * width * 4  # u, v, p
-    return own + travelling * columns * width * 4 + _ARRAYS_OF_A_TILE * rows * columns * 4
+    values = (3 * own + travelling * columns) * width + _ARRAYS_OF_A_TILE * tile_rows * tile_columns
+    return 4.0 * values  # u, v, p; what travels; one tile
