@@ -1,8 +1,9 @@
 """Speech from espeak-ng in this process, through ctypes: text and a voice in, int16 samples out.
 
 The library comes with the package espeakng-loader (GPL-3, extra `speech`) and is loaded when the
-first sentence is spoken. It has one global state: calls take turns, and its output differs by a few
-samples with what it said before, so recordings are repeatable in content but not bit for bit.
+first sentence is spoken. It has one global state: calls take turns, and its output differs a little
+with what the process has said before. What a fresh process says is the same every time, since the
+noise of its breathy voices is seeded here (by itself it takes the time).
 """
 
 import ctypes
@@ -83,6 +84,7 @@ class _Engine:
         self.rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DO_NOT_EXIT)
         if self.rate <= 0:
             raise RuntimeError(f"espeak-ng did not start (code {self.rate}); its data: {data!r}.")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._pieces: list[np.ndarray] = []
         # Held: the library keeps only the address.
         self._callback = _CALLBACK(self._take)

@@ -1,13 +1,16 @@
 """Recordings of a spoken source kept in a folder: made once, by all cores, and read ever after.
 
 A folder holds `description.json` and, for every 256 examples, raw int16 samples at 16 kHz with
-their ends. Files appear only when complete, so an interrupted run continues with those that are
-missing. Nothing is decoded or resampled when the recordings are read, and their lengths are known.
+their ends. Each of these files is spoken by a process of its own, from a fresh state of espeak-ng,
+so its bytes depend neither on the number of cores nor on interruptions. Files appear only when
+complete, so an interrupted run continues with those that are missing. Nothing is decoded or
+resampled when the recordings are read, and their lengths are known.
 """
 
 import fcntl
 import functools
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -28,7 +31,7 @@ from cwcl_jax.data.sources.base import Example, Source, SourceBase
 
 RATE = 16_000
 _SHARD = 256
-_VERSION = 1
+_VERSION = 2  # 1: not the same bytes every time
 _AUDIBLE = 30  # of 32767
 
 
@@ -94,7 +97,8 @@ class Recorded(SourceBase):
 def default_folder(source: Source, cache_dir: str) -> Path:
     """Where recordings are kept when no folder is named: under the source's fingerprint."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cwcl_jax"
-    return (Path(cache_dir) if cache_dir else home) / "recordings" / source.fingerprint()
+    name = f"{source.fingerprint()}-{_VERSION}"
+    return (Path(cache_dir) if cache_dir else home) / "recordings" / name
 
 
 def record(source: Source, folder: Path, *, processes: int = 0) -> None:
@@ -155,7 +159,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _record_in_processes(source: Source, folder: Path, shards: list[int], count: int) -> None:
-    """Deals the shards to processes of their own: espeak-ng has one global state in each."""
+    """Deals the shards to workers without jax, whose forks speak one shard each."""
     # This very package, also where it is not installed.
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -208,17 +212,27 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
 
 
 def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
-    """Writes some of the files of a folder."""
+    """Writes some of the files of a folder, each in a fork that has not spoken before."""
+    context = multiprocessing.get_context("fork")
     for shard in shards:
-        path = _paths(folder, len(source))[shard]
-        rows = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
-        pieces = [_spoken(source, row) for row in rows]
-        temporary = path.with_suffix(".unfinished")
-        temporary.write_bytes(b"".join(piece.tobytes() for piece in pieces))
-        temporary.replace(path)
-        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        np.save(path.with_suffix(".part.npy"), ends)
-        path.with_suffix(".part.npy").replace(path.with_suffix(".npy"))
+        process = context.Process(target=speak_shard, args=(source, folder, shard))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(1)  # its message is on the standard error
+
+
+def speak_shard(source: Source, folder: Path, shard: int) -> None:
+    """Writes one file of a folder."""
+    path = _paths(folder, len(source))[shard]
+    rows = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
+    pieces = [_spoken(source, row) for row in rows]
+    temporary = path.with_suffix(".unfinished")
+    temporary.write_bytes(b"".join(piece.tobytes() for piece in pieces))
+    temporary.replace(path)
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    np.save(path.with_suffix(".part.npy"), ends)
+    path.with_suffix(".part.npy").replace(path.with_suffix(".npy"))
 
 
 def _spoken(source: Source, index: int) -> np.ndarray:
