@@ -21,7 +21,7 @@ def test_one_device_sends_nothing():
 
 def test_volumes_of_the_paper():
     rows = step.on_paper()
-    assert [row["devices"] for row in rows] == [8] * 4 + [64] * 4 + [512] * 4
+    assert [row["devices"] for row in rows] == [8] * 2 + [64] * 4 + [512] * 4  # 8 x 2,048 = 16,384
     # The gathered loss of a fixed batch does not grow with the devices; a batch that grows with
     # them makes the loss's part grow too, and the gradients' stay.
     fixed = [r for r in rows if r["batch"] == 16_384 and r["form"] == "gathered"]
