@@ -29,7 +29,7 @@ Stats = dict[str, Array]
 
 # A tile of logits takes at most about this many bytes, within these numbers of rows. Fewer rows
 # make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block size"). A CPU
-# wants few columns too; other devices have no caches that a tile could stay in.
+# wants few columns too; other devices, never measured, get all of them and so larger products.
 _TILE_BYTES = 64 * 2**20
 _BLOCK_LIMITS = (128, 512)
 _CPU_COLUMNS = 4096

@@ -131,10 +131,15 @@ def _check_description(source: Source, folder: Path) -> None:
     there = json.loads(file.read_text())
     if any(there.get(name) != value for name, value in mine.items()):
         raise ValueError(
-            f"{folder} holds recordings of another source ({there.get('count')} examples of "
-            f"{there.get('source')}, wanted {mine['count']} of {mine['source']}); name another "
-            "folder in keep=, or delete this one."
+            f"{folder} holds recordings of another source or version ({_told(there)}, wanted "
+            f"{_told(mine)}); name another folder in keep=, or delete this one."
         )
+
+
+def _told(description: dict[str, Any]) -> str:
+    return "{count} examples of {source}, version {version}".format_map(
+        {name: description.get(name) for name in ("count", "source", "version")}
+    )
 
 
 def _paths(folder: Path, count: int) -> list[Path]:
