@@ -65,8 +65,8 @@ def reproduce(
     drawn = {5: maker.figure5, 6: maker.figure6}
     for number in figures:
         sections.append(drawn[number]() if number in drawn else maker.alignment_figure(number))
-    commands = [run.command(runs) for run in maker.used]
-    sections.append(page.closing_section(commands, made_by, maker.runner.seconds))
+    runner = maker.runner
+    sections.append(page.closing_section(runner.commands, made_by, runner.seconds))
     path = output / "README.md"
     title = "# The paper's experiments at embedded scale"
     path.write_text("\n\n".join([title, *sections]) + "\n", encoding="utf-8")

@@ -9,11 +9,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
+from cwcl_jax.pretrained.folder import DESCRIPTION
 
 _RECORD = "reproduce.json"
 
@@ -52,18 +53,32 @@ class Run:
             f"--workdir={self.folder(root)}", f"--config.seed={self.seed}", *self.options,
         ]  # fmt: skip
 
+    def export_command(self, root: Path) -> list[str]:
+        """The command that exports its model, for runs that start from it."""
+        source = self.folder(root)
+        return [
+            "python", "-m", "cwcl_jax.export",
+            f"--source={source}", f"--output={source / 'export'}", "--format=safetensors",
+        ]  # fmt: skip
+
 
 class Runner:
-    """Carries out runs one after the other, each once."""
+    """Carries out runs one after the other, each once.
+
+    Attributes:
+      root: the folder of the runs' folders.
+      commands: of all that were needed, in order, also of those that had been made before.
+    """
 
     def __init__(self, root: Path, say: Callable[[str], None] = print):
         self.root = root
+        self.commands: list[list[str]] = []
         self._say = say
         self._done: dict[Path, float] = {}
 
     @property
     def seconds(self) -> float:
-        """Of all runs that were needed, also of those that had been made before."""
+        """Of all runs that were needed."""
         return sum(self._done.values())
 
     def complete(self, run: Run) -> Path:
@@ -78,8 +93,9 @@ class Runner:
         if folder in self._done:
             return folder
         if run.after is not None:
-            self.complete(run.after)
+            self._export(run.after)
         command = run.command(self.root)
+        self.commands.append(command)
         record = _read(folder / _RECORD)
         if record.get("command") == command and record.get("complete"):
             self._say(f"{folder}: complete, reused")
@@ -90,18 +106,33 @@ class Runner:
         self._done[folder] = record["seconds"]
         return folder
 
+    def _export(self, run: Run) -> None:
+        folder = self.complete(run)
+        command = run.export_command(self.root)
+        if command not in self.commands:
+            self.commands.append(command)
+        if not (folder / "export" / DESCRIPTION).exists():
+            self._process(folder, command)
+
     def _train(self, folder: Path, record: dict) -> None:
+        start = time.perf_counter()
+        try:
+            self._process(folder, record["command"])
+            record["complete"] = True
+        finally:
+            record["seconds"] += time.perf_counter() - start
+            text = json.dumps(record, indent=1) + "\n"
+            (folder / _RECORD).write_text(text, encoding="utf-8")
+        self._say(f"{folder}: {record['seconds']:.0f} s")
+
+    def _process(self, folder: Path, command: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "reproduce.log"
-        self._say(f"{folder}: {shlex.join(record['command'])}")
-        start = time.perf_counter()
+        self._say(f"{folder}: {shlex.join(command)}")
         with log.open("a", encoding="utf-8") as file:
             code = subprocess.run(
-                [sys.executable, *record["command"][1:]], stdout=file, stderr=file
+                [sys.executable, *command[1:]], stdout=file, stderr=file
             ).returncode
-        record["seconds"] += time.perf_counter() - start
-        record["complete"] = code == cli.DONE
-        (folder / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if code == cli.PREEMPTED:
             raise SystemExit(code)
         if code:
@@ -110,7 +141,6 @@ class Runner:
                 lines
             )
             raise ConfigError(message) if code == cli.BAD_CONFIG else RuntimeError(message)
-        self._say(f"{folder}: {record['seconds']:.0f} s")
 
 
 def _read(path: Path) -> dict:

@@ -23,7 +23,7 @@ _TEMPLATES = (1, 5, 10)
 
 @dataclasses.dataclass
 class Maker:
-    """Makes sections, and remembers the runs that they needed.
+    """Makes sections.
 
     Attributes:
       runner: carries runs out.
@@ -36,32 +36,24 @@ class Maker:
     scale: Scale
     seeds: Sequence[int]
     folder: Path
-    used: list[Run] = dataclasses.field(default_factory=list)
 
     def folders(self, run: Run) -> list[Path]:
         """The complete folders of a run, one a seed."""
-        found = []
-        for seed in self.seeds:
-            seeded = dataclasses.replace(run, seed=seed)
-            for needed in (seeded.after, seeded):
-                if needed is not None and needed not in self.used:
-                    self.used.append(needed)
-            found.append(self.runner.complete(seeded))
-        return found
+        return [self._complete(run, seed) for seed in self.seeds]
 
     def experiment(self, experiment: Experiment) -> str:
         """The section of a table."""
         for seed in self.seeds:  # seed by seed: a stopped command leaves whole comparisons
             for run in experiment.runs:
-                self._once(run, seed)
+                self._complete(run, seed)
         numbers = {
             name: [None if cell is None else self._number(cell) for cell in row]
             for name, row in _padded(experiment).items()
         }
         return page.table_section(experiment, numbers, self.seeds)
 
-    def _once(self, run: Run, seed: int) -> None:
-        self.runner.complete(dataclasses.replace(run, seed=seed))
+    def _complete(self, run: Run, seed: int) -> Path:
+        return self.runner.complete(dataclasses.replace(run, seed=seed))
 
     def _number(self, cell: Cell) -> Spread:
         return spread(self.folders(cell.run), cell.task, cell.metric)

@@ -20,6 +20,13 @@ class Script(Run):
         del root
         return ["python", "-c", self.argument]
 
+    def export_command(self, root):
+        """Writes what ends an export, and counts."""
+        folder = root / self.name / "export"
+        code = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(exist_ok=True); "
+        code += "(p / 'cwcl_jax.json').open('a').write('x')"
+        return ["python", "-c", code, str(folder)]
+
 
 def script(name, code, after=None):
     return Script(name, "", code, after=after)
@@ -39,10 +46,18 @@ def test_a_run_is_made_once_also_by_another_command(tmp_path):
     assert again.seconds == runner.seconds > 0
 
 
-def test_what_a_run_starts_from_is_made_first(tmp_path):
+def test_what_a_run_starts_from_is_made_and_exported_first(tmp_path):
     first = script("first", appending(tmp_path / "order"))
-    check = f"import sys; sys.exit(open({str(tmp_path / 'order')!r}).read() != 'x')"
-    Runner(tmp_path, say=lambda text: None).complete(script("second", check, after=first))
+    exported = tmp_path / "first" / "export" / "cwcl_jax.json"
+    both = [str(tmp_path / "order"), str(exported)]
+    check = f"[open(path).read() == 'x' or 1 / 0 for path in {both}]"
+    for _ in range(2):  # also by another command: neither run nor export is made again
+        runner = Runner(tmp_path, say=lambda text: None)
+        for name in ("second", "third"):
+            runner.complete(script(name, check, after=first))
+        assert [command[2] for command in runner.commands].count(check) == 2
+        assert len(runner.commands) == 4
+        assert exported.read_text() == "x"
 
 
 def test_other_settings_run_again(tmp_path):
@@ -85,3 +100,7 @@ def test_command_names_config_seed_and_the_run_before(tmp_path):
     assert "--config.seed=2" in command
     assert command[-1] == "--config.total_steps=5"
     assert f"--workdir={tmp_path}/next-seed2" in command
+    export = first.export_command(tmp_path)
+    assert f"--source={tmp_path}/first-seed1000" in export
+    # what the config file looks for when init names a run
+    assert f"--output={tmp_path}/first-seed1000/export" in export
