@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32, Int64
 
 _VERSION = 1
 _DESCRIPTION = "description.json"
@@ -188,10 +188,26 @@ class EmbeddingStore:
         return self.description.count
 
     def __getitem__(self, index: int) -> tuple[str, Float[np.ndarray, "..."] | None]:
-        record = self._records[index]
-        end = 4 + int.from_bytes(record[:4], "little")
-        name = record[4:end].decode()
-        if len(record) == end:
+        name, body = _parts(self._records[index])
+        if not body:
             return name, None
-        vector = np.frombuffer(record, self._dtype, offset=end).astype(np.float32)
-        return name, vector.reshape(self.description.shape)
+        return name, self._vectors(body, self.description.shape)
+
+    def rows(
+        self, indices: Int64[np.ndarray, " n"]
+    ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
+        """Ids and vectors of many examples in one call; no vectors where one is unusable."""
+        parts = [_parts(record) for record in self._records.__getitems__(indices.tolist())]
+        names, bodies = [name for name, _ in parts], [body for _, body in parts]
+        if not all(bodies):
+            return names, None
+        return names, self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
+
+    def _vectors(self, body: bytes, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+        return np.frombuffer(body, self._dtype).astype(np.float32).reshape(shape)
+
+
+def _parts(record: bytes) -> tuple[str, bytes]:
+    """Id and vector of a record."""
+    end = 4 + int.from_bytes(record[:4], "little")
+    return record[4:end].decode(), record[end:]

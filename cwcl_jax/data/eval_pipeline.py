@@ -59,7 +59,7 @@ class EvalBatches:
         reader.start(0)
         try:
             for _ in range(len(self)):
-                yield self._fill(reader.next_rows())
+                yield self._fill([row for chunk in reader.next_chunks() for row in chunk])
         finally:
             reader.close()
 

@@ -15,10 +15,24 @@ from jaxtyping import Int64, UInt64
 from cwcl_jax.data.draws import hash_integers
 
 _ROUNDS = 6
+# A few positions of a permutation cost a millisecond, mostly numpy's calls, and all of a small one
+# some milliseconds: up to this size it is computed once.
+_KEPT = 1 << 16
 
 
 def permute(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.ndarray, " n"]:
     """Images of `positions` under one permutation of range(size) that `key` names."""
+    if size <= _KEPT:
+        return _whole(size, *key)[positions]
+    return _walk(positions, size, *key)
+
+
+@functools.lru_cache(16)
+def _whole(size: int, *key: int) -> Int64[np.ndarray, " n"]:
+    return _walk(np.arange(size), size, *key)
+
+
+def _walk(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.ndarray, " n"]:
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = _round_keys(size, *key)
     values = _feistel(positions.astype(np.uint64), half, keys)

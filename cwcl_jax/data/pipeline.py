@@ -16,8 +16,8 @@ from cwcl_jax.data.buckets import BucketedOrder, batch_lengths
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import order_of_source
-from cwcl_jax.data.processing import Batch, Processor
-from cwcl_jax.data.reader import ChunkedReader, reader_threads
+from cwcl_jax.data.processing import Batch, Processor, join
+from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
 
@@ -25,6 +25,9 @@ __all__ = ["EvalBatches", "TrainBatches", "eval_batches", "reader_threads", "tra
 
 _MAX_REPLACEMENTS = 200
 _ENDLESS = 1 << 53
+# Rows that a thread takes in one go where nothing is decoded; an unusable one among them costs
+# reading them one by one.
+_VECTOR_CHUNK = 256
 
 
 class TrainBatches:
@@ -68,7 +71,7 @@ class TrainBatches:
         self._config = config
         self._reader = ChunkedReader(
             self._load, local_size=self._local_size, steps=_ENDLESS // self._local_size,
-            config=config,
+            config=config, chunk=CHUNK if self._processor.raw else _VECTOR_CHUNK,
         )  # fmt: skip
         self._step = 0
         self._started = False
@@ -121,15 +124,13 @@ class TrainBatches:
         if not self._started:
             self._reader.start(self._step)
             self._started = True
-        rows = self._reader.next_rows()
-        batch = self._processor.batch([inputs for _, inputs in rows])
-        batch["index"] = np.array([index for index, _ in rows], np.int64)
+        batch = join(self._reader.next_chunks())
         self._step += 1
         self.wait_seconds += time.perf_counter() - begin
         return batch
 
-    def _load(self, step: int, rows: np.ndarray) -> list[tuple[int, dict[str, Any]]]:
-        """Example numbers and inputs of some rows of a batch."""
+    def _load(self, step: int, rows: np.ndarray) -> Batch:
+        """Some rows of a batch: inputs, and example numbers as "index"."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         positions = step_in_epoch * self._global_size + self._first_row + rows
         seconds = None
@@ -138,13 +139,26 @@ class TrainBatches:
         else:
             indices, seconds = self._buckets.batch(epoch, step_in_epoch)
             indices = indices[self._first_row + rows]
+        vectors = self._load_vectors(indices)
+        if vectors is not None:
+            self._counter.add_read(len(indices))
+            return vectors | {"index": indices.astype(np.int64)}
         loaded = [
             self._load_one(epoch, int(position), int(index), seconds)
             for position, index in zip(positions, indices, strict=True)
         ]
         self._counter.add_read(len(loaded))
         self._processor.tokenize([inputs for _, inputs in loaded])
-        return loaded
+        batch = self._processor.batch([inputs for _, inputs in loaded])
+        return batch | {"index": np.array([index for index, _ in loaded], np.int64)}
+
+    def _load_vectors(self, indices: np.ndarray) -> Batch | None:
+        """The rows as arrays, where the source has nothing but vectors and all are usable."""
+        read = getattr(self.source, "vectors", None)
+        if read is None or self._processor.raw or self._config.labels:
+            return None
+        found = read(indices)
+        return found and {m: {"embeds": found[m]} for m in self._processor.modalities}
 
     def _load_one(
         self, epoch: int, position: int, index: int, seconds: float | None = None

@@ -129,6 +129,13 @@ class Processor:
         return made
 
 
+def join(parts: Sequence[Any]) -> Any:
+    """One batch of several: arrays one after the other, wherever they stand in the dicts."""
+    if isinstance(parts[0], Mapping):
+        return {name: join([part[name] for part in parts]) for name in parts[0]}
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 def shorten(inputs: dict[str, np.ndarray], options: SpeechInputs) -> dict[str, np.ndarray]:
     """Waveforms cut to the shortest of the options' lengths that holds them all."""
     longest = int(inputs["length"].max())

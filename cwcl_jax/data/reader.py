@@ -12,7 +12,7 @@ from cwcl_jax.data.options import DataConfig
 
 # Positions that one reader thread prepares in one go: enough to hide the cost of handing over,
 # few enough that the threads share the first batch.
-_CHUNK = 16
+CHUNK = 16
 
 
 def reader_threads(asked: int) -> int:
@@ -24,29 +24,31 @@ def reader_threads(asked: int) -> int:
 
 
 class ChunkedReader:
-    """`local_size` rows for each step, out of chunks that grain's threads load in order.
+    """`local_size` rows for each step, in chunks that grain's threads load in order.
 
-    `load(step, rows)` returns what stands in those rows of a batch; it runs in several threads.
+    `load(step, rows)` returns the chunk of at most `chunk` rows that stands in those rows of a
+    batch; it runs in several threads.
     """
 
     def __init__(
         self,
-        load: Callable[[int, np.ndarray], list[Any]],
+        load: Callable[[int, np.ndarray], Any],
         *,
         local_size: int,
         steps: int,
         config: DataConfig,
+        chunk: int = CHUNK,
     ):
-        self._rows = max(d for d in range(1, min(_CHUNK, local_size) + 1) if local_size % d == 0)
+        self._rows = max(d for d in range(1, min(chunk, local_size) + 1) if local_size % d == 0)
         self._per_batch = local_size // self._rows
         threads = reader_threads(config.threads)
         ahead = max(threads, self._per_batch * max(1, config.prefetch))
 
-        def load_chunk(number: int) -> list[Any]:
+        def load_chunk(number: int) -> Any:
             step, chunk = divmod(int(number), self._per_batch)
             with self._idle:
                 if not self._open:  # Asked for before the close.
-                    return []
+                    return None
                 self._running += 1
             try:
                 return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
@@ -64,15 +66,15 @@ class ChunkedReader:
         self._idle = threading.Condition()
 
     def start(self, step: int) -> None:
-        """Begins (again) at a step; the threads start with the first call of `next_rows`."""
+        """Begins (again) at a step; the threads start with the first call of `next_chunks`."""
         self.close()
         self._open = True
         self._iterator = iter(self._dataset)
         self._iterator.set_state({"next_index": step * self._per_batch})
 
-    def next_rows(self) -> list[Any]:
-        """The rows of the next step, waiting for them if need be."""
-        return [row for _ in range(self._per_batch) for row in next(self._iterator)]
+    def next_chunks(self) -> list[Any]:
+        """The chunks of the next step, waiting for them if need be."""
+        return [next(self._iterator) for _ in range(self._per_batch)]
 
     def close(self) -> None:
         """Ends the threads, the chunks at hand being finished; `start` begins again."""

@@ -187,3 +187,58 @@ def test_arrays_of_unequal_length_are_refused(tmp_path):
     np.savez(tmp_path / "f.npz", image=np.zeros((3, 2)), ids=np.arange(4))
     with pytest.raises(ValueError, match="differ in length"):
         open_source(f"arrays:{tmp_path}/f.npz")
+
+
+@pytest.fixture(params=["arrays", "embeddings", "beside a source"])
+def vector_source(request, tmp_path):
+    """A source of nothing but vectors, whose example 7 is unusable."""
+    if request.param == "arrays":
+        vectors = VECTORS.copy()
+        vectors[7, 0] = np.inf
+        np.savez(tmp_path / "f.npz", image=vectors)
+        return open_source(f"arrays:{tmp_path}/f.npz")
+    valid = np.arange(COUNT) != 7
+    _write(tmp_path / "store", valid=valid)
+    line = f"{LINE}&embeds=" if request.param == "beside a source" else "embeddings:"
+    return open_source(f"{line}{tmp_path}/store")
+
+
+def _batches(source, count):
+    config = DataConfig(train="given", threads=1, max_skipped_share=0.1)
+    batches = train_batches(config, ("image",), seed=0, global_batch_size=10, source=source)
+    found = [next(batches) for _ in range(count)]
+    skipped = dict(batches.skipped)
+    batches.close()
+    return found, skipped
+
+
+def test_vectors_are_read_many_at_once(vector_source, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("an example was read alone")
+
+    rows = np.array([3, 30, 3])
+    if not hasattr(vector_source, "source"):  # which is asked for the ids
+        monkeypatch.setattr(type(vector_source), "read", refuse)
+    found = vector_source.vectors(rows)["image"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, VECTORS[rows])
+    assert vector_source.vectors(np.array([3, 7])) is None
+
+
+def test_many_at_once_give_the_batches_of_one_by_one(vector_source, monkeypatch):
+    fast, skipped = _batches(vector_source, 10)  # two epochs: the unusable one comes up
+    assert skipped.keys() <= {"embeds not finite", "embeds missing"}
+    assert skipped
+    monkeypatch.setattr(type(vector_source), "vectors", lambda *_: None)
+    slow, _ = _batches(vector_source, 10)
+    for a, b in zip(fast, slow, strict=True):
+        np.testing.assert_array_equal(a["index"], b["index"])
+        np.testing.assert_array_equal(a["image"]["embeds"], b["image"]["embeds"])
+        np.testing.assert_array_equal(a["image"]["embeds"], VECTORS[a["index"]])
+
+
+def test_training_refuses_ids_that_do_not_belong(tmp_path):
+    writer = EmbeddingWriter(tmp_path, _description(shard_size=64))
+    writer.write(writer.pending()[0], [f"other {i}" for i in range(COUNT)], VECTORS)
+    with pytest.raises(ValueError, match="belongs to 'other"):
+        _batches(open_source(f"{LINE}&embeds={tmp_path}"), 1)

@@ -52,6 +52,10 @@ class Arrays(SourceBase):
             example["text"] = [str(text) for text in value] if many else str(value)
         return example
 
+    def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
+        found = {m: np.asarray(a[indices], np.float32) for m, a in self.features.items()}
+        return found if all(np.isfinite(rows).all() for rows in found.values()) else None
+
     def fingerprint(self) -> str:
         shapes = {key: (array.shape, array.dtype) for key, array in self.features.items()}
         return fingerprint_of("arrays", self._identity, self._length, shapes)

@@ -57,6 +57,15 @@ class SourceBase:
         """Seconds of every recording (float64), where they are known without reading it."""
         return None
 
+    def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
+        """Embeddings of many examples at once, modality -> float32 (len(indices), ...).
+
+        None where there is no faster way than `read`, or where an example of them is unusable, of
+        which `read` then says why.
+        """
+        del indices
+        return None
+
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} has {len(self)} examples; asked for {index}")

@@ -52,6 +52,16 @@ class Embedded(SourceBase):
                 example["embeds"][modality] = vector
         return example
 
+    def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
+        ids = [self.source.read(int(index), ())["id"] for index in indices]
+        found = {}
+        for modality, store in self.stores.items():
+            names, rows = store.rows(indices)
+            if rows is None or names != ids:
+                return None
+            found[modality] = rows
+        return found
+
     def fingerprint(self) -> str:
         made = [(m, store.description.to_json()) for m, store in sorted(self.stores.items())]
         return fingerprint_of("embedded", self.source.fingerprint(), made)
@@ -73,6 +83,10 @@ class EmbeddingsOnly(SourceBase):
         if vector is None:
             raise BadExample("embeds missing", f"{name} was unusable when it was embedded")
         return {"id": name, "embeds": {self.store.description.modality: vector}}
+
+    def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
+        _, rows = self.store.rows(indices)
+        return None if rows is None else {self.store.description.modality: rows}
 
     def fingerprint(self) -> str:
         return fingerprint_of("embeddings", self.store.description.to_json())

@@ -49,13 +49,14 @@ class Scenes(SourceBase):
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         number = self.numbers[index] if self.numbers else index
-        scene = self.scene(number)
         example: Example = {"id": f"{self.task}-{self.seed}-{number:08d}"}
-        if "image" in fields:
-            example["image"] = scenes.draw(scene, self.size)
-        if "text" in fields:
-            made = [self.caption(scene, number, k) for k in range(self.captions_each)]
-            example["text"] = made[0] if len(made) == 1 else made
+        if "image" in fields or "text" in fields:
+            scene = self.scene(number)
+            if "image" in fields:
+                example["image"] = scenes.draw(scene, self.size)
+            if "text" in fields:
+                made = [self.caption(scene, number, k) for k in range(self.captions_each)]
+                example["text"] = made[0] if len(made) == 1 else made
         if self.class_names is not None:
             example["label"] = self.label(number)
         return example
