@@ -2,7 +2,8 @@
 
 Makes tars of JPEGs of a usual web size and reads them as training does, to uint8 batches of 224.
 Beside it stand the bare decoder (the same images from memory, nothing else) and the `webdataset`
-package with the same decode, where it is installed. All use the same number of cores.
+package with the same decode, where it is installed. All use the same number of cores. Then come
+rates of what is not decoded: drawn scenes, arrays, stored embeddings.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from PIL import Image
 
 from cwcl_jax.data import scenes
 from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.image import train_pixels
 from cwcl_jax.data.options import DataConfig, ImageInputs
 from cwcl_jax.data.pipeline import reader_threads, train_batches
@@ -107,10 +109,11 @@ def _rate(batches: Iterator, size: int, seconds: float) -> Rate:
     return _rate_of(done, begin, cpu)
 
 
-def rate_pipeline(line: str, seconds: float, threads: int, batch: int) -> Rate:
+def rate_pipeline(
+    config: DataConfig, seconds: float, batch: int, modalities: Sequence[str] = ("image", "text")
+) -> Rate:
     """Ready training batches, captions tokenized."""
-    config = DataConfig(train=line, image=_INPUTS, threads=threads)
-    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=batch)
+    batches = train_batches(config, modalities, seed=0, global_batch_size=batch)
     try:
         return _rate(batches, batch, seconds)
     finally:
@@ -179,6 +182,21 @@ def memory_over_epochs(line: str, threads: int) -> list[float]:
     return peaks
 
 
+def _read(line: str, threads: int) -> DataConfig:
+    return DataConfig(train=line, threads=threads)
+
+
+def write_store(folder: Path, count: int = 20_000, width: int = 768) -> str:
+    """The line of a folder with random embeddings."""
+    store = folder / "store"
+    description = EmbeddingDescription("image", (width,), "float16", count, "none", "none")
+    writer = EmbeddingWriter(store, description)
+    for rows in writer.pending():
+        vectors = np.random.default_rng(rows.start).normal(size=(len(rows), width))
+        writer.write(rows, [f"{number:08d}" for number in rows], vectors)
+    return f"embeddings:{store}"
+
+
 def _alternate(
     images: list[bytes], line: str, paths: list[str], options: Any, threads: int
 ) -> dict[str, list[Rate]]:
@@ -186,7 +204,8 @@ def _alternate(
     rates: dict[str, list[Rate]] = {"bare": [], "pipeline": [], "webdataset": []}
     for _ in range(options.rounds):
         rates["bare"].append(rate_bare(images, options.seconds, threads))
-        rates["pipeline"].append(rate_pipeline(line, options.seconds, threads, options.batch))
+        config = DataConfig(train=line, image=_INPUTS, threads=threads)
+        rates["pipeline"].append(rate_pipeline(config, options.seconds, options.batch))
         other = rate_webdataset(paths, options.seconds, threads, options.batch)
         rates["webdataset"] += [] if other is None else [other]
     return rates
@@ -224,21 +243,17 @@ def main() -> None:
         paths = [str(path) for path in sorted(folder.glob("0*.tar"))]
         open_source(line)
         _print_rates(_alternate(images, line, paths, options, threads))
-        scenes_rate = rate_scenes(options.seconds, threads)
-        print(f"embedded scenes at 64: {scenes_rate.per_second:.0f} examples/s")
+        made = {
+            "embedded scenes at 64": (DataConfig(threads=threads), 128, ("image", "text")),
+            "two arrays, 64 and 96 wide": (_read("made:train", threads), 1024, ("u", "v")),
+            "stored vectors, 768 wide": (_read(write_store(folder), threads), 1024, ("image",)),
+        }
+        for what, (config, batch, modalities) in made.items():
+            rate = rate_pipeline(config, options.seconds, batch, modalities)
+            print(f"{what}: {rate.per_second:.0f} examples/s")
         print(f"peak memory over epochs: {memory_over_epochs(line, threads)} MB")
         print(f"index of 10,000 samples, cold: {time_to_index(folder):.2f} s")
         print(f"1,000 indexed shards to first batch: {time_to_first_batch(folder, images):.2f} s")
-
-
-def rate_scenes(seconds: float, threads: int) -> Rate:
-    """The embedded scenes, drawn, captioned and tokenized."""
-    config = DataConfig(threads=threads)
-    batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=128)
-    try:
-        return _rate(batches, 128, seconds)
-    finally:
-        batches.close()
 
 
 if __name__ == "__main__":

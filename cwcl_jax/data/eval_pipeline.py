@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.processing import Batch, Processor, shorten
+from cwcl_jax.data.processing import Batch, Processor, collect, join, shorten
 from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
@@ -88,7 +88,7 @@ class EvalBatches:
         some = next((inputs for _, inputs, _ in rows if inputs is not None), None)
         if some is None:
             some = self._any_usable()
-        batch: Batch = self._processor.batch([inputs or some for _, inputs, _ in rows])
+        batch: Batch = join([collect([inputs or some for _, inputs, _ in rows])])
         # Hosts that share a batch must agree on its shape, which each would find from its own rows.
         if self._size == self._local and "waveform" in batch.get("speech", ()):
             batch["speech"] = shorten(batch["speech"], self._config.speech)

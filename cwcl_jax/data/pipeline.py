@@ -16,7 +16,7 @@ from cwcl_jax.data.buckets import BucketedOrder, batch_lengths
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import order_of_source
-from cwcl_jax.data.processing import Batch, Processor, join
+from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
@@ -130,7 +130,7 @@ class TrainBatches:
         return batch
 
     def _load(self, step: int, rows: np.ndarray) -> Batch:
-        """Some rows of a batch: inputs, and example numbers as "index"."""
+        """Some rows of a batch for `join`: inputs, and example numbers as "index"."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         positions = step_in_epoch * self._global_size + self._first_row + rows
         seconds = None
@@ -149,8 +149,7 @@ class TrainBatches:
         ]
         self._counter.add_read(len(loaded))
         self._processor.tokenize([inputs for _, inputs in loaded])
-        batch = self._processor.batch([inputs for _, inputs in loaded])
-        return batch | {"index": np.array([index for index, _ in loaded], np.int64)}
+        return collect([inputs | {"index": np.int64(index)} for index, inputs in loaded])
 
     def _load_vectors(self, indices: np.ndarray) -> Batch | None:
         """The rows as arrays, where the source has nothing but vectors and all are usable."""

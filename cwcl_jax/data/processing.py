@@ -1,5 +1,6 @@
 """From what a source gives to the arrays that the towers take, one example and one batch."""
 
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -118,21 +119,20 @@ class Processor:
         for row, example in enumerate(examples):
             example["text"] = {name: array[row] for name, array in made.items()}
 
-    def batch(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        """Stacks the inputs of several examples."""
-        made: Batch = {}
-        for modality in self.modalities:
-            values = [example[modality] for example in examples]
-            made[modality] = {n: np.stack([value[n] for value in values]) for n in values[0]}
-        if "label" in examples[0]:
-            made["label"] = np.array([example["label"] for example in examples], np.int32)
-        return made
+
+def collect(examples: Sequence[Any]) -> Any:
+    """Dicts of several examples as one, of lists."""
+    if isinstance(examples[0], Mapping):
+        return {name: collect([example[name] for example in examples]) for name in examples[0]}
+    return list(examples)
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """One batch of several: arrays one after the other, wherever they stand in the dicts."""
+    """One batch of several parts; wherever these hold lists of arrays, all are copied only once."""
     if isinstance(parts[0], Mapping):
         return {name: join([part[name] for part in parts]) for name in parts[0]}
+    if all(isinstance(part, list) for part in parts):
+        return np.stack(list(itertools.chain.from_iterable(parts)))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

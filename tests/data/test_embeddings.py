@@ -226,7 +226,9 @@ def test_vectors_are_read_many_at_once(vector_source, monkeypatch):
 
 
 def test_many_at_once_give_the_batches_of_one_by_one(vector_source, monkeypatch):
-    fast, skipped = _batches(vector_source, 10)  # two epochs: the unusable one comes up
+    # Two epochs, so that the unusable one comes up, in one of the two chunks of a batch.
+    monkeypatch.setattr("cwcl_jax.data.pipeline._VECTOR_CHUNK", 5)
+    fast, skipped = _batches(vector_source, 10)
     assert skipped.keys() <= {"embeds not finite", "embeds missing"}
     assert skipped
     monkeypatch.setattr(type(vector_source), "vectors", lambda *_: None)
