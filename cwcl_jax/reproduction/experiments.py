@@ -272,17 +272,16 @@ def _ablate_batch(scale: Scale) -> Experiment:
     steps, size = scale.steps or base.total_steps, base.global_batch_size
     rows = {}
     for batch in (size // 4, size // 2, size, 2 * size):
-        for method, argument in METHODS.items():
-            rate = base.optimizer.learning_rate * batch / size
-            options = (
-                f"--config.global_batch_size={batch}",
-                f"--config.optimizer.learning_rate={rate:g}",
-                f"--config.total_steps={max(1, steps * size // batch)}",
-            )
-            run = dataclasses.replace(
-                scale.run(SCENES, f"scenes-batch{batch}-{method.lower()}", argument),
-                options=options,
-            )
+        options = (
+            f"--config.global_batch_size={batch}",
+            f"--config.optimizer.learning_rate={base.optimizer.learning_rate * batch / size:g}",
+            f"--config.total_steps={max(1, steps * size // batch)}",
+        )
+        for method, run in scene_runs(scale).items():
+            if batch != size:
+                run = dataclasses.replace(
+                    run, name=f"scenes-batch{batch}-{method.lower()}", options=options
+                )
             rows[f"{method}, batch {batch}"] = tuple(Cell(run, *what) for what in _ABLATED)
     return Experiment(
         "Batch size with the learning rate in proportion, scenes, top-1 and R@1",
