@@ -12,7 +12,7 @@ from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
 from cwcl_jax.reproduction.figures import _spread_out
 from cwcl_jax.reproduction.measures import Spread, difference, measure, verdict
 from cwcl_jax.reproduction.paper import TABLES
-from cwcl_jax.reproduction.runs import Run
+from cwcl_jax.reproduction.runs import Run, load_experiment
 
 
 def write_items(folder, task, **arrays):
@@ -114,14 +114,17 @@ def test_what_two_tables_show_is_trained_once():
 
 
 def test_batches_keep_the_number_of_examples():
-    made = experiments.ablation("batch", Scale(steps=100))
+    scale = Scale(steps=100)
+    made = experiments.ablation("batch", scale)
+    own = str(load_experiment(experiments.SCENES).global_batch_size)
     products = set()
     for run in made.runs:
         options = dict(option.split("=") for option in run.options)
-        products.add(
-            int(options["--config.global_batch_size"]) * int(options["--config.total_steps"])
-        )
+        size = options.get("--config.global_batch_size", own)
+        products.add(int(size) * int(options["--config.total_steps"]))
     assert len(products) == 1
+    # The default batch is no run of its own.
+    assert set(experiments.scene_runs(scale).values()) < set(made.runs)
 
 
 def test_unknown_tables_are_errors():
