@@ -109,6 +109,11 @@ def _rate(batches: Iterator, size: int, seconds: float) -> Rate:
     return _rate_of(done, begin, cpu)
 
 
+def reading(line: str, threads: int) -> DataConfig:
+    """Settings that read a source, pictures as all of these measurements take them."""
+    return DataConfig(train=line, image=_INPUTS, threads=threads)
+
+
 def rate_pipeline(
     config: DataConfig, seconds: float, batch: int, modalities: Sequence[str] = ("image", "text")
 ) -> Rate:
@@ -171,7 +176,7 @@ def time_to_first_batch(folder: Path, images: list[bytes], shards: int = 1000) -
 
 def memory_over_epochs(line: str, threads: int) -> list[float]:
     """Peak resident megabytes after each of five epochs."""
-    config = DataConfig(train=line, image=_INPUTS, threads=threads)
+    config = reading(line, threads)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=64)
     peaks = []
     for _ in range(5):
@@ -180,10 +185,6 @@ def memory_over_epochs(line: str, threads: int) -> list[float]:
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     batches.close()
     return peaks
-
-
-def _read(line: str, threads: int) -> DataConfig:
-    return DataConfig(train=line, threads=threads)
 
 
 def write_store(folder: Path, count: int = 20_000, width: int = 768) -> str:
@@ -204,7 +205,7 @@ def _alternate(
     rates: dict[str, list[Rate]] = {"bare": [], "pipeline": [], "webdataset": []}
     for _ in range(options.rounds):
         rates["bare"].append(rate_bare(images, options.seconds, threads))
-        config = DataConfig(train=line, image=_INPUTS, threads=threads)
+        config = reading(line, threads)
         rates["pipeline"].append(rate_pipeline(config, options.seconds, options.batch))
         other = rate_webdataset(paths, options.seconds, threads, options.batch)
         rates["webdataset"] += [] if other is None else [other]
@@ -245,8 +246,8 @@ def main() -> None:
         _print_rates(_alternate(images, line, paths, options, threads))
         made = {
             "embedded scenes at 64": (DataConfig(threads=threads), 128, ("image", "text")),
-            "two arrays, 64 and 96 wide": (_read("made:train", threads), 1024, ("u", "v")),
-            "stored vectors, 768 wide": (_read(write_store(folder), threads), 1024, ("image",)),
+            "two arrays, 64 and 96 wide": (reading("made:train", threads), 1024, ("u", "v")),
+            "stored vectors, 768 wide": (reading(write_store(folder), threads), 1024, ("image",)),
         }
         for what, (config, batch, modalities) in made.items():
             rate = rate_pipeline(config, options.seconds, batch, modalities)

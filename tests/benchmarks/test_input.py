@@ -18,8 +18,9 @@ def test_rates_are_measured_on_real_batches(tmp_path, capsys):
     line = f"tars:{tmp_path}/{{00000..00001}}.tar"
     assert len(open_source(line)) == 12
     bare = benchmark.rate_bare(images, 0.05, 1)
-    ours = benchmark.rate_pipeline(line, 0.05, 1, 4)
-    for rate in (bare, ours):
+    ours = benchmark.rate_pipeline(benchmark.reading(line, 1), 0.05, 4)
+    stored = benchmark.reading(benchmark.write_store(tmp_path, count=20, width=8), 1)
+    for rate in (bare, ours, benchmark.rate_pipeline(stored, 0.05, 4, ("image",))):
         assert rate.per_second > 0
         assert rate.cpu_ms > 0
     benchmark._print_rates({"bare": [bare], "pipeline": [ours], "webdataset": []})
