@@ -6,7 +6,7 @@ kill, reused when complete. `--output` gets one Markdown page with our numbers a
 seeds, the paper's beside them, the pictures, the commands, versions and time. `--scale=paper`
 prints the commands of the full-scale runs for a cluster.
 
-Tables 4 to 8, Figures 5 to 8, `--ablation=weights` and `--ablation=batch`.
+Tables 4 to 8, Figures 5 to 8, `--ablation=weights,speech_weights,batch`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cwcl_jax.config import ConfigError
 if __name__ == "__main__":
     _TABLE = flags.DEFINE_list("table", [], "Numbers of tables, 4 to 8.")
     _FIGURE = flags.DEFINE_list("figure", [], "Numbers of figures, 5 to 8.")
-    _ABLATION = flags.DEFINE_list("ablation", [], "weights, batch.")
+    _ABLATION = flags.DEFINE_list("ablation", [], "weights, speech_weights, batch.")
     _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
     _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1)
     _STEPS = flags.DEFINE_integer("steps", 0, "Steps of every run; 0 = the config's.")

@@ -242,13 +242,20 @@ WEIGHTS = {
 }
 
 
+# Names of configs/speech_cwcl.py: the control without similarities, and sharper functions of them.
+SPEECH_WEIGHTS = ("uniform0.53", "relu2", "calibrated_relu0.5")
+
+
 def ablation(kind: str, scale: Scale) -> Experiment:
-    """Weight functions or batch sizes on scenes."""
-    if kind == "weights":
-        return _ablate_weights(scale)
-    if kind == "batch":
-        return _ablate_batch(scale)
-    raise ConfigError(f"--ablation={kind}: choose weights or batch")
+    """Weight functions on scenes or spoken sentences, or batch sizes on scenes."""
+    made = {
+        "weights": _ablate_weights,
+        "speech_weights": _ablate_speech_weights,
+        "batch": _ablate_batch,
+    }
+    if kind not in made:
+        raise ConfigError(f"--ablation={kind}: choose one of {', '.join(made)}")
+    return made[kind](scale)
 
 
 _ABLATED = (
@@ -271,6 +278,24 @@ def _ablate_weights(scale: Scale) -> Experiment:
         _ABLATED_COLUMNS,
         {name: tuple(Cell(run, *what) for what in _ABLATED) for name, run in runs.items()},
         "The same runs, but for the function that turns the locked tower's cosines into weights.",
+    )
+
+
+def _ablate_speech_weights(scale: Scale) -> Experiment:
+    tasks = speech_tasks(scale)
+    read = [(task, f"rank{suffix}@1") for task in tasks for suffix in ("", "_general")]
+    read += [("retrieval", f"{way}_rank@1") for way in ("speech_to_text", "text_to_speech")]
+    columns = [task.replace("_", " ") + "#" * general for task in tasks for general in (0, 1)]
+    runs = {"CL": _from_scratch(scale, "CL"), "affine (the paper's)": _from_scratch(scale, "CWCL")}
+    for name in SPEECH_WEIGHTS:
+        runs[name] = _speech(scale, f"weights-{name}", f"weights={name}")
+    return Experiment(
+        "Weight functions, spoken sentences, top-1 and R@1; # general templates",
+        0,
+        (*columns, "S->T R@1", "T->S R@1"),
+        {name: tuple(Cell(run, *what) for what in read) for name, run in runs.items()},
+        "From scratch, the same runs but for the function that turns the locked tower's cosines "
+        "into weights; uniform0.53 knows no similarities.",
     )
 
 

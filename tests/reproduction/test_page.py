@@ -100,7 +100,7 @@ def test_every_table_is_defined_and_has_the_papers_beside(number):
 def test_runs_of_equal_names_are_equal():
     scale = Scale()
     made = [experiments.table(n, scale) for n in (4, 5, 6, 7, 8)]
-    made += [experiments.ablation(kind, scale) for kind in ("weights", "batch")]
+    made += [experiments.ablation(kind, scale) for kind in ("weights", "speech_weights", "batch")]
     runs = {run for experiment in made for run in experiment.runs}
     assert len({run.name for run in runs}) == len(runs)
 
@@ -131,7 +131,7 @@ def test_batches_keep_the_number_of_examples():
 def test_unknown_tables_are_errors():
     with pytest.raises(ConfigError, match="--table=3: choose one of 4"):
         experiments.table(3, Scale())
-    with pytest.raises(ConfigError, match="choose weights or batch"):
+    with pytest.raises(ConfigError, match="choose one of weights, speech_weights, batch"):
         experiments.ablation("seed", Scale())
 
 
