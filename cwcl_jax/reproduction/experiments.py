@@ -178,7 +178,7 @@ def _table6(scale: Scale) -> Experiment:
         ("none locked", "speech", "text", "both"),
         rows,
         "Ours: every run from the pretrained speech encoder of Table 5, with a quarter of its "
-        "steps (a step costs ten times as much where the text tower trains).",
+        "steps (a step costs six times as much where the text tower trains).",
     )
 
 
