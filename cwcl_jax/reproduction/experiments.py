@@ -307,6 +307,7 @@ def _ablate_batch(scale: Scale) -> Experiment:
         options = (
             f"--config.global_batch_size={batch}",
             f"--config.optimizer.learning_rate={base.optimizer.learning_rate * batch / size:g}",
+            f"--config.optimizer.warmup_steps={base.optimizer.warmup_steps * size // batch}",
             f"--config.total_steps={max(1, steps * size // batch)}",
         )
         for method, run in scene_runs(scale).items():
@@ -320,5 +321,5 @@ def _ablate_batch(scale: Scale) -> Experiment:
         0,
         _ABLATED_COLUMNS,
         rows,
-        "The same number of examples in every run.",
+        "The same number of examples in every run and in its warm-up.",
     )

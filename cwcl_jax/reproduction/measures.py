@@ -44,12 +44,16 @@ class Spread:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Student's 95 % interval of the mean; None for one seed."""
-        return seed_interval(self.values)[1] if len(self.values) > 1 else None
+        """Student's 95 % interval of the mean; None for one seed, and where all seeds agree.
+
+        Shares come in steps of one item. Seeds that agree to the item vary by less than a step, not
+        by nothing: an interval of width zero would be beyond what they can tell.
+        """
+        return None if len(set(self.values)) == 1 else seed_interval(self.values)[1]
 
     @property
     def half(self) -> float:
-        """Half the interval's width, 0 for one seed."""
+        """Half the interval's width, 0 where there is none."""
         return 0.0 if self.interval is None else (self.interval[1] - self.interval[0]) / 2
 
     def __str__(self) -> str:
@@ -57,14 +61,17 @@ class Spread:
 
 
 def difference(a: Spread, b: Spread) -> Spread:
-    """B minus A, seed by seed."""
-    return Spread(tuple(y - x for x, y in zip(a.values, b.values, strict=True)))
+    """B minus A, seed by seed; rounded, so that as many items more are the same difference."""
+    pairs = zip(a.values, b.values, strict=True)
+    return Spread(tuple(round(y - x, 9) for x, y in pairs))
 
 
 def verdict(change: Spread) -> str:
     """What the seeds say about a difference."""
-    if change.interval is None:
+    if len(change.values) == 1:
         return "one seed: nothing can be said"
+    if change.interval is None:
+        return "the same in every seed: no interval"
     low, high = change.interval
     if low > 0:
         return "higher"

@@ -90,16 +90,15 @@ def conclusion(experiment: Experiment, numbers: Numbers) -> str:
     pairs = [p for p in _pairs(experiment, numbers) if p[0].startswith(("CWCL", "affine"))]
     if not pairs:
         return ""
-    if pairs[0][3].interval is None:
+    if len(pairs[0][3].values) == 1:
         return "**One seed says nothing about others: no conclusion.**"
     verdicts = [verdict(change) for *_, change in pairs]
-    counts = {kind: verdicts.count(kind) for kind in ("higher", "lower", "no difference shown")}
+    higher, lower = verdicts.count("higher"), verdicts.count("lower")
     said = (
-        f"At this scale CWCL is higher than CL in {counts['higher']} of {len(verdicts)} numbers, "
-        f"lower in {counts['lower']}, and in {counts['no difference shown']} the seeds show no "
-        "difference."
+        f"At this scale CWCL is higher than CL in {higher} of {len(verdicts)} numbers, lower in "
+        f"{lower}, and in {len(verdicts) - higher - lower} the seeds show no difference."
     )
-    if counts["higher"] <= counts["lower"]:
+    if higher <= lower:
         said += " So the paper's gain is not reproduced here."
     notes = ["The intervals are not corrected for the number of comparisons."]
     full = [column for *_, column, change in pairs if not any(change.values)]

@@ -52,6 +52,19 @@ def test_verdicts_follow_the_interval_of_paired_differences():
     assert "nothing can be said" in verdict(Spread((5.0,)))
 
 
+def test_seeds_that_agree_to_the_item_have_no_interval():
+    """61 - 55 and 62 - 56 of 700 items differ in the last bit of a double, and by chance agree."""
+    a, b = Spread((100 * 55 / 700, 100 * 56 / 700)), Spread((100 * 61 / 700, 100 * 62 / 700))
+    change = difference(a, b)
+    assert change.interval is None
+    assert "no interval" in verdict(change)
+    assert str(change) == "0.86"
+    assert difference(a, Spread((9.0, 13.0))).interval is not None
+    text = page.table_section(*two_by_one(a.values, b.values), (0, 1))
+    assert "higher than CL in 0 of 1" in text
+    assert "in 1 the seeds show no difference" in text
+
+
 def two_by_one(cl, cwcl):
     run = Run("x", "configs/lit_cwcl.py")
     cells = (Cell(run, "t", "rank@1"),)
@@ -114,15 +127,16 @@ def test_what_two_tables_show_is_trained_once():
     assert len(seven) == 6
 
 
-def test_batches_keep_the_number_of_examples():
+def test_batches_keep_the_number_of_examples_also_of_the_warm_up():
     scale = Scale(steps=100)
     made = experiments.ablation("batch", scale)
-    own = str(load_experiment(experiments.SCENES).global_batch_size)
+    own = load_experiment(experiments.SCENES)
     products = set()
     for run in made.runs:
         options = dict(option.split("=") for option in run.options)
-        size = options.get("--config.global_batch_size", own)
-        products.add(int(size) * int(options["--config.total_steps"]))
+        size = int(options.get("--config.global_batch_size", own.global_batch_size))
+        warmup = options.get("--config.optimizer.warmup_steps", own.optimizer.warmup_steps)
+        products.add((size * int(options["--config.total_steps"]), size * int(warmup)))
     assert len(products) == 1
     # The default batch is no run of its own.
     assert set(experiments.scene_runs(scale).values()) < set(made.runs)
