@@ -239,19 +239,26 @@ def paper(config: Any, options: dict[str, Any]) -> None:
     config.data.max_skipped_share = 0.02
 
     config.embed_dim = 1024
-    bart = options["text"] == "bart"
-    known = {"": "/data/all-roberta-large-v1", "bart": "/data/bart-large-mnli-yahoo-answers"}
-    weights = known.get(options["text"], options["text"])
+    # Presets of the paper's own towers, so that they can be planned without their files; a folder
+    # of the user's brings its own sizes.
+    encoder, preset, weights = {
+        "": ("roberta", "RoBERTa-large", "/data/all-roberta-large-v1"),
+        "bart": ("bart", "BART-large", "/data/bart-large-mnli-yahoo-answers"),
+    }.get(options["text"], ("roberta", "", options["text"]))
     config.data.text.tokenizer = weights
     config.towers.text = defaults(
-        TowerConfig, encoder="bart" if bart else "roberta", weights=weights, pooling="mean"
+        TowerConfig, encoder=encoder, preset=preset, weights=weights, pooling="mean"
     )
+    preset, weights = {
+        "": ("whisper-small", "/data/whisper-small"),
+        "random": ("whisper-small", ""),
+    }.get(options["init"], ("", options["init"]))
     config.towers.speech = defaults(
         TowerConfig,
         encoder="whisper",
-        preset="whisper-small" if options["init"] == "random" else "",
+        preset=preset,
         overrides=AUGMENT[options["augment"]],
-        weights={"": "/data/whisper-small", "random": ""}.get(options["init"], options["init"]),
+        weights=weights,
     )
 
     config.optimizer.learning_rate = 3e-5

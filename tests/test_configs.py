@@ -20,6 +20,7 @@ import pytest
 from cwcl_jax.config import ConfigError, ExperimentConfig, to_json
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.plan import without_files
 from cwcl_jax.planning.inputs import abstract_batch
 from cwcl_jax.reproduction.runs import load_experiment
 from cwcl_jax.training import sharding
@@ -87,23 +88,9 @@ def test_no_text_without_its_variant():
     assert {path.stem for path in TEXTS.glob("*.json")} == set(IDS)
 
 
-def with_presets(config: ExperimentConfig) -> ExperimentConfig:
-    """Published sizes in place of those of weights that are not here."""
-    known = {"roberta": "RoBERTa-large", "bart": "BART-large", "whisper": "whisper-small"}
-    towers = {
-        modality: dataclasses.replace(
-            tower, weights="", preset=tower.preset or known[tower.encoder]
-        )
-        if tower.weights
-        else tower
-        for modality, tower in config.towers.items()
-    }
-    return dataclasses.replace(config, towers=towers)
-
-
 @pytest.mark.parametrize(("file", "argument"), VARIANTS, ids=IDS)
-def test_builds_abstractly(file, argument):
-    config = with_presets(load_experiment(file, argument))
+def test_builds_abstractly_without_any_file(file, argument):
+    config = without_files(load_experiment(file, argument))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices())
     blueprint = make_blueprint(config, mesh)
     assert blueprint.trained

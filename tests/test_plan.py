@@ -80,7 +80,7 @@ def test_weights_that_are_not_here_are_not_asked_for():
 
 
 def test_sizes_that_stand_in_absent_weights_are_asked_for():
-    config = load_experiment("configs/speech_cwcl.py", "paper")
+    config = load_experiment("configs/speech_cwcl.py", "paper,init=/data/my-whisper")
     with pytest.raises(ConfigError, match=r"--config\.towers\.speech\.preset=.*whisper-small"):
         without_files(config)
 

@@ -196,7 +196,8 @@ def _notes(base: Estimate, compiled: Compiled | None) -> str:
                 "head sizes in multiples of 8 up to 128"
             )
     if compiled:
-        lines.append(f"lowered and compiled for {base.devices} devices in {compiled.seconds:.0f} s")
+        devices = "1 device" if base.devices == 1 else f"{base.devices} devices"
+        lines.append(f"lowered and compiled for {devices} in {compiled.seconds:.0f} s")
     return "\n".join(lines)
 
 
