@@ -27,7 +27,8 @@ def decode_audio(data: Audio) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             samples, rate = file.read(dtype="int16", always_2d=True), file.samplerate
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise BadExample("audio unreadable", str(error)) from error
+        # soundfile's message names the buffer by its address; the reason stands beside it.
+        raise BadExample("audio unreadable", getattr(error, "error_string", str(error))) from error
     if samples.shape[1] == 1:
         return samples[:, 0], rate
     return np.rint(samples.mean(axis=1)).astype(np.int16), rate

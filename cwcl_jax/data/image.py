@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.options import ImageInputs
@@ -58,6 +58,8 @@ def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
     # The warning arrives as an exception only where the user turned warnings into errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadExample("image too large", str(error)) from error
+    except UnidentifiedImageError as error:  # its message names the buffer by its address
+        raise BadExample("image unreadable", f"none of {', '.join(_FORMATS)}") from error
     except _DECODE_ERRORS as error:
         raise BadExample("image unreadable", str(error)) from error
     pixels = image.width * image.height
