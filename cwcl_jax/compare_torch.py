@@ -12,9 +12,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,18 @@ def read_embeds(path: str) -> dict[str, np.ndarray]:
     missing = {"u", "v"} - set(arrays)
     if missing:
         raise ValueError(f"{path} has no array {sorted(missing)}; it has {sorted(arrays)}.")
+    arrays = {"p": arrays["u"]} | arrays
+    u, v, p = (arrays[name] for name in ("u", "v", "p"))
+    if u.ndim != 2 or v.shape != u.shape or p.ndim != 2 or len(p) != len(u):
+        shapes = f"u {u.shape}, v {v.shape}, p {p.shape}"
+        raise ValueError(f"{path}: u and v must be (n, d), p (n, k); they are {shapes}.")
     for name in ("u", "v", "p"):
-        if name in arrays:
-            arrays[name] = unit_rows(arrays[name])
-    return {"p": arrays["u"]} | arrays
+        norms = np.linalg.norm(arrays[name], axis=1)
+        bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+        if len(bad):
+            raise ValueError(f"{path}: row {bad[0]} of {name} is zero or not finite.")
+        arrays[name] = unit_rows(arrays[name])
+    return arrays
 
 
 def rounded(arrays: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
@@ -290,47 +299,80 @@ def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """The command line; a mistake ends the process with exit code 2."""
     parser = argparse.ArgumentParser(description="Compares loss and gradients with PyTorch.")
-    parser.add_argument("--embeds", default="", help=".npz with u, v and, optionally, p")
-    parser.add_argument("--output", default="runs/compare_torch", help="folder of the results")
-    parser.add_argument("--losses", default="cwcl,contrastive,sigmoid,astroclip")
-    parser.add_argument("--forms", default=",".join(("pytorch", *FORMS)))
-    parser.add_argument("--dtypes", default="", help="default: all that the device has")
-    parser.add_argument("--sizes", default="256x64", help="N x d, comma-separated")
-    parser.add_argument("--inverse-temperatures", default="14.3,100")
-    parser.add_argument("--devices", type=int, default=0, help="of the sharded forms; 0: all")
-    parser.add_argument("--processes", type=int, default=2, help="of PyTorch; 0 leaves it out")
-    parser.add_argument("--steps", type=int, default=100, help="of training; 0 leaves it out")
-    return parser.parse_args(argv)
+    try:
+        from cwcl_jax.losses import torch_reference
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}: pip install 'cwcl_jax[torch]'")
+    on_gpu = jax.default_backend() == "gpu"
+    dtypes = ["float64", "float32", "bfloat16", *(["tf32", "float16"] if on_gpu else [])]
+    # cellclip takes profiles of several channels, which this table has not.
+    losses = [name for name in torch_reference.LOSSES if name != "cellclip"]
+    add = parser.add_argument
+    add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
+    add("--output", default="runs/compare_torch", help="folder of the results")
+    add("--losses", type=_names(losses), default=losses)
+    add("--forms", type=_names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
+    add("--dtypes", type=_names(list(TOLERANCES)), default=dtypes)
+    add("--sizes", type=_sizes, default="256x64", help="N x d, comma-separated")
+    add("--inverse-temperatures", type=_positive, default="14.3,100", help="1 / tau")
+    add("--devices", type=int, default=len(jax.devices()), help="of the sharded forms")
+    add("--processes", type=int, default=2, help="of PyTorch; 0 leaves it out")
+    add("--steps", type=int, default=100, help="of training; 0 leaves it out")
+    options = parser.parse_args(argv)
+    if not 0 < options.devices <= len(jax.devices()):
+        parser.error(f"--devices={options.devices}: there are {len(jax.devices())}")
+    return options
+
+
+def _embeds(path: str) -> dict[str, np.ndarray]:
+    try:
+        return read_embeds(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return text.split(",")
+
+    return parse
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not N x d, such as 256x64,1024x512")
+    return [(int(n), int(d)) for n, d in (size.split("x") for size in text.split(","))]
+
+
+def _positive(text: str) -> list[float]:
+    numbers = [float(number) for number in text.split(",")]
+    if min(numbers) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: an inverse temperature is above 0")
+    return numbers
 
 
 def all_rows(options: argparse.Namespace) -> list[Row]:
     """The table of losses and gradients."""
-    on_gpu = jax.default_backend() == "gpu"
-    default = ["float64", "float32", "bfloat16", *(["tf32", "float16"] if on_gpu else [])]
-    dtypes = options.dtypes.split(",") if options.dtypes else default
-    devices = options.devices or len(jax.devices())
-    if options.embeds:
-        sets: list[dict[str, np.ndarray]] = [read_embeds(options.embeds)]
-    else:
-        sizes = (tuple(map(int, s.split("x"))) for s in options.sizes.split(","))
-        sets = [made_embeds(n - n % devices, d) for n, d in sizes]
-    scales = [float(np.log(float(s))) for s in options.inverse_temperatures.split(",")]
+    devices = options.devices
+    sets = [options.embeds] if options.embeds else []
+    sets = sets or [made_embeds(max(n - n % devices, devices), d) for n, d in options.sizes]
+    scales = [float(np.log(number)) for number in options.inverse_temperatures]
     if "logit_scale" in sets[0]:
         scales = [float(sets[0]["logit_scale"])]
     rows = []
-    combinations = list(
-        itertools.product(options.losses.split(","), options.forms.split(","), dtypes, scales)
-    )
+    combinations = list(itertools.product(options.losses, options.forms, options.dtypes, scales))
     for embeds in sets:
         for name, form, dtype, scale in combinations:
             uneven = form in ("gathered", "ring") and len(embeds["u"]) % devices
             if not (uneven or (form == "pytorch" and dtype == "tf32")):
                 rows.append(compare(name, form, dtype, embeds, scale, devices))
     if options.processes and len(sets[0]["u"]) % options.processes == 0:
-        name = options.losses.split(",")[0]
-        rows.append(several_processes(name, sets[0], scales[0], options.processes))
+        rows.append(several_processes(options.losses[0], sets[0], scales[0], options.processes))
     return rows
 
 

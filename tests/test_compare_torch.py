@@ -38,6 +38,42 @@ def test_a_file_without_embeds_is_an_error(tmp_path):
         compare_torch.read_embeds(str(tmp_path / "x.npz"))
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"u": np.ones((4, 2)), "v": np.ones((3, 2))}, r"u \(4, 2\), v \(3, 2\)"),
+        ({"u": np.ones((4, 2)), "v": np.ones((4, 2)), "p": np.ones((3, 5))}, r"p \(3, 5\)"),
+        ({"u": np.ones((4, 2)), "v": np.eye(4)[:, :2]}, "row 2 of v is zero"),
+        ({"u": np.full((4, 2), np.nan), "v": np.ones((4, 2))}, "row 0 of u is zero or not finite"),
+    ],
+)
+def test_embeds_that_cannot_be_compared_are_errors(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        compare_torch.read_embeds(str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--losses=cwcl,foo", "'foo' is none of cwcl, contrastive, sigmoid, astroclip"),
+        ("--forms=foo", "'foo' is none of pytorch, dense"),
+        ("--dtypes=int8", "'int8' is none of float64"),
+        ("--sizes=256", "'256' is not N x d"),
+        ("--inverse-temperatures=14.3,-1", "above 0"),
+        ("--devices=1000", "--devices=1000: there are"),
+        ("--embeds=absent.npz", "No such file or directory: 'absent.npz'"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_and_name_the_option(option, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        compare_torch.main([option])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert option.split("=")[0] in said
+
+
 @pytest.mark.multiprocess
 def test_several_pytorch_processes_agree_with_the_ring():
     row = compare_torch.several_processes("cwcl", compare_torch.made_embeds(32, 8), 2.0, 2)
