@@ -73,12 +73,19 @@ def load_config(workdir: Path) -> ExperimentConfig:
     """The resolved settings of a run.
 
     Raises:
-      ConfigError: `workdir` is not the folder of a run.
+      ConfigError: `workdir` is not the folder of a run, or of one that another version of the
+        package made and this one cannot read.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
-    return from_json(path.read_text(encoding="utf-8"))
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} does not fit this version of the package: {error}; take the version that made "
+            "it (environment.json), or another --workdir"
+        ) from error
 
 
 def check_same_run(workdir: Path, config: ExperimentConfig) -> None:

@@ -264,6 +264,14 @@ def test_folder_that_is_no_run_is_an_error(tmp_path):
         load_encoder(tmp_path)
 
 
+@pytest.mark.parametrize("text", ['{"total_step": 3}', "{"])
+def test_settings_of_another_version_are_named_with_their_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    for use in (lambda: train(toy_config(), tmp_path), lambda: load_encoder(tmp_path)):
+        with pytest.raises(ConfigError, match=r"config\.json does not fit this version"):
+            use()
+
+
 def test_changed_tower_file_is_refused(finished, tmp_path):
     config = toy_config()
     (tmp_path / "config.json").write_text(to_json(config))
