@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -42,6 +42,18 @@ def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
     if not path.exists():
         raise ConfigError(f"--config={path}: there is no such file")
     return from_config_dict(flag.value)
+
+
+def whole_numbers(flag: str, values: Sequence[str]) -> list[int]:
+    """The entries of a list flag as numbers.
+
+    Raises:
+      ConfigError: an entry is none.
+    """
+    try:
+        return [int(value) for value in values]
+    except ValueError as error:
+        raise ConfigError(f"--{flag}={','.join(values)}: numbers separated by commas") from error
 
 
 def exit_code(error: BaseException) -> int:

@@ -12,10 +12,9 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
+from cwcl_jax.arguments import names, positives, sizes
 from cwcl_jax.losses import LossConfig, make_loss
 
 # Largest error allowed: of the value (relative, or absolute below 1), and of each gradient
@@ -312,11 +312,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
     add("--output", default="runs/compare_torch", help="folder of the results")
-    add("--losses", type=_names(losses), default=losses)
-    add("--forms", type=_names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
-    add("--dtypes", type=_names(list(TOLERANCES)), default=dtypes)
-    add("--sizes", type=_sizes, default="256x64", help="N x d, comma-separated")
-    add("--inverse-temperatures", type=_positive, default="14.3,100", help="1 / tau")
+    add("--losses", type=names(losses), default=losses)
+    add("--forms", type=names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
+    add("--dtypes", type=names(list(TOLERANCES)), default=dtypes)
+    add("--sizes", type=sizes, default="256x64", help="N x d, comma-separated")
+    add("--inverse-temperatures", type=positives, default="14.3,100", help="1 / tau")
     add("--devices", type=int, default=len(jax.devices()), help="of the sharded forms")
     add("--processes", type=int, default=2, help="of PyTorch; 0 leaves it out")
     add("--steps", type=int, default=100, help="of training; 0 leaves it out")
@@ -331,29 +331,6 @@ def _embeds(path: str) -> dict[str, np.ndarray]:
         return read_embeds(path)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return text.split(",")
-
-    return parse
-
-
-def _sizes(text: str) -> list[tuple[int, int]]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not N x d, such as 256x64,1024x512")
-    return [(int(n), int(d)) for n, d in (size.split("x") for size in text.split(","))]
-
-
-def _positive(text: str) -> list[float]:
-    numbers = [float(number) for number in text.split(",")]
-    if min(numbers) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: an inverse temperature is above 0")
-    return numbers
 
 
 def all_rows(options: argparse.Namespace) -> list[Row]:

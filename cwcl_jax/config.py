@@ -259,5 +259,6 @@ def parse_argument(argument: str, **options: Any) -> dict[str, Any]:
         try:
             result[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"the config's argument {entry!r} wants a {kind.__name__}") from error
+            wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+            raise ConfigError(f"the config's argument {entry!r}: {wanted} is wanted") from error
     return result

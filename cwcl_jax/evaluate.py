@@ -112,6 +112,14 @@ def _check(options: Options) -> None:
         raise ConfigError('--audio and --image need --classes="first,second,..."')
     if options.classes and not (options.audio or options.image):
         raise ConfigError("--classes belongs to --audio or --image; tasks have class_names")
+    if options.compare:
+        # Here and not above: a mistake among the other flags is told before the slow imports.
+        from cwcl_jax.evaluation.compare import item_files
+
+        try:
+            item_files(Path(options.compare))
+        except FileNotFoundError as error:
+            raise ConfigError(f"--compare={options.compare}: {error}") from error
 
 
 def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, TowerSource]]:

@@ -27,7 +27,9 @@ if __name__ == "__main__":
     _ABLATION = flags.DEFINE_list("ablation", [], "weights, speech_weights, batch.")
     _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
     _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1)
-    _STEPS = flags.DEFINE_integer("steps", 0, "Steps of every run; 0 = the config's.")
+    _STEPS = flags.DEFINE_integer(
+        "steps", 0, "Steps of every run; 0 = the config's.", lower_bound=0
+    )
     _OUTPUT = flags.DEFINE_string("output", "runs/reproduction", "Folder of the page.")
     _RUNS = flags.DEFINE_string("runs", "runs/reproduce", "Folder of the runs.")
     _SCENES = flags.DEFINE_string("scenes", "", "More of configs/lit_cwcl.py's argument.")
@@ -98,19 +100,13 @@ def paper_commands(tables: Sequence[int], seeds: int) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _numbers(flag: str, values: Sequence[str]) -> list[int]:
-    try:
-        return [int(value) for value in values]
-    except ValueError as error:
-        raise ConfigError(f"--{flag}={','.join(values)}: numbers separated by commas") from error
-
-
 def main(argv: list[str]) -> int:
     """Resolves the flags and makes the page, or prints the cluster's commands."""
     del argv
     from cwcl_jax.reproduction.experiments import Scale
 
-    tables, figures = _numbers("table", _TABLE.value), _numbers("figure", _FIGURE.value)
+    tables = cli.whole_numbers("table", _TABLE.value)
+    figures = cli.whole_numbers("figure", _FIGURE.value)
     if _SCALE.value == "paper":
         print(paper_commands(tables, _SEEDS.value))
         return cli.DONE

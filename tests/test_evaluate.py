@@ -89,6 +89,12 @@ def test_tasks_are_chosen_by_name_or_given_in_a_file(loaded, tmp_path, capsys):
     assert "general (480)" in capsys.readouterr().out
 
 
+def test_a_comparison_with_nothing_ends_before_the_evaluation(loaded, tmp_path):
+    with pytest.raises(ConfigError, match=r"--compare=.*absent holds no evaluation"):
+        evaluate(Options(workdir=str(tmp_path / "b"), compare=str(tmp_path / "absent")))
+    assert not (tmp_path / "b").exists()
+
+
 def test_second_run_is_compared_with_the_first(loaded, tmp_path, capsys):
     evaluate(Options(workdir=str(tmp_path / "a")))
     evaluate(Options(workdir=str(tmp_path / "b"), compare=str(tmp_path / "a")))

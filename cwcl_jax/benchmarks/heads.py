@@ -11,6 +11,7 @@ duplicates: every example is joined by three random ones of its ten nearest in t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -26,13 +27,13 @@ from absl import flags
 from jaxtyping import Float, Int
 
 from cwcl_jax import cli
-from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.sources import Embedded
-from cwcl_jax.evaluation.significance import seed_interval
 from cwcl_jax.evaluation.tables import Table
 from cwcl_jax.evaluation.tasks import run_tasks
 from cwcl_jax.losses.short_names import loss_fields
+from cwcl_jax.reproduction.measures import Spread, difference
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.features import training_source
@@ -201,9 +202,11 @@ def compare(
             cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
             common = sorted(set(own) & set(base)) if loss != baseline else []
             if len(common) > 1:
-                gains = [100 * (own[s][metric] - base[s][metric]) for s in common]
-                mean, (low, high) = seed_interval(gains)
-                cell += f" ({mean:+.1f}: {low:+.1f} to {high:+.1f})"
+                pairs = [Spread(tuple(100 * r[s][metric] for s in common)) for r in (base, own)]
+                gain = difference(*pairs)
+                low, high = gain.interval or (gain.mean, gain.mean)
+                told = f"{low:+.1f} to {high:+.1f}" if gain.interval else "in every seed"
+                cell += f" ({gain.mean:+.1f}: {told})"
             cells.append(cell)
         rows.append((loss, str(batch), str(group), str(len(own)), *cells))
     header = ("loss", "batch", "group", "seeds", *metrics)
@@ -223,29 +226,44 @@ def headline(records: list[dict[str, Any]]) -> list[str]:
             and any(n.endswith(end) for end in wanted)]  # fmt: skip
 
 
+def read_records(output: Path, settings: str) -> list[dict[str, Any]]:
+    """The heads that an earlier command left.
+
+    Raises:
+      ConfigError: they belong to another config, whose heads cannot stand in one table with these.
+    """
+    records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
+    if any(record.get("settings") != settings for record in records):
+        raise ConfigError(f"{output} holds heads of another config: name another --output")
+    return records
+
+
 def main(argv: list[str]) -> int:
     """Runs what is missing in the output file, and prints the table."""
     del argv
     config = cli.resolve_config(_CONFIG)
-    output = Path(_OUTPUT.value)
-    records = json.loads(output.read_text()) if output.exists() else []
+    for short in _LOSSES.value:
+        try:
+            loss_fields(short)
+        except ValueError as error:
+            raise ConfigError(f"--losses: {error}") from error
+    sizes = cli.whole_numbers("batches", _BATCHES.value) or [config.global_batch_size]
+    output, settings = Path(_OUTPUT.value), config_hash(config)
+    records = read_records(output, settings)
     done = {(r["loss"], r["batch"], r["group"], r["seed"]) for r in records}
-    sizes = [int(size) for size in _BATCHES.value] or [config.global_batch_size]
     runs: HeadRuns | None = None
-    for seed in range(_SEEDS.value):
-        for batch in sizes:
-            for short in _LOSSES.value:
-                if (short, batch, _GROUP.value, seed) in done:
-                    continue
-                runs = runs or HeadRuns(config, group=_GROUP.value)
-                start = time.perf_counter()
-                metrics = runs.run(short, seed, batch)
-                record = {"loss": short, "batch": batch, "group": _GROUP.value, "seed": seed}
-                records.append(record | {"metrics": metrics})
-                temporary = output.with_suffix(".unfinished")
-                temporary.write_text(json.dumps(records, indent=1))
-                temporary.replace(output)
-                print(f"{short} batch {batch} seed {seed}: {time.perf_counter() - start:.0f} s")
+    for seed, batch, short in itertools.product(range(_SEEDS.value), sizes, _LOSSES.value):
+        if (short, batch, _GROUP.value, seed) in done:
+            continue
+        runs = runs or HeadRuns(config, group=_GROUP.value)
+        start = time.perf_counter()
+        metrics = runs.run(short, seed, batch)
+        record = {"loss": short, "batch": batch, "group": _GROUP.value, "seed": seed}
+        records.append(record | {"settings": settings, "metrics": metrics})
+        temporary = output.with_suffix(".unfinished")
+        temporary.write_text(json.dumps(records, indent=1))
+        temporary.replace(output)
+        print(f"{short} batch {batch} seed {seed}: {time.perf_counter() - start:.0f} s")
     print(compare(records, headline(records)).text())
     return cli.DONE
 

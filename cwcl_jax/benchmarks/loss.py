@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cwcl_jax.arguments import names, sizes
 from cwcl_jax.benchmarks.process import peak_resident_bytes, run_fresh
 
 FORMS = (
@@ -170,9 +171,12 @@ def _size(row: dict[str, Any]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures all forms and sizes; returns the exit code."""
     parser = argparse.ArgumentParser(description="Time and memory of the losses.")
-    parser.add_argument("--sizes", default="1024x512,4096x512,16384x768,65536x512")
-    parser.add_argument("--forms", default=";".join(FORMS), help="separated by ;")
-    parser.add_argument("--dtypes", default="float32", help="on a GPU also bfloat16")
+    default = "1024x512,4096x512,16384x768,65536x512"
+    parser.add_argument("--sizes", type=sizes, default=default, help="N x d, comma-separated")
+    forms = names(FORMS, separator=";")
+    parser.add_argument("--forms", type=forms, default=list(FORMS), help="separated by ;")
+    dtypes = names(["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtypes", type=dtypes, default="float32", help="on a GPU also bfloat16")
     parser.add_argument("--seconds", type=float, default=10.0, help="least time of a measurement")
     parser.add_argument("--dense-gb", type=float, default=8.0, help="leave out larger dense forms")
     parser.add_argument("--timeout", type=float, default=600.0)
@@ -183,10 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(json.loads(options.job))))
         return 0
     rows = []
-    for size in options.sizes.split(","):
-        n, d = map(int, size.split("x"))
-        for dtype in options.dtypes.split(","):
-            for form in options.forms.split(";"):
+    for n, d in options.sizes:
+        for dtype in options.dtypes:
+            for form in options.forms:
                 job = {"form": form, "n": n, "d": d, "dtype": dtype, "seconds": options.seconds}
                 gb = _DENSE_ARRAYS * n * n * 4 / 1e9
                 if "dense" in form and gb > options.dense_gb:

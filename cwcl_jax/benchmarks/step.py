@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cwcl_jax.arguments import counts, names
+
 FORMS = ("gathered", "ring")
 # The largest devices of one link: NVLink 3 has 300 GB/s each way; between nodes eight adapters
 # of 200 Gbit/s serve eight A100s. Peak figures, so the times are lower bounds.
@@ -238,10 +240,10 @@ COMPUTED = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures all forms and numbers of processes; returns the exit code."""
     parser = argparse.ArgumentParser(description="Weak scaling of the train step.")
-    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--processes", type=counts, default="1,2,4")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
     parser.add_argument("--examples", type=int, default=64, help="of each device")
-    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--forms", type=names(FORMS), default=list(FORMS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--output", default="runs/benchmark_step", help="folder of the results")
@@ -253,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(result))
         return 0
     rows = []
-    for form in options.forms.split(","):
-        for processes in map(int, options.processes.split(",")):
+    for form in options.forms:
+        for processes in options.processes:
             job = {"form": form, "examples": options.examples, "steps": options.steps}
             rows.append(run_job(job, processes, options.devices, options.timeout))
             print(table(rows[-1:], MEASURED).splitlines()[-1], flush=True)

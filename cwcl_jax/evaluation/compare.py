@@ -31,8 +31,12 @@ def compare_with(
     return comparison_table(tests, names), pictures
 
 
-def load_items(folder: Path) -> dict[str, Items]:
-    """The values per item that an evaluation left in `folder` or `folder`/evaluation, by task."""
+def item_files(folder: Path) -> list[Path]:
+    """Files of the values per item, one a task, in `folder` or `folder`/evaluation.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
     found = [folder / "evaluation" / "items", folder / "items"]
     files = next((files for path in found if (files := sorted(path.glob("*.npz")))), [])
     if not files:
@@ -40,8 +44,13 @@ def load_items(folder: Path) -> dict[str, Items]:
             f"{folder} holds no evaluation with values per item (items/*.npz); evaluate that run "
             "first, with the same tasks."
         )
+    return files
+
+
+def load_items(folder: Path) -> dict[str, Items]:
+    """The values per item that an evaluation left in a folder, by task."""
     loaded = {}
-    for path in files:
+    for path in item_files(folder):
         with np.load(path, allow_pickle=False) as file:
             loaded[path.stem] = {name: file[name] for name in file.files}
     return loaded

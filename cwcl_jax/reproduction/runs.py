@@ -136,10 +136,10 @@ class Runner:
         if code == cli.PREEMPTED:
             raise SystemExit(code)
         if code:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
-            message = f"the run in {folder} ended with code {code} (log: {log}): " + " / ".join(
-                lines
-            )
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+            # A mistake in the settings is the last line; what ended another run may need more.
+            told = " / ".join(lines[-1:] if code == cli.BAD_CONFIG else lines[-3:])
+            message = f"the run in {folder} ended with code {code} (log: {log}): {told}"
             raise ConfigError(message) if code == cli.BAD_CONFIG else RuntimeError(message)
 
 

@@ -12,8 +12,10 @@ from cwcl_jax.benchmarks.heads import (
     compare,
     headline,
     nearest_rows,
+    read_records,
     variant,
 )
+from cwcl_jax.config import ConfigError
 from cwcl_jax.losses.short_names import loss_fields
 from tests.test_speech_experiment import config, toy
 
@@ -68,8 +70,19 @@ def test_the_table_pairs_seeds_and_gives_intervals():
     records += [record("affine", s, 0.22 + 0.1 * s) for s in range(3)]
     assert headline(records) == ["a/top1"]
     shown = compare(records, ["a/top1"]).text()
-    # The gain is the same for every seed: its interval is a point although the values spread.
-    assert "32.0 (+2.0: +2.0 to +2.0)" in shown
+    # The gain is the same for every seed: it has no interval although the values spread.
+    assert "32.0 (+2.0: in every seed)" in shown
+    records[-1]["metrics"]["a/top1"] += 0.01
+    assert "32.3 (+2.3: +0.9 to +3.8)" in compare(records, ["a/top1"]).text()
+
+
+def test_heads_of_another_config_are_not_put_into_one_table(tmp_path):
+    file = tmp_path / "heads.json"
+    assert read_records(file, "abc") == []
+    file.write_text('[{"loss": "affine", "settings": "abc"}]')
+    assert len(read_records(file, "abc")) == 1
+    with pytest.raises(ConfigError, match="another config: name another --output"):
+        read_records(file, "xyz")
 
 
 def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):

@@ -21,3 +21,18 @@ def test_every_measurement_is_written_down(tmp_path):
 def test_a_failed_measurement_is_named():
     row = run_fresh("cwcl_jax.benchmarks.loss", {"form": "fused cwcl"}, 60)
     assert "KeyError" in row["failed"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--sizes=1024", "'1024' is not N x d"),
+        ("--forms=fused cwcl;star", "'star' is none of fused cwcl; fused cwcl, u constant;"),
+        ("--dtypes=int8", "'int8' is none of float32"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        loss.main([option])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

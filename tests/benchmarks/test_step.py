@@ -34,3 +34,17 @@ def test_tables_are_markdown():
     text = step.table([{"form": "ring", "sent_bytes": {"all-reduce": 1234}}], step.MEASURED)
     assert "all-reduce 1,234" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--processes=1,x", "not a list of whole numbers"),
+        ("--forms=star", "none of gathered, ring"),
+    ],
+)
+def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        step.main([option])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
