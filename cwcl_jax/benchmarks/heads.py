@@ -193,25 +193,36 @@ def compare(
 ) -> Table:
     """Means over seeds, and differences to the baseline with the same seed and batch."""
     settings = list(dict.fromkeys((r["loss"], r["batch"], r["group"]) for r in records))
-    rows = []
-    for loss, batch, group in settings:
-        own = {r["seed"]: r["metrics"] for r in records if _is(r, loss, batch, group)}
-        base = {r["seed"]: r["metrics"] for r in records if _is(r, baseline, batch, group)}
-        cells = []
-        for metric in metrics:
-            cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
-            common = sorted(set(own) & set(base)) if loss != baseline else []
-            if len(common) > 1:
-                pairs = [Spread(tuple(100 * r[s][metric] for s in common)) for r in (base, own)]
-                gain = difference(*pairs)
-                low, high = gain.interval or (gain.mean, gain.mean)
-                told = f"{low:+.1f} to {high:+.1f}" if gain.interval else "in every seed"
-                cell += f" ({gain.mean:+.1f}: {told})"
-            cells.append(cell)
-        rows.append((loss, str(batch), str(group), str(len(own)), *cells))
-    header = ("loss", "batch", "group", "seeds", *metrics)
+    columns = [_column(records, metrics, setting, baseline) for setting in settings]
+    header = ("", *(_label(*setting) for setting in settings))
+    rows = zip(("seeds", *metrics), *columns, strict=True)
     note = f"In brackets: minus {baseline} with the same seeds, 95 % interval over seeds (t)."
     return Table("heads on one trunk", header, tuple(rows), (note,))
+
+
+def _label(loss: str, batch: int, group: int) -> str:
+    return f"{loss}, {batch}" + f" in groups of {group}" * (group > 1)
+
+
+def _column(
+    records: list[dict[str, Any]], metrics: list[str], setting: tuple[str, int, int], baseline: str
+) -> list[str]:
+    """The number of seeds, then every metric, of one loss and batch."""
+    loss, batch, group = setting
+    own = {r["seed"]: r["metrics"] for r in records if _is(r, loss, batch, group)}
+    base = {r["seed"]: r["metrics"] for r in records if _is(r, baseline, batch, group)}
+    common = sorted(set(own) & set(base)) if loss != baseline else []
+    cells = [str(len(own))]
+    for metric in metrics:
+        cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
+        if len(common) > 1:
+            pairs = [Spread(tuple(100 * r[s][metric] for s in common)) for r in (base, own)]
+            gain = difference(*pairs)
+            low, high = gain.interval or (gain.mean, gain.mean)
+            told = f"{low:+.1f} to {high:+.1f}" if gain.interval else "in every seed"
+            cell += f" ({gain.mean:+.1f}: {told})"
+        cells.append(cell)
+    return cells
 
 
 def _is(record: Mapping[str, Any], loss: str, batch: int, group: int) -> bool:
