@@ -19,6 +19,7 @@ from absl import flags
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.planning.chips import Chip
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
@@ -47,9 +48,10 @@ def plan(
     """
     import jax
 
-    from cwcl_jax.planning import compiled, inputs, report
+    from cwcl_jax.planning import inputs, report
     from cwcl_jax.planning import variants as changes
     from cwcl_jax.planning.chips import parse_mesh
+    from cwcl_jax.planning.compiled import compile_for_chip
     from cwcl_jax.planning.estimate import Planner
 
     if not 0 < efficiency <= 1:
@@ -58,13 +60,13 @@ def plan(
     devices = jax.devices()[:count]
     if len(devices) < count:
         raise ConfigError(f"--mesh={mesh}: this process has only {len(devices)} devices")
-    config = without_files(config)
+    config = on_chip(without_files(config), chip)
     planner = Planner(chip, devices)
     embedded: tuple[str, ...] = ()
     if "embeds=" in config.data.train:
         embedded = inputs.embedded_modalities(planner.estimate(config).blueprint)
     base = planner.estimate(config, embedded)
-    found = compiled.compile_step(base.blueprint, base.batch) if compile_step else None
+    found = compile_for_chip(base) if compile_step else None
     others = changes.variants(base, planner) if variants else ()
     return report.report(base, found, others, efficiency=efficiency)
 
@@ -96,6 +98,19 @@ def _without_file(modality: str, tower: TowerConfig) -> TowerConfig:
                 f"({presets})"
             ) from error
     return dataclasses.replace(tower, weights="")
+
+
+def on_chip(config: ExperimentConfig, chip: Chip) -> ExperimentConfig:
+    """The config with what it would decide there: rematerialisation, the columns of a tile."""
+    from cwcl_jax.planning.towers import has_blocks
+
+    towers = dict(config.towers)
+    for name, tower in config.towers.items():
+        if chip.is_gpu and has_blocks(tower) and tower.remat == "auto":
+            towers[name] = dataclasses.replace(tower, remat="dots")
+    columns = config.loss.block_columns or config.global_batch_size
+    loss = dataclasses.replace(config.loss, block_columns=columns)
+    return dataclasses.replace(config, towers=towers, loss=loss)
 
 
 def virtual_devices(count: int) -> None:

@@ -38,7 +38,7 @@ def test_command_prints_the_whole_plan(tmp_path):
         "64 x v5e",
         "locked",
         "optimizer state",
-        "XLA's analysis of the compiled step",
+        ", of the compiled step: ",
         "largest global batch that fits",
         "in matrix products with loops counted",
         "compiled: all-reduce",

@@ -88,7 +88,7 @@ class ConvSpeech(nnx.Module):
     """Encoder of {"waveform": int16 (b, n) at 16 kHz, "length": int32 (b,)}."""
 
     def __init__(self, config: ConvSpeechConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        if execution.scan_layers or execution.remat != "none":
+        if execution.scan_layers or execution.remat not in ("auto", "none"):
             raise ValueError(
                 "conv_speech is small and has blocks of different dilations: set "
                 "scan_layers=False and remat='none' for it"

@@ -35,7 +35,9 @@ class TowerConfig:
     dtype: str = ""
     """Compute type; "" is the experiment's."""
     scan_layers: bool = False
-    remat: str = "none"
+    remat: str = "auto"
+    """What a block keeps for the backward pass: "none", "dots", "dots_no_batch" or "full";
+    "auto" is "dots" on a GPU, else "none". See `models.transformer.Execution`."""
     attention: str = "auto"
 
 

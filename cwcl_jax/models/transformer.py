@@ -22,10 +22,19 @@ from jaxtyping import Array, Bool, Float
 from cwcl_jax.models.attention import attend
 from cwcl_jax.models.numerics import activate, dropout
 
+
+def _fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """cuDNN's forward kernel: a product too, under a name that JAX's own policies do not know."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_either = jax.checkpoint_policies.save_from_both_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,  # keep a block's input only
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _either(jax.checkpoint_policies.dots_saveable, _fused_attention),
+    "dots_no_batch": _either(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _fused_attention
+    ),
 }
 
 
@@ -37,20 +46,31 @@ class Execution:
     """Compute type; parameters stay in `param_dtype`, softmax and norms in float32."""
     param_dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
-    remat: str = "none"
-    """"none", "full", "dots" or "dots_no_batch": what a block keeps for the backward pass."""
+    remat: str = "auto"
+    """What a block keeps for the backward pass: "none" leaves it to the compiler, "dots" keeps the
+    results of products and computes what is elementwise again, "dots_no_batch" not those of
+    attention's scores either, "full" keeps its input only. "auto" is "dots" on a GPU, where XLA
+    left to itself keeps GELUs and norms in float32 (2.3 times the memory), else "none": XLA for
+    TPUs does as well alone, on CPUs it costs 5 % of the time and saves nothing (BUILD_NOTES.md)."""
     attention: str = "auto"
     """"xla", "cudnn", or "auto": cuDNN's fused kernel where the device and the types allow it."""
 
     def __post_init__(self) -> None:
-        if self.remat != "none" and self.remat not in REMAT_POLICIES:
-            known = ", ".join(["none", *REMAT_POLICIES])
+        if self.remat not in ("auto", "none", *REMAT_POLICIES):
+            known = ", ".join(["auto", "none", *REMAT_POLICIES])
             raise ValueError(f"unknown remat policy {self.remat!r}; choose one of {known}")
         if self.attention not in ("auto", "xla", "cudnn"):
             raise ValueError(f"unknown attention {self.attention!r}; choose auto, xla or cudnn")
         # Canonical dtypes, so that two equal settings have equal hashes.
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+
+    @property
+    def policy(self) -> str:
+        """`remat` with "auto" decided."""
+        if self.remat == "auto":
+            return "dots" if jax.default_backend() == "gpu" else "none"
+        return self.remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +257,7 @@ def apply_blocks(
     keys = None if key is None else jax.random.split(key, config.depth)
     if isinstance(blocks, Block):
         graphdef, state = nnx.split(blocks)
-        run = _rematerialised(graphdef, mask, execution.remat)
+        run = _rematerialised(graphdef, mask, execution.policy)
 
         def body(carry: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, None]:
             layer_state, layer_key = layer
@@ -246,11 +266,11 @@ def apply_blocks(
         return jax.lax.scan(body, x, (state, keys))[0]
     for i, block in enumerate(blocks):  # type: ignore[arg-type]
         block_key = None if keys is None else keys[i]
-        if execution.remat == "none":
+        if execution.policy == "none":
             x = block(x, mask, block_key)
         else:
             graphdef, state = nnx.split(block)
-            x = _rematerialised(graphdef, mask, execution.remat)(state, x, block_key)
+            x = _rematerialised(graphdef, mask, execution.policy)(state, x, block_key)
     return x
 
 

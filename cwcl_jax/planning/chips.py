@@ -28,7 +28,8 @@ class Chip:
       link: bytes/s that one chip sends to the others of its island.
       island: chips joined by such links: an NVLink node, a pod.
       network: bytes/s that one chip sends out of its island.
-      has_fused_attention: whether cuDNN's kernel exists, which keeps no tokens x tokens array.
+      is_gpu: whether it is NVIDIA's: cuDNN's attention keeps no tokens x tokens array, and XLA has
+        its own habits.
       source: where the numbers are published.
     """
 
@@ -41,7 +42,7 @@ class Chip:
     link: float
     island: int
     network: float
-    has_fused_attention: bool
+    is_gpu: bool
     source: str
 
     def sends(self, devices: int) -> float:

@@ -1,14 +1,23 @@
-"""The real train step, compiled for a virtual mesh and never run: what XLA says of it."""
+"""The real train step, compiled and never run: what XLA says of it.
+
+By the chip's own compiler where it is installed, else for as many virtual CPU devices.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Mapping
+from typing import Any
 
+from cwcl_jax.planning.estimate import Estimate
 from cwcl_jax.planning.hlo import product_flops
-from cwcl_jax.planning.inputs import AbstractBatch
+from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch
+from cwcl_jax.planning.targets import chip_devices, compiler_options, cudnn_assumed
+from cwcl_jax.training import sharding
 from cwcl_jax.training.collectives import Traffic, traffic
-from cwcl_jax.training.state import Blueprint
+from cwcl_jax.training.state import Blueprint, make_blueprint
 from cwcl_jax.training.step import TrainStep
 
 
@@ -17,14 +26,17 @@ class Compiled:
     """XLA's figures for one device.
 
     Attributes:
+      own: whether the chip's own compiler says so, and not the CPU's.
       argument_bytes: state, locked leaves and one batch.
       temporary_bytes: the most that is allocated besides, during a step.
       cost_flops: of its cost analysis, which counts the body of a loop once.
-      product_flops: of matrix products with loops counted as often as they run.
+      product_flops: of matrix products with loops counted as often as they run; 0 where they are
+        calls of a library.
       traffic: collectives by kind.
       seconds: that lowering and compiling took.
     """
 
+    own: bool
     argument_bytes: int
     temporary_bytes: int
     cost_flops: float
@@ -33,16 +45,41 @@ class Compiled:
     seconds: float
 
 
-def compile_step(blueprint: Blueprint, batch: AbstractBatch) -> Compiled:
+def compile_for_chip(base: Estimate) -> Compiled:
+    """Compiles the step of an estimate."""
+    config = base.blueprint.config
+    devices = chip_devices(base.chip, base.devices)
+    if devices is None:
+        return compile_step(base.blueprint, base.batch)
+    # What the model would find out by trying, on the device.
+    towers = {
+        modality: dataclasses.replace(tower, attention="cudnn" if base.fused[modality] else "xla")
+        for modality, tower in config.towers.items()
+    }
+    config = dataclasses.replace(config, towers=towers)
+    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh, devices))
+    with cudnn_assumed() if any(base.fused.values()) else contextlib.nullcontext():
+        batch = abstract_batch(blueprint, base.embedded)
+        return compile_step(blueprint, batch, own=True, options=compiler_options(base.chip))
+
+
+def compile_step(
+    blueprint: Blueprint,
+    batch: AbstractBatch,
+    *,
+    own: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
     """Compiles the step for the blueprint's mesh."""
     start = time.perf_counter()
-    compiled = TrainStep(blueprint).lower(batch).compile()
+    compiled = TrainStep(blueprint).lower(batch).compile(dict(options or {}))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
     costs = costs[0] if isinstance(costs, list) else costs
     text = compiled.as_text()
     return Compiled(
+        own=own,
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         cost_flops=float(costs.get("flops", 0.0)),

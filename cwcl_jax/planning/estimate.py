@@ -166,12 +166,12 @@ class Planner:
             batch=abstract_batch(blueprint, embedded),
             needs={m: self._needs_of(blueprint, m, embedded) for m in config.modalities},
             fused={
-                m: attention_is_fused(blueprint, m, chip_has_it=self.chip.has_fused_attention)
+                m: attention_is_fused(blueprint, m, chip_has_it=self.chip.is_gpu)
                 for m in config.modalities
             },
             work=work,
             loss_work=_loss_work(blueprint),
-            sent=sent_bytes(blueprint, work),
+            sent=sent_bytes(blueprint, work, is_gpu=self.chip.is_gpu),
         )
 
     def _blueprint(self, config: ExperimentConfig, mesh: Any) -> tuple[Blueprint, State]:

@@ -88,10 +88,16 @@ def _memory(base: Estimate, compiled: Compiled | None) -> str:
     rows.append(("peak (gradients or loss, whichever is more)", _gb(memory.total)))
     lines = [format_table(("bytes on one device, reckoned", "GB"), rows)]
     if compiled:
+        whose = f"XLA for {base.chip.name}" if compiled.own else "XLA for CPUs"
+        caveat = (
+            "one batch of input among the arguments"
+            if compiled.own
+            else "attention is not fused there and bfloat16 is computed in float32, so a GPU or "
+            "TPU needs far less; pip install 'cwcl_jax[plan]' brings the chips' own compilers"
+        )
         lines.append(
-            f"XLA's analysis of the compiled step: {_gb(compiled.argument_bytes)} GB arguments, "
-            f"{_gb(compiled.temporary_bytes)} GB temporary (CPU backend: attention is not fused "
-            "and bfloat16 is computed in float32, so a GPU or TPU needs far less)"
+            f"{whose}, of the compiled step: {_gb(compiled.argument_bytes)} GB arguments, "
+            f"{_gb(compiled.temporary_bytes)} GB temporary ({caveat})"
         )
     verdict = "fits" if base.fits else "DOES NOT FIT"
     lines.append(
@@ -112,7 +118,7 @@ def _work(base: Estimate, compiled: Compiled | None) -> str:
     ]
     if work.endless:
         lines.append(f"{work.endless} loops of unknown length are counted once")
-    if compiled:
+    if compiled and compiled.product_flops:
         lines.append(
             f"compiled: {_amount(compiled.product_flops)}FLOP in matrix products with loops "
             f"counted as often as they run; XLA's cost analysis, which counts each loop's body "
@@ -190,7 +196,7 @@ def _variants(rows: Sequence[tuple[str, Estimate | ConfigError]]) -> str:
 def _notes(base: Estimate, compiled: Compiled | None) -> str:
     lines = ["GB are 10^9 bytes. Reckoned from traced shapes; nothing was run."]
     for modality, fused in base.fused.items():
-        if base.chip.has_fused_attention and not fused:
+        if base.chip.is_gpu and not fused:
             lines.append(
                 f"{modality}: cuDNN's attention is not taken: it wants bfloat16 or float16, and "
                 "head sizes in multiples of 8 up to 128"

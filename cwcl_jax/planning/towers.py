@@ -61,7 +61,7 @@ def tower_needs(config: ExperimentConfig, modality: str, embedded: Collection[st
         field: getattr(one, field) + (depth - 1) * (getattr(two, field) - getattr(one, field))
         for field in ("kept", "kept_scores")
     }
-    if tower.remat != "none" and not _is_locked(config, modality):
+    if tower.remat not in ("auto", "none") and not _is_locked(config, modality):
         grown["working"] = two.working + _one_block(config, modality, embedded)
     return dataclasses.replace(two, **grown)
 

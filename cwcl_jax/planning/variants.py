@@ -55,7 +55,7 @@ def _rematerialised(base: Estimate) -> ExperimentConfig | None:
         modality: dataclasses.replace(tower, remat="full")
         for modality, tower in config.towers.items()
         if not base.blueprint.features_are_locked(modality)
-        and tower.remat == "none"
+        and tower.remat != "full"
         and tower.encoder not in ("conv_speech", "precomputed")
     }
     if not towers:

@@ -173,6 +173,8 @@ def _result_bytes(types: str, kind: str, started: bool, group_size: int) -> int:
     total = sum(_bytes(*shape) for shape in shapes)
     if started and kind == "all-gather":
         return total * group_size // (group_size + 1)
+    if started and kind == "reduce-scatter":
+        return total // (group_size + 1)
     return total
 
 

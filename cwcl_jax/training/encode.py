@@ -50,7 +50,8 @@ class EncodeFunctions:
 
     def _function(self, modality: str, output: str) -> Any:
         def encode(params: Leaves, locked: Leaves, inputs: Mapping[str, Any]) -> jax.Array:
-            tower = self.blueprint.model_def.merge({**params, **locked}).towers[modality]
+            leaves = sharding.whole(self.blueprint.mesh, {**params, **locked})
+            tower = self.blueprint.model_def.merge(leaves).towers[modality]
             features = tower.features(inputs)
             result = features if output == "features" else tower.project(features)
             return result.astype(jnp.float32)

@@ -195,7 +195,8 @@ class GradientFunction:
         """Features of the towers whose encoder does not train: deterministic, no gradient."""
         if not self._locked_encoders:
             return {}
-        model = self._blueprint.model_def.merge({**params, **locked})
+        leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
+        model = self._blueprint.model_def.merge(leaves)
         return {
             modality: jax.lax.stop_gradient(model.towers[modality].features(inputs[modality]))
             for modality in self._locked_encoders
@@ -210,7 +211,8 @@ class GradientFunction:
         key: jax.Array,
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Embeds of both modalities, and p: the normalised features of U, never differentiated."""
-        model = self._blueprint.model_def.merge({**params, **locked})
+        leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
+        model = self._blueprint.model_def.merge(leaves)
         features = dict(locked_features)
         for number, modality in enumerate((self._u, self._v)):
             if modality not in features:

@@ -133,7 +133,7 @@ def test_dropout_is_active_only_with_rngs():
     assert np.abs(np.asarray(first - other)).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["none", "dots_no_batch"])
+@pytest.mark.parametrize("remat", ["none", "dots", "dots_no_batch"])
 def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
     plain, plain_leaves = two_towers(towers())
     settings = {"scan_layers": True, "remat": remat}

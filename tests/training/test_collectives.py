@@ -107,6 +107,8 @@ source_target_pairs={{0,1},{1,0}}
   %d = s8[10]{0} collective-permute-done(%c)
   %w = ((bf16[16,4]), bf16[2,4], u32[]) async-start(%h), calls=%wrapped
   %v = bf16[2,4]{1,0} async-done(%w), calls=%wrapped
+  %e = ((f32[16,4]{1,0}), f32[2,4]{1,0}) reduce-scatter-start(%b), replica_groups={}, to_apply=%add
+  %f = f32[2,4]{1,0} reduce-scatter-done(%e)
   %m = pred[6]{0} all-to-all(%q), \
 replica_groups=mesh['x'=4,'y'=2], device_ids=([4,2]T(1,0)) {'x':(2)2,'y'}
   ROOT %o = bf16[2,4]{1,0} copy(%v)
@@ -120,9 +122,10 @@ def test_asynchronous_forms_of_accelerators():
         Collective("all-reduce", 1, 16, 8, ""),
         Collective("collective-permute", 1, 10, 2, ""),
         Collective("reduce-scatter", 1, 16 * 4 * 2, 8, ""),
+        Collective("reduce-scatter", 1, 16 * 4 * 4, 8, ""),
         Collective("all-to-all", 1, 6, 4, ""),
     ]
-    assert total_sent_bytes(ACCELERATOR) == 48 + 28 + 10 + 112 + 4.5
+    assert total_sent_bytes(ACCELERATOR) == 48 + 28 + 10 + 112 + 224 + 4.5
 
 
 def test_other_text_is_refused():

@@ -1,0 +1,117 @@
+"""Chips that this machine does not have, for XLA's own compilers of them.
+
+XLA compiles for an NVIDIA GPU or a TPU that is described but not there, where its plugin is
+installed (extra `plan`): jax-cuda12-plugin and jax-cuda12-pjrt, without driver and CUDA libraries,
+and libtpu. What such a compiler says of memory and collectives is what it says on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from cwcl_jax.planning.chips import Chip
+
+# What XLA's cost model asks of a GPU (NVIDIA's architecture white papers): multiprocessors,
+# float32 units and bytes of shared memory in each, bytes of it for one block, bytes of L2, GHz,
+# compute capability.
+_AMPERE = (108, 64, 167936, 166912, 40 * 2**20, 1.41, 8)
+_HOPPER = (132, 128, 233472, 232448, 50 * 2**20, 1.98, 9)
+_GPUS = {"a100-40": _AMPERE, "a100-80": _AMPERE, "h100": _HOPPER, "h200": _HOPPER}
+_CUDNN = (9, 8, 0)
+# Shapes of slices by number of chips (cloud.google.com/tpu/docs); v4 and v5p have three dimensions.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBIC = {
+    4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+    512: "8x8x8", 1024: "8x8x16",
+}  # fmt: skip
+_TPUS = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
+
+# Without the device nothing can be tried out: products go to cuBLAS, none to a tuned kernel.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+
+
+def compiler_options(chip: Chip) -> dict[str, Any]:
+    """Of `compile`, for a chip that is not there."""
+    return dict(_GPU_OPTIONS) if chip.is_gpu else {}
+
+
+def chip_devices(chip: Chip, count: int) -> list[Any] | None:
+    """So many devices to compile for; None where the plugin is missing or has no such shape."""
+    from jax.experimental import topologies
+
+    # The plugins tell in four lines that this machine has no such device.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        if chip.is_gpu:
+            each = min(count, chip.island)
+            if count % each:
+                return None
+            made = topologies.get_topology_desc(
+                chip.name,
+                "cuda",
+                topology=f"1x{count // each}x{each}",
+                target_config=_gpu_description(chip),
+            )
+        else:
+            if count not in _TPUS[chip.name]:
+                return None
+            _quiet_libtpu(chip, count)
+            made = topologies.get_topology_desc(f"{chip.name}:{_TPUS[chip.name][count]}", "tpu")
+    except (NotImplementedError, RuntimeError):
+        return None
+    return list(made.devices)
+
+
+def _quiet_libtpu(chip: Chip, count: int) -> None:
+    """No question to a metadata server that is not there."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip.name}-{count}")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def _gpu_description(chip: Chip) -> str:
+    """XLA's GpuTargetConfigProto as text."""
+    cores, units, shared, block_shared, cache, clock, capability = _GPUS[chip.name]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {block_shared}
+  threads_per_core_limit: 2048
+  core_count: {cores}
+  fpus_per_core: {units}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {chip.bandwidth:.0f}
+  l2_cache_size: {cache}
+  clock_rate_ghz: {clock}
+  device_memory_size: {chip.memory}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {capability} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} patch: {_CUDNN[2]} }}
+runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{chip.name}"
+"""
+
+
+@contextlib.contextmanager
+def cudnn_assumed() -> Iterator[None]:
+    """Lets JAX trace cuDNN's attention without cuDNN: it asks for the version, and nothing else."""
+    from jax._src.cudnn import fused_attention_stablehlo as module
+
+    asked = module.check_cudnn_version
+    major, minor, patch = _CUDNN
+    module.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
+    try:
+        yield
+    finally:
+        module.check_cudnn_version = asked
