@@ -39,7 +39,7 @@ def test_command_prints_the_whole_plan(tmp_path):
         "locked",
         "optimizer state",
         ", of the compiled step: ",
-        "largest global batch that fits",
+        "largest global batch that fits, reckoned",
         "in matrix products with loops counted",
         "compiled: all-reduce",
         "device-hours",

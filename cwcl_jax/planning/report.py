@@ -99,10 +99,11 @@ def _memory(base: Estimate, compiled: Compiled | None) -> str:
             f"{whose}, of the compiled step: {_gb(compiled.argument_bytes)} GB arguments, "
             f"{_gb(compiled.temporary_bytes)} GB temporary ({caveat})"
         )
-    verdict = "fits" if base.fits else "DOES NOT FIT"
+    told = compiled.argument_bytes + compiled.temporary_bytes if compiled and compiled.own else 0
+    verdict = "fits" if base.fits and told <= USABLE_MEMORY * limit else "DOES NOT FIT"
     lines.append(
-        f"{verdict} in {USABLE_MEMORY:.0%} of {_gb(limit)} GB; largest global batch that fits: "
-        f"{base.largest_batch():,}"
+        f"{verdict} in {USABLE_MEMORY:.0%} of {_gb(limit)} GB; largest global batch that fits, "
+        f"reckoned: {base.largest_batch():,}"
     )
     return "\n".join(lines)
 
