@@ -158,6 +158,24 @@ def test_scanned_layers_and_remat_change_neither_values_nor_gradients(remat):
     )
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_of_unrolled_blocks_with_dropout_changes_no_gradient(remat):
+    plain, leaves = two_towers(towers())
+    again, _ = abstract_two(towers(text={"remat": remat}))
+    inputs = texts([2, 9])
+
+    def total(definition):
+        def value(leaves):
+            rngs = nnx.Rngs(dropout=3)
+            return definition.merge(leaves).towers["text"](inputs, rngs=rngs)[:, 0].sum()
+
+        return value
+
+    expected = jax.jit(jax.value_and_grad(total(plain)))(leaves)
+    found = jax.jit(jax.value_and_grad(total(again)))(leaves)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
 def test_unknown_names_are_errors_that_name_the_nearest():
     with pytest.raises(ValueError, match=r"tower 'image': unknown preset.*did you mean 'ViT-L/16'"):
         build(towers(image={"preset": "ViT-L16"}))
