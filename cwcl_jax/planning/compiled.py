@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from cwcl_jax.planning.estimate import Estimate
 from cwcl_jax.planning.hlo import product_flops
 from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch
@@ -34,6 +36,7 @@ class Compiled:
         calls of a library.
       traffic: collectives by kind.
       seconds: that lowering and compiling took.
+      refused: why the chip's own compiler did not take the step, where the CPU's stands in for it.
     """
 
     own: bool
@@ -43,6 +46,7 @@ class Compiled:
     product_flops: float
     traffic: dict[str, Traffic]
     seconds: float
+    refused: str = ""
 
 
 def compile_for_chip(base: Estimate) -> Compiled:
@@ -58,9 +62,13 @@ def compile_for_chip(base: Estimate) -> Compiled:
     }
     config = dataclasses.replace(config, towers=towers)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh, devices))
+    batch, options = abstract_batch(blueprint, base.embedded), compiler_options(base.chip)
     with cudnn_assumed() if any(base.fused.values()) else contextlib.nullcontext():
-        batch = abstract_batch(blueprint, base.embedded)
-        return compile_step(blueprint, batch, own=True, options=compiler_options(base.chip))
+        try:
+            return compile_step(blueprint, batch, own=True, options=options)
+        except jax.errors.JaxRuntimeError as error:  # a TPU's refuses what has no room
+            refused = str(error).splitlines()[0]
+    return dataclasses.replace(compile_step(base.blueprint, base.batch), refused=refused)
 
 
 def compile_step(

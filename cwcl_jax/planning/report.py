@@ -99,8 +99,12 @@ def _memory(base: Estimate, compiled: Compiled | None) -> str:
             f"{whose}, of the compiled step: {_gb(compiled.argument_bytes)} GB arguments, "
             f"{_gb(compiled.temporary_bytes)} GB temporary ({caveat})"
         )
+        if compiled.refused:
+            lines.append(f"XLA for {base.chip.name} does not take the step: {compiled.refused}")
     told = compiled.argument_bytes + compiled.temporary_bytes if compiled and compiled.own else 0
-    verdict = "fits" if base.fits and told <= USABLE_MEMORY * limit else "DOES NOT FIT"
+    refused = bool(compiled and "RESOURCE_EXHAUSTED" in compiled.refused)
+    fits = base.fits and told <= USABLE_MEMORY * limit and not refused
+    verdict = "fits" if fits else "DOES NOT FIT"
     lines.append(
         f"{verdict} in {USABLE_MEMORY:.0%} of {_gb(limit)} GB; largest global batch that fits, "
         f"reckoned: {base.largest_batch():,}"

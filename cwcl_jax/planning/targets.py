@@ -42,8 +42,6 @@ def chip_devices(chip: Chip, count: int) -> list[Any] | None:
     """So many devices to compile for; None where the plugin is missing or has no such shape."""
     from jax.experimental import topologies
 
-    # The plugins tell in four lines that this machine has no such device.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         if chip.is_gpu:
             each = min(count, chip.island)

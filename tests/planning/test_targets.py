@@ -14,6 +14,7 @@ from cwcl_jax.plan import on_chip
 from cwcl_jax.planning.chips import CHIPS
 from cwcl_jax.planning.compiled import compile_for_chip
 from cwcl_jax.planning.estimate import Planner
+from cwcl_jax.planning.report import report
 from cwcl_jax.planning.targets import chip_devices
 from tests.planning.wide import wide_config
 
@@ -91,6 +92,14 @@ def test_a_tpu_compiles_the_step():
     assert found.argument_bytes > memory.params + memory.locked + memory.optimizer
     assert found.temporary_bytes < memory.total
     assert found.traffic["all-reduce"].sent_bytes == pytest.approx(base.sent["gradients"], rel=0.1)
+
+
+@ON_TPU
+def test_what_a_tpus_compiler_refuses_is_said():
+    base, found = compiled("v5e", 4, **BIG | {"global_batch_size": 65_536})
+    assert not found.own
+    assert "RESOURCE_EXHAUSTED" in found.refused
+    assert "DOES NOT FIT" in report(base, found, (), efficiency=0.5)
 
 
 @ON_TPU
