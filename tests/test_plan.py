@@ -85,6 +85,12 @@ def test_sizes_that_stand_in_absent_weights_are_asked_for():
         without_files(config)
 
 
+@pytest.mark.parametrize("tune", ["last:1", "head", r".*/attention/.*"])
+def test_towers_that_train_in_part_are_planned(tune):
+    config = wide_config(**{"towers.text.tune": tune})
+    assert "device-hours" in plan(config, "a100x4", compile_step=False, variants=False)
+
+
 def test_what_does_not_fit_is_said():
     config = wide_config(**{"data.prefetch": 10_000_000})
     assert "DOES NOT FIT" in plan(config, "h100x4", compile_step=False, variants=False)

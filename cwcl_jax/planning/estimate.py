@@ -23,7 +23,7 @@ from cwcl_jax.planning.towers import (
     TowerNeeds,
     attention_is_fused,
     attention_tokens,
-    has_blocks,
+    blocks_are_alike,
     tower_needs,
 )
 from cwcl_jax.planning.work import Work, count_work
@@ -203,7 +203,7 @@ class Planner:
 def _step_work(config: ExperimentConfig, mesh: Any, embedded: Collection[str]) -> Work:
     """Gradients of the whole step; blocks as a loop, which is the same work and traced faster."""
     towers = {
-        modality: dataclasses.replace(tower, scan_layers=has_blocks(tower))
+        modality: dataclasses.replace(tower, scan_layers=blocks_are_alike(tower))
         for modality, tower in config.towers.items()
     }
     blueprint = make_blueprint(dataclasses.replace(config, towers=towers), mesh)

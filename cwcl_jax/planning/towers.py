@@ -50,8 +50,7 @@ def tower_needs(config: ExperimentConfig, modality: str, embedded: Collection[st
     further block adds what the second one did.
     """
     tower = config.towers[modality]
-    alike = has_blocks(tower) and tower.tune in ("all", "none", "head")
-    if not alike or modality in embedded:
+    if not blocks_are_alike(tower) or modality in embedded:
         return _per_example(config, modality, embedded)
     one, two = (
         _per_example(_with_depth(config, modality, depth), modality, embedded) for depth in (1, 2)
@@ -69,6 +68,11 @@ def tower_needs(config: ExperimentConfig, modality: str, embedded: Collection[st
 def has_blocks(tower: TowerConfig) -> bool:
     """Whether the encoder is a stack of equal blocks."""
     return tower.encoder not in ("conv_speech", "precomputed")
+
+
+def blocks_are_alike(tower: TowerConfig) -> bool:
+    """Whether the tower is a stack of equal blocks of which all train, or none."""
+    return has_blocks(tower) and tower.tune in ("all", "none", "head")
 
 
 def _is_locked(config: ExperimentConfig, modality: str) -> bool:
