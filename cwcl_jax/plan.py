@@ -1,10 +1,10 @@
 """Says what a run needs before anything is rented: `python -m cwcl_jax.plan --mesh=a100x4 ...`.
 
 `--mesh=a100x4` names a chip and a number of devices. The config's model, optimizer and train step
-are built for that many virtual devices without data, weights or memory; the step is compiled, never
-run. Printed are parameters, bytes on a device, flops, traffic, the time at the chip's peaks, the
-largest batch that fits, and what changes with other settings. Chips: a100-40, a100-80, h100, h200,
-v4, v5e, v5p, v6e.
+are built for that many devices without data, weights or memory; the step is compiled, never run: by
+XLA's own compiler for the chip where it is installed (extra `plan`). Printed are parameters, bytes
+on a device, flops, traffic, the time at the chip's peaks, the largest batch that fits, and what
+changes with other settings. Chips: a100-40, a100-80, h100, h200, v4, v5e, v5p, v6e.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from cwcl_jax.planning.estimate import Estimate
 from cwcl_jax.planning.hlo import product_flops
 from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch
 from cwcl_jax.planning.targets import chip_devices, compiler_options, cudnn_assumed
+from cwcl_jax.planning.towers import has_blocks
 from cwcl_jax.training import sharding
 from cwcl_jax.training.collectives import Traffic, traffic
 from cwcl_jax.training.state import Blueprint, make_blueprint
@@ -56,10 +57,10 @@ def compile_for_chip(base: Estimate) -> Compiled:
     if devices is None:
         return compile_step(base.blueprint, base.batch)
     # What the model would find out by trying, on the device.
-    towers = {
-        modality: dataclasses.replace(tower, attention="cudnn" if base.fused[modality] else "xla")
-        for modality, tower in config.towers.items()
-    }
+    towers = {}
+    for modality, tower in config.towers.items():
+        fused = base.fused[modality] and has_blocks(tower)
+        towers[modality] = dataclasses.replace(tower, attention="cudnn" if fused else "xla")
     config = dataclasses.replace(config, towers=towers)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh, devices))
     batch, options = abstract_batch(blueprint, base.embedded), compiler_options(base.chip)
