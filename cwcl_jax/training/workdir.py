@@ -38,6 +38,8 @@ _FREE = (
     "config.data.threads",
     "config.data.prefetch",
 )
+# The same function of the same leaves, with other memory.
+_FREE_IN_TOWERS = (".remat", ".attention")
 _PACKAGES = (
     "cwcl_jax",
     "jax",
@@ -93,7 +95,11 @@ def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
     if not (workdir / "config.json").exists() or config.checkpoint.accept_changes:
         return
     old = load_config(workdir)
-    changed = [path for path in changed_fields(old, config) if not path.startswith(_FREE)]
+    changed = [
+        path
+        for path in changed_fields(old, config)
+        if not (path.startswith(_FREE) or path.endswith(_FREE_IN_TOWERS))
+    ]
     if changed:
         raise ConfigError(
             f"{workdir} holds a run with other settings ({', '.join(changed[:6])}"

@@ -81,7 +81,13 @@ def test_other_settings_in_the_same_workdir_are_refused(finished):
 
 
 def test_settings_that_do_not_change_numbers_may_differ(finished):
-    changes = {"mesh.fsdp": 2, "data.threads": 1, "checkpoint.keep": 1}
+    changes = {
+        "mesh.fsdp": 2,
+        "data.threads": 1,
+        "checkpoint.keep": 1,
+        "towers.text.remat": "full",
+        "towers.text.attention": "xla",
+    }
     assert train(toy_config(**changes), finished) == DONE
 
 
