@@ -1,4 +1,7 @@
 import io
+import json
+import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -31,6 +34,8 @@ def prepared(tmp_path_factory):
                 "label": tfds.features.ClassLabel(names=["ant", "bee"]),
                 "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
                 "sound": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+                "floats": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+                "stereo": tfds.features.Tensor(shape=(None, 2), dtype=np.int64),
             }
             return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
@@ -48,6 +53,8 @@ def prepared(tmp_path_factory):
                         "label": number % 2,
                         "captions": [{"text": f"one {number}"}, {"text": f"two {number}"}],
                         "sound": tone(0.05),
+                        "floats": tone(0.05) / np.float32(32768),
+                        "stereo": np.stack([tone(0.05)] * 2, axis=1).astype(np.int64),
                     },
                 )
 
@@ -84,6 +91,40 @@ def test_nested_captions_and_sound_can_be_named(prepared):
     samples, rate = example["audio"]
     assert rate == 16_000
     np.testing.assert_array_equal(samples, tone(0.05))
+
+
+@pytest.mark.parametrize("feature", ["floats", "stereo"])
+def test_sound_of_any_type_comes_as_int16_of_one_channel(prepared, feature):
+    samples, _ = open_source(f"tfds:{prepared}?audio={feature}")[0]["audio"]
+    assert samples.dtype == np.int16
+    np.testing.assert_array_equal(samples, tone(0.05))
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("", 16_000), ("&rate=44100", 44_100)])
+def test_features_without_a_rate_have_the_asked_one(prepared, asked, expected):
+    assert open_source(f"tfds:{prepared}?audio=sound{asked}")[0]["audio"][1] == expected
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("", 8_000), ("&rate=44100", 44_100)])
+def test_the_rate_is_the_features_own(prepared, asked, expected, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    # Audio itself cannot be made without tensorflow.
+    monkeypatch.setattr(tfds.features.Tensor, "sample_rate", 8_000, raising=False)
+    assert open_source(f"tfds:{prepared}?audio=sound{asked}")[0]["audio"][1] == expected
+
+
+@pytest.mark.skipif(find_spec("tensorflow") is not None, reason="tensorflow is installed")
+def test_audio_features_say_that_they_need_tensorflow(prepared, tmp_path):
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(prepared, folder)
+    described = json.loads((folder / "features.json").read_text())
+    described["featuresDict"]["features"]["sound"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.audio_feature.Audio",
+        "audio": {"shape": {"dimensions": ["-1"]}, "dtype": "int64", "encoding": "none"},
+    }
+    (folder / "features.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"needs the package 'tensorflow'.*Tensor\(shape"):
+        open_source(f"tfds:{folder}?audio=sound")
 
 
 def test_wrong_features_and_names_are_refused(prepared, tmp_path):

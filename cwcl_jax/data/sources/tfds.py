@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.data.audio import as_int16
 from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+
+_RATE = 16_000
 
 
 class TfdsSource(SourceBase):
@@ -38,7 +41,7 @@ class TfdsSource(SourceBase):
             elif field == "label":
                 example[field] = int(value)
             elif field == "audio" and isinstance(value, np.ndarray):
-                example[field] = (value.astype(np.int16), self._rate)
+                example[field] = (as_int16(value), self._rate)
             else:
                 example[field] = value
         return example
@@ -75,16 +78,17 @@ def open_tfds(
     text: str = "",
     audio: str = "",
     label: str = "",
-    rate: int = 16_000,
+    rate: int = 0,
 ) -> TfdsSource:
     """Opens `tfds:coco?split=train&data_dir=/data`, or a prepared folder `tfds:/data/x/1.0.0`.
 
     The data must be prepared with `file_format='array_record'`. Features are found by their type
-    where they are not named: the first image, text and class label.
+    where they are not named: the first image, text and class label. `rate` is the sample rate of
+    sound that is kept as samples; 0 = what its feature says, or 16 kHz where it says nothing.
     """
     import tensorflow_datasets as tfds
 
-    builder = _builder(tfds, path, data_dir)
+    builder = _builder_without_tensorflow(tfds, path, data_dir)
     features: Any = builder.info.features
     keys = _keys(tfds, features, image=image, text=text, audio=audio, label=label)
     decoders = {}
@@ -95,7 +99,19 @@ def open_tfds(
     names = getattr(dict(features).get(keys.get("label", "")), "names", None)
     classes = list(names) if names else None
     name = f"{builder.info.full_name}/{split}"
+    rate = rate or getattr(dict(features).get(keys.get("audio", "")), "sample_rate", None) or _RATE
     return TfdsSource(data, keys, name=name, rate=rate, classes=classes)
+
+
+def _builder_without_tensorflow(tfds: Any, path: str, data_dir: str) -> Any:
+    try:
+        return _builder(tfds, path, data_dir)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"A feature of the TFDS data set {path!r} needs the package {error.name!r} (Audio and "
+            "Video need tensorflow, whatever the file format): install it, or prepare sound as "
+            "Tensor(shape=(None,), dtype=np.int16, encoding='bytes'), which needs nothing."
+        ) from error
 
 
 def _builder(tfds: Any, path: str, data_dir: str) -> Any:
