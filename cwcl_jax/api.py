@@ -18,13 +18,28 @@ from PIL import Image
 
 from cwcl_jax.data.audio import waveform
 from cwcl_jax.data.image import eval_pixels
+from cwcl_jax.data.items import (
+    listed_pictures,
+    listed_recordings,
+    listed_texts,
+    open_picture,
+    open_recording,
+    prepare_each,
+)
 from cwcl_jax.data.text import TextTokenizer, load_tokenizer
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.leaves import ModelDef
 from cwcl_jax.pretrained.folder import DESCRIPTION, ModelDescription, load_folder
 
 Audio = str | Path | bytes | tuple[np.ndarray, int]
-Picture = str | Path | bytes | Image.Image | np.ndarray
+Picture = str | Path | bytes | Image.Image | np.ndarray | jax.Array
+
+# What a `process_...` gives to a tower.
+_INPUTS = {
+    "image": ("pixels",),
+    "text": ("tokens", "mask"),
+    "speech": ("waveform", "length"),
+}
 
 
 class Model:
@@ -56,48 +71,60 @@ class Model:
         return float(np.exp(np.asarray(self.leaves["logit_scale"], np.float32)))
 
     def process_image(self, images: Picture | Sequence[Picture]) -> dict[str, np.ndarray]:
-        """`pixels` of pictures: paths, encoded bytes, PIL images, or uint8 arrays (y, x, 3)."""
-        options = self.description.image
-        return {"pixels": np.stack([eval_pixels(_picture(x), options) for x in _listed(images)])}
+        """`pixels` of pictures: paths, encoded bytes, PIL images, or uint8 arrays (y, x, 3).
+
+        Raises:
+          BadExample: a picture that cannot be decoded, by its path or its number in the list.
+        """
+        return self._process("image", listed_pictures(images))
 
     def process_text(self, texts: str | Sequence[str]) -> dict[str, np.ndarray]:
         """`tokens` and `mask` of texts."""
-        return dict(self.tokenizer(_listed(texts)))
+        return self._process("text", listed_texts(texts))
 
     def process_speech(self, recordings: Audio | Sequence[Audio]) -> dict[str, np.ndarray]:
         """`waveform` and `length` of recordings: paths, encoded bytes, or (samples, rate) pairs.
 
         Samples are int16, or floats in [-1, 1]; any rate, one channel (n,) or several (n, c).
+
+        Raises:
+          BadExample: a recording that cannot be decoded, by its path or its number in the list.
         """
-        options = self.description.speech
-        clips = [waveform(_recording(x), options) for x in _listed(recordings)]
-        return {name: np.stack([clip[name] for clip in clips]) for name in ("waveform", "length")}
+        return self._process("speech", listed_recordings(recordings))
 
     def encode_image(
         self, images: Picture | Sequence[Picture], *, batch_size: int = 64
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of pictures."""
-        return self._encode_all("image", self.process_image, _listed(images), batch_size)
+        return self._encode_all("image", listed_pictures(images), batch_size)
 
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int = 256
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of texts."""
-        return self._encode_all("text", self.process_text, _listed(texts), batch_size)
+        return self._encode_all("text", listed_texts(texts), batch_size)
 
     def encode_speech(
         self, recordings: Audio | Sequence[Audio], *, batch_size: int = 32
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of recordings."""
-        return self._encode_all("speech", self.process_speech, _listed(recordings), batch_size)
+        return self._encode_all("speech", listed_recordings(recordings), batch_size)
 
     def encode(self, modality: str, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "b d"]:
-        """Embeds of one batch of arrays, as a `process_...` gives them."""
-        if modality not in self._encoders:
+        """Embeds of one batch of arrays, as a `process_...` gives them.
+
+        `{"embeds": (b, f)}` are features of the encoder, to which only the head is applied.
+        """
+        self._check_modality(modality)
+        names = self._input_names(modality)
+        if not ({"embeds"} <= inputs.keys() or set(names) <= inputs.keys()):
             raise ValueError(
-                f"the model has no {modality} tower; it has {' and '.join(self.modalities)}"
+                f"the {modality} tower ({self.description.towers[modality].encoder}) reads "
+                f"{' and '.join(names)}, not {' and '.join(inputs) or 'nothing'}"
             )
         count = len(next(iter(inputs.values())))
+        if not count:
+            return self._no_rows()
         # Batches grow to a power of two: a new size would be compiled anew.
         rows = np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
         padded = {name: jnp.asarray(np.asarray(array)[rows]) for name, array in inputs.items()}
@@ -116,16 +143,52 @@ class Model:
             self._tokenizer = load_tokenizer(self.description.text)
         return self._tokenizer
 
-    def _encode_all(
-        self, modality: str, process: Callable[[Any], Any], items: list[Any], batch_size: int
-    ) -> np.ndarray:
-        if modality not in self._encoders:
-            return self.encode(modality, {})
+    def _encode_all(self, modality: str, items: list[Any], batch_size: int) -> np.ndarray:
+        self._check_modality(modality)
+        if self._input_names(modality) == ("embeds",):
+            raise ValueError(
+                f"the {modality} tower is 'precomputed', it reads embeddings of another encoder: "
+                f'model.encode("{modality}", {{"embeds": array}})'
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if not items:
-            return np.zeros((0, self.description.embed_dim), np.float32)
+            return self._no_rows()
         starts = range(0, len(items), batch_size)
-        batches = [self.encode(modality, process(items[i : i + batch_size])) for i in starts]
-        return np.concatenate(batches)
+        return np.concatenate(
+            [
+                self.encode(modality, self._process(modality, items[i : i + batch_size], first=i))
+                for i in starts
+            ]
+        )
+
+    def _process(self, modality: str, items: list[Any], first: int = 0) -> dict[str, np.ndarray]:
+        """Inputs of a tower; `first` is the number of the first item in the caller's list."""
+        description = self.description
+        if modality == "text":
+            return dict(self.tokenizer(items))
+        if modality == "image":
+            pixels = prepare_each(
+                lambda x: eval_pixels(open_picture(x), description.image), items, first
+            )
+            return {"pixels": np.stack(pixels)}
+        clips = prepare_each(
+            lambda x: waveform(open_recording(x), description.speech), items, first
+        )
+        return {name: np.stack([clip[name] for clip in clips]) for name in _INPUTS["speech"]}
+
+    def _input_names(self, modality: str) -> tuple[str, ...]:
+        encoder = self.description.towers[modality].encoder
+        return ("embeds",) if encoder == "precomputed" else _INPUTS[modality]
+
+    def _no_rows(self) -> np.ndarray:
+        return np.zeros((0, self.description.embed_dim), np.float32)
+
+    def _check_modality(self, modality: str) -> None:
+        if modality not in self._encoders:
+            raise ValueError(
+                f"the model has no {modality} tower; it has {' and '.join(self.modalities)}"
+            )
 
     def _check_vocabulary(self) -> None:
         tower = self.description.towers.get("text")
@@ -148,38 +211,20 @@ def _encoder(model_def: ModelDef, modality: str) -> Callable[[Any, Any], jax.Arr
     return encode
 
 
-def _listed(items: Any) -> list[Any]:
-    """One item as a list of one."""
-    single = isinstance(items, (str, bytes, Path, Image.Image, tuple))
-    single = single or (isinstance(items, np.ndarray) and items.ndim == 3)
-    return [items] if single else list(items)
-
-
-def _picture(item: Picture) -> bytes | Image.Image:
-    if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8 or item.ndim != 3 or item.shape[-1] != 3:
-            raise ValueError(
-                f"an image array is uint8 (y, x, 3), not {item.dtype} {item.shape}: convert it"
-            )
-        return Image.fromarray(item)
-    return Path(item).read_bytes() if isinstance(item, (str, Path)) else item
-
-
-def _recording(item: Audio) -> bytes | tuple[np.ndarray, int]:
-    if isinstance(item, tuple):
-        samples, rate = np.asarray(item[0]), int(item[1])
-        if samples.ndim == 2:
-            samples = samples.mean(axis=1)
-        if samples.dtype.kind == "f" and np.asarray(item[0]).dtype.kind == "f":
-            samples = np.clip(samples, -1, 1) * 32767
-        return np.rint(samples).astype(np.int16), rate
-    return Path(item).read_bytes() if isinstance(item, (str, Path)) else item
-
-
 def load_model(path: str | Path, *, step: int | None = None) -> Model:
-    """Load an exported folder, or a run's workdir at a step (by default its latest checkpoint)."""
+    """Load an exported folder, or a run's workdir at a step (by default its latest checkpoint).
+
+    Raises:
+      FileNotFoundError: `path` is neither.
+      ValueError: a `step` of an exported folder, or a folder whose files do not fit together.
+    """
     folder = Path(path).expanduser()
     if (folder / DESCRIPTION).exists():
+        if step is not None:
+            raise ValueError(
+                f"{folder} is an exported model, which has one step: leave out step={step}, or "
+                "give the workdir of the run"
+            )
         description, leaves = load_folder(folder)
         return Model(description.abstract()[0], leaves, description)
     if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
@@ -195,22 +240,12 @@ def load_model(path: str | Path, *, step: int | None = None) -> Model:
 def load_run(
     workdir: Path, step: int | None = None
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
-    """Definition, leaves and description of a run's model."""
-    from cwcl_jax.training import sharding
-    from cwcl_jax.training.checkpoint import Checkpoints
-    from cwcl_jax.training.state import locked_leaves, make_blueprint
-    from cwcl_jax.training.workdir import check_same_sources, load_config
+    """Definition, leaves and description of a run's model, on the default device."""
+    from cwcl_jax.training.encode import restore
 
-    config = load_config(workdir)
-    mesh = sharding.make_mesh(type(config.mesh)())
-    blueprint = make_blueprint(config, mesh, check_batch=False)
-    with Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
-        found = checkpoints.latest_step if step is None else step
-        if found is None:
-            raise FileNotFoundError(f"{workdir} holds no checkpoint: train it first")
-        params = checkpoints.restore_params(found, blueprint.abstract_params)
-    locked, sources = locked_leaves(blueprint)
-    check_same_sources(workdir, sources, config)
+    restored = restore(workdir, step, devices=jax.local_devices()[:1])
+    blueprint = restored.blueprint
+    config = blueprint.config
     description = ModelDescription(
         towers=config.towers,
         embed_dim=config.embed_dim,
@@ -219,6 +254,6 @@ def load_run(
         image=config.data.image,
         text=config.data.text,
         speech=config.data.speech,
-        origin={"run": config.name, "loss": config.loss.name, "step": found},
+        origin={"run": config.name, "loss": config.loss.name, "step": restored.step},
     )
-    return blueprint.model_def, params | locked, description
+    return blueprint.model_def, restored.params | restored.locked, description

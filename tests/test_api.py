@@ -1,5 +1,7 @@
 """The public model object: one item or many, any batch size, from a folder that was exported."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from PIL import Image
 import cwcl_jax
 from cwcl_jax.api import Model
 from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch
 from cwcl_jax.pretrained.folder import ModelDescription, save_folder
+from cwcl_jax.pretrained.writers import write_safetensors
 from tests.models.builders import filled
 
 IMAGE = TowerConfig(
@@ -63,6 +67,33 @@ def test_one_item_and_many_give_the_same_unit_rows(tmp_path):
     np.testing.assert_allclose(similarity, images @ texts.T, atol=1e-6)
     assert two.inverse_temperature == pytest.approx(10.0, rel=1e-6)
     assert two.encode_text([]).shape == (0, 8)
+    np.testing.assert_allclose(two.encode_text(tuple(TEXTS[:2])), texts[:2], atol=1e-6)
+    np.testing.assert_allclose(two.encode_image(jax.numpy.asarray(pictures())), images, atol=1e-6)
+    nothing = {name: array[:0] for name, array in two.process_text(TEXTS).items()}
+    assert two.encode("text", nothing).shape == (0, 8)
+
+
+def test_inputs_that_a_tower_cannot_read_are_errors_in_words(tmp_path):
+    two = model()
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        two.encode_text(TEXTS, batch_size=0)
+    with pytest.raises(ValueError, match=r"text tower \(text\) reads tokens and mask, not tokens"):
+        two.encode("text", {"tokens": np.zeros((1, 12), np.int32)})
+    with pytest.raises(ValueError, match="reads pixels, not nothing"):
+        two.encode("image", {})
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(BadExample, match=r"image unreadable: .*bad\.png"):
+        two.encode_image([pictures()[0], tmp_path / "bad.png"], batch_size=1)
+    with pytest.raises(BadExample, match="item 2: none of"):
+        two.encode_image([*pictures()[:2], b"no picture"], batch_size=2)
+
+
+def test_a_precomputed_tower_takes_arrays_only():
+    vectors = TowerConfig("precomputed", overrides={"width": 6})
+    two = model(image=vectors, text=TEXT)
+    assert two.encode("image", {"embeds": np.ones((3, 6), np.float32)}).shape == (3, 8)
+    with pytest.raises(ValueError, match=r'precomputed.*model\.encode\("image", \{"embeds": array'):
+        two.encode_image(pictures())
 
 
 def test_recordings_of_any_rate_and_channels_are_encoded():
@@ -129,3 +160,32 @@ def test_a_runs_workdir_loads_to_the_model_that_was_trained(tmp_path):
     save_folder(tmp_path / "exported", trained.description, trained.leaves)
     again = cwcl_jax.load_model(tmp_path / "exported")
     np.testing.assert_allclose(again.encode_text(TEXTS), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"is an exported model.*leave out step=2"):
+        cwcl_jax.load_model(tmp_path / "exported", step=2)
+
+
+def test_a_tower_without_preset_is_trained_and_exported_with_its_folders_sizes(tmp_path):
+    from cwcl_jax.cli import DONE
+    from cwcl_jax.config import defaults
+    from cwcl_jax.training.run import train
+    from tests.training.toy import toy_config
+
+    source = model()
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    write_safetensors(folder / "model.safetensors", source.leaves)
+    theirs = ("image_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip(theirs, (16, 16, 2, 2), strict=True)) | {"intermediate_size": 24}
+    sizes |= {"model_type": "vit", "patch_size": 8, "hidden_act": "gelu_pytorch_tanh"}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    tower = defaults(TowerConfig, encoder="vit", weights=str(folder), tune="none", head="linear")
+    config = toy_config(
+        **{"total_steps": 1, "evaluation.tasks": {}, "towers.image": tower, "data.image.size": 16}
+    )
+    assert train(config, tmp_path / "run") == DONE
+    trained = cwcl_jax.load_model(tmp_path / "run")
+    save_folder(tmp_path / "exported", trained.description, trained.leaves)
+    again = cwcl_jax.load_model(tmp_path / "exported")
+    assert again.leaves["towers/image/encoder/norm/scale"].shape == (16,)
+    expected = trained.encode_image(pictures())
+    np.testing.assert_allclose(again.encode_image(pictures()), expected, atol=1e-6)

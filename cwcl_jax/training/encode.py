@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,19 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([array, np.repeat(array[-1:], rows, axis=0)]) if rows else array
 
 
-def load_encoder(
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """The model of a run at a step; the blueprint's config has the sizes of towers' files."""
+
+    blueprint: Blueprint
+    params: Leaves
+    locked: Leaves
+    step: int
+
+
+def restore(
     workdir: Path, step: int | None = None, *, devices: Sequence[Any] | None = None
-) -> tuple[Encoder, ExperimentConfig]:
+) -> Restored:
     """The model of a run at a step, by default its latest checkpoint, over all devices.
 
     Raises:
@@ -143,7 +154,16 @@ def load_encoder(
         params = checkpoints.restore_params(found, blueprint.abstract_params)
     locked, sources = locked_leaves(blueprint)
     check_same_sources(workdir, sources, config)
-    return Encoder(EncodeFunctions(blueprint), params, locked, found), config
+    return Restored(blueprint, params, locked, found)
+
+
+def load_encoder(
+    workdir: Path, step: int | None = None, *, devices: Sequence[Any] | None = None
+) -> tuple[Encoder, ExperimentConfig]:
+    """What `restore` gives as an encoder, with the run's settings."""
+    model = restore(workdir, step, devices=devices)
+    encoder = Encoder(EncodeFunctions(model.blueprint), model.params, model.locked, model.step)
+    return encoder, load_config(workdir)
 
 
 def tower_sources(workdir: Path) -> dict[str, TowerSource]:

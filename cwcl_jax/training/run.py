@@ -75,7 +75,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
                 say(f"{workdir} is complete ({start} steps). Its results:\n")
                 say(evaluator.saved_table())
                 return DONE
-            check_inputs(config)
+            check_inputs(blueprint.config)
             evaluator.check_sources()
             check_same_data(workdir, batches.fingerprint(), config)
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
