@@ -6,10 +6,11 @@ side resized, the centre cut out. Normalisation to a tower's range happens on th
 
 import io
 import math
+import struct
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.options import ImageInputs
@@ -21,7 +22,18 @@ _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _DRAFT_MARGIN = 1.5
 _ORIENTATION = 0x0112
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
+)  # fmt: skip
 Box = tuple[float, float, float, float]
 
 
@@ -30,21 +42,24 @@ def train_pixels(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels for training; the crop and the flip follow `draws`."""
     image = open_image(data, inputs.max_pixels)
-    upright = _upright_size(image)
+    orientation = orientation_of(image)
+    upright = _upright_size(image, orientation)
     if inputs.crop_min_area > 0:
         box = random_crop_box(*upright, inputs.crop_min_area, draws)
     else:
         box = _centre_box(*upright, 1.0)
-    return _cut(image, upright, box, inputs.size, mirror=inputs.flip and draws.chance(0.5))
+    mirror = inputs.flip and draws.chance(0.5)
+    return _cut(image, orientation, box, inputs.size, mirror=mirror)
 
 
 def eval_pixels(data: bytes | Image.Image, inputs: ImageInputs) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels for evaluation: shorter side to `eval_resize`, then the centre of `size`."""
     image = open_image(data, inputs.max_pixels)
+    orientation = orientation_of(image)
     resize = inputs.eval_resize or inputs.size
-    upright = _upright_size(image)
+    upright = _upright_size(image, orientation)
     box = _centre_box(*upright, min(1.0, inputs.size / resize))
-    return _cut(image, upright, box, inputs.size)
+    return _cut(image, orientation, box, inputs.size)
 
 
 def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
@@ -68,28 +83,60 @@ def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
     return image
 
 
-def decode_rgb(image: Image.Image) -> Image.Image:
-    """The decoded picture upright in RGB; transparent parts become white."""
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation of an opened picture, 1 to 8; 1 where there is none that can be read.
+
+    Decodes all but JPEGs: the tag of a PNG may stand behind its pixels.
+    """
+    if image.format != "JPEG":
+        _load(image)
+    if "exif" not in image.info:
+        return 1
     try:
-        image.load()
-        if image.mode == "RGB" and "exif" not in image.info:
-            return image
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        orientation = image.getexif().get(_ORIENTATION)
+        return orientation if orientation in _TURNS else 1
+    except _DECODE_ERRORS:
+        return 1
+
+
+def decode_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
+    """The decoded picture in RGB, turned upright; transparent parts become white."""
+    _load(image)
+    clear = image.info.get("transparency")
+    try:
+        if image.mode[0] in "IF":
+            image = Image.fromarray(_to_bytes(np.asarray(image, np.float64), image.mode, clear))
+        elif image.mode in ("RGBA", "LA", "PA") or clear is not None:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image)
-        if image.mode.startswith("I") or image.mode == "F":
-            return Image.fromarray(_to_bytes(np.asarray(image, np.float64))).convert("RGB")
-        return image.convert("RGB")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        # By hand: Pillow's own function writes all other tags anew, of which any may be broken.
+        return image if orientation == 1 else image.transpose(_TURNS[orientation])
     except _DECODE_ERRORS as error:
         raise BadExample("image unreadable", str(error)) from error
 
 
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """Grey levels of more than eight bits to eight: 16-bit files by their range, others by max."""
-    top = 65535.0 if values.max() > 255 else 255.0
-    return np.clip(values / top * 255, 0, 255).astype(np.uint8)
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise BadExample("image unreadable", str(error)) from error
+
+
+def _to_bytes(values: np.ndarray, mode: str, clear: int | None) -> np.ndarray:
+    """Grey levels of more than eight bits to eight; those called `clear` become white.
+
+    Full scale is the first of 1 (floats), 255, 65535 that holds all of them, else the largest.
+    """
+    largest = values.max()
+    if not np.isfinite(largest):
+        raise ValueError("pixels that are no numbers")
+    scales = (1.0, 255.0, 65535.0, largest)[0 if mode == "F" else 1 :]
+    full = next(scale for scale in scales if largest <= scale)
+    levels = np.clip(values / full * 255, 0, 255).astype(np.uint8)
+    return levels if clear is None else np.where(values == clear, np.uint8(255), levels)
 
 
 def random_crop_box(width: int, height: int, min_area: float, draws: Draws) -> Box:
@@ -111,17 +158,16 @@ def _centre_box(width: int, height: int, share: float) -> Box:
     return left, top, left + side, top + side
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
     """Width and height after the rotation that the file asks for."""
-    if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
-        return image.height, image.width
-    return image.size
+    return (image.height, image.width) if orientation >= 5 else image.size
 
 
 def _cut(
-    image: Image.Image, upright: tuple[int, int], box: Box, size: int, *, mirror: bool = False
+    image: Image.Image, orientation: int, box: Box, size: int, *, mirror: bool = False
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes, cuts out the box of the upright picture and resizes it."""
+    upright = _upright_size(image, orientation)
     if image.format == "JPEG":
         # The decoder itself scales by 1/2, 1/4 or 1/8, as long as the box keeps enough pixels for
         # the resampling behind it to be the one that decides what is seen.
@@ -129,7 +175,7 @@ def _cut(
         if share <= 0.5:
             wanted = math.ceil(image.width * share), math.ceil(image.height * share)
             image.draft(image.mode, wanted)
-    rgb = decode_rgb(image)
+    rgb = decode_rgb(image, orientation)
     if rgb.size != upright:
         x, y = rgb.width / upright[0], rgb.height / upright[1]
         right, bottom = min(box[2] * x, float(rgb.width)), min(box[3] * y, float(rgb.height))

@@ -52,6 +52,20 @@ def test_a_transparent_palette_colour_becomes_white():
     assert (_decoded(encoded(palette)) == (200, 10, 10)).all()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_one_transparent_colour_becomes_white(mode):
+    wide = SQUARE[:, :, 0].astype(np.uint16) * 257
+    values = {"RGB": SQUARE, "L": SQUARE[:, :, 0], "I;16": wide}[mode].copy()
+    values[:8] = values[0, 0]
+    clear = values[0, 0].tolist()
+    clear = tuple(clear) if isinstance(clear, list) else clear
+    here = values == values[0, 0] if mode != "RGB" else (values == values[0, 0]).all(axis=-1)
+    opaque = _decoded(encoded(Image.fromarray(values)))
+    seen = _decoded(encoded(Image.fromarray(values), transparency=clear))
+    assert not (opaque[here] == 255).any()
+    np.testing.assert_array_equal(seen, np.where(here[:, :, None], np.uint8(255), opaque))
+
+
 def test_cmyk_jpegs_keep_their_colours():
     cmyk = Image.fromarray(SQUARE).convert("CMYK")
     seen = _decoded(encoded(cmyk, "JPEG", quality=95)).astype(int)
@@ -73,8 +87,25 @@ def test_sixteen_bit_grey_keeps_its_range():
     assert np.abs(seen[:, :, 0].astype(float) - ramp / 257).max() <= 1
 
 
-def _with_orientation(upright: np.ndarray, orientation: int) -> bytes:
-    """A JPEG whose stored pixels, turned as the tag says, are `upright`."""
+@pytest.mark.parametrize("full", [1.0, 255.0, 65535.0, 1e6])
+def test_float_pictures_have_the_scale_of_their_values(full):
+    grey = SQUARE[:, :, 0].copy()
+    grey[0, 0] = 255
+    for kind in (np.float32, np.int32)[: 1 if full == 1 else 2]:
+        # Rounded up by a hair: what is stored must not fall below its level.
+        stored = (grey.astype(np.float64) / 255 * full + 1e-6 * full * (grey < 255)).astype(kind)
+        seen = _decoded(encoded(Image.fromarray(stored), "TIFF"))
+        assert np.abs(seen[:, :, 0].astype(int) - grey).max() <= 1
+
+
+def test_float_pictures_that_hold_no_numbers_are_bad_examples():
+    data = encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF")
+    with pytest.raises(BadExample, match="no numbers"):
+        eval_pixels(data, ImageInputs(size=8))
+
+
+def _stored(upright: np.ndarray, orientation: int) -> Image.Image:
+    """The picture that, turned as the tag says, is `upright`."""
     undo = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -85,10 +116,15 @@ def _with_orientation(upright: np.ndarray, orientation: int) -> bytes:
         7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
         8: lambda a: np.rot90(a, -1),
     }
-    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+    return Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+
+
+def _with_orientation(upright: np.ndarray, orientation: int) -> bytes:
+    """A JPEG whose stored pixels, turned as the tag says, are `upright`."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)
+    image = _stored(upright, orientation)
+    return encoded(image, "JPEG", quality=95, subsampling=0, exif=exif)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -103,6 +139,73 @@ def test_exif_rotations_are_undone_before_the_crop(orientation):
     one = train_pixels(_with_orientation(upright, orientation), random, box_draws[0])
     two = train_pixels(Image.fromarray(upright), random, box_draws[1])
     assert np.abs(one.astype(int) - two).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "late"])
+def test_rotations_are_undone_in_every_format(kind, orientation):
+    upright = pixels(5, 32, 48)
+    data = _turned(upright, orientation, "PNG" if kind == "late" else kind)
+    data = _exif_last(data) if kind == "late" else data
+    inputs = ImageInputs(size=24, crop_min_area=0.3)
+    plain = encoded(Image.fromarray(upright))
+    np.testing.assert_array_equal(eval_pixels(data, inputs), eval_pixels(plain, inputs))
+    one, two = (train_pixels(d, inputs, Draws(2)) for d in (data, plain))
+    np.testing.assert_array_equal(one, two)
+
+
+def _turned(upright: np.ndarray, orientation: int, kind: str) -> bytes:
+    """As `_with_orientation`, without loss."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = _stored(upright, orientation)
+    if kind == "TIFF":
+        return encoded(image, kind, tiffinfo={0x0112: orientation})
+    return encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+
+
+def _exif_last(png: bytes) -> bytes:
+    """A PNG with its eXIf chunk behind the pixels."""
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    return png[:start] + png[end:-12] + png[start:end] + png[-12:]
+
+
+def _exif(*tags: tuple[int, int, bytes]) -> bytes:
+    """EXIF of tags (number, type, four bytes) as they are, right or wrong."""
+    body = b"".join(struct.pack(">HHI", tag, kind, 1) + value for tag, kind, value in tags)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + body + bytes(4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbagegarbage",
+        b"Exif\0\0MM\0*\0\0",
+        _exif((0x0112, 3, b"\0\x63\0\0")),
+        _exif((0x0112, 2, b"six\0")),
+    ],
+    ids=["noise", "cut off", "no such orientation", "a word"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_exif_means_no_rotation(kind, exif):
+    plain = encoded(Image.fromarray(SQUARE), kind)
+    broken = encoded(Image.fromarray(SQUARE), kind, exif=exif)
+    inputs = ImageInputs(size=24)
+    np.testing.assert_array_equal(eval_pixels(broken, inputs), eval_pixels(plain, inputs))
+    one, two = (train_pixels(d, inputs, Draws(0)) for d in (broken, plain))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_tags_of_the_wrong_type_do_not_hinder_the_rotation():
+    upright = pixels(5, 96, 128)
+    # The second tag is a SHORT by the standard and stands here as a LONG that no SHORT can hold.
+    exif = _exif((0x0112, 3, b"\0\6\0\0"), (0x0213, 4, b"\0\1\0\0"))
+    data = encoded(_stored(upright, 6), "JPEG", quality=95, subsampling=0, exif=exif)
+    inputs = ImageInputs(size=32)
+    expected = eval_pixels(Image.fromarray(upright), inputs)
+    assert np.abs(eval_pixels(data, inputs).astype(int) - expected).mean() < 2
 
 
 def test_evaluation_resizes_the_shorter_side_and_cuts_the_centre():
