@@ -18,6 +18,9 @@ import numpy as np
 
 Example = dict[str, Any]
 ALL_FIELDS = ("image", "text", "audio", "label", "embeds")
+NO_CLASSES = (
+    "has no classes; choose a source with classes, or data.labels='text' for equal captions"
+)
 
 
 @runtime_checkable
@@ -56,6 +59,14 @@ class SourceBase:
     def durations(self) -> np.ndarray | None:
         """Seconds of every recording (float64), where they are known without reading it."""
         return None
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """Fields that no example has, with the reason and the remedy (see `require_fields`).
+
+        A field that is not named here may be missing all the same: not every source knows.
+        """
+        return {} if self.class_names is not None else {"label": NO_CLASSES}
 
     def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
         """Embeddings of many examples at once, modality -> float32 (len(indices), ...).
@@ -151,6 +162,13 @@ def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
         raise ValueError(
             f"Option {name}={value!r} of {kind!r} must be of type {annotation.__name__}."
         ) from error
+
+
+def require_fields(source: Source, fields: Collection[str], name: str) -> None:
+    """Raises ValueError where no example of the source has one of the fields."""
+    lacks: Mapping[str, str] = getattr(source, "lacks", {})
+    for field in sorted(set(fields) & set(lacks)):
+        raise ValueError(f"{name!r} {lacks[field]}.")
 
 
 def fingerprint_of(*parts: object) -> str:

@@ -1,6 +1,6 @@
 """Precomputed embeddings as a source of their own, or beside the examples they were made from."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,10 @@ class Embedded(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        return getattr(self.source, "lacks", {})
 
     @property
     def durations(self) -> np.ndarray | None:

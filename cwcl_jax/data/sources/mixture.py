@@ -1,7 +1,7 @@
 """Several sources as one: concatenated in order, with the share that each gets in training."""
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -24,6 +24,16 @@ class Mixture(SourceBase):
         names = [part.class_names for part in self.parts]
         same = all(n is not None and list(n) == list(names[0] or ()) for n in names)
         return names[0] if same else None
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        found: dict[str, str] = {}
+        for part in self.parts:
+            found |= getattr(part, "lacks", {})
+        # Numbers that stand for other classes in another part are no labels of the whole.
+        if self.class_names is None and any(part.class_names for part in self.parts):
+            found["label"] = "has parts of different classes; data.labels='text' may do"
+        return found
 
     @property
     def durations(self) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Some examples of a source, under their own numbers from zero."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,10 @@ class Subset(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        return getattr(self.source, "lacks", {})
 
     @property
     def durations(self) -> np.ndarray | None:
