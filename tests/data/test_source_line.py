@@ -1,12 +1,13 @@
 import pickle
+from array import array
 
-import numpy as np
 import pytest
 
 from cwcl_jax.data.sources import SOURCE_KINDS, Mixture, Subset, open_source
-from cwcl_jax.data.sources.base import Source, parse_source_line
+from cwcl_jax.data.sources.base import Source, parse_source_line, require_fields
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import expand_pattern
+from tests.data.making import jpeg, write_tar
 
 
 def test_a_line_is_kind_path_and_options():
@@ -133,7 +134,67 @@ def test_columns_keep_strings_and_their_absence():
     assert copy[3] == values[3]
 
 
-def test_a_million_strings_are_two_arrays():
+def test_many_strings_are_two_blocks_of_memory():
     column = StringColumn(str(number) for number in range(100_000))
     assert column[99_999] == "99999"
-    assert isinstance(column._ends, np.ndarray)
+    assert isinstance(column._ends, array)
+    assert isinstance(column._data, bytearray)
+
+
+def test_columns_keep_names_that_are_no_utf8_and_lose_what_is_no_text():
+    column = StringColumn(["caf\udce9.jpg", "a \ud83d"])
+    assert [column[0], column[1]] == ["caf\udce9.jpg", "a ?"]
+
+
+def test_the_users_folder_is_written_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d").mkdir()
+    write_tar(tmp_path / "d" / "0.tar", [("0.jpg", jpeg(0)), ("0.cls", b"0")])
+    (tmp_path / "b" / "test").mkdir(parents=True)
+    write_tar(tmp_path / "b" / "test" / "0.tar", [("0.jpg", jpeg(0)), ("0.cls", b"0")])
+    (tmp_path / "b" / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "b" / "classnames.txt").write_text("cat\ndog\n")
+    (tmp_path / "p.csv").write_text("filepath,title\n0.jpg,x\n")
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "0.jpg").write_bytes(jpeg(3))
+    assert len(open_source("tars:~/d")) == 1
+    assert len(open_source("tars:~/d/0.tar::~/d/{0..0}.tar")) == 2
+    assert open_source("clip_benchmark:~/b").class_names == ["cat", "dog"]
+    assert open_source("csv:~/p.csv?root=~/img")[0]["image"] == jpeg(3)
+    assert len(open_source("spoken:csv:~/p.csv?text=title")) == 1
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "e1")):
+        open_source("tars:~/d?embeds=~/e1")
+
+
+def test_brackets_may_be_part_of_a_folders_name(tmp_path):
+    (tmp_path / "[x] y").mkdir()
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / "[x] y" / name).write_text("")
+    both = [f"{tmp_path}/[x] y/{n}.tar" for n in (0, 1)]
+    assert expand_pattern(f"{tmp_path}/[x] y/{{0..1}}.tar") == both
+    assert expand_pattern(f"{tmp_path}/[x] y/*.tar") == both
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "7.tar").write_text("")
+    assert expand_pattern(f"{tmp_path}/plain/[0-9].tar") == [f"{tmp_path}/plain/7.tar"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "coco", "arrays"])
+def test_a_folder_in_place_of_a_file_is_named(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"is a folder: {tmp_path}"):
+        open_source(f"{kind}:{tmp_path}")
+
+
+def test_sources_tell_whether_they_have_labels():
+    def lacks_labels(line):
+        return "label" in open_source(line).lacks
+
+    assert lacks_labels("scenes:train?n=8")
+    assert not lacks_labels("scenes:test?task=shape&n=8")
+    assert not lacks_labels("scenes:test?task=shape&n=8::scenes:test?task=shape&n=9")
+    # The same number would stand for two classes.
+    assert lacks_labels("scenes:test?task=shape&n=8::scenes:test?task=colour&n=8")
+    assert lacks_labels("scenes:test?task=shape&n=8::scenes:train?n=8")
+    source = open_source("scenes:train?n=8")
+    assert Subset(source, [1]).lacks == source.lacks
+    with pytest.raises(ValueError, match="'line' has no classes; choose"):
+        require_fields(source, ("text", "label"), "line")

@@ -1,9 +1,11 @@
 import json
+import tracemalloc
 
 import pytest
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources.base import require_fields
 from tests.data.making import jpeg
 
 
@@ -81,29 +83,100 @@ def test_jsonl_manifests_with_several_captions_and_broken_lines(pictures, caplog
     assert "line 3" in caplog.text
 
 
-def test_folders_of_classes(tmp_path):
-    for name, number in (("b/1.JPG", 1), ("a/2.jpeg", 2), ("a/deep/3.jpg", 3)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(jpeg(number))
-    (tmp_path / "a" / "2.txt").write_text("first\n\nsecond\n")
-    (tmp_path / "a" / "notes.md").write_text("no picture")
-    source = open_source(f"folder:{tmp_path}?captions=true")
-    assert source.class_names == ["a", "b"]
-    by_id = {source[i]["id"]: source[i] for i in range(len(source))}
-    assert {name: e["label"] for name, e in by_id.items()} == {
-        "a/2.jpeg": 0,
-        "a/deep/3.jpg": 0,
-        "b/1.JPG": 1,
-    }
-    assert by_id["a/2.jpeg"]["text"] == ["first", "second"]
-    assert by_id["b/1.JPG"]["image"] == jpeg(1)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no pictures"):
-        open_source(f"folder:{tmp_path}/empty")
-
-
 def test_fingerprints_follow_the_text(pictures):
     (pictures / "p.tsv").write_text("filepath\ttitle\nimg/0.jpg\tx\n")
     first = open_source(f"tsv:{pictures}/p.tsv").fingerprint()
     (pictures / "p.tsv").write_text("filepath\ttitle\nimg/0.jpg\ty\n")
     assert open_source(f"tsv:{pictures}/p.tsv").fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("filepath,title\na.jpg,x\nb.jpg,a cat, sitting\n", "line 3 has more cells"),
+        ("filepath,title\na.jpg,x\n" + 'b.jpg,"open\n' + "c.jpg,y\n" * 50, "from line 3 on: unexp"),
+        ('filepath,title\na.jpg,"a "big" cat"\n', r"from line 2 on: .* quoting=off"),
+    ],
+)
+def test_rows_that_would_lose_text_are_an_error_with_their_line(tmp_path, table, message):
+    (tmp_path / "p.csv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        open_source(f"csv:{tmp_path}/p.csv")
+
+
+def test_empty_cells_behind_the_last_column_are_no_loss(tmp_path):
+    (tmp_path / "p.csv").write_text("filepath,title\na.jpg,x,,\nb.jpg,y\n")
+    assert open_source(f"csv:{tmp_path}/p.csv").read(0, ("text",))["text"] == "x"
+
+
+def test_null_is_no_caption_and_any_text_can_be_tokenized(tmp_path):
+    rows = [
+        r'{"image": "a.jpg", "text": ["a cat", null, "\ud83d"]}',
+        r'{"image": "\ud83d.jpg", "text": "\udce9 a \ud83d"}',
+        r'{"image": "c.jpg", "text": null}',
+        r'{"image": "c.jpg", "text": "\ufeffa cat"}',
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(rows))
+    source = open_source(f"jsonl:{tmp_path}/m.jsonl")
+    texts = [source.read(i, ("text",)).get("text") for i in range(4)]
+    assert texts == [["a cat", "?"], "? a ?", None, "a cat"]
+    with pytest.raises(BadExample, match="file missing"):
+        source[1]
+
+
+def test_an_empty_label_is_no_class(tmp_path):
+    labels = ["0", "1", "", "10", " 2 "]
+    (tmp_path / "l.csv").write_text("filepath,label\n" + "".join(f"i.jpg,{v}\n" for v in labels))
+    source = open_source(f"csv:{tmp_path}/l.csv")
+    assert source.class_names is None
+    read = [source.read(i, ("label",)).get("label") for i in range(5)]
+    assert read == [0, 1, None, 10, 2]
+    assert "label" not in source.lacks
+    (tmp_path / "l.csv").write_text("filepath,label\ni.jpg,dog\ni.jpg,\ni.jpg,cat\n")
+    source = open_source(f"csv:{tmp_path}/l.csv")
+    assert source.class_names == ["cat", "dog"]
+    assert [source.read(i, ("label",)).get("label") for i in range(3)] == [1, None, 0]
+
+
+@pytest.mark.parametrize("sep", ["tab", r"\t", "%7C", "semicolon"])
+def test_separators_have_names(tmp_path, sep):
+    sign = {"%7C": "|", "semicolon": ";"}.get(sep, "\t")
+    (tmp_path / "p.txt").write_text(f"filepath{sign}title\na.jpg{sign}x, y\n")
+    source = open_source(f"csv:{tmp_path}/p.txt?sep={sep}")
+    assert source.read(0, ("text",))["text"] == "x, y"
+
+
+def test_other_separators_are_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("filepath||title\n")
+    with pytest.raises(ValueError, match=r"sep='\|\|' .* semicolon or one sign"):
+        open_source(f"csv:{tmp_path}/p.txt?sep=||")
+
+
+def test_usual_columns_are_found_in_any_case(tmp_path):
+    (tmp_path / "p.csv").write_text("URL,TEXT,Caption,Filepath,caption\nu,yes,no,a.jpg,also\n")
+    source = open_source(f"csv:{tmp_path}/p.csv")
+    assert source.read(0, ("text",)) == {"id": "a.jpg", "text": "yes"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_tables_name_their_columns_where_a_field_is_missing(tmp_path, kind):
+    rows = {"csv": "filepath,KAPTION\na.jpg,x\n", "jsonl": '{"filepath": "a", "KAPTION": "x"}'}
+    (tmp_path / "p").write_text(rows[kind])
+    source = open_source(f"{kind}:{tmp_path}/p")
+    with pytest.raises(ValueError, match=r"has no text; .* text= .*\(it has filepath, KAPTION\)"):
+        require_fields(source, ("image", "text"), "line")
+    require_fields(source, ("image", "embeds"), "line")
+    assert set(source.lacks) == {"text", "audio", "label"}
+
+
+def test_manifests_are_read_row_by_row(tmp_path):
+    row = {"image": "i.jpg", "text": "a caption", "more": "x" * 500}
+    rows = [json.dumps(row | {"number": number}) for number in range(20_000)]
+    (tmp_path / "m.jsonl").write_text("\n".join([*rows, '{"image": "last.jpg"}']))
+    tracemalloc.start()
+    source = open_source(f"jsonl:{tmp_path}/m.jsonl")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(source), source.read(20_000, ())["id"]) == (20_001, "last.jpg")
+    # The file has 11 MB; the first thousand rows are looked at for their columns.
+    assert peak < 4e6

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable
 
 from cwcl_jax.data.sources.arrays import open_arrays
@@ -16,6 +17,7 @@ from cwcl_jax.data.sources.base import (
 from cwcl_jax.data.sources.coco import open_coco
 from cwcl_jax.data.sources.commands import open_commands
 from cwcl_jax.data.sources.embedded import Embedded, open_embeddings
+from cwcl_jax.data.sources.folders import open_folder
 from cwcl_jax.data.sources.made import open_made
 from cwcl_jax.data.sources.mixture import Mixture
 from cwcl_jax.data.sources.scenes import open_scenes
@@ -29,7 +31,7 @@ from cwcl_jax.data.sources.speech import (
 )
 from cwcl_jax.data.sources.spoken import open_spoken
 from cwcl_jax.data.sources.subset import Subset
-from cwcl_jax.data.sources.tables import open_delimited, open_folder, open_jsonl
+from cwcl_jax.data.sources.tables import open_delimited, open_jsonl
 from cwcl_jax.data.sources.tars import open_clip_benchmark, open_tars
 from cwcl_jax.data.sources.tfds import open_tfds
 
@@ -108,8 +110,13 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
         raise ValueError(
             f"There is no source of kind {line.kind!r}.{hint} Kinds: {', '.join(SOURCE_KINDS)}."
         )
-    options = {key: v for key, v in line.options.items() if key not in ("weight", "embeds")}
-    plain = SourceLine(line.kind, line.path, options)
+    # The one place where `~` becomes the user's folder: no shell expands it inside a source line.
+    options = {
+        key: os.path.expanduser(value)
+        for key, value in line.options.items()
+        if key not in ("weight", "embeds")
+    }
+    plain = SourceLine(line.kind, os.path.expanduser(line.path), options)
     opener = SOURCE_KINDS[line.kind]
     if line.kind == "spoken":
         source = _open_spoken(plain, cache_dir)
@@ -118,7 +125,9 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
     folders = line.options.get("embeds")
-    return Embedded(source, folders.split(",")) if folders else source
+    if not folders:
+        return source
+    return Embedded(source, [os.path.expanduser(folder) for folder in folders.split(",")])
 
 
 def _open_spoken(line: SourceLine, cache_dir: str) -> Source:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cwcl_jax.data.sources.base import Source
-from cwcl_jax.data.sources.files import require
+from cwcl_jax.data.sources.files import require, require_file
 from cwcl_jax.data.sources.tables import table_of_rows
 
 
@@ -21,7 +21,7 @@ def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
       images: the folder of pictures; by default the one beside `annotations` that has its name.
       captions: at most so many of a picture, the first ones; 0 = all.
     """
-    file = require(path, "The COCO captions file")
+    file = require_file(path, "The COCO captions file")
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(

@@ -1,27 +1,31 @@
 """Columns of strings for millions of rows: one block of bytes and offsets, not Python objects."""
 
+import zlib
+from array import array
 from collections.abc import Iterable
-
-import numpy as np
 
 
 class StringColumn:
-    """An immutable list of strings; None is kept apart from the empty string."""
+    """A list of strings that only grows; None is kept apart from the empty string.
 
-    def __init__(self, values: Iterable[str | None]):
-        pieces, ends, missing = [], [0], []
-        total = 0
-        for row, value in enumerate(values):
-            if value is None:
-                missing.append(row)
-            else:
-                data = value.encode("utf-8", "surrogateescape")
-                pieces.append(data)
-                total += len(data)
-            ends.append(total)
-        self._data = b"".join(pieces)
-        self._ends = np.array(ends, np.int64)
-        self._missing = frozenset(missing)
+    Bytes of file names that are no UTF-8 (`surrogateescape`) survive; other lone surrogates, which
+    stand for nothing, become "?".
+    """
+
+    def __init__(self, values: Iterable[str | None] = ()):
+        self._data = bytearray()
+        self._ends = array("q", [0])
+        self._missing: set[int] = set()
+        for value in values:
+            self.append(value)
+
+    def append(self, value: str | None) -> None:
+        """Adds a row at the end."""
+        if value is None:
+            self._missing.add(len(self))
+        else:
+            self._data += _encoded(value)
+        self._ends.append(len(self._data))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -29,11 +33,15 @@ class StringColumn:
     def __getitem__(self, row: int) -> str | None:
         if row in self._missing:
             return None
-        start, end = int(self._ends[row]), int(self._ends[row + 1])
-        return self._data[start:end].decode("utf-8", "surrogateescape")
+        return self._data[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogateescape")
 
     def digest_parts(self) -> tuple[int, int]:
         """Number of rows and a checksum of the text, for fingerprints."""
-        import zlib
+        return len(self), zlib.crc32(self._data, zlib.crc32(self._ends))
 
-        return len(self), zlib.crc32(self._data, zlib.crc32(self._ends.tobytes()))
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace")

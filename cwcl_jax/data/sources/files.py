@@ -12,17 +12,17 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Expands `{00000..00301}` and `{a,b}`, then `*` and `?`; a plain path stays as it is."""
+    """Expands `{00000..00301}` and `{a,b}`, then `*`, `?` and `[...]`; existing paths stay."""
     if "://" in pattern or pattern.startswith("pipe:"):
         raise ValueError(
             f"{pattern!r} is not a local path. Mount the bucket or copy the files first: they are "
             "read at random offsets."
         )
-    names = _expand_braces(os.path.expanduser(pattern))
     found: list[str] = []
-    for name in names:
-        if any(sign in name for sign in "*?["):
-            matches = sorted(glob.glob(name))
+    for name in _expand_braces(pattern):
+        if any(sign in name for sign in "*?[") and not os.path.exists(name):
+            # Brackets are part of some folders' names.
+            matches = sorted(glob.glob(name) or glob.glob(name.replace("[", "[[]")))
             if not matches:
                 raise FileNotFoundError(f"No file matches {name!r}.")
             found.extend(matches)
@@ -56,9 +56,17 @@ def _options_of(body: str, pattern: str) -> list[str]:
 
 def require(path: str | Path, what: str) -> Path:
     """The path, or a FileNotFoundError that says what should have been there."""
-    found = Path(path).expanduser()
+    found = Path(path)
     if not found.exists():
         raise FileNotFoundError(f"{what} not found: {found}. Check the path in the source line.")
+    return found
+
+
+def require_file(path: str | Path, what: str) -> Path:
+    """As `require`, and a ValueError where a folder is there."""
+    found = require(path, what)
+    if found.is_dir():
+        raise ValueError(f"{what} is a folder: {found}. Name the file in the source line.")
     return found
 
 
@@ -70,8 +78,3 @@ def read_bytes(path: str | Path) -> bytes:
         raise BadExample("file missing", str(path)) from error
     except (OSError, ValueError) as error:
         raise BadExample("file unreadable", f"{path}: {error}") from error
-
-
-def identity_of(path: str | Path) -> tuple[str, int]:
-    """Name and size: what stands for a file in a fingerprint (copies keep both)."""
-    return os.path.basename(path), os.stat(path).st_size

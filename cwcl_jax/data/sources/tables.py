@@ -1,22 +1,21 @@
-"""Tables that name files: CSV and TSV pairs (OpenCLIP's convention), JSONL manifests, folders."""
+"""Tables that name files: CSV and TSV pairs (OpenCLIP's convention) and JSONL manifests."""
 
 import csv
 import difflib
 import json
 import logging
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import NO_CLASSES, Example, SourceBase, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
-from cwcl_jax.data.sources.files import read_bytes, require
-from cwcl_jax.data.sources.tar_index import PARTS
+from cwcl_jax.data.sources.files import read_bytes, require_file
+from cwcl_jax.data.sources.texts import captions_of
 
 _LOG = logging.getLogger(__name__)
-_SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";"}
+_SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
 _FILE_FIELDS = ("image", "audio")
 # Between several captions in one string of a column.
 _NEXT_CAPTION = "\x1e"
@@ -26,6 +25,7 @@ class Table(SourceBase):
     """Rows with strings; image and audio columns hold paths, relative ones below `root`.
 
     Labels are numbers into `class_names`; several captions stand in one string (`join_captions`).
+    `hint` says, where a field is missing, what would give it.
     """
 
     def __init__(
@@ -34,15 +34,23 @@ class Table(SourceBase):
         *,
         root: str | Path,
         class_names: Sequence[str] | None = None,
+        hint: str = "",
     ):
         self.columns = dict(columns)
-        self.root = Path(root).expanduser()
+        self.hint = hint
+        self.root = Path(root)
         self._class_names = None if class_names is None else list(class_names)
         self._length = len(next(iter(self.columns.values())))
 
     @property
     def class_names(self) -> Sequence[str] | None:
         return self._class_names
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        missing = [name for name in ("image", "text", "audio") if name not in self.columns]
+        lacks = {name: f"has no {name}{self.hint}" for name in missing}
+        return lacks if "label" in self.columns else lacks | {"label": NO_CLASSES}
 
     def __len__(self) -> int:
         return self._length
@@ -83,33 +91,50 @@ def join_captions(captions: Sequence[str]) -> str:
 
 
 def table_of_rows(
-    rows: Iterable[Mapping[str, Any]], fields: Mapping[str, str], root: str | Path
+    rows: Iterable[Mapping[str, Any]],
+    fields: Mapping[str, str],
+    root: str | Path,
+    *,
+    hint: str = "",
+    named_classes: bool = False,
 ) -> Table:
-    """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there."""
-    values: dict[str, list[str | None]] = {name: [] for name in fields}
+    """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
+
+    The rows are read one by one. With `named_classes`, labels that are numbers are names too.
+    """
+    columns = {name: StringColumn() for name in fields}
     for row in rows:
         for name, key in fields.items():
-            values[name].append(_as_text(row.get(key)))
+            columns[name].append(_as_text(row.get(key), name))
     names = None
-    if "label" in values:
-        values["label"], names = _numbered(values["label"])
-    columns = {name: StringColumn(column) for name, column in values.items()}
-    return Table(columns, root=root, class_names=names)
+    if "label" in columns:
+        columns["label"], names = _numbered(columns["label"], named_classes)
+    return Table(columns, root=root, class_names=names, hint=hint)
 
 
-def _as_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return join_captions([str(item) for item in value]) if isinstance(value, list) else str(value)
+def _as_text(value: Any, field: str) -> str | None:
+    if field == "text":
+        value = captions_of(value)
+        return join_captions(value) if isinstance(value, list) else value
+    if value is None:
+        return None
+    # An empty cell is no class.
+    return (str(value).strip() or None) if field == "label" else str(value)
 
 
-def _numbered(labels: list[str | None]) -> tuple[list[str | None], list[str] | None]:
-    """Labels as numbers; names become numbers in sorted order, numbers stay what they are."""
-    known = sorted({label for label in labels if label is not None})
-    if all(label.isdigit() for label in known):
-        return labels, None
+def _numbered(labels: StringColumn, named: bool) -> tuple[StringColumn, list[str] | None]:
+    """Labels as numbers; names become numbers in sorted order, numbers stay what they are.
+
+    Where numbers are names (`named`), they are sorted as numbers.
+    """
+    values = [labels[row] for row in range(len(labels))]
+    known = sorted({value for value in values if value is not None})
+    if all(value.isdecimal() for value in known):
+        if not named:
+            return labels, None
+        known.sort(key=int)
     place = {name: str(number) for number, name in enumerate(known)}
-    return [None if label is None else place[label] for label in labels], known
+    return StringColumn(None if value is None else place[value] for value in values), known
 
 
 def open_delimited(
@@ -125,23 +150,52 @@ def open_delimited(
 ) -> Table:
     """Opens `csv:/x.tsv?image=filepath&text=title`; OpenCLIP's column names are the default.
 
-    Without `sep` (tab, comma or semicolon) the header line decides: a tab in it means tabs.
+    Without `sep` (tab, comma, semicolon or a sign) the header line decides: a tab in it means tabs.
     `quoting` on means that quotation marks enclose fields, off that they are text; auto is off with
     tabs, where captions often hold lone ones that would swallow the rows behind them.
     """
     if quoting not in ("auto", "on", "off"):
         raise ValueError(f"quoting={quoting!r} of {path} must be auto, on or off.")
-    file = require(path, "The table")
+    delimiter = _SEPARATORS.get(sep, sep)
+    if len(delimiter) > 1 or delimiter in ("\n", "\r", '"'):
+        raise ValueError(f"sep={sep!r} of {path} must be tab, comma, semicolon or one sign.")
+    file = require_file(path, "The table")
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         header = lines.readline()
-        delimiter = _SEPARATORS.get(sep, sep) if sep else "\t" if "\t" in header else ","
+        delimiter = delimiter or ("\t" if "\t" in header else ",")
         quoted = quoting == "on" or (quoting == "auto" and delimiter != "\t")
         style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         csv.field_size_limit(1 << 24)
-        rows = csv.DictReader(chain([header], lines), delimiter=delimiter, quoting=style)
-        columns = [name for name in rows.fieldnames or [] if name]
+        reader = csv.DictReader(
+            chain([header], lines), delimiter=delimiter, quoting=style, strict=True
+        )
+        rows = _checked_rows(reader, path)
+        first = next(rows, None)
+        columns = [name for name in reader.fieldnames or [] if name]
         fields = _named_fields(columns, path, image=image, text=text, audio=audio, label=label)
-        return table_of_rows(rows, fields, root or file.parent)
+        rows = rows if first is None else chain([first], rows)
+        return table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
+
+
+def _checked_rows(reader: csv.DictReader, path: str) -> Iterator[dict[str, str]]:
+    """The rows; a ValueError with the line where cells or quotation marks do not come out."""
+    while True:
+        line = max(reader.line_num, 1) + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, the row from line {line} on: {error}. Write quotation marks inside "
+                "quoted cells twice, or set quoting=off if they are text."
+            ) from error
+        if any(row.get(None) or ()):
+            raise ValueError(
+                f"{path}, line {line} has more cells than the header, so a caption would lose its "
+                "end. Put cells that hold the separator in quotation marks, or use tabs."
+            )
+        yield row
 
 
 def open_jsonl(
@@ -154,11 +208,12 @@ def open_jsonl(
     root: str = "",
 ) -> Table:
     """Opens `jsonl:/manifest.jsonl?audio=audio_filepath&text=text`, one object a line."""
-    file = require(path, "The manifest")
-    rows = list(read_json_lines(file))
-    columns = list(dict.fromkeys(key for row in rows[:1000] for key in row))
+    file = require_file(path, "The manifest")
+    rows = read_json_lines(file)
+    first = list(islice(rows, 1000))
+    columns = list(dict.fromkeys(key for row in first for key in row))
     fields = _named_fields(columns, path, image=image, text=text, audio=audio, label=label)
-    return table_of_rows(rows, fields, root or file.parent)
+    return table_of_rows(chain(first, rows), fields, root or file.parent, hint=_hint(columns))
 
 
 _USUAL_NAMES = {
@@ -170,7 +225,8 @@ _USUAL_NAMES = {
 
 
 def _named_fields(columns: Sequence[str], path: str, **asked: str) -> dict[str, str]:
-    """Field -> column: as asked, or by the usual names where nothing is asked."""
+    """Field -> column: as asked, or by the usual names, in any case, where nothing is asked."""
+    by_lower = {name.lower(): name for name in reversed(columns)}
     fields = {}
     for field, name in asked.items():
         if name and name not in columns:
@@ -180,15 +236,19 @@ def _named_fields(columns: Sequence[str], path: str, **asked: str) -> dict[str, 
                 f"{path} has no column {name!r} (asked for as {field}=).{hint} Its columns: "
                 f"{', '.join(columns)}."
             )
-        usual = next((u for u in _USUAL_NAMES[field] if u in columns), "")
+        usual = next((u for u in _USUAL_NAMES[field] if u in by_lower), "")
         if name or usual:
-            fields[field] = name or usual
+            fields[field] = name or (usual if usual in columns else by_lower[usual])
     if not fields:
         raise ValueError(
             f"None of the columns of {path} ({', '.join(columns)}) is known; name them with "
             "image=, text=, audio= or label=."
         )
     return fields
+
+
+def _hint(columns: Sequence[str]) -> str:
+    return f"; name the column with image=, text= or audio= (it has {', '.join(columns)})"
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -205,35 +265,3 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
                 _LOG.warning("%s line %d is not a JSON object.", file, number)
                 row = {}
             yield row
-
-
-def open_folder(path: str, *, captions: bool = False) -> Table:
-    """Opens a folder of pictures: `folder:/data/flowers`, one subfolder a class.
-
-    With `captions`, the file `<name>.txt` beside each picture holds its captions, one a line.
-    """
-    root = require(path, "The folder of pictures")
-    extensions = {"." + extension for extension in PARTS["image"]}
-    rows = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders.sort()
-        inside = Path(folder).relative_to(root)
-        for name in sorted(names):
-            file = inside / name
-            if file.suffix.lower() not in extensions:
-                continue
-            label = inside.parts[0] if inside.parts else None
-            rows.append({"image": str(file), "label": label})
-            if captions:
-                rows[-1]["text"] = _captions_beside(root / file)
-    if not rows:
-        raise FileNotFoundError(f"The folder {root} holds no pictures ({', '.join(extensions)}).")
-    fields = {name: name for name in ("image", "label", "text") if any(r.get(name) for r in rows)}
-    return table_of_rows(rows, fields, root)
-
-
-def _captions_beside(image: Path) -> list[str] | None:
-    beside = image.with_suffix(".txt")
-    if not beside.exists():
-        return None
-    return [line for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,67 @@
+import pytest
+
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources.base import require_fields
+from tests.data.making import jpeg
+
+
+def test_folders_of_classes(tmp_path):
+    for name, number in (("b/1.JPG", 1), ("a/2.jpeg", 2), ("a/deep/3.jpg", 3)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(number))
+    (tmp_path / "a" / "2.txt").write_text("first\n\nsecond\n")
+    (tmp_path / "a" / "notes.md").write_text("no picture")
+    source = open_source(f"folder:{tmp_path}?captions=true")
+    assert source.class_names == ["a", "b"]
+    by_id = {source[i]["id"]: source[i] for i in range(len(source))}
+    assert {name: e["label"] for name, e in by_id.items()} == {
+        "a/2.jpeg": 0,
+        "a/deep/3.jpg": 0,
+        "b/1.JPG": 1,
+    }
+    assert by_id["a/2.jpeg"]["text"] == ["first", "second"]
+    assert by_id["b/1.JPG"]["image"] == jpeg(1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pictures"):
+        open_source(f"folder:{tmp_path}/empty")
+
+
+def _picture(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(jpeg(0))
+
+
+def test_linked_folders_are_classes_too(tmp_path):
+    _picture(tmp_path / "elsewhere" / "deep" / "1.jpg")
+    _picture(tmp_path / "d" / "y" / "1.jpg")
+    (tmp_path / "d" / "x").symlink_to(tmp_path / "elsewhere")
+    source = open_source(f"folder:{tmp_path}/d")
+    assert source.class_names == ["x", "y"]
+    assert [source[i]["id"] for i in range(2)] == ["x/deep/1.jpg", "y/1.jpg"]
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    _picture(tmp_path / "y" / "1.jpg")
+    (tmp_path / "y" / "all").symlink_to(tmp_path)
+    (tmp_path / "y" / "same").symlink_to(tmp_path / "y")
+    assert len(open_source(f"folder:{tmp_path}")) == 1
+
+
+@pytest.mark.parametrize("names", [[str(n) for n in range(12)], ["000", "1", "007"], ["1987", "3"]])
+def test_classes_that_are_numbers_are_names_in_their_order(tmp_path, names):
+    for name in names:
+        _picture(tmp_path / name / "1.jpg")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == sorted(names, key=int)
+    found = {e["id"].split("/")[0]: e["label"] for e in (source[i] for i in range(len(source)))}
+    assert found == {name: source.class_names.index(name) for name in names}
+
+
+def test_captions_in_another_encoding_are_no_end(tmp_path):
+    for number, text in enumerate([b"\xef\xbb\xbfa cat\n", "un café\n".encode("latin-1")]):
+        _picture(tmp_path / f"{number}.jpg")
+        (tmp_path / f"{number}.txt").write_bytes(text)
+    source = open_source(f"folder:{tmp_path}?captions=true")
+    assert [source[i]["text"] for i in range(2)] == ["a cat", "un caf\ufffd"]
+    with pytest.raises(ValueError, match="has no text; captions=true"):
+        require_fields(open_source(f"folder:{tmp_path}"), ("text",), "line")
