@@ -36,6 +36,18 @@ def test_only_sentences_with_words_are_spoken(sentences):
         source[1]
 
 
+def test_the_first_text_that_is_one_is_spoken(tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"text": ["", " ", "play music"]}\n{"text": []}\n')
+    source = open_source(f"spoken:jsonl:{tmp_path}/s.jsonl?voices=en-us")
+    assert len(source.read(0, ("audio",))["audio"][0]) > 5000
+    with pytest.raises(BadExample, match="text empty"):
+        source.read(1, ("audio",))
+    assert set(source.lacks) == {"image", "label"}
+    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg"}\n')
+    silent = open_source(f"spoken:jsonl:{tmp_path}/t.jsonl")
+    assert set(silent.lacks) == {"text", "audio", "label"}
+
+
 def test_voices_follow_the_index_and_the_seed(sentences):
     voices = [random_voice(Draws(0, 31, index)) for index in range(200)]
     assert {voice.name.split("+")[0] for voice in voices} == set(VOICES)

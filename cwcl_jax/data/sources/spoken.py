@@ -7,7 +7,7 @@ cwcl_jax.data.sources.spoken LINE FOLDER` writes FLAC files and a manifest, to l
 
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from cwcl_jax.data.draws import Draws
@@ -18,7 +18,7 @@ from cwcl_jax.data.sources.recorded import Recorded, default_folder
 
 
 class Spoken(SourceBase):
-    """The examples of `source`, each with its first caption as "audio"."""
+    """The examples of `source`, each with its first caption that holds any text as "audio"."""
 
     def __init__(self, source: Source, *, voices: Sequence[str] = VOICES, seed: int = 0):
         self.source = source
@@ -30,6 +30,12 @@ class Spoken(SourceBase):
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
 
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        lacks = dict(getattr(self.source, "lacks", {}))
+        lacks.pop("audio", None)
+        return lacks | ({"audio": lacks["text"]} if "text" in lacks else {})
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -38,8 +44,9 @@ class Spoken(SourceBase):
             return self.source.read(index, fields)
         example = self.source.read(index, {*fields, "text"} - {"audio"})
         text = example.get("text") or ""
-        text = text if isinstance(text, str) else text[0]
-        if not text.strip():
+        captions = [text] if isinstance(text, str) else text
+        text = next((caption for caption in captions if caption and caption.strip()), None)
+        if text is None:
             raise BadExample("text empty", "nothing to speak")
         example["audio"] = speak(text, random_voice(Draws(self.seed, 31, index), self.voices))
         return example
