@@ -1,6 +1,21 @@
 """Options of the data: which examples, how each modality is prepared, how fast it is read."""
 
+import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_ENDLESS = math.inf
+
+
+def _check(options: Any, **ranges: tuple[float, float]) -> None:
+    """Raises ValueError where a number is outside its range, ends included."""
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
+            wanted = f"at least {low}" if high == _ENDLESS else f"between {low} and {high}"
+            raise ValueError(f"{name}={value} must be {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -16,6 +31,14 @@ class ImageInputs:
     # Shorter side before the central crop (256 for ImageNet at 224); 0 = `size`.
     eval_resize: int = 0
 
+    def __post_init__(self):
+        _check(self, size=(1, _ENDLESS), crop_min_area=(0, 1), max_pixels=(1, _ENDLESS))
+        if self.eval_resize and self.eval_resize < self.size:
+            raise ValueError(
+                f"eval_resize={self.eval_resize} leaves nothing to cut size={self.size} out of; "
+                "make it at least size, or 0 for size itself."
+            )
+
 
 @dataclass(frozen=True)
 class TextInputs:
@@ -24,6 +47,9 @@ class TextInputs:
     # "" = the package's own small tokenizer; otherwise a folder, a tokenizer.json or a hub name.
     tokenizer: str = ""
     max_tokens: int = 32
+
+    def __post_init__(self):
+        _check(self, max_tokens=(1, _ENDLESS))
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,9 @@ class SpeechInputs:
     bucket_window: int = 8
 
     def __post_init__(self):
+        _check(self, sample_rate=(1, _ENDLESS))
+        if not 1 <= self.sample_rate * self.max_seconds < _ENDLESS:
+            raise ValueError(f"max_seconds={self.max_seconds} must be a positive number.")
         if any(seconds <= 0 for seconds in self.buckets) or self.bucket_window < 1:
             raise ValueError(
                 f"buckets={self.buckets} must be positive seconds, and bucket_window="
@@ -78,3 +107,18 @@ class DataConfig:
     def __post_init__(self):
         if self.labels not in ("", "class", "text"):
             raise ValueError(f"labels={self.labels!r} is not one of '', 'class', 'text'.")
+        _check(
+            self,
+            examples_per_epoch=(0, _ENDLESS),
+            threads=(0, _ENDLESS),
+            prefetch=(0, _ENDLESS),
+            max_skipped_share=(0, 1),
+        )
+
+
+def cache_home(cache_dir: str = "") -> Path:
+    """Where this package keeps what it made: `cache_dir`, or the user's cache folder without it."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "cwcl_jax"

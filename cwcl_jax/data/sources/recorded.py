@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float64, Int16, Int64
 
 from cwcl_jax.data.audio import resample
+from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceBase
 
@@ -51,6 +52,10 @@ class Recorded(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        return getattr(self.source, "lacks", {})
 
     def __len__(self) -> int:
         return len(self.source)
@@ -96,9 +101,7 @@ class Recorded(SourceBase):
 
 def default_folder(source: Source, cache_dir: str) -> Path:
     """Where recordings are kept when no folder is named: under the source's fingerprint."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cwcl_jax"
-    name = f"{source.fingerprint()}-{_VERSION}"
-    return (Path(cache_dir) if cache_dir else home) / "recordings" / name
+    return cache_home(cache_dir) / "recordings" / f"{source.fingerprint()}-{_VERSION}"
 
 
 def record(source: Source, folder: Path, *, processes: int = 0) -> None:
