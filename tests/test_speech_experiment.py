@@ -241,7 +241,8 @@ def test_features_that_vary_between_epochs_are_not_kept(cache):
     assert source.embedded == ("text",)
     assert source.durations.shape == (64,)
     with pytest.raises(ConfigError, match="same in every epoch"):
-        features_module._check_repeatable(config(**{"data.image.flip": True}), ["image"])
+        flipped = config(**{"data.image.flip": True})
+        features_module._check_repeatable(flipped, ["image"], source, "embeds=")
 
 
 def test_sentences_are_cut_to_the_longest_without_changing_their_embeds(cache):

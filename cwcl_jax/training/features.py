@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
+from cwcl_jax.data.options import cache_home
+from cwcl_jax.data.processing import usable_captions
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import Embedded, Source, open_source
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
@@ -29,6 +32,8 @@ from cwcl_jax.training.state import make_blueprint
 
 _BATCH = 256
 _SHARD = 8192
+# Whether examples have several captions is a matter of the source: a few of them tell.
+_LOOKED_AT = 100
 
 
 def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda: None) -> Source:
@@ -42,6 +47,12 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
       FileNotFoundError, ValueError: the data cannot be read.
     """
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
+    embedded = [
+        modality
+        for modality in getattr(source, "embedded", ())
+        if modality in config.towers and config.towers[modality].encoder != "precomputed"
+    ]
+    _check_repeatable(config, embedded, source, "embeds=")
     if not config.data.keep_locked_features:
         return source
     blueprint = make_blueprint(
@@ -56,7 +67,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     ]
     if not locked:
         return source
-    _check_repeatable(config, locked)
+    _check_repeatable(config, locked, source, "config.data.keep_locked_features=True")
     check_inputs(config)
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
@@ -71,18 +82,50 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
 
 def cache_folder(config: ExperimentConfig) -> Path:
     """Where features are kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cwcl_jax"
-    return (Path(config.data.cache_dir) if config.data.cache_dir else home) / "features"
+    return cache_home(config.data.cache_dir) / "features"
 
 
-def _check_repeatable(config: ExperimentConfig, locked: list[str]) -> None:
-    image = config.data.image
-    if "image" in locked and (image.crop_min_area or image.flip):
-        raise ConfigError(
-            "config.data.keep_locked_features=True needs pictures that are the same in every "
-            f"epoch, but crop_min_area={image.crop_min_area} and flip={image.flip}; switch these "
-            "off, or set keep_locked_features=False"
+def _check_repeatable(
+    config: ExperimentConfig, modalities: Sequence[str], source: Source, asked: str
+) -> None:
+    """Raises ConfigError where the inputs of a modality vary, but one vector stands for them."""
+    image, speech = config.data.image, config.data.speech
+    varied = ""
+    if "image" in modalities and (image.crop_min_area or image.flip):
+        varied = (
+            f"config.data.image.crop_min_area={image.crop_min_area} and flip={image.flip} change "
+            "the pictures; set them to 0 and False"
         )
+    elif "speech" in modalities and speech.random_crop and _may_be_cut(config, source):
+        varied = (
+            "config.data.speech.random_crop=True changes the windows of recordings longer than "
+            f"max_seconds={speech.max_seconds}; set it to False"
+        )
+    elif "text" in modalities and (found := _with_several_captions(source)):
+        varied = f"{found}, of which every epoch takes another one; keep one caption an example"
+    if varied:
+        raise ConfigError(
+            f"{asked} needs inputs that are the same in every epoch, but {varied}, or do without "
+            f"{asked}"
+        )
+
+
+def _may_be_cut(config: ExperimentConfig, source: Source) -> bool:
+    durations = getattr(source, "durations", None)
+    return durations is None or bool(durations.max() > config.data.speech.max_seconds)
+
+
+def _with_several_captions(source: Source) -> str:
+    """Which example has several captions, out of some spread over the source; "" if none."""
+    for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int):
+        try:
+            example = source.read(int(index), ("text",))
+            captions = usable_captions(example.get("text") or "")
+        except BadExample:
+            continue
+        if len(set(captions)) > 1:
+            return f"{example['id']} has {len(captions)} captions"
+    return ""
 
 
 def _keep(

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import uuid
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.features import cache_folder
 from cwcl_jax.training.state import TowerSource
 
+_LOG = logging.getLogger(__name__)
 _KEY_BYTES = 16
 
 
@@ -71,19 +75,29 @@ class KeptRows:
         for modality in self._changed:
             file, rows = self._files[modality], self._rows[modality]
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".unfinished.npz")
+            # Runs that share the cache may save at the same time: the last one's file stays.
+            temporary = file.with_suffix(f".{uuid.uuid4().hex[:12]}.npz")
             keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _KEY_BYTES)
-            np.savez(temporary, keys=keys, features=np.stack(list(rows.values())))
-            temporary.replace(file)
+            try:
+                np.savez(temporary, keys=keys, features=np.stack(list(rows.values())))
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
         self._changed.clear()
 
 
 def _read(file: Path) -> dict[bytes, np.ndarray]:
+    """The rows of a file; none where there is no file, or one that a crash of the machine broke."""
     if not file.exists():
         return {}
-    with np.load(file, allow_pickle=False) as arrays:
-        keys, features = arrays["keys"], arrays["features"]
-    return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
+    try:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
+            keys, features = arrays["keys"], arrays["features"]
+        return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        _LOG.warning("%s cannot be read (%s); its features are made again.", file, error)
+        return {}
 
 
 def _keys(inputs: Mapping[str, np.ndarray]) -> list[bytes]:
