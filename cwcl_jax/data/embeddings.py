@@ -142,7 +142,8 @@ class EmbeddingWriter:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         stored = np.asarray(vectors).astype(_DTYPES[self.description.dtype])
         for number, name in enumerate(ids):
-            key = name.encode()
+            # File names that are no UTF-8 hold lone surrogates.
+            key = name.encode("utf-8", "surrogateescape")
             body = stored[number].tobytes() if valid is None or valid[number] else b""
             writer.write(len(key).to_bytes(4, "little") + key + body)
         writer.close()
@@ -210,4 +211,4 @@ class EmbeddingStore:
 def _parts(record: bytes) -> tuple[str, bytes]:
     """Id and vector of a record."""
     end = 4 + int.from_bytes(record[:4], "little")
-    return record[4:end].decode(), record[end:]
+    return record[4:end].decode("utf-8", "surrogateescape"), record[end:]

@@ -1,7 +1,10 @@
 """Batches of a whole source in order, for evaluation: nothing random, nothing replaced."""
 
+import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,17 @@ from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
 
+_LOG = logging.getLogger(__name__)
+# What tasks may ask about an example, beside its inputs.
+_BESIDE = ("text", "label")
+
 
 class EvalBatches:
     """All examples of a source in order, the last batch filled up; iterate as often as needed.
 
     Beside the inputs a batch has "index", "valid" (False for filling and for unusable examples,
-    whose inputs repeat another example), "label" (-1 where there is none), "captions" (lists of
-    strings) and "id".
+    whose inputs repeat another example), "id", and what the source tells besides: "label" (-1
+    where there is none that can be read) and "captions" (lists of strings, possibly none).
     """
 
     def __init__(
@@ -37,7 +44,8 @@ class EvalBatches:
             )
         self.source = source
         self._processor = Processor(config, modalities, getattr(source, "embedded", ()))
-        self._fields = {*self._processor.fields(), "text", "label"}
+        self._fields = self._processor.fields()
+        self._told = threading.Event()
         self._size = batch_size
         self._local = batch_size // process_count
         self._first_row = process_index * self._local
@@ -75,13 +83,30 @@ class EvalBatches:
             return index, None, {}
         example: dict[str, Any] = {}
         try:
-            example = self.source.read(index, self._fields)
+            example = self._read(index)
             inputs = self._processor.eval_example(example)
         except BadExample as error:
             self._counter.add_skipped(f"example {index} ({example.get('id', '?')})", error)
             return index, None, example
         self._counter.add_read(1)
         return index, inputs, example
+
+    def _read(self, index: int) -> dict[str, Any]:
+        """What the inputs need, which must be readable, and captions and label, which need not."""
+        with suppress(BadExample):
+            return self.source.read(index, {*self._fields, *_BESIDE})
+        example = self.source.read(index, self._fields)
+        for field in _BESIDE:
+            try:
+                example |= self.source.read(index, (field,))
+            except BadExample as error:
+                if not self._told.is_set():
+                    self._told.set()
+                    _LOG.warning(
+                        "Example %d (%s) goes without its %s: %s (others are not named)",
+                        index, example["id"], field, error,
+                    )  # fmt: skip
+        return example
 
     def _fill(self, rows: Sequence[tuple[int, Any, Any]]) -> Batch:
         """One batch of the rows; unusable ones repeat a usable example."""

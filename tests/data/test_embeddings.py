@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import ml_dtypes
 import numpy as np
@@ -60,6 +61,15 @@ def test_half_precision_is_rounded_once(tmp_path, dtype, numpy_dtype):
     vector = EmbeddingStore(tmp_path)[3][1]
     assert vector.dtype == np.float32
     np.testing.assert_array_equal(vector, VECTORS[3].astype(numpy_dtype).astype(np.float32))
+
+
+def test_ids_of_file_names_that_are_no_utf8_come_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    writer = EmbeddingWriter(tmp_path, _description(count=2))
+    writer.write(range(2), [name, "caf\u00e9.jpg"], VECTORS[:2])
+    store = EmbeddingStore(tmp_path)
+    assert [store[0][0], store[1][0]] == [name, "caf\u00e9.jpg"]
+    assert store.rows(np.arange(2))[0] == [name, "caf\u00e9.jpg"]
 
 
 def test_an_interrupted_run_continues_with_what_is_missing(tmp_path):

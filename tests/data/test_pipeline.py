@@ -398,6 +398,39 @@ def test_captions_of_evaluation_are_those_with_words(tmp_path):
     assert batch["valid"].all()
 
 
+def test_labels_that_are_words_hinder_neither_evaluation_nor_captions(tmp_path, caplog):
+    members = []
+    for name, label in (("a", b"cat"), ("b", b"1"), ("c", b"dog")):
+        members += [(f"{name}.jpg", jpeg()), (f"{name}.txt", b"one"), (f"{name}.cls", label)]
+    write_tar(tmp_path / "0.tar", members)
+    batches = eval_batches(
+        f"tars:{tmp_path}/0.tar", DataConfig(threads=1), ("image",), batch_size=3
+    )
+    (batch,) = batches
+    assert batch["valid"].all()
+    assert batch["captions"] == [["one"]] * 3
+    np.testing.assert_array_equal(batch["label"], [-1, 1, -1])
+    assert not batches.skipped
+    (record,) = caplog.records
+    assert "goes without its label" in record.getMessage()
+    assert "0.tar/a" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("modality", "kind"), [("image", "image unreadable"), ("text", "text missing")]
+)
+def test_inputs_that_cannot_be_read_are_bad_examples_whatever_stands_beside(
+    tmp_path, modality, kind
+):
+    members = [("a.jpg", b"no picture"), ("a.cls", b"cat"), ("b.jpg", jpeg()), ("b.txt", b"one")]
+    write_tar(tmp_path / "0.tar", members)
+    batches = eval_batches(
+        f"tars:{tmp_path}/0.tar", DataConfig(threads=1), (modality,), batch_size=2
+    )
+    assert [batch["valid"].tolist() for batch in batches] == [[False, True]]
+    assert batches.skipped == {kind: 1}
+
+
 def test_indexes_can_be_kept_in_a_folder_of_the_config(tmp_path):
     data, cache = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
