@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import shutil
@@ -10,8 +11,9 @@ import pytest
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources import tar_index as tar_index_module
+from cwcl_jax.data.sources.base import require_fields
 from cwcl_jax.data.sources.tar_index import build_index, load_index
-from cwcl_jax.data.sources.tars import clip_benchmark_templates
+from cwcl_jax.data.sources.tars import Tars, clip_benchmark_templates
 from tests.data.making import jpeg, pairs, write_tar
 
 
@@ -52,10 +54,13 @@ def test_the_index_finds_what_tarfile_finds(tmp_path, tar_format, folder):
 def test_a_window_border_may_fall_anywhere(tmp_path, monkeypatch):
     path = tmp_path / "a.tar"
     write_tar(path, pairs(20))
-    whole = _read_back(path)
+    whole, checksum = _read_back(path), build_index(str(path)).checksum
     for window in (512, 1024, 5000, 1 << 14):
         monkeypatch.setattr(tar_index_module, "_WINDOW", window)
         assert _read_back(path) == whole
+        # A member of words that is larger than the window counts by its end alone.
+        if window >= 1024:
+            assert build_index(str(path)).checksum == checksum
 
 
 def test_folders_and_links_are_passed_over(tmp_path):
@@ -103,7 +108,7 @@ def test_captions_can_come_from_a_json_field(tmp_path):
     assert source.read(0, ("text",))["text"] == "field 0"
     assert source.read(1, ("text",))["text"] == ["one", "two"]
     none = open_source(f"tars:{tmp_path}/0.tar?text=json:none")
-    assert none.read(1, ("text",))["text"] is None
+    assert "text" not in none.read(1, ("text",))
 
 
 def test_missing_members_are_missing_fields(tmp_path):
@@ -126,7 +131,13 @@ def test_a_truncated_tar_loses_its_last_samples_only(tmp_path, caplog):
         index = build_index(str(path))
         assert index.truncated
         assert len(index) < whole
-        assert "truncated" in caplog.text
+        for _ in range(2):  # Also when the index is only read.
+            caplog.clear()
+            source = Tars([str(path)])
+            assert (
+                f"truncated, their last samples are lost; first {path} ({len(source)} remain)"
+                in caplog.text
+            )
         for row in range(len(index)):
             places = [index.place(row, part) for part in ("image", "text", "json")]
             assert all(sum(place) <= keep for place in places if place is not None)
@@ -284,6 +295,69 @@ def test_the_fingerprint_does_not_change_with_the_place(tmp_path):
     assert open_source(f"tars:{tmp_path}/two/0.tar").fingerprint() != prints[0]
 
 
+CHANGES = {
+    "caption": ("00000.txt", b"a red circle", b"a tan circle"),
+    "field": ("00000.json", b'{"caption": "' + b"x" * 2000, b'{"caption": "' + b"y" * 2000),
+    "label": ("00000.cls", b"1", b"2"),
+    "samples of a recording": ("00000.wav", bytes(2000), bytes(1999) + b"1"),
+    "name": ("00000.jpg", b"data", b"data"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_fingerprint_tells_tars_of_one_size_apart(tmp_path, change):
+    name, before, after = CHANGES[change]
+    prints = []
+    for data in (before, after, before):
+        renamed = "00001.jpg" if change == "name" and len(prints) == 1 else name
+        write_tar(tmp_path / "0.tar", [("x.jpg", jpeg(1)), (renamed, data), ("y.jpg", jpeg(2))])
+        os.utime(tmp_path / "0.tar", ns=(1, 1 + len(prints)))
+        prints.append(open_source(f"tars:{tmp_path}/0.tar").fingerprint())
+    assert prints[0] != prints[1]
+    assert prints[0] == prints[2]
+
+
+def test_the_fingerprint_follows_the_times_of_the_members(tmp_path):
+    prints = []
+    for time in (1, 2):
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            info = tarfile.TarInfo("0.jpg")
+            info.size, info.mtime = 2000, time
+            tar.addfile(info, io.BytesIO(bytes(2000)))
+        os.utime(tmp_path / "0.tar", ns=(1, time))
+        prints.append(open_source(f"tars:{tmp_path}/0.tar").fingerprint())
+    assert prints[0] != prints[1]
+
+
+def test_the_scan_reads_no_pictures(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", [(f"{i}.jpg", bytes(3_000_000)) for i in range(5)])
+    read, original = [], os.pread
+
+    def pread(descriptor, size, offset):
+        read.append(len(data := original(descriptor, size, offset)))
+        return data
+
+    monkeypatch.setattr(tar_index_module.os, "pread", pread)
+    build_index(str(tmp_path / "0.tar"))
+    # One piece beside each header, and the first.
+    assert len(read) <= 6
+    assert sum(read) <= 6 * (1 << 19)
+
+
+def test_an_index_of_the_first_version_is_made_again(tmp_path):
+    path = tmp_path / "0.tar"
+    write_tar(path, pairs(2))
+    expected = load_index(str(path)).checksum
+    kept = tmp_path / "0.tar.offsets"
+    header, table = kept.read_bytes().split(b"\n", 1)
+    old = {key: value for key, value in json.loads(header).items() if "surplus" not in key}
+    del old["checksum"]
+    kept.write_bytes(json.dumps(old | {"version": 1}).encode() + b"\n" + table)
+    index = load_index(str(path))
+    assert (len(index), index.checksum) == (2, expected)
+    assert json.loads(kept.read_bytes().split(b"\n", 1)[0])["version"] == 2
+
+
 def test_more_tars_than_open_files(tmp_path):
     import resource
 
@@ -344,3 +418,66 @@ def test_keys_are_cut_at_the_first_dot(tmp_path):
     table = build_index(str(tmp_path / "0.tar")).table
     assert table["key"].tolist() == [b"a.b/x"]
     assert np.all(table["image_size"] == 1)
+
+
+@pytest.mark.parametrize("names", [("7.depth.png", "7.jpg"), ("7.jpg", "7.depth.png")])
+def test_the_whole_extension_comes_before_its_end(tmp_path, names, caplog):
+    data = {"7.depth.png": b"depth", "7.jpg": b"picture"}
+    members = [(name, data[name]) for name in names]
+    write_tar(tmp_path / "0.tar", [*members, ("7.seg.png", b"mask"), ("7.txt", b"words")])
+    source = open_source(f"tars:{tmp_path}/0.tar")
+    assert source[0]["image"] == b"picture"
+    assert "not used" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "lost", "first"),
+    [
+        ([f"img.{i:03d}.{e}" for i in range(20) for e in ("jpg", "txt")], 1, 38, "img.001.jpg"),
+        ([f"{i % 10}.jpg" for i in range(20)], 10, 10, "0.jpg"),
+        (["a.jpg", "a.png"], 1, 1, "a.png"),
+    ],
+)
+def test_members_that_find_no_place_are_counted(tmp_path, names, count, lost, first, caplog):
+    write_tar(tmp_path / "0.tar", [(name, b"data") for name in names])
+    for _ in range(2):  # Also when the index is only read.
+        caplog.clear()
+        source = open_source(f"tars:{tmp_path}/0.tar")
+        assert len(source) == count
+        assert f"{lost} members of 1 tars are not used, first {first} in" in caplog.text
+
+
+def test_captions_of_any_bytes_can_be_tokenized(tmp_path):
+    lone = b'{"caption": "a cat \\ud83d", "many": ["a", null, "\\udce9"]}'
+    members = [("0.txt", "\ufeffa cat".encode()), ("0.json", lone), ("1.txt", "é".encode("latin1"))]
+    write_tar(tmp_path / "0.tar", members)
+    line = f"tars:{tmp_path}/0.tar?text="
+    assert open_source(f"{line}txt")[0]["text"] == "a cat"
+    assert open_source(f"{line}lines")[0]["text"] == ["a cat"]
+    assert open_source(f"{line}txt")[1]["text"] == "\ufffd"
+    assert open_source(f"{line}json:caption")[0]["text"] == "a cat ?"
+    assert open_source(f"{line}json:many")[0]["text"] == ["a", "?"]
+
+
+def test_a_wrong_json_field_is_named_with_those_there(tmp_path):
+    write_tar(tmp_path / "0.tar", pairs(3))
+    write_tar(tmp_path / "1.tar", [("0.json", b'{"seldom": "x"}')])
+    with pytest.raises(ValueError, match=r"no field 'captoin'. They have: caption, key, seldom"):
+        open_source(f"tars:{tmp_path}?text=json:captoin")
+    assert len(open_source(f"tars:{tmp_path}?text=json:seldom")) == 4
+    write_tar(tmp_path / "1.tar", [("0.jpg", jpeg(0))])
+    with pytest.raises(ValueError, match="no JSON members; they have image"):
+        open_source(f"tars:{tmp_path}/1.tar?text=json:caption")
+
+
+def test_tars_say_which_fields_they_lack(tmp_path):
+    members = [("0.jpg", jpeg(0)), ("0.json", b'{"caption": "x", "url": "y"}')]
+    write_tar(tmp_path / "0.tar", members)
+    source = open_source(f"tars:{tmp_path}/0.tar")
+    assert set(source.lacks) == {"audio", "text", "label"}
+    with pytest.raises(ValueError, match=r"'here' has no .txt .* \(caption, url\) with text=json"):
+        require_fields(source, ("image", "text"), "here")
+    require_fields(source, ("image",), "here")
+    assert "text" not in open_source(f"tars:{tmp_path}/0.tar?text=json:caption").lacks
+    write_tar(tmp_path / "0.tar", [("0.cls", b"1"), ("0.txt", b"x")])
+    assert set(open_source(f"tars:{tmp_path}").lacks) == {"audio", "image"}

@@ -1,7 +1,12 @@
 """Where the members of a tar lie: (offset, size) of every sample's parts, scanned once and kept.
 
-Only the 512-byte headers are read. A sample is the members that share a key: the name up to the
-first dot of its last part. Names are data here; nothing is ever written where a name points.
+A sample is the members that share a key: the name up to the first dot of its last part. What a
+member is for is what follows that dot; where that says nothing (`7.seg.png`), its last part, unless
+the sample has a plain member of that kind (`7.png`). Names are data here; nothing is ever written
+where a name points.
+
+The scan reads headers, the small members of words, and the last 512 bytes of every other one, which
+lie beside the next header: a checksum of these tells a tar from another of the same size.
 """
 
 import contextlib
@@ -10,20 +15,23 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cwcl_jax.data.options import cache_home
+
 _LOG = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2  # 1: without a checksum, and another choice among several pictures
 _BLOCK = 512
 # One read of this much holds many headers of small members; a disk gives it faster than the
 # headers one by one (300 against 150 MB/s cold).
 _WINDOW = 1 << 19
 _SUFFIX = ".offsets"
-# What a member is for, by extension; the first one of a kind counts.
+# What a member is for, by extension; the first one of a kind in a sample counts.
 PARTS = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     "text": ("txt", "text", "caption"),
@@ -32,19 +40,26 @@ PARTS = {
     "audio": ("flac", "wav", "mp3", "ogg", "opus"),
 }
 _PART_OF = {extension: part for part, group in PARTS.items() for extension in group}
+_WORDS = ("text", "json", "cls")
+_Parts = dict[str, tuple[int, int]]  # offset and size by part
 
 
 @dataclass(frozen=True)
 class TarIndex:
     """Samples of one tar in order: `table` has a key, and an offset and a size for each part.
 
-    A part that a sample lacks has the size -1; parts that no sample has take no room.
+    A part that a sample lacks has the size -1; parts that no sample has take no room. `checksum`
+    is that of the members' names, sizes, times and ends. `surplus` counts the members that are not
+    used because their sample has an equal one; `first_surplus` is the first one's name.
     """
 
     table: np.ndarray
     tar_size: int
     tar_mtime: int
     truncated: bool
+    checksum: int
+    surplus: int = 0
+    first_surplus: str = ""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -56,6 +71,10 @@ class TarIndex:
         record = self.table[row]
         size = int(record[f"{part}_size"])
         return None if size < 0 else (int(record[f"{part}_offset"]), size)
+
+    def parts(self) -> set[str]:
+        """Parts that any sample has."""
+        return {part for part in PARTS if f"{part}_size" in (self.table.dtype.names or ())}
 
 
 def load_index(path: str, cache_dir: str = "") -> TarIndex:
@@ -78,22 +97,23 @@ def _places(path: str, cache_dir: str) -> list[Path]:
     """Where an index may be kept: in the named folder, or beside the tar or the user's cache."""
     digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:20]
     if cache_dir:
-        return [Path(cache_dir) / (digest + _SUFFIX)]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [Path(path + _SUFFIX), home / "cwcl_jax" / "tar_indexes" / (digest + _SUFFIX)]
+        return [cache_home(cache_dir) / (digest + _SUFFIX)]
+    return [Path(path + _SUFFIX), cache_home() / "tar_indexes" / (digest + _SUFFIX)]
+
+
+# Fields of an index beside its table.
+_KEPT = ("tar_size", "tar_mtime", "truncated", "checksum", "surplus", "first_surplus")
 
 
 def _write(place: Path, index: TarIndex) -> None:
     """Writes under another name first: readers never see half a file."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    names = index.table.dtype.names or ()
+    present = index.parts()
     header = {
         "version": _VERSION,
-        "tar_size": index.tar_size,
-        "tar_mtime": index.tar_mtime,
-        "truncated": index.truncated,
+        **{name: getattr(index, name) for name in _KEPT},
         "key_bytes": index.table.dtype["key"].itemsize,
-        "parts": [part for part in PARTS if f"{part}_size" in names],
+        "parts": [part for part in PARTS if part in present],
         "samples": len(index.table),
     }
     handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
@@ -121,9 +141,9 @@ def _read(place: Path) -> TarIndex | None:
         table = np.empty(0, dtype)
         if samples:  # As a plain array: single rows of a memmap take ten times as long.
             table = np.asarray(np.memmap(place, dtype, "r", start, samples))
+        return TarIndex(table, **{name: header[name] for name in _KEPT})
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return TarIndex(table, header["tar_size"], header["tar_mtime"], header["truncated"])
 
 
 def _dtype(key_bytes: int, parts: Sequence[str]) -> np.dtype:
@@ -134,27 +154,68 @@ def _dtype(key_bytes: int, parts: Sequence[str]) -> np.dtype:
 def build_index(path: str) -> TarIndex:
     """Scans the headers of a tar; members that reach past its end are left out."""
     status = os.stat(path)
-    samples: dict[bytes, dict[str, tuple[int, int]]] = {}
-    complete = True
+    # By key: parts that the extension names, and those that only its end names.
+    samples: dict[bytes, tuple[_Parts, _Parts]] = {}
+    repeated: list[tuple[bytes, str, bool, bytes]] = []
+    checksum, complete = 0, True
     with open(path, "rb", buffering=0) as file:
-        for name, offset, size in _members(file.fileno(), status.st_size, path):
+        window = _Window(file.fileno())
+        for name, offset, size, time in _members(window, status.st_size, path):
             if name is None:
                 complete = False
                 break
-            folder, _, base = name.rpartition(b"/")
-            stem, dot, extension = base.partition(b".")
-            part = _PART_OF.get(extension.rpartition(b".")[2].decode("ascii", "replace").lower())
-            if not dot or not stem or part is None:
+            key, part, exact = _meaning(name)
+            if part is None:
                 continue
-            parts = samples.setdefault(folder + b"/" + stem if folder else stem, {})
-            parts.setdefault(part, (offset, size))
-    if not complete:
-        _LOG.warning("%s is truncated: its last samples are lost (%d remain).", path, len(samples))
-    table = _table(samples)
-    return TarIndex(table, status.st_size, status.st_mtime_ns, not complete)
+            length = size if part in _WORDS and size <= _WINDOW else min(size, _BLOCK)
+            end = window.read(offset + size - length, length)
+            checksum = zlib.crc32(b"%s\0%d\0%s\0%s" % (name, size, time, end), checksum)
+            parts = samples.setdefault(key, ({}, {}))[not exact]
+            if part in parts:
+                repeated.append((key, part, exact, name))
+            else:
+                parts[part] = (offset, size)
+    # Beside a plain picture, others (masks, depth) are no mistake.
+    surplus = [name for key, part, exact, name in repeated if exact or part not in samples[key][0]]
+    return TarIndex(
+        _table({key: loose | plain for key, (plain, loose) in samples.items()}),
+        status.st_size,
+        status.st_mtime_ns,
+        truncated=not complete,
+        checksum=checksum,
+        surplus=len(surplus),
+        first_surplus=surplus[0].decode("utf-8", "replace") if surplus else "",
+    )
 
 
-def _table(samples: dict[bytes, dict[str, tuple[int, int]]]) -> np.ndarray:
+def _meaning(name: bytes) -> tuple[bytes, str | None, bool]:
+    """Key and part (None = of no use) of a member; whether all of its extension says so."""
+    folder, _, base = name.rpartition(b"/")
+    stem, dot, ending = base.partition(b".")
+    if not dot or not stem:
+        return b"", None, False
+    extension = ending.decode("ascii", "replace").lower()
+    part = _PART_OF.get(extension)
+    key = folder + b"/" + stem if folder else stem
+    return key, part or _PART_OF.get(extension.rpartition(".")[2]), part is not None
+
+
+class _Window:
+    """Reads ever further on in a file, out of one large piece after another."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self._data, self._start = b"", 0
+
+    def read(self, start: int, size: int) -> bytes:
+        inside = start - self._start
+        if not 0 <= inside <= len(self._data) - size:
+            self._data = os.pread(self._descriptor, max(size, _WINDOW), start)
+            self._start, inside = start, 0
+        return self._data[inside : inside + size]
+
+
+def _table(samples: dict[bytes, _Parts]) -> np.ndarray:
     width = max((len(key) for key in samples), default=1)
     present = {part for parts in samples.values() for part in parts}
     columns = [part for part in PARTS if part in present]
@@ -166,15 +227,13 @@ def _table(samples: dict[bytes, dict[str, tuple[int, int]]]) -> np.ndarray:
     return np.array(rows, _dtype(width, columns))
 
 
-def _members(descriptor: int, end: int, path: str):
-    """Yields (name, offset, size) of regular files; (None, ...) where the tar breaks off."""
+def _members(
+    window: _Window, end: int, path: str
+) -> Iterator[tuple[bytes | None, int, int, bytes]]:
+    """Yields (name, offset, size, time) of regular files; (None, ...) where the tar breaks off."""
     position, name, size_override = 0, b"", -1
-    window, window_start = b"", 0
     while position + _BLOCK <= end:
-        inside = position - window_start
-        if inside + _BLOCK > len(window):
-            window, window_start, inside = os.pread(descriptor, _WINDOW, position), position, 0
-        header = window[inside : inside + _BLOCK]
+        header = window.read(position, _BLOCK)
         if header[:1] == b"\0" and not header.strip(b"\0"):
             return
         if not _checksum_fits(header):
@@ -183,30 +242,30 @@ def _members(descriptor: int, end: int, path: str):
                     f"{path} is no tar file (compressed ones must be decompressed first: members "
                     "are read at their offsets)."
                 )
-            yield None, position, 0
+            yield None, position, 0, b""
             return
         kind = header[156:157]
         size = size_override if size_override >= 0 else _number(header[124:136])
         start = position + _BLOCK
         if start + size > end:
-            yield None, start, size
+            yield None, start, size, b""
             return
         if kind in b"Lxg":
-            body = os.pread(descriptor, size, start) if kind in b"Lx" else b""
+            body = window.read(start, size) if kind in b"Lx" else b""
             if kind == b"L":
                 name = body.rstrip(b"\0")
             elif kind == b"x":
                 name, size_override = _pax(body, name)
                 if size_override < -1:
-                    yield None, position, 0
+                    yield None, position, 0, b""
                     return
         else:
             if kind in (b"0", b"\0", b"7"):
-                yield name or _plain_name(header), start, size
+                yield name or _plain_name(header), start, size, header[136:148]
             name, size_override = b"", -1
         position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
     # Two blocks of zeros end a tar; a file cut at a block's border has none.
-    yield None, position, 0
+    yield None, position, 0, b""
 
 
 def _plain_name(header: bytes) -> bytes:

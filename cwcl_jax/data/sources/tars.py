@@ -6,20 +6,26 @@ import logging
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import NO_CLASSES, Example, SourceBase, fingerprint_of
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.tar_index import TarIndex, load_index
+from cwcl_jax.data.sources.texts import captions_of, lines_of, text_of_bytes
 
 _LOG = logging.getLogger(__name__)
 # Descriptors kept open; systems allow a process about a thousand by default.
 _OPEN_FILES = 200
 _SECONDS_BETWEEN_NEWS = 20
+# Samples whose JSON tells which fields there are.
+_JSON_LOOKED_AT = 32
 
 
 class _OpenFile:
@@ -61,17 +67,67 @@ class Tars(SourceBase):
         self._class_names = class_names
         self._indexes = _load_indexes(self.paths, cache_dir)
         self.starts = [0, *accumulate(len(index) for index in self._indexes)]
+        self._parts = {part for index in self._indexes for part in index.parts()}
+        if len(self) and text.startswith("json:"):
+            self._check_json_field(text.removeprefix("json:"))
 
     @property
     def class_names(self) -> Sequence[str] | None:
         return self._class_names
 
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        lacks = {
+            part: f"has no {part}: its samples have {', '.join(sorted(self._parts)) or 'nothing'}"
+            for part in ("image", "audio")
+            if part not in self._parts
+        }
+        if "cls" not in self._parts:
+            lacks["label"] = NO_CLASSES
+        if "text" not in self._parts and not self.text.startswith("json:"):
+            fields = ", ".join(self._json_fields())
+            lacks["text"] = "has no .txt members" + (
+                f"; choose a field of its JSON members ({fields}) with text=json:FIELD"
+                if fields
+                else ", and no JSON members either"
+            )
+        return lacks
+
+    def _check_json_field(self, field: str) -> None:
+        """Raises ValueError where no sample can have the field that captions should come from."""
+        if "json" not in self._parts:
+            raise ValueError(
+                f"text=json:{field}, but the samples of {self.paths[0]} have no JSON members; they "
+                f"have {', '.join(sorted(self._parts))}. Use text=txt or text=lines."
+            )
+        fields = self._json_fields()
+        if fields and field not in fields:
+            raise ValueError(
+                f"text=json:{field}, but the JSON members of {self.paths[0]} have no field "
+                f"{field!r}. They have: {', '.join(fields)}."
+            )
+
+    def _json_fields(self) -> list[str]:
+        """Fields of the JSON members of some samples, spread over all tars."""
+        found: dict[str, None] = {}
+        for index in np.unique(np.linspace(0, len(self) - 1, _JSON_LOOKED_AT).astype(int)):
+            try:
+                data = self._part(*self._place(int(index)), "json")
+                found |= dict.fromkeys(_json_object(data)) if data is not None else {}
+            except BadExample:
+                continue
+        return list(found)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Tar and row of an example."""
+        tar = bisect_right(self.starts, index) - 1
+        return tar, index - self.starts[tar]
+
     def __len__(self) -> int:
         return self.starts[-1]
 
     def read(self, index: int, fields: Collection[str]) -> Example:
-        tar = bisect_right(self.starts, index) - 1
-        row = index - self.starts[tar]
+        tar, row = self._place(index)
         key = bytes(self._indexes[tar].table["key"][row]).decode("utf-8", "replace")
         example: Example = {"id": f"{os.path.basename(self.paths[tar])}/{key}"}
         for field in ("image", "audio"):
@@ -106,27 +162,29 @@ class Tars(SourceBase):
         if data is None:
             return
         if part == "json":
-            example["text"] = _json_field(data, self.text.removeprefix("json:"))
+            text = captions_of(_json_object(data).get(self.text.removeprefix("json:")))
         else:
-            text = data.decode("utf-8", "replace")
-            example["text"] = text.splitlines() if self.text == "lines" else text
+            text = text_of_bytes(data)
+            text = lines_of(text) if self.text == "lines" else text
+        if text is not None:
+            example["text"] = text
 
     def fingerprint(self) -> str:
-        parts = [(os.path.basename(p), len(i), i.tar_size) for p, i in self._pairs()]
+        parts = [(os.path.basename(p), len(i), i.tar_size, i.checksum) for p, i in self._pairs()]
         return fingerprint_of("tars", self.text, parts)
 
     def _pairs(self) -> list[tuple[str, TarIndex]]:
         return list(zip(self.paths, self._indexes, strict=True))
 
 
-def _json_field(data: bytes, field: str) -> str | list[str] | None:
+def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data).get(field)
-    except (ValueError, AttributeError) as error:
+        value = json.loads(data)
+    except ValueError as error:
         raise BadExample("json unreadable", str(error)) from error
-    if value is None or isinstance(value, str):
-        return value
-    return [str(item) for item in value] if isinstance(value, list) else str(value)
+    if not isinstance(value, dict):
+        raise BadExample("json unreadable", f"a {type(value).__name__} instead of an object")
+    return value
 
 
 def _label_of(data: bytes) -> int:
@@ -150,7 +208,26 @@ def _load_indexes(paths: Sequence[str], cache_dir: str) -> list[TarIndex]:
             if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
                 told = time.monotonic()
                 _LOG.warning("Indexing tars, once: %d of %d.", len(indexes), len(paths))
+    _warn_of_losses(paths, indexes)
     return indexes
+
+
+def _warn_of_losses(paths: Sequence[str], indexes: Sequence[TarIndex]) -> None:
+    """Says at every opening, not only while scanning, what of the tars is not read."""
+    pairs = list(zip(paths, indexes, strict=True))
+    truncated = [(path, len(index)) for path, index in pairs if index.truncated]
+    if truncated:
+        _LOG.warning(
+            "%d of %d tars are truncated, their last samples are lost; first %s (%d remain).",
+            *(len(truncated), len(paths), *truncated[0]),
+        )
+    surplus = [(path, index.first_surplus) for path, index in pairs if index.surplus]
+    if surplus:
+        _LOG.warning(
+            "%d members of %d tars are not used, first %s in %s: names that are equal up to the "
+            "first dot are one sample, and it already has one of that kind.",
+            *(sum(index.surplus for index in indexes), len(surplus), *reversed(surplus[0])),
+        )
 
 
 def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
@@ -186,4 +263,4 @@ def clip_benchmark_templates(path: str) -> list[str] | None:
 def _lines_if_there(path: Path) -> list[str] | None:
     if not path.exists():
         return None
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines_of(path.read_text(encoding="utf-8-sig"))
