@@ -77,7 +77,8 @@ def paper(config: Any, text: str) -> ConfigDict:
     config.data.train = "tars:/data/cc12m/{00000..01242}.tar::tars:/data/yfcc15m/{00000..01499}.tar"
     config.data.image.size = 224
     config.data.image.crop_min_area = 0.9
-    config.data.text.tokenizer = "bert-base-uncased"
+    bert = "google-bert/bert-base-uncased"
+    config.data.text.tokenizer = bert
     config.data.text.max_tokens = 77
 
     config.embed_dim = 1024
@@ -90,7 +91,7 @@ def paper(config: Any, text: str) -> ConfigDict:
         head="none",
     )
     config.towers.text = (
-        defaults(TowerConfig, encoder="bert", preset="BERT-base", weights="bert-base-uncased")
+        defaults(TowerConfig, encoder="bert", preset="BERT-base", weights=bert)
         if text == "bert"
         else defaults(TowerConfig, encoder="text", preset="B", overrides={"vocab_size": 30_522})
     )

