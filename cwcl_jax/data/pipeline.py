@@ -20,6 +20,7 @@ from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
+from cwcl_jax.data.sources.base import require_fields
 
 __all__ = ["EvalBatches", "TrainBatches", "eval_batches", "reader_threads", "train_batches"]
 
@@ -98,11 +99,7 @@ class TrainBatches:
         )
 
     def _check(self, config: DataConfig, length: int) -> None:
-        if config.labels == "class" and self.source.class_names is None:
-            raise ValueError(
-                f"data.labels='class', but {config.train!r} has no classes; choose a source with "
-                "classes, or data.labels='text' for equal captions."
-            )
+        require_fields(self.source, self._processor.fields(), config.train)
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"An epoch of {self.examples_per_epoch} examples (data.examples_per_epoch="

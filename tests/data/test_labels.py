@@ -45,6 +45,19 @@ def test_class_labels_need_a_source_with_classes():
         _batch("scenes:train?n=64", "class")
 
 
+def test_classes_may_be_numbers_without_names(tmp_path):
+    labels = np.arange(40) % 10
+    np.savez(tmp_path / "f.npz", image=np.ones((40, 3)), label=labels)
+    batch = _batch(f"arrays:{tmp_path}/f.npz", "class", ("image",))
+    np.testing.assert_array_equal(batch["label"], labels[batch["index"]])
+
+
+def test_inputs_that_the_source_lacks_are_named_before_anything_is_read(tmp_path):
+    np.savez(tmp_path / "f.npz", image=np.ones((40, 3)))
+    with pytest.raises(ValueError, match=r"f\.npz' has no array text"):
+        _batch(f"arrays:{tmp_path}/f.npz", "", ("image", "text"))
+
+
 def test_unknown_kind_of_labels_is_an_error():
     with pytest.raises(ValueError, match="labels='id'"):
         DataConfig(labels="id")

@@ -93,6 +93,11 @@ def test_nested_captions_and_sound_can_be_named(prepared):
     np.testing.assert_array_equal(samples, tone(0.05))
 
 
+def test_fields_without_a_feature_are_told(prepared):
+    assert set(open_source(f"tfds:{prepared}").lacks) == {"audio"}
+    assert not open_source(f"tfds:{prepared}?audio=sound").lacks
+
+
 @pytest.mark.parametrize("feature", ["floats", "stereo"])
 def test_sound_of_any_type_comes_as_int16_of_one_channel(prepared, feature):
     samples, _ = open_source(f"tfds:{prepared}?audio={feature}")[0]["audio"]

@@ -1,6 +1,6 @@
 """TFDS through `tfds.data_source`, which needs no TensorFlow when the files are array_record."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from cwcl_jax.data.audio import as_int16
 from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
 
 _RATE = 16_000
+_FIELDS = ("image", "text", "audio", "label")
 
 
 class TfdsSource(SourceBase):
@@ -25,6 +26,11 @@ class TfdsSource(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self._classes
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        missing = [field for field in _FIELDS if field not in self._keys]
+        return {field: f"has no {field}; name its feature with {field}=" for field in missing}
 
     def __len__(self) -> int:
         return len(self._data)
