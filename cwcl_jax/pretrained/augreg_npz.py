@@ -1,6 +1,7 @@
 """Write a ViT tower as an `.npz` in AugReg's layout, the one that ViT-L/16 is published in.
 
-The importer reads it back, and so does any program for AugReg files.
+The importer reads it back, and so does any program for AugReg files. The layout has every bias: one
+that a tower does without is written as zeros, which is the same function.
 """
 
 from collections.abc import Mapping
@@ -23,10 +24,18 @@ _BLOCK = {
 
 
 def augreg_arrays(config: VitConfig, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of an AugReg file, from a ViT tower's leaves by path below the tower."""
+    """The arrays of an AugReg file, from a ViT tower's leaves by path below the tower.
+
+    Args:
+      leaves: with each layer for itself, as `folder.below` gives them.
+
+    Raises:
+      ValueError: the tower has parts that the layout does not have.
+    """
+    _check_fits(leaves)
     arrays = {
         "embedding/kernel": leaves["encoder/patch_embed/kernel"],
-        "embedding/bias": leaves["encoder/patch_embed/bias"],
+        "embedding/bias": leaves.get("encoder/patch_embed/bias", _zeros(config.width)),
         "Transformer/posembed_input/pos_embedding": leaves["encoder/position_embedding"],
         "Transformer/encoder_norm/scale": leaves["encoder/norm/scale"],
         "Transformer/encoder_norm/bias": leaves["encoder/norm/bias"],
@@ -36,37 +45,53 @@ def augreg_arrays(config: VitConfig, leaves: Mapping[str, Any]) -> dict[str, np.
     for layer in range(config.depth):
         arrays |= _block_arrays(config, leaves, layer)
     kernel = leaves.get("head/projection/kernel")
-    if kernel is not None and "head/hidden/kernel" not in leaves:
+    if kernel is not None:
         # Programs for AugReg files expect a bias beside the head's kernel; ours has none.
-        arrays |= {"head/kernel": kernel, "head/bias": np.zeros(kernel.shape[-1], np.float32)}
+        arrays |= {"head/kernel": kernel, "head/bias": _zeros(kernel.shape[-1])}
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
+def _check_fits(leaves: Mapping[str, Any]) -> None:
+    other = {
+        "head/hidden/kernel": "head='mlp', and AugReg's is linear",
+        "encoder/embedding_norm/scale": "a norm between embeddings and blocks, as in CLIP",
+    }
+    for path, what in other.items():
+        if path in leaves:
+            raise ValueError(
+                f"the image tower does not fit AugReg's layout: it has {what}; export it as "
+                "safetensors"
+            )
+
+
+def _zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
 def _block_arrays(config: VitConfig, leaves: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """The sixteen arrays of one layer, whether it stands alone or in a stack of layers."""
-
-    def leaf(name: str) -> np.ndarray:
-        own = leaves.get(f"encoder/blocks/{layer}/{name}")
-        return np.asarray(leaves[f"encoder/blocks/{name}"][layer] if own is None else own)
-
+    """The sixteen arrays of one layer."""
+    ours = f"encoder/blocks/{layer}"
     heads, size = config.heads, config.width // config.heads
     theirs = f"Transformer/encoderblock_{layer}"
     arrays = {
-        f"{theirs}/{_BLOCK[part]}/{name}": leaf(f"{part}/{name}")
-        for part in ("norm1", "norm2")
-        for name in ("scale", "bias")
+        f"{theirs}/{_BLOCK[part]}/{name}": leaves[f"{ours}/{part}/{name}"]
+        for part, names in (
+            ("norm1", ("scale", "bias")),
+            ("norm2", ("scale", "bias")),
+            ("mlp/up", ("kernel", "bias")),
+            ("mlp/down", ("kernel", "bias")),
+        )
+        for name in names
     }
-    for part in ("mlp/up", "mlp/down"):
-        for name in ("kernel", "bias"):
-            arrays[f"{theirs}/{_BLOCK[part]}/{name}"] = leaf(f"{part}/{name}")
     attention = f"{theirs}/{_BLOCK['attention']}"
     for part in ("query", "key", "value"):
-        kernel = leaf(f"attention/{part}/kernel")
+        kernel = leaves[f"{ours}/attention/{part}/kernel"]
+        bias = leaves.get(f"{ours}/attention/{part}/bias", _zeros(config.width))
         arrays[f"{attention}/{part}/kernel"] = kernel.reshape(config.width, heads, size)
-        arrays[f"{attention}/{part}/bias"] = leaf(f"attention/{part}/bias").reshape(heads, size)
-    out = leaf("attention/out/kernel")
+        arrays[f"{attention}/{part}/bias"] = bias.reshape(heads, size)
+    out = leaves[f"{ours}/attention/out/kernel"]
     arrays[f"{attention}/out/kernel"] = out.reshape(heads, size, config.width)
-    arrays[f"{attention}/out/bias"] = leaf("attention/out/bias")
+    arrays[f"{attention}/out/bias"] = leaves[f"{ours}/attention/out/bias"]
     return arrays
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.data.text import load_tokenizer
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.folder import ModelDescription, below
 from cwcl_jax.pretrained.writers import write_safetensors
@@ -82,7 +83,7 @@ def write_dual_encoder(
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "preprocessor_config.json", _image_processor(description))
-    _write_tokenizer(folder, description)
+    load_tokenizer(description.text).save(folder)
     plain = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
     write_safetensors(folder / "model.safetensors", plain, metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
@@ -112,7 +113,8 @@ def _dense(arrays: Arrays, leaves: Arrays, ours: str, theirs: str) -> None:
     """Dense layers and norms: kernels are transposed, scales are called weights."""
     kernel = leaves.get(f"{ours}/kernel")
     arrays[f"{theirs}.weight"] = leaves[f"{ours}/scale"] if kernel is None else kernel.T
-    arrays[f"{theirs}.bias"] = leaves[f"{ours}/bias"]
+    if f"{ours}/bias" in leaves:  # queries, keys and values may have none
+        arrays[f"{theirs}.bias"] = leaves[f"{ours}/bias"]
 
 
 def _blocks(arrays: Arrays, leaves: Arrays, depth: int, names: Mapping[str, str]) -> None:
@@ -143,6 +145,11 @@ def _vision(description: ModelDescription, leaves: Arrays) -> tuple[dict[str, An
             "not fit a VisionTextDualEncoder, which takes a ViT with pooling='cls': export as "
             "safetensors or npz"
         )
+    if "encoder/embedding_norm/scale" in leaves:
+        raise ValueError(
+            "the image tower's norm between embeddings and blocks, as in CLIP, does not fit a "
+            "VisionTextDualEncoder's ViT: export as safetensors"
+        )
     config = _stack_config(settings) | {
         "model_type": "vit",
         "image_size": settings.image_size,
@@ -157,7 +164,9 @@ def _vision(description: ModelDescription, leaves: Arrays) -> tuple[dict[str, An
         "embeddings.patch_embeddings.projection.weight": leaves[
             "encoder/patch_embed/kernel"
         ].transpose(3, 2, 0, 1),
-        "embeddings.patch_embeddings.projection.bias": leaves["encoder/patch_embed/bias"],
+        "embeddings.patch_embeddings.projection.bias": leaves.get(
+            "encoder/patch_embed/bias", np.zeros(settings.width, np.float32)
+        ),
         "pooler.dense.weight": np.eye(settings.width, dtype=np.float32),
         "pooler.dense.bias": np.zeros(settings.width, np.float32),
     }
@@ -208,48 +217,23 @@ def _text(description: ModelDescription, leaves: Arrays) -> tuple[dict[str, Any]
 
 
 def _image_processor(description: ModelDescription) -> dict[str, Any]:
+    """As `data.image.eval_pixels`, but for parts of a pixel: the shorter side resized, then cut."""
     settings = _settings(description, "image")
+    size = settings.image_size
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": settings.image_size, "width": settings.image_size},
+        "size": {"shortest_edge": max(description.image.eval_resize, size)},
         "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": [value / 255 for value in settings.pixel_mean],
         "image_std": [value / 255 for value in settings.pixel_std],
     }
-
-
-def _write_tokenizer(folder: Path, description: ModelDescription) -> None:
-    """`tokenizer.json` and its settings, in the form that AutoTokenizer reads."""
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    from cwcl_jax.data.captions import TOKENIZER_FILE
-
-    name = description.text.tokenizer or str(TOKENIZER_FILE)
-    if not Path(name).is_file():
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
-        return
-    backend = Tokenizer.from_file(name)
-    usual = {
-        "pad_token": ("[PAD]", "<pad>"),
-        "unk_token": ("[UNK]", "<unk>"),
-        "bos_token": ("[BOS]", "[CLS]", "<s>"),
-        "eos_token": ("[EOS]", "[SEP]", "</s>"),
-    }
-    special = {
-        key: token
-        for key, tokens in usual.items()
-        for token in tokens
-        if backend.token_to_id(token) is not None
-    }
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=description.text.max_tokens, **special
-    )
-    fast.save_pretrained(folder)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ a source of weights for a tower of another run.
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
+from cwcl_jax.data.text import load_tokenizer
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
@@ -28,7 +28,6 @@ from cwcl_jax.pretrained.writers import write_safetensors
 DESCRIPTION = "cwcl_jax.json"
 WEIGHTS = "model.safetensors"
 _FORMAT = 1
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,32 +61,32 @@ class ModelDescription:
 
 
 def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str, Any]) -> None:
-    """Write a model; the description comes last, so that a folder with one is whole."""
+    """Write a model; the description comes last, so that a folder with one is whole.
+
+    A tokenizer from anywhere but the package itself is written with it. What belongs to the machine
+    of the training, the kernel of attention, is left to the machine that loads.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    text = dataclasses.replace(
-        description.text, tokenizer=copy_tokenizer(description.text.tokenizer, folder)
-    )
+    text = description.text
+    if text.tokenizer and reads_tokens(description):
+        load_tokenizer(text).save(folder / "tokenizer")
+        text = dataclasses.replace(text, tokenizer="tokenizer/tokenizer.json")
+    towers = {
+        modality: dataclasses.replace(tower, attention="auto")
+        for modality, tower in description.towers.items()
+    }
     write_safetensors(folder / WEIGHTS, leaves, metadata={"format": "np"})
-    content = {"format": _FORMAT} | dataclasses.asdict(dataclasses.replace(description, text=text))
+    written = dataclasses.replace(description, text=text, towers=towers)
+    content = {"format": _FORMAT} | dataclasses.asdict(written)
     partial = folder / f"{DESCRIPTION}.partial"
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(partial, folder / DESCRIPTION)
 
 
-def copy_tokenizer(tokenizer: str, folder: Path) -> str:
-    """Take a local tokenizer along; the package's own ("") and hub names stay as they are."""
-    source = Path(tokenizer)
-    if not tokenizer or not source.exists():
-        return tokenizer
-    target = folder / "tokenizer"
-    target.mkdir(exist_ok=True)
-    if source.is_file():
-        shutil.copy(source, target / "tokenizer.json")
-        return "tokenizer/tokenizer.json"
-    for name in _TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copy(source / name, target / name)
-    return "tokenizer"
+def reads_tokens(description: ModelDescription) -> bool:
+    """Whether a tower needs the tokenizer."""
+    tower = description.towers.get("text")
+    return tower is not None and tower.encoder != "precomputed"
 
 
 def load_folder(folder: Path) -> tuple[ModelDescription, dict[str, jax.Array]]:

@@ -29,7 +29,7 @@ def write_safetensors(
         array = arrays[name]
         dtype = np.dtype(array.dtype)
         if dtype not in _NAMES:
-            raise TypeError(f"array {name!r} has type {dtype}, which safetensors does not know")
+            raise ValueError(f"array {name!r} has type {dtype}, which safetensors does not know")
         end = offset + int(np.prod(array.shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {
             "dtype": _NAMES[dtype],

@@ -1,7 +1,9 @@
+import json
 import pickle
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from cwcl_jax.data.captions import TOKENIZER_FILE
 from cwcl_jax.data.options import TextInputs
@@ -64,6 +66,67 @@ def test_a_tokenizer_file_can_be_named():
     named = load_tokenizer(TextInputs(tokenizer=str(TOKENIZER_FILE)))
     own = load_tokenizer(TextInputs())
     np.testing.assert_array_equal(named(["a star"])["tokens"], own(["a star"])["tokens"])
+
+
+def byte_pairs(folder):
+    """A tokenizer as RoBERTa's older folders have it: two files of pairs, and no tokenizer.json."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["Ġ"]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *letters, "re", "red", "Ġs", "Ġst"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    merges = "#version: 0.2\nr e\nre d\nĠ s\nĠs t\n"
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "roberta"}')
+    return folder
+
+
+def word_pieces(folder):
+    """A tokenizer as BERT's older folders have it: a list of words."""
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "star", "##s"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return folder
+
+
+@pytest.mark.parametrize("made", [byte_pairs, word_pieces])
+def test_a_saved_tokenizer_gives_the_same_ids_here_and_in_transformers(tmp_path, made):
+    transformers = pytest.importorskip("transformers")
+    source = made(tmp_path / "source")
+    texts = ["red star", "A Red", "a blue star and stars and more words than fit"]
+    reference = transformers.AutoTokenizer.from_pretrained(source)
+    expected = reference(texts, padding="max_length", truncation=True, max_length=9)["input_ids"]
+    original = load_tokenizer(TextInputs(tokenizer=str(source), max_tokens=9))
+    original.save(tmp_path / "saved")
+    file = str(tmp_path / "saved" / "tokenizer.json")
+    again = load_tokenizer(TextInputs(tokenizer=file, max_tokens=9))
+    for tokenizer in (original, again):
+        np.testing.assert_array_equal(tokenizer(texts)["tokens"], expected)
+    assert len({tuple(row) for row in expected}) == 3
+    assert again.special_tokens == original.special_tokens
+    assert again.fingerprint() == original.fingerprint()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    made_ids = theirs(texts, padding="max_length", truncation=True)["input_ids"]
+    np.testing.assert_array_equal(made_ids, expected)
+    assert theirs.pad_token == reference.pad_token
+
+
+def test_special_tokens_of_other_names_are_read_beside_the_file(tmp_path):
+    vocabulary = {"a": 0, "<|stop|>": 1, "<|fill|>": 2}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|stop|>"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"pad_token": {"content": "<|fill|>", "lstrip": False}, "eos_token": "<|stop|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(TextInputs(tokenizer=str(tmp_path / "tokenizer.json"), max_tokens=3))
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (2, 1)
+    np.testing.assert_array_equal(tokenizer(["a"])["tokens"], [[0, 2, 2]])
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer\.json' .* cannot be read"):
+        load_tokenizer(TextInputs(tokenizer=str(tmp_path / "tokenizer.json")))
 
 
 def test_a_missing_tokenizer_says_what_to_give(tmp_path):

@@ -8,7 +8,7 @@ import scipy.ndimage
 
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.vit import PRESETS, VitConfig
-from cwcl_jax.pretrained import WeightsMismatch, import_tower, write_augreg_npz
+from cwcl_jax.pretrained import WeightsMismatch, folder, import_tower, write_augreg_npz
 from cwcl_jax.pretrained.augreg_npz import augreg_arrays
 from cwcl_jax.pretrained.importer import recognise
 from cwcl_jax.pretrained.readers import Entry
@@ -100,7 +100,7 @@ def test_exporter_writes_exactly_the_published_names_and_shapes():
 def test_round_trip_is_exact(tmp_path, scan):
     config, _, leaves = model(scan_layers=scan)
     path = tmp_path / "vit.npz"
-    write_augreg_npz(path, VitConfig(**SIZES), below(leaves))
+    write_augreg_npz(path, VitConfig(**SIZES), folder.below(leaves, "image"))
     config, _, abstract = model(abstract=True, weights=str(path), scan_layers=True)
     imported = import_tower(config, "image", abstract)
     assert len(imported.sha256) == 64
