@@ -10,9 +10,11 @@ from cwcl_jax.data.image import eval_pixels
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.embed import embed
 from cwcl_jax.training import stopping
+from cwcl_jax.training.embedding import weights_name
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.run import train
+from cwcl_jax.training.state import TowerSource
 from tests.training.toy import toy_config
 
 SOURCE = "scenes:train?n=100"
@@ -74,6 +76,36 @@ def test_embeddings_of_a_tower_that_trains_are_refused(folder, tmp_path):
     config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", "towers.image.tune": "all"})
     with pytest.raises(ConfigError, match=r"the image tower trains.*tune"):
         train(config, tmp_path)
+
+
+def test_embeds_of_another_head_are_not_mixed_in(tmp_path):
+    head = {"towers.image.tune": "head", "towers.image.head": "linear", "evaluation.tasks": {}}
+
+    def embed_run(name):
+        config = toy_config()  # what --workdir has instead
+        return embed(
+            config, workdir=str(tmp_path / name), output=str(tmp_path / "out"), modality="image",
+            line=SOURCE, what="embeds", batch_size=32,
+        )  # fmt: skip
+
+    for name, rate in (("one", 1e-3), ("two", 1e-1)):
+        config = toy_config(**{"total_steps": 1, "optimizer.learning_rate": rate, **head})
+        train(config, tmp_path / name)
+    assert embed_run("one") == embed_run("one") == DONE
+    with pytest.raises(ConfigError, match="stale: weights"):
+        embed_run("two")
+
+
+def test_embeds_are_named_by_head_and_step_and_features_by_the_encoder_alone():
+    blueprint = imported_encoder(toy_config(**{"towers.image.head": "linear"}))[0].blueprint
+    file = TowerSource("vit.npz", "12" * 32)
+
+    def name(step, output, source=file):
+        return weights_name(blueprint, {"image": source}, "image", step, output)
+
+    assert name(1, "features") == name(2, "features") == file.sha256
+    names = {name(1, "embeds"), name(2, "embeds"), name(1, "embeds", TowerSource("", "34" * 32))}
+    assert len(names) == 3
 
 
 def test_interrupted_command_continues(tmp_path, monkeypatch):

@@ -51,19 +51,29 @@ def describe(
         dtype=dtype,
         count=len(source),
         source=source.fingerprint(),
-        weights=weights_name(blueprint, sources, modality, encoder.step),
+        weights=weights_name(blueprint, sources, modality, encoder.step, output),
         preprocessing=preprocessing(blueprint.config, modality, output),
         shard_size=shard_size,
     )
 
 
 def weights_name(
-    blueprint: Blueprint, sources: Mapping[str, TowerSource], modality: str, step: int
+    blueprint: Blueprint,
+    sources: Mapping[str, TowerSource],
+    modality: str,
+    step: int,
+    output: str = "features",
 ) -> str:
-    """What the tower's values are: a locked one's file or seed, a trained one's run and step."""
-    if blueprint.features_are_locked(modality):
-        return sources[modality].sha256 or f"initialised-seed-{blueprint.config.seed}"
-    return f"{config_hash(blueprint.config)}-step-{step}"
+    """What the tower's values are: a locked encoder's file or seed, else the run and its step.
+
+    Embeds have passed through the head, which trains even where the encoder is locked, or is
+    initialised by the run.
+    """
+    sha256 = sources[modality].sha256
+    if output == "features" and blueprint.features_are_locked(modality):
+        return sha256 or f"initialised-seed-{blueprint.config.seed}"
+    begun = f"-from-{sha256[:16]}" if sha256 else ""
+    return f"{config_hash(blueprint.config)}{begun}-step-{step}"
 
 
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
