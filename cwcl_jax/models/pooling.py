@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.transformer import Execution, linear
 
@@ -31,6 +31,18 @@ def pool(
     # `where` and not a product: a non-finite value at a masked place must not leak in.
     total = jnp.sum(jnp.where(weights > 0, tokens.astype(jnp.float32), 0.0), axis=1)
     return (total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)).astype(tokens.dtype)
+
+
+def up_to_end(
+    tokens: Int[Array, "b s"], mask: Bool[Array, "b s"], end_token: int
+) -> Bool[Array, "b s"]:
+    """The mask of each row up to its first `end_token` (-1: its highest real id), all without one.
+
+    CLIP's tokenizers pad with the end token itself, so that only its first place counts.
+    """
+    highest = jnp.max(jnp.where(mask, tokens, -1), axis=1, keepdims=True)
+    ends = (tokens == (highest if end_token < 0 else end_token)).astype(jnp.int32)
+    return mask & (jnp.cumsum(ends, axis=1) - ends == 0)
 
 
 class AttentionPool(nnx.Module):

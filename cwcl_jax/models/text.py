@@ -5,12 +5,15 @@ features are the mean over the real tokens, which needs no special token from th
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.pooling import pool, up_to_end
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
 from cwcl_jax.models.transformer import Execution, TransformerConfig, embedding, layer_norm
 
@@ -29,8 +32,11 @@ class TextConfig:
     epsilon: float = 1e-6
     dropout: float = 0.0
     pooling: str = "mean"
-    """"mean", "last" (the last real token, as CLIP with an end token) or "cls" (the first)."""
+    """"mean", "last" (the last real token, as CLIP with an end token), "cls" (the first) or "end":
+    the first `end_token`, whatever the mask says of what follows it, as in CLIP's files."""
     causal: bool = False
+    end_token: int = -1
+    """The id that pooling="end" looks for; -1 is the highest id of each text, as CLIP had it."""
 
 
 PRESETS: dict[str, TextConfig] = {
@@ -39,11 +45,12 @@ PRESETS: dict[str, TextConfig] = {
     # S and B: the ViT's sizes of the same name, as LiT pairs its towers (arXiv 2111.07991, 4.1).
     "S": TextConfig(width=384, depth=12, heads=6, mlp_width=1536),
     "B": TextConfig(width=768, depth=12, heads=12, mlp_width=3072),
-    # CLIP's text tower beside ViT-B (arXiv 2103.00020, section 2.4 and table 20).
-    "CLIP-B": TextConfig(
-        vocab_size=49408, causal=True, pooling="last", activation="quick_gelu", epsilon=1e-5
-    ),
 }
+# CLIP's text towers beside ViT-B and ViT-L (arXiv 2103.00020, section 2.4 and table 20).
+PRESETS["CLIP-B"] = TextConfig(
+    vocab_size=49408, causal=True, pooling="last", activation="quick_gelu", epsilon=1e-5
+)
+PRESETS["CLIP-L"] = dataclasses.replace(PRESETS["CLIP-B"], width=768, heads=12, mlp_width=3072)
 
 
 class TextTransformer(TextEncoder):
@@ -71,3 +78,11 @@ class TextTransformer(TextEncoder):
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """The final norm of pre-norm blocks."""
         return self.norm(x)
+
+    def __call__(
+        self, inputs: Mapping[str, Any], key: jax.Array | None = None
+    ) -> Float[Array, "b f"]:
+        if self.config.pooling != "end":
+            return super().__call__(inputs, key)
+        mask = up_to_end(inputs["tokens"], inputs["mask"], self.config.end_token)
+        return pool(self.tokens(inputs, key), mask, "last")

@@ -2,7 +2,8 @@
 arXiv 2106.10270.
 
 Defaults are AugReg's: tanh GELU, epsilon 1e-6, pixels (x - 127.5) / 127.5. The transformers
-library's ViT differs in two numbers only: erf GELU and epsilon 1e-12.
+library's ViT differs in two numbers only: erf GELU and epsilon 1e-12. CLIP's image tower (Radford
+et al. 2021, arXiv 2103.00020) has a norm before the blocks, and patches without a bias.
 """
 
 import dataclasses
@@ -42,6 +43,9 @@ class VitConfig:
     """"cls", or "mean" over the patches."""
     class_token: bool = True
     qkv_bias: bool = True
+    patch_bias: bool = True
+    embedding_norm: bool = False
+    """A norm between the embeddings and the blocks, as in CLIP."""
     pixel_mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     pixel_std: tuple[float, float, float] = (127.5, 127.5, 127.5)
 
@@ -83,6 +87,19 @@ PRESETS: dict[str, VitConfig] = {
     for size, (width, depth, heads, mlp_width) in _SIZES.items()
     for patch in (8, 14, 16, 32)
 }
+# CLIP's image towers (arXiv 2103.00020, table 20); mean and spread of its training pictures.
+PRESETS |= {
+    f"CLIP-{name}": dataclasses.replace(
+        PRESETS[name],
+        activation="quick_gelu",
+        epsilon=1e-5,
+        patch_bias=False,
+        embedding_norm=True,
+        pixel_mean=(122.7709383, 116.7460125, 104.09373615),
+        pixel_std=(68.5005327, 66.6321579, 70.32316305),
+    )
+    for name in ("ViT-B/32", "ViT-B/16", "ViT-L/14")
+}
 # This package's own size for 64 x 64 pictures: 0.47 M parameters, 1.9 MB in float32.
 PRESETS["tiny"] = VitConfig(image_size=64, patch_size=8, width=96, depth=4, heads=3, mlp_width=384)
 
@@ -90,11 +107,14 @@ PRESETS["tiny"] = VitConfig(image_size=64, patch_size=8, width=96, depth=4, head
 class PatchEmbed(nnx.Module):
     """Non-overlapping patches times one kernel: a strided convolution written as one matmul."""
 
-    def __init__(self, patch: int, width: int, execution: Execution, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: VitConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        patch, width = config.patch_size, config.width
         init = nnx.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
         shape = (patch, patch, 3, width)
         self.kernel = nnx.Param(init(rngs.params(), shape, execution.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((width,), execution.param_dtype))
+        if config.patch_bias:
+            self.bias = nnx.Param(jnp.zeros((width,), execution.param_dtype))
+        self.has_bias = config.patch_bias
         self.patch = patch
         self.dtype = execution.dtype
 
@@ -105,7 +125,8 @@ class PatchEmbed(nnx.Module):
         x = x.reshape(b, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * columns, p * p * 3).astype(self.dtype)
         kernel = self.kernel[...].reshape(p * p * 3, -1).astype(self.dtype)
-        return x @ kernel + self.bias[...].astype(self.dtype)[None, None, :]
+        x = x @ kernel
+        return x + self.bias[...].astype(self.dtype)[None, None, :] if self.has_bias else x
 
 
 class Vit(nnx.Module):
@@ -114,10 +135,12 @@ class Vit(nnx.Module):
     def __init__(self, config: VitConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         width, dtype = config.width, execution.param_dtype
         normal = nnx.initializers.normal(0.02)
-        self.patch_embed = PatchEmbed(config.patch_size, width, execution, rngs=rngs)
+        self.patch_embed = PatchEmbed(config, execution, rngs=rngs)
         if config.class_token:
             self.class_token = nnx.Param(jnp.zeros((1, 1, width), dtype))
         self.position_embedding = nnx.Param(normal(rngs.params(), (1, config.tokens, width), dtype))
+        if config.embedding_norm:
+            self.embedding_norm = layer_norm(width, config.epsilon, execution, rngs)
         self.blocks = make_blocks(transformer_config(config), execution, rngs=rngs)
         self.norm = layer_norm(width, config.epsilon, execution, rngs)
         self.config = config
@@ -131,7 +154,7 @@ class Vit(nnx.Module):
     def embed(
         self, pixels: UInt8[Array, "b y x 3"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """Patches and class token with their positions added."""
+        """Patches and class token with their positions added, normalised where the family does."""
         side = self.config.image_size
         if pixels.shape[1:3] != (side, side):
             raise ValueError(
@@ -145,7 +168,10 @@ class Vit(nnx.Module):
         if self.config.class_token:
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2])), x], axis=1)
-        return dropout(x + self.position_embedding[...].astype(x.dtype), self.config.dropout, key)
+        x = x + self.position_embedding[...].astype(x.dtype)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
+        return dropout(x, self.config.dropout, key)
 
     def tokens(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None

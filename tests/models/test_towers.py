@@ -111,6 +111,19 @@ def test_padding_cannot_influence_a_text_embedding(pooling):
     assert np.any(np.asarray(gradient[:, :4]))
 
 
+@pytest.mark.parametrize(
+    ("end_token", "places"), [(9, [2, 4, 1]), (-1, [2, 3, 0]), (30, [4, 4, 1])]
+)
+def test_end_pooling_reads_the_first_end_token_or_else_the_last_real_token(end_token, places):
+    overrides = TINY_TEXT | {"causal": True, "pooling": "end", "end_token": end_token}
+    tower = build(towers(text={"overrides": overrides})).towers["text"]
+    tokens = jnp.array([[1, 4, 9, 9, 9], [1, 4, 5, 7, 2], [3, 2, 9, 9, 9]])
+    inputs = {"tokens": tokens, "mask": jnp.arange(5)[None, :] < jnp.array([5, 5, 2])[:, None]}
+    sequence = run(tower.encoder.tokens, inputs)
+    expected = sequence[np.arange(3), places]
+    np.testing.assert_allclose(run(tower.features, inputs), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_fully_masked_rows_have_finite_gradients(pooling):
     definition, leaves = two_towers(towers(text={"pooling": pooling}))
