@@ -1,6 +1,9 @@
-"""Sizes of a tower from the `config.json` that transformers writes beside weights.
+"""Settings of a tower from the files beside its weights.
 
-With it a folder can be used without a preset, and a wrong preset is named as such.
+Those are an own export's `cwcl_jax.json`, or transformers' `config.json` (of a joint CLIP file the
+part that belongs to the tower), the pixels' range in `preprocessor_config.json` and the pooling
+that sentence-transformers notes. With them a folder can be used without a preset, a wrong preset is
+named as such, and so is a setting that changes the numbers but no shape.
 """
 
 import dataclasses
@@ -9,8 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cwcl_jax.models.augment import SpeechAugment
 from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained.failures import WeightsMismatch
+from cwcl_jax.pretrained.folder import DESCRIPTION, read_description
 from cwcl_jax.pretrained.locate import locate
 
 _ACTIVATIONS = {
@@ -39,7 +47,14 @@ _ENCODER_STACK = {
 _BERT = _STACK | {"vocab_size": "vocab_size", "token_types": "type_vocab_size"}
 # Encoder -> our field -> the key in config.json.
 _FIELDS: dict[str, dict[str, str]] = {
-    "vit": _STACK | {"image_size": "image_size", "patch_size": "patch_size"},
+    "vit": _STACK
+    | {"image_size": "image_size", "patch_size": "patch_size", "qkv_bias": "qkv_bias"},
+    "text": _STACK
+    | {
+        "vocab_size": "vocab_size",
+        "max_tokens": "max_position_embeddings",
+        "end_token": "eos_token_id",
+    },
     "bert": _BERT | {"max_tokens": "max_position_embeddings"},
     "roberta": _BERT | {"max_tokens": "max_position_embeddings"},
     "bart": _ENCODER_STACK
@@ -54,52 +69,223 @@ _FIELDS: dict[str, dict[str, str]] = {
 _MODEL_TYPES = {"xlm-roberta": "roberta", "camembert": "roberta"}
 
 
-def sizes_of_folder(path: Path, encoder: str) -> dict[str, Any]:
-    """The encoder's settings that a folder's config.json names; empty without such a file."""
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if encoder not in _FIELDS or not file.exists():
+# A CLIP file's part for each encoder, and the preset whose sizes transformers takes for granted.
+_CLIP = {"vit": ("vision", "CLIP-ViT-B/32"), "text": ("text", "CLIP-B")}
+# Only of use in training, and a choice of each run.
+_OF_TRAINING = {"dropout", *(field.name for field in dataclasses.fields(SpeechAugment))}
+# What changes the numbers and no shape: a difference is an error,
+_UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations")
+# here unless it was asked for by name.
+_FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
+_POOLINGS = {
+    "cls": "cls",
+    "cls_token": "cls",
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "lasttoken": "last",
+}
+
+
+def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
+    """The encoder's settings that the files beside weights name; empty without such files."""
+    folder = _folder(path)
+    if encoder not in ENCODERS:
+        return {}
+    if (folder / DESCRIPTION).exists():
+        return _of_own_export(folder, encoder)
+    settings = _of_transformers(folder / "config.json", encoder)
+    if ENCODERS[encoder].modality == "image":
+        settings |= _pixel_range(folder)
+    return settings
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not file.exists():
         return {}
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not a JSON file: {error}") from error
-    kind = content.get("model_type", encoder)
-    if _MODEL_TYPES.get(kind, kind) != encoder:
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file}: holds a {type(content).__name__}, not settings by name: fetch it again"
+        )
+    return content
+
+
+def _of_own_export(folder: Path, encoder: str) -> dict[str, Any]:
+    tower = read_description(folder).towers.get(ENCODERS[encoder].modality)
+    if tower is None or tower.encoder != encoder:
         return {}
-    sizes = {
-        ours: content[theirs] for ours, theirs in _FIELDS[encoder].items() if theirs in content
+    return _lasting(encoder_config(encoder, tower.preset, tower.overrides, tower.pooling))
+
+
+def _lasting(settings: Any) -> dict[str, Any]:
+    """The fields that belong to the weights."""
+    fields = dataclasses.asdict(settings)
+    return {name: value for name, value in fields.items() if name not in _OF_TRAINING}
+
+
+def _of_transformers(file: Path, encoder: str) -> dict[str, Any]:
+    content = _json(file)
+    kind = content.get("model_type", encoder)
+    part, preset = _CLIP.get(encoder, ("", ""))
+    settings: dict[str, Any] = {}
+    if part and kind in ("clip", f"clip_{part}_model"):
+        settings = _lasting(ENCODERS[encoder].presets[preset])
+        if encoder == "text":
+            settings |= {"pooling": "end", "end_token": settings["vocab_size"] - 1}
+        if kind == "clip":
+            # Where old files have both, transformers takes the second.
+            old = content.get(f"{part}_config_dict")
+            content = (content.get(f"{part}_config") or {}) if old is None else old
+    elif encoder not in _FIELDS or _MODEL_TYPES.get(kind, kind) != encoder:
+        return {}
+    for ours, theirs in _FIELDS[encoder].items():
+        if theirs in content:
+            settings[ours] = _value(file, theirs, content[theirs])
+    if encoder == "roberta" and "max_tokens" in settings:
+        settings["max_tokens"] -= ENCODERS["roberta"].config_class.position_offset
+    if settings.get("end_token") == 2:
+        # The mark of files from before the id was written down: CLIP's end token is the highest.
+        settings["end_token"] = -1
+    return settings
+
+
+def _value(file: Path, name: str, value: Any) -> Any:
+    """One setting of a config.json in our words."""
+    if name in ("hidden_act", "activation_function"):
+        if value not in _ACTIVATIONS:
+            raise ValueError(f"{file}: activation {value!r} is not supported")
+        return _ACTIVATIONS[value]
+    if isinstance(value, list) and len(set(map(repr, value))) == 1:
+        value = value[0]  # both sides of a square
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{file}: {name} is {value!r}, which is not supported: expected a number")
+    return value
+
+
+def _pixel_range(folder: Path) -> dict[str, Any]:
+    """Mean and spread of 0..255 pixels, from those of an image processor's rescaled ones."""
+    file = folder / "preprocessor_config.json"
+    if not file.exists():
+        file = folder / "processor_config.json"
+    content = _json(file)
+    content = content.get("image_processor", content)
+    if not isinstance(content, dict) or not {"image_mean", "image_std"} <= set(content):
+        return {}
+    factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
+    pixels = content["image_mean"], content["image_std"]
+    if not content.get("do_normalize", True):
+        pixels = [0.0] * 3, [1.0] * 3
+    try:
+        mean, std = (np.asarray(x, np.float64).reshape(3) / factor for x in pixels)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: image_mean {pixels[0]!r} and image_std {pixels[1]!r} are not three numbers "
+            "each: set pixel_mean and pixel_std (of 0..255) in the tower's overrides"
+        ) from error
+    return {
+        "pixel_mean": tuple(mean.round(6).tolist()),
+        "pixel_std": tuple(std.round(6).tolist()),
     }
-    if "activation" in sizes:
-        name = sizes["activation"]
-        if name not in _ACTIVATIONS:
-            raise ValueError(f"{file}: activation {name!r} is not supported")
-        sizes["activation"] = _ACTIVATIONS[name]
-    if encoder == "roberta" and "max_tokens" in sizes:
-        sizes["max_tokens"] -= ENCODERS["roberta"].config_class.position_offset
-    return sizes
+
+
+def _sentence_pooling(folder: Path, encoder: str) -> dict[str, Any]:
+    """The pooling that sentence-transformers noted beside a text encoder."""
+    file = folder / "1_Pooling" / "config.json"
+    if ENCODERS[encoder].modality != "text":
+        return {}
+    content = _json(file)
+    modes = content.get("pooling_mode") or [
+        name.removeprefix("pooling_mode_")
+        for name, chosen in content.items()
+        if name.startswith("pooling_mode_") and chosen is True
+    ]
+    modes = [modes] if isinstance(modes, str) else modes
+    if not modes:
+        return {}
+    if len(modes) > 1 or modes[0] not in _POOLINGS:
+        raise ValueError(
+            f"{file}: pooling by {' and '.join(map(str, modes))} is not supported: set the tower's "
+            "pooling to cls or mean"
+        )
+    return {"pooling": _POOLINGS[modes[0]]}
 
 
 def complete(config: TowerConfig) -> TowerConfig:
-    """A tower without preset gets the sizes of its weights' folder; overrides stay on top."""
-    if config.preset or not config.weights:
+    """A tower without preset gets the settings of its weights' folder; overrides stay on top."""
+    if config.preset or not config.weights or config.encoder not in ENCODERS:
         return config
-    sizes = sizes_of_folder(locate(config.weights), config.encoder)
-    return dataclasses.replace(config, overrides=sizes | dict(config.overrides))
+    path = locate(config.weights)
+    settings = settings_of_folder(path, config.encoder)
+    if not config.pooling and "pooling" not in config.overrides:
+        settings |= _sentence_pooling(_folder(path), config.encoder)
+    return dataclasses.replace(config, overrides=settings | dict(config.overrides))
 
 
 def explain_sizes(path: Path, config: TowerConfig) -> str:
-    """Where a folder's config.json differs from the tower, and the presets that would fit it."""
-    sizes = sizes_of_folder(path, config.encoder)
-    chosen = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
-    different = {name: value for name, value in sizes.items() if getattr(chosen, name) != value}
+    """Where a folder's settings differ from the tower, and the presets that would fit it."""
+    choices = {"pooling", "end_token", *_FRONT_END}
+    sizes = {
+        name: value
+        for name, value in settings_of_folder(path, config.encoder).items()
+        if name not in choices
+    }
+    different = _different(sizes, config)
     if not different:
         return ""
-    listed = ", ".join(f"{name}={value!r}" for name, value in different.items())
     presets: Mapping[str, Any] = ENCODERS[config.encoder].presets
     fitting = [
         name
         for name, preset in presets.items()
-        if all(getattr(preset, field) == value for field, value in sizes.items())
+        if all(_same(getattr(preset, field), value) for field, value in sizes.items())
     ]
     hint = f"preset {fitting[0]!r} fits" if fitting else "an empty preset takes the file's sizes"
-    return f"its config.json has {listed}: {hint}"
+    return f"its {_named_by(path)} has {_listed(different)}: {hint}"
+
+
+def check_settings(path: Path, config: TowerConfig) -> None:
+    """Compare what no shape shows with the folder's files.
+
+    Raises:
+      WeightsMismatch: the tower would compute something else than the weights' own model.
+    """
+    found = settings_of_folder(path, config.encoder)
+    names = [*_UNSEEN, *(name for name in _FRONT_END if name not in config.overrides)]
+    different = _different({name: found[name] for name in names if name in found}, config)
+    if different:
+        raise WeightsMismatch(
+            str(path),
+            f"fits the tower in shape, but its {_named_by(path)} has {_listed(different)}",
+            remedy="set these in the tower's overrides; an empty preset takes all from the file",
+        )
+
+
+def _different(settings: Mapping[str, Any], config: TowerConfig) -> dict[str, Any]:
+    chosen = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
+    return {
+        name: value for name, value in settings.items() if not _same(getattr(chosen, name), value)
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return np.allclose(one, other)  # a range, rounded in the file or here
+    return one == other
+
+
+def _named_by(path: Path) -> str:
+    folder = _folder(path)
+    if (folder / DESCRIPTION).exists():
+        return DESCRIPTION
+    return "config.json" if (folder / "config.json").exists() else "preprocessor_config.json"
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cwcl_jax.models.encoders import encoder_family
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.pretrained import speech_rules, text_rules, vit_rules
+from cwcl_jax.pretrained import clip_rules, speech_rules, text_rules, vit_rules
 from cwcl_jax.pretrained.failures import WeightsMismatch
-from cwcl_jax.pretrained.folder_config import explain_sizes
+from cwcl_jax.pretrained.folder_config import check_settings, explain_sizes
 from cwcl_jax.pretrained.locate import locate, sha256_of
 from cwcl_jax.pretrained.readers import Weights, open_weights
 from cwcl_jax.pretrained.rules import Family, Rule, fill, make_plan
-from cwcl_jax.pretrained.views import without_prefix
+from cwcl_jax.pretrained.views import unstacked, without_prefix
 
 FAMILIES: dict[str, Sequence[Family]] = {
-    "vit": [vit_rules.AUGREG, vit_rules.TRANSFORMERS],
+    "vit": [vit_rules.AUGREG, vit_rules.TRANSFORMERS, clip_rules.VISION],
+    "text": [clip_rules.TEXT],
     "bert": [text_rules.BERT],
     "roberta": [text_rules.ROBERTA],
     "bart": [text_rules.BART],
@@ -67,11 +69,12 @@ def import_tower(
         plan = make_plan(view, family, leaves)
     except WeightsMismatch as error:
         raise error.explained(explain_sizes(path, config)) from None
+    check_settings(path, config)
     digest = sha256_of(path)
     place = put if put is not None else _on_default_device
     result = {}
-    # In the order of the file's names, so that an array of stacked layers is read once.
-    for assignment in sorted(plan.assignments, key=lambda item: item.names):
+    # All layers of one kind after each other, so that an array of stacked layers is read once.
+    for assignment in sorted(plan.assignments, key=lambda item: _any_layer(item.target)):
         array = fill(view, assignment, leaves[assignment.target])
         result[prefix + assignment.target] = place(prefix + assignment.target, array)
     return ImportedTower(
@@ -83,17 +86,26 @@ def import_tower(
     )
 
 
+def _any_layer(target: str) -> str:
+    return re.sub(r"^(encoder/blocks)/\d+/", r"\1/", target)
+
+
 def _on_default_device(path: str, array: np.ndarray) -> jax.Array:
     del path
     return jnp.asarray(array)
 
 
 def own_family(modality: str) -> Family:
-    """A file that this package exported: its names are the paths."""
+    """A file that this package exported: its names are the paths, scanned layers one by one."""
+
+    def view(weights: Weights) -> Weights:
+        plain = without_prefix(weights, f"towers/{modality}/")
+        return unstacked(plain, r"(encoder/blocks)(/[a-z].*)", joint="/")
+
     return Family(
         name="cwcl_jax",
         signature=r"towers/.+",
-        view=lambda weights: without_prefix(weights, f"towers/{modality}/"),
+        view=view,
         rules=[
             Rule(r"(head/.+)", r"\1", optional=True),
             Rule(r"encoder/position_embedding", "encoder/position_embedding", "grid"),
@@ -109,10 +121,12 @@ def recognise(weights: Weights, encoder: str, modality: str) -> Family:
     for family in [own, *FAMILIES.get(encoder, [])]:
         if _signed(family, weights):
             return family
+    reads = encoder_family(encoder).modality
     others = {
         family.name: name
-        for name, families in FAMILIES.items()
-        for family in families
+        # A joint file signs for two encoders: the one of this tower's modality comes first.
+        for name in sorted(FAMILIES, key=lambda name: encoder_family(name).modality != reads)
+        for family in FAMILIES[name]
         if name != encoder and _signed(family, weights)
     }
     looks = f"it looks like a {next(iter(others))} file" if others else "no known kind of file"

@@ -45,6 +45,9 @@ def _resample_grid(array: np.ndarray, shape: Shape) -> np.ndarray:
 TRANSFORMS: dict[str, Transform] = {
     "same": lambda x, shape: x,
     "grid": _resample_grid,
+    # (tokens, d) -> (1, tokens, d); (d) -> (1, 1, d)
+    "table_to_grid": lambda x, shape: _resample_grid(x[None], shape),
+    "one_token": lambda x, shape: x[None, None],
     # (d, heads, k) -> (d, heads * k); (heads, k) -> (heads * k); (heads, k, d) -> (heads * k, d)
     "join_last": lambda x, shape: x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]),
     "join_first": lambda x, shape: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),

@@ -22,7 +22,7 @@ _BERT_RULES = [
 ]
 _BERT_SIGNATURE = r"embeddings[./]token_type_embeddings[./](weight|embedding)"
 # Buffers of older files, and heads for other tasks.
-_BERT_IGNORE = [r"embeddings/position_ids", r"cls/.*", r"lm_head/.*", r"classifier/.*"]
+_BERT_IGNORE = [r"embeddings/position_ids", r"(cls|lm_head|classifier|qa_outputs)/.*"]
 
 
 def _bert_view(weights: Weights) -> Weights:
@@ -47,8 +47,14 @@ ROBERTA = Family(
 _L = r"encoder/layers/(\d+)"
 
 
-def layer_rules(layer: str) -> list[Rule]:
-    """One layer in the names that BART and Whisper share."""
+def layer_rules(
+    layer: str,
+    *,
+    norm1: str = "self_attn_layer_norm",
+    norm2: str = "final_layer_norm",
+    mlp: str = "",
+) -> list[Rule]:
+    """One layer in the names that BART, Whisper and, with other norms, CLIP share."""
     names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
     attention = [
         Rule(rf"{layer}/self_attn/{theirs}/(kernel|bias)", rf"{_OURS}/attention/{ours}/\2")
@@ -56,10 +62,10 @@ def layer_rules(layer: str) -> list[Rule]:
     ]
     return [
         *attention,
-        Rule(rf"{layer}/self_attn_layer_norm/(scale|bias)", rf"{_OURS}/norm1/\2"),
-        Rule(rf"{layer}/fc1/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
-        Rule(rf"{layer}/fc2/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
-        Rule(rf"{layer}/final_layer_norm/(scale|bias)", rf"{_OURS}/norm2/\2"),
+        Rule(rf"{layer}/{norm1}/(scale|bias)", rf"{_OURS}/norm1/\2"),
+        Rule(rf"{layer}/{mlp}fc1/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
+        Rule(rf"{layer}/{mlp}fc2/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+        Rule(rf"{layer}/{norm2}/(scale|bias)", rf"{_OURS}/norm2/\2"),
     ]
 
 
@@ -82,5 +88,5 @@ BART = Family(
         Rule(r"encoder/layernorm_embedding/(scale|bias)", r"encoder/embedding_norm/\1"),
         *layer_rules(_L),
     ],
-    ignore=[r"decoder/.*", r"final_logits_bias", r"lm_head/.*", r"classification_head/.*"],
+    ignore=[r"(decoder|lm_head|classification_head|qa_outputs)/.*", r"final_logits_bias"],
 )

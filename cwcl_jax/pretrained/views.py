@@ -49,11 +49,11 @@ def _layer(index: int) -> Layout:
     return lambda x: x[index]
 
 
-def unstacked(weights: Weights, pattern: str) -> Weights:
+def unstacked(weights: Weights, pattern: str, *, joint: str = "_") -> Weights:
     """Arrays with a leading layer axis, as one array per layer.
 
-    `pattern` has two groups around the place of the layer's number: `(.*encoderblock)(/.*)`
-    turns `Transformer/encoderblock/x` into `Transformer/encoderblock_0/x` and so on.
+    `pattern` has two groups around the place of the layer's number, which follows `joint`:
+    `(.*encoderblock)(/.*)` turns `Transformer/encoderblock/x` into `Transformer/encoderblock_0/x`.
     """
     names: dict[str, tuple[str, Layout]] = {}
     for name, entry in weights.entries.items():
@@ -62,7 +62,7 @@ def unstacked(weights: Weights, pattern: str) -> Weights:
             names[name] = (name, _same)
             continue
         for index in range(entry.shape[0]):
-            names[f"{match[1]}_{index}{match[2]}"] = (name, _layer(index))
+            names[f"{match[1]}{joint}{index}{match[2]}"] = (name, _layer(index))
     return View(weights, names)
 
 
@@ -72,7 +72,7 @@ def without_prefix(weights: Weights, pattern: str) -> Weights:
     return View(weights, names)
 
 
-_EMBEDDING = re.compile(r".*(embed|embeddings|embed_tokens|embed_positions|shared)(_\w+)?")
+_EMBEDDING = re.compile(r".*(embed|embedding|embeddings|shared)(_\w+)?")
 
 
 def flax_names(weights: Weights) -> Weights:

@@ -7,8 +7,9 @@ import pytest
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
+from cwcl_jax.pretrained.folder import ModelDescription, save_folder
 from cwcl_jax.pretrained.writers import write_safetensors
-from tests.models.builders import one_tower
+from tests.models.builders import one_tower, two_towers
 from tests.pretrained.test_readers import bert_arrays
 
 CONFIG = {
@@ -67,3 +68,159 @@ def test_position_offset_and_other_model_types(tmp_path):
     broken = TowerConfig("roberta", weights=folder(tmp_path, model_type="roberta", hidden_act="x"))
     with pytest.raises(ValueError, match=r"config.json: activation 'x' is not supported"):
         complete(broken)
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null"])
+def test_a_config_that_holds_no_settings_is_named(tmp_path, content):
+    config = TowerConfig("bert", weights=folder(tmp_path))
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config.json: holds a \w+, not settings by name"):
+        complete(config)
+
+
+def test_a_setting_that_is_no_number_is_named(tmp_path):
+    config = TowerConfig("bert", weights=folder(tmp_path, hidden_size="24"))
+    with pytest.raises(ValueError, match=r"config.json: hidden_size is '24'.*expected a number"):
+        complete(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"heads": 4}, "heads=2"), ({"activation": "relu"}, "activation='gelu_erf'")],
+)
+def test_settings_that_no_shape_shows_are_compared(tmp_path, change, named):
+    config = complete(TowerConfig("bert", weights=folder(tmp_path), overrides=change))
+    with pytest.raises(WeightsMismatch, match=rf"its config.json has {named}.*overrides"):
+        load(config)
+
+
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "qkv_bias": False,
+}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def vit_folder(path, **processor):
+    (path / "config.json").write_text(json.dumps(VIT))
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(path)
+
+
+def test_a_vit_folder_gives_biases_and_the_range_of_its_pixels(tmp_path):
+    overrides = complete(TowerConfig("vit", weights=vit_folder(tmp_path, **IMAGENET))).overrides
+    assert overrides["qkv_bias"] is False
+    assert overrides["pixel_mean"] == pytest.approx((123.675, 116.28, 103.53))
+    assert overrides["pixel_std"] == pytest.approx((58.395, 57.12, 57.375))
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        (IMAGENET | {"rescale_factor": 1 / 127.5}, 0.485 * 127.5, 0.229 * 127.5),
+        (IMAGENET | {"do_rescale": False}, 0.485, 0.229),
+        (IMAGENET | {"do_normalize": False}, 0.0, 255.0),
+        ({"do_resize": True}, None, None),
+    ],
+)
+def test_processors_rescale_and_normalise_or_do_not(tmp_path, processor, mean, std):
+    overrides = complete(TowerConfig("vit", weights=vit_folder(tmp_path, **processor))).overrides
+    assert ("pixel_mean" in overrides) == (mean is not None)
+    if mean is not None:
+        assert overrides["pixel_mean"][0] == pytest.approx(mean, abs=1e-6)
+        assert overrides["pixel_std"][0] == pytest.approx(std, abs=1e-6)
+
+
+def test_pixels_of_another_range_than_the_folders_are_asked_for_by_name(tmp_path):
+    weights = vit_folder(tmp_path, **IMAGENET)
+    own = complete(TowerConfig("vit", weights=weights))
+    arrays = {f"towers/text/{path}": leaf for path, leaf in one_tower(own)[1].items()}
+    write_safetensors(tmp_path / "model.safetensors", arrays)
+    sizes = {k: v for k, v in own.overrides.items() if not k.startswith("pixel_")}
+    with pytest.raises(WeightsMismatch, match=r"pixel_mean=\(123.675.*pixel_std"):
+        load(TowerConfig("vit", weights=weights, overrides=sizes))
+    ours = {"pixel_mean": (127.5,) * 3, "pixel_std": (127.5,) * 3}
+    chosen = complete(TowerConfig("vit", weights=weights, overrides=ours))
+    assert chosen.overrides["pixel_mean"] == (127.5,) * 3
+    load(chosen)
+
+
+def test_unreadable_pixel_ranges_are_named(tmp_path):
+    weights = vit_folder(tmp_path, image_mean=[0.5], image_std=[0.5])
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json: image_mean \[0.5\].*overrides"
+    ):
+        complete(TowerConfig("vit", weights=weights))
+
+
+def pooling_folder(path, **content):
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(content))
+    return folder(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": False}, "cls"),
+    ],
+)
+def test_the_pooling_of_sentence_transformers_is_taken(tmp_path, content, expected):
+    config = complete(TowerConfig("bert", weights=pooling_folder(tmp_path, **content)))
+    settings = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
+    assert settings.pooling == expected
+    assert len(load(config).leaves) == 5 + 16
+    chosen = complete(TowerConfig("bert", weights=str(tmp_path), pooling="pooler"))
+    assert encoder_config("bert", "", chosen.overrides, chosen.pooling).pooling == "pooler"
+
+
+def test_a_pooling_that_we_do_not_have_is_refused_unless_another_is_chosen(tmp_path):
+    weights = pooling_folder(tmp_path, pooling_mode_max_tokens=True)
+    with pytest.raises(ValueError, match=r"1_Pooling/config.json: pooling by max_tokens.*set the"):
+        complete(TowerConfig("bert", weights=weights))
+    complete(TowerConfig("bert", weights=weights, pooling="mean"))
+
+
+def own_export(path):
+    sizes = {"width": 8, "depth": 2, "heads": 2, "mlp_width": 12, "activation": "relu"}
+    towers = {
+        "image": TowerConfig("vit", "tiny", {"depth": 1}, pooling="mean"),
+        "text": TowerConfig("bert", "tiny", sizes | {"dropout": 0.2}, pooling="mean"),
+    }
+    _, leaves = two_towers(towers)
+    save_folder(path, ModelDescription(towers, embed_dim=8), leaves)
+    return leaves
+
+
+def test_an_own_export_brings_its_sizes(tmp_path):
+    leaves = own_export(tmp_path)
+    config = complete(TowerConfig("bert", weights=str(tmp_path)))
+    settings = encoder_config("bert", "", config.overrides, "")
+    assert (settings.width, settings.vocab_size, settings.pooling) == (8, 2048, "mean")
+    assert settings.dropout == 0.1  # a run's own choice: the encoder's default
+    result = load(config)
+    assert not result.initialised
+    assert set(result.leaves) == {path for path in leaves if path.startswith("towers/text/")}
+    image = complete(TowerConfig("vit", weights=str(tmp_path / "model.safetensors")))
+    assert (image.overrides["depth"], image.overrides["pooling"]) == (1, "mean")
+    assert complete(TowerConfig("whisper", weights=str(tmp_path))).overrides == {}
+
+
+def test_an_own_exports_unseen_settings_are_compared(tmp_path):
+    own_export(tmp_path)
+    for change, named in (({"heads": 4}, "heads=2"), ({"activation": "gelu_erf"}, "'relu'")):
+        config = complete(TowerConfig("bert", weights=str(tmp_path), overrides=change))
+        with pytest.raises(WeightsMismatch, match=rf"its cwcl_jax.json has .*{named}"):
+            load(config)
+    with pytest.raises(WeightsMismatch, match=r"cwcl_jax.json has .*width=8.*empty preset"):
+        load(TowerConfig("bert", "tiny", weights=str(tmp_path)))

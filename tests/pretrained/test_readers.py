@@ -1,5 +1,7 @@
 """Readers: every format gives the same arrays; bad files are errors that name the remedy."""
 
+import dataclasses
+import fnmatch
 import json
 import os
 import pickle
@@ -12,7 +14,7 @@ import pytest
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, import_tower
 from cwcl_jax.pretrained.locate import locate, sha256_of
-from cwcl_jax.pretrained.readers import SafetensorsFile, open_weights
+from cwcl_jax.pretrained.readers import SafetensorsFile, open_weights, weights_file
 from cwcl_jax.pretrained.writers import write_safetensors
 from tests.models.builders import one_tower
 
@@ -76,8 +78,9 @@ def test_what_is_written_is_read_back_by_us_and_by_the_safetensors_library(tmp_p
 def test_all_formats_give_the_same_tower(tmp_path):
     torch = pytest.importorskip("torch")
     arrays = bert_arrays()
-    single, sharded, binary = tmp_path / "single", tmp_path / "sharded", tmp_path / "binary"
-    for folder in (single, sharded, binary):
+    folders = [tmp_path / name for name in ("single", "sharded", "binary", "binary_sharded")]
+    single, sharded, binary, binary_sharded = folders
+    for folder in folders:
         folder.mkdir()
     write_safetensors(single / "model.safetensors", arrays)
     names = sorted(arrays)
@@ -88,8 +91,12 @@ def test_all_formats_give_the_same_tower(tmp_path):
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     state = {name: torch.tensor(array) for name, array in arrays.items()}
     torch.save(state, binary / "pytorch_model.bin")
-    results = [import_tower(c, "text", a) for c, a in map(tower, (single, sharded, binary))]
-    assert len({result.sha256 for result in results}) == 3
+    for part, members in parts.items():
+        torch.save({name: state[name] for name in members}, binary_sharded / f"{part}.bin")
+    index = {"weight_map": {n: f"{part}.bin" for part, members in parts.items() for n in members}}
+    (binary_sharded / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    results = [import_tower(c, "text", a) for c, a in map(tower, folders)]
+    assert len({result.sha256 for result in results}) == 4
     for result in results[1:]:
         for path, leaf in results[0].leaves.items():
             np.testing.assert_array_equal(leaf, result.leaves[path])
@@ -121,6 +128,43 @@ def test_stacked_layers_are_filled_in_order(tmp_path):
     got = import_tower(config, "text", abstract).leaves["towers/text/encoder/blocks/mlp/up/kernel"]
     names = [f"encoder.layer.{i}.intermediate.dense.weight" for i in range(3)]
     np.testing.assert_array_equal(got, np.stack([arrays[name].T for name in names]))
+
+
+@pytest.mark.parametrize("file_is_scanned", [False, True])
+def test_own_exports_feed_scanned_and_unrolled_towers_alike(tmp_path, file_is_scanned, monkeypatch):
+    config = TowerConfig("bert", overrides=BERT | {"depth": 3})
+    stack = "encoder/blocks/"
+    _, unrolled = one_tower(config)
+    _, scanned = one_tower(dataclasses.replace(config, scan_layers=True))
+    for path in scanned:
+        if path.startswith(stack):
+            tail = path.removeprefix(stack)
+            scanned[path] = np.stack([unrolled[f"{stack}{i}/{tail}"] for i in range(3)])
+        else:
+            scanned[path] = unrolled[path]
+    leaves = scanned if file_is_scanned else unrolled
+    file = tmp_path / "model.safetensors"
+    write_safetensors(file, {f"towers/text/{path}": leaf for path, leaf in leaves.items()})
+    reads = []
+    read = SafetensorsFile.read
+    monkeypatch.setattr(
+        SafetensorsFile, "read", lambda s, name: reads.append(name) or read(s, name)
+    )
+    for expected in (scanned, unrolled):
+        reads.clear()
+        tree = {f"towers/text/{path}": leaf for path, leaf in expected.items()}
+        result = import_tower(dataclasses.replace(config, weights=str(file)), "text", tree)
+        assert not result.initialised
+        for path, leaf in tree.items():
+            np.testing.assert_array_equal(result.leaves[path], leaf)
+        assert len(reads) == len(set(reads)) == len(leaves)  # each array of the file once
+
+
+def test_an_answering_bert_is_a_bert(tmp_path):
+    extra = {"qa_outputs.weight": np.zeros((2, 8), np.float32)}
+    write_safetensors(tmp_path / "x.safetensors", bert_arrays(prefix="bert.") | extra)
+    config, abstract = tower(tmp_path / "x.safetensors")
+    assert import_tower(config, "text", abstract).ignored == ("qa_outputs/kernel",)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "msgpack", "bin"])
@@ -203,6 +247,51 @@ def test_missing_shards_unknown_endings_and_empty_folders_are_named(tmp_path):
     (tmp_path / "x.h5").write_bytes(b"")
     with pytest.raises(ValueError, match=r"unknown kind of weights file '.h5'"):
         open_weights(tmp_path / "x.h5")
+
+
+HUB_FILES = {"config.json", "1_Pooling/config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "opened"),
+    [
+        ("bert-base-uncased", {"model.safetensors", "pytorch_model.bin"}, "model.safetensors"),
+        ("BAAI/bge-small-en-v1.5", {"pytorch_model.bin"}, "pytorch_model.bin"),
+        ("owner/name@v1.0", {"flax_model.msgpack", "pytorch_model.bin"}, "flax_model.msgpack"),
+        ("owner/name@refs/pr/1", {"tower.npz"}, "tower.npz"),
+        (
+            "owner/large",
+            {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin", "optimizer.bin"},
+            "pytorch_model.bin.index.json",
+        ),
+    ],
+)
+def test_hub_repositories_give_one_kind_of_weights(tmp_path, monkeypatch, name, weights, opened):
+    import huggingface_hub
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        assert f"{repository}@{revision}".removesuffix("@None") == name
+        for file in sorted(HUB_FILES | weights):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                content = {"weight_map": {"x": "pytorch_model-00001-of-00001.bin"}}
+                (tmp_path / file).write_text(json.dumps(content))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert weights_file(locate(name)).name == opened
+    fetched = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert fetched >= HUB_FILES
+    assert "optimizer.bin" not in fetched
+    if "model.safetensors" in weights:
+        assert "pytorch_model.bin" not in fetched
+
+
+def test_a_missing_file_is_no_hub_id(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked"))
+    for name in ("owner/tower.npz", "model.safetensors", "./model", "/model"):
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            locate(name)
 
 
 def test_hub_id_without_network_is_an_error_with_the_remedy(monkeypatch):

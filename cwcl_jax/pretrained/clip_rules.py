@@ -1,0 +1,60 @@
+"""Names of CLIP files, as transformers writes them: `CLIPModel`, or one tower with its projection.
+
+A joint file feeds two towers: each takes its own names and leaves the other's and the logit scale.
+The projections, which have no bias, become linear heads where embed_dim is theirs.
+"""
+
+from cwcl_jax.pretrained.readers import Weights
+from cwcl_jax.pretrained.rules import Family, Rule
+from cwcl_jax.pretrained.text_rules import layer_rules
+from cwcl_jax.pretrained.views import flax_names, without_prefix
+
+_LAYERS = layer_rules(
+    r"encoder/layers/(\d+)", norm1="layer_norm1", norm2="layer_norm2", mlp=r"mlp/"
+)
+_TEXT_ONLY = [r"text_model/.*", r"text_projection/.*"]
+_VISION_ONLY = [r"vision_model/.*", r"visual_projection/.*"]
+
+
+def _text_view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "text_model/")
+
+
+def _vision_view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "vision_model/")
+
+
+TEXT = Family(
+    name="CLIP text",
+    signature=r"(text_model[./])?embeddings[./]token_embedding[./](weight|embedding)",
+    view=_text_view,
+    rules=[
+        Rule(r"embeddings/(token|position)_embedding/embedding", r"encoder/\1_embedding/embedding"),
+        *_LAYERS,
+        Rule(r"final_layer_norm/(scale|bias)", r"encoder/norm/\1"),
+        Rule(r"text_projection/kernel", "head/projection/kernel", optional=True),
+    ],
+    # Older files hold the row numbers of the position table.
+    ignore=[*_VISION_ONLY, "logit_scale", r"embeddings/position_ids"],
+)
+
+VISION = Family(
+    name="CLIP image",
+    # Their spelling; SigLIP's tower, which is another, has no such norm.
+    signature=r"(vision_model[./])?pre_layrnorm[./](weight|scale)",
+    view=_vision_view,
+    rules=[
+        Rule(r"embeddings/class_embedding", "encoder/class_token", "one_token"),
+        Rule(r"embeddings/patch_embedding/kernel", "encoder/patch_embed/kernel"),
+        Rule(
+            r"embeddings/position_embedding/embedding",
+            "encoder/position_embedding",
+            "table_to_grid",
+        ),
+        Rule(r"pre_layrnorm/(scale|bias)", r"encoder/embedding_norm/\1"),
+        *_LAYERS,
+        Rule(r"post_layernorm/(scale|bias)", r"encoder/norm/\1"),
+        Rule(r"visual_projection/kernel", "head/projection/kernel", optional=True),
+    ],
+    ignore=[*_TEXT_ONLY, "logit_scale", r"embeddings/position_ids"],
+)
