@@ -183,6 +183,15 @@ def test_npz_refuses_a_head_that_its_layout_does_not_have(tmp_path):
     assert not (tmp_path / "image.npz").exists()
 
 
+@pytest.mark.parametrize("form", ["npz", "transformers"])
+def test_a_norm_before_the_blocks_is_not_left_out_without_a_word(tmp_path, form):
+    two = model(image=IMAGE, text=TEXT_TOWERS["text-cls"])
+    two.leaves["towers/image/encoder/embedding_norm/scale"] = jax.numpy.ones(16)
+    with pytest.raises(ValueError, match=r"norm between embeddings and blocks.*as\s?safetensors"):
+        export(two, tmp_path / "x.npz", form)
+    assert not (tmp_path / "x.npz").exists()
+
+
 def test_scanned_and_half_precision_models_export_the_same_numbers(tmp_path):
     image = dataclasses.replace(IMAGE, scan_layers=True)
     base = model(image=image, text=TEXT_TOWERS["bert-cls"])
