@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +75,34 @@ class OptimizerConfig:
             )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
+        for name in ("b1", "b2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        _at_least(0, self, "learning_rate", "warmup_steps", "final_fraction", "eps", "weight_decay")
+        _at_least(0, self, "clip_norm", meaning="0 switches clipping off")
+        _at_least(1, self, "rsqrt_timescale")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Attributes:
     every_steps: interval of saves; 0 saves only at the end and when the run is interrupted.
-    keep: how many of the latest are kept.
+    keep: how many of the latest are kept; 0 keeps all.
+    keep_every: steps that are multiples of this are saved too and stay for ever; 0 for none.
     asynchronous: whether the loop goes on while files are written.
     accept_changes: resume although settings, tower weights or data differ from the saved ones.
     """
 
     every_steps: int = 500
     keep: int = 2
+    keep_every: int = 0
     asynchronous: bool = True
     accept_changes: bool = False
+
+    def __post_init__(self):
+        _at_least(0, self, "every_steps", meaning="0 saves at the end only")
+        _at_least(0, self, "keep", meaning="0 keeps all")
+        _at_least(0, self, "keep_every", meaning="0 keeps none for ever")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +117,9 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb_project: str = ""
 
+    def __post_init__(self):
+        _at_least(1, self, "every_steps")
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -111,6 +129,9 @@ class MeshConfig:
     """
 
     fsdp: int = 1
+
+    def __post_init__(self):
+        _at_least(1, self, "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +170,16 @@ class DistributedConfig:
     shutdown_timeout: float = 300.0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_timeout") and value < 0:
-                raise ValueError(f"{field.name}={value} must not be negative; 0 means no limit")
+        names = [field.name for field in dataclasses.fields(self)]
+        limits = [name for name in names if name.endswith("_timeout")]
+        _at_least(0, self, *limits, meaning="0 means no limit")
+        _at_least(0, self, "num_processes", meaning="0 reads the layout from the environment")
+
+
+def _at_least(minimum: int, config: Any, *names: str, meaning: str = "") -> None:
+    """Raises ValueError for a field that is smaller, or not a finite number."""
+    for name in names:
+        value = getattr(config, name)
+        if not minimum <= value < math.inf:
+            rule = f"must be at least {minimum}" if minimum else "must not be negative"
+            raise ValueError(f"{name}={value} {rule}{f'; {meaning}' if meaning else ''}")
