@@ -42,9 +42,10 @@ def decay_mask(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, bool]
     """Which leaves decay.
 
     Raises:
-      ValueError: weight decay is on and the expression matches no leaf.
+      ValueError: the expression is none, or weight decay is on and it matches no leaf.
     """
-    mask = {path: re.fullmatch(config.decay, path) is not None for path in paths}
+    expression = _compiled(config.decay, f"config.optimizer.decay={config.decay!r}")
+    mask = {path: expression.fullmatch(path) is not None for path in paths}
     if config.weight_decay and not any(mask.values()):
         raise ValueError(
             f"config.optimizer.decay={config.decay!r} matches no trained leaf; paths look like "
@@ -63,19 +64,37 @@ def learning_rate_factors(config: OptimizerConfig, paths: Iterable[str]) -> dict
     factors = layer_decay_factors(config.layer_decay, paths)
     unclaimed = set(paths)
     for entry in config.multipliers:
-        expression, separator, factor = entry.rpartition("=")
-        if not separator:
-            raise ValueError(f"config.optimizer.multipliers entry {entry!r} is not 'regex=factor'")
-        matched = [path for path in paths if re.fullmatch(expression, path)]
+        expression, factor = _multiplier(entry)
+        matched = [path for path in paths if expression.fullmatch(path)]
         if not matched:
             raise ValueError(
                 f"config.optimizer.multipliers entry {entry!r} matches no trained leaf; paths "
                 f"look like {paths[0]!r}"
             )
         for path in unclaimed.intersection(matched):
-            factors[path] = float(factor)
+            factors[path] = factor
         unclaimed.difference_update(matched)
     return factors
+
+
+def _multiplier(entry: str) -> tuple[re.Pattern[str], float]:
+    name = f"config.optimizer.multipliers entry {entry!r}"
+    expression, separator, text = entry.rpartition("=")
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = -1.0
+    if not separator or not 0 <= factor < math.inf:
+        raise ValueError(f"{name} is not 'regex=factor', with a number that is not negative")
+    return _compiled(expression, name), factor
+
+
+def _compiled(expression: str, name: str) -> re.Pattern[str]:
+    """Raises ValueError, which begins with `name`, if `expression` is no regular expression."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name} is not a regular expression: {error}") from error
 
 
 _BLOCK = re.compile(r"(.*/)blocks/(\d+)/.*")
@@ -174,18 +193,23 @@ def make_optimizer(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         adam if config.name == "adamw" else _muon_and(adam, config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, paths)),
-        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+        scale_by_learning_rates(make_schedule(config, total_steps), factors),
     ]
-    if any(factor != 1.0 for factor in factors.values()):
-        steps.append(scale_by_factors(factors))
     return optax.chain(*steps)
 
 
-def scale_by_factors(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """Each leaf's update times its factor."""
+def scale_by_learning_rates(
+    schedule: optax.Schedule, factors: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Each leaf's update times the learning rate and its own factor.
 
-    def scale(updates: Any, params: Any) -> Any:
-        del params
-        return {path: update * factors[path] for path, update in updates.items()}
+    One transformation, so that the state is the same with any factors: they may be changed when a
+    run is resumed.
+    """
+    common = optax.scale_by_learning_rate(schedule)
 
-    return optax.stateless(scale)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = common.update(updates, state, params)
+        return {path: value * factors[path] for path, value in updates.items()}, state
+
+    return optax.GradientTransformation(common.init, update)

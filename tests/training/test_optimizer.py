@@ -1,5 +1,6 @@
 """Schedules, masks and factors, and agreement with an independent AdamW."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,6 +95,38 @@ def test_layer_decay_reaches_what_comes_before_the_blocks_whatever_its_name():
 def test_layer_decay_of_stacked_layers_is_an_error():
     with pytest.raises(ValueError, match="scan_layers=False"):
         layer_decay_factors(0.5, ["towers/text/encoder/blocks/mlp/up/kernel"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": "*kernel"}, r"config\.optimizer\.decay='\*kernel' is not a regular expression"),
+        ({"multipliers": ("(.*=1",)}, r"multipliers entry '\(\.\*=1' is not a regular expression"),
+        ({"multipliers": (".*=abc",)}, r"entry '\.\*=abc' is not 'regex=factor'"),
+        ({"multipliers": (".*=-1",)}, r"entry '\.\*=-1' is not 'regex=factor'"),
+        ({"multipliers": (".*=nan",)}, r"entry '\.\*=nan' is not 'regex=factor'"),
+    ],
+)
+def test_expressions_and_factors_that_are_none_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(OptimizerConfig(**options), 10, PATHS)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_factors_scale_updates_and_leave_the_state_as_it_is(name):
+    rng = np.random.default_rng(0)
+    # Two dimensions everywhere: Muon wants matrices.
+    params = {path: jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for path in PATHS}
+    made = {}
+    for decay in (1.0, 0.5):
+        options = OptimizerConfig(name=name, layer_decay=decay, weight_decay=0.1)
+        optimizer = make_optimizer(options, 10, PATHS)
+        made[decay] = optimizer.update(params, optimizer.init(params), params)
+    # So that a run may be resumed with other factors.
+    assert jax.tree.structure(made[1.0][1]) == jax.tree.structure(made[0.5][1])
+    factors = layer_decay_factors(0.5, PATHS)
+    for path in PATHS:
+        np.testing.assert_allclose(made[0.5][0][path], factors[path] * made[1.0][0][path])
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
