@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
+from cwcl_jax.config import ConfigError
 from cwcl_jax.training.options import CheckpointConfig
 from cwcl_jax.training.state import TrainState
 
@@ -26,11 +28,9 @@ class Checkpoints:
             raise FileNotFoundError(f"{directory} does not exist: nothing was saved yet")
         self._asynchronous = config.asynchronous
         self._pending: Any = None
-        # orbax's policies do not satisfy its own protocol's type.
-        policy: Any = ocp.training.preservation_policies.LatestN(config.keep)
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.absolute()),
-            preservation_policy=policy,
+            preservation_policy=_preservation_policy(config),
             # A reader must not remove what a run beside it is just writing.
             cleanup_tmp_directories=not read_only,
         )
@@ -75,14 +75,23 @@ class Checkpoints:
         Args:
           target: ShapeDtypeStructs with the shardings wanted now, which may belong to another
             number of devices or processes than the ones that saved.
+
+        Raises:
+          FileNotFoundError: no such step.
+          ConfigError: the checkpoint is damaged, or holds other leaves than the settings want.
         """
         rest = {"step": target.step, "opt_state": target.opt_state}
         loaded = self._load(step, {"params": target.params, "rest": rest})
         metadata: Any = self._checkpointer.metadata(step).custom_metadata
+        if not metadata or "data" not in metadata:
+            raise self._damaged(step, "the position of the data is missing")
         return TrainState(params=loaded["params"], **loaded["rest"]), metadata["data"]
 
     def restore_params(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
-        """Only the trained leaves of `step`, into ShapeDtypeStructs with shardings."""
+        """Only the trained leaves of `step`, into ShapeDtypeStructs with shardings.
+
+        Raises as `restore` does.
+        """
         return self._load(step, {"params": target})["params"]
 
     def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +100,24 @@ class Checkpoints:
                 f"{self._checkpointer.directory} holds no checkpoint of step {step}; it holds "
                 f"{self.steps or 'none'}"
             )
-        return self._checkpointer.load_checkpointables(step, targets)
+        try:
+            saved: Any = self._checkpointer.checkpointables_metadata(step).metadata or {}
+            if missing := [name for name in targets if not saved.get(name)]:
+                raise self._damaged(step, f"the list of its {missing[0]} cannot be read")
+            _check_leaves({name: saved[name] for name in targets}, targets)
+            return self._checkpointer.load_checkpointables(step, targets)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            raise self._damaged(step, _reason(error)) from error
+
+    def _damaged(self, step: int, reason: str) -> ConfigError:
+        earlier = [other for other in self.steps if other < step]
+        return ConfigError(
+            f"the checkpoint {self._checkpointer.directory}/{step} is damaged ({reason}); remove "
+            "that folder, and the same command "
+            + (f"goes on from step {earlier[-1]}" if earlier else "begins anew: there is no other")
+        )
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
@@ -105,6 +131,46 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _preservation_policy(config: CheckpointConfig) -> Any:
+    """Which checkpoints stay. Any: orbax's policies do not satisfy its own protocol's type."""
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(config.keep or None)]
+    if config.keep_every:
+        kept.append(policies.EveryNSteps(config.keep_every))
+    return policies.AnyPreservationPolicy(kept)
+
+
+def _check_leaves(saved: Any, wanted: Any) -> None:
+    """Raises ConfigError where a checkpoint's leaves are not those that the settings make."""
+    then, now = _shapes(saved), _shapes(wanted)
+    changed = sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
+    if changed:
+        first = changed[0]
+        raise ConfigError(
+            f"the settings want other leaves than the checkpoint holds: {first} is "
+            f"{then.get(first, 'missing')} there and {now.get(first, 'missing')} in the settings"
+            f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}. Such a change cannot "
+            "be resumed: undo it, or give a new --workdir and begin from the run's weights "
+            "(python -m cwcl_jax.export, then --config.towers.<modality>.weights=FILE)"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """The beginning of what went wrong first; orbax's own last words name only its handlers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def _leave_preemption_alone(checkpointer: Any) -> None:

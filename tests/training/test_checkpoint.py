@@ -1,0 +1,122 @@
+"""Checkpoints: which are kept, and clear words for those that cannot be restored."""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from cwcl_jax.config import ConfigError
+from cwcl_jax.training import sharding
+from cwcl_jax.training.checkpoint import Checkpoints
+from cwcl_jax.training.options import CheckpointConfig
+from cwcl_jax.training.state import initialise, make_blueprint
+from tests.training.toy import toy_config
+
+
+def blueprint(**changes):
+    config = toy_config(**changes)
+    return make_blueprint(config, sharding.make_mesh(config.mesh))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return initialise(blueprint())[0]
+
+
+@pytest.fixture(scope="module")
+def two_saved(state, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, state, {"position": step})
+    return folder
+
+
+@pytest.fixture
+def saved(two_saved, tmp_path):
+    """A copy of two checkpoints, to be spoilt."""
+    return shutil.copytree(two_saved, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"keep": 2}, [5, 6]),
+        ({"keep": 0}, [1, 2, 3, 4, 5, 6]),
+        ({"keep": 1, "keep_every": 2}, [2, 4, 6]),
+        ({"keep": 2, "keep_every": 3}, [3, 5, 6]),
+    ],
+)
+def test_the_latest_and_the_milestones_are_kept(tmp_path, state, options, expected):
+    with Checkpoints(tmp_path, CheckpointConfig(**options)) as checkpoints:
+        for step in range(1, 7):
+            checkpoints.save(step, state, {"position": step})
+    with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
+        assert checkpoints.steps == expected
+
+
+def test_what_was_saved_is_restored(saved, state):
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        restored, data_state = checkpoints.restore(4, blueprint().abstract_state())
+    assert data_state == {"position": 4}
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def spoil(saved, pattern):
+    """Cuts off files of the last checkpoint after ten bytes, as a full disk does."""
+    files = [path for path in (saved / "4").glob(pattern) if path.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:10])
+
+
+# orbax leaves work of its own undone when it fails.
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "pattern", ["params/ocdbt.process_0/d/*", "params/_METADATA", "_CHECKPOINT_METADATA"]
+)
+def test_a_damaged_checkpoint_is_named_with_the_one_before(saved, pattern):
+    spoil(saved, pattern)
+    message = rf"{re.escape(str(saved))}/4 is damaged .*remove that folder.*goes on from step 2"
+    target = blueprint().abstract_state()
+    with (
+        Checkpoints(saved, CheckpointConfig()) as checkpoints,
+        pytest.raises(ConfigError, match=message),
+    ):
+        checkpoints.restore(4, target)
+    gc.collect()  # here, where its warnings are expected
+    shutil.rmtree(saved / "4")
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        assert checkpoints.latest_step == 2
+        assert checkpoints.restore(2, target)[1] == {"position": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.name": "muon"}, r"rest/opt_state/\S+ is .* and \d+ more"),
+        ({"towers.image.tune": "all"}, r"params/towers/image/\S+ is missing there and \("),
+        (
+            {"towers.text.overrides.width": 64},
+            r"params/towers/text/\S+ is \(32,\) there and \(64,\)",
+        ),
+    ],
+)
+def test_settings_that_change_leaves_are_told_with_the_way_out(saved, changes, message):
+    with (
+        Checkpoints(saved, CheckpointConfig()) as checkpoints,
+        pytest.raises(ConfigError, match=rf"{message}.*config\.towers\.<modality>\.weights"),
+    ):
+        checkpoints.restore(4, blueprint(**changes).abstract_state())
+
+
+def test_learning_rate_factors_may_change(saved):
+    changes = {"optimizer.layer_decay": 0.5, "optimizer.multipliers": ("logit_scale=10",)}
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        checkpoints.restore(4, blueprint(**changes).abstract_state())
