@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,12 +37,23 @@ def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
     Raises:
       ConfigError: no config file was given, it does not exist, or its fields are wrong.
     """
-    if flag.value is None:
+    if not flags.FLAGS["config"].present:
         raise ConfigError("--config is missing; try --config=configs/lit_cwcl.py")
-    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0])
-    if not path.exists():
-        raise ConfigError(f"--config={path}: there is no such file")
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    _check_is_file(path)
+    try:
+        is_config = hasattr(flag.value, "to_dict")
+    except OSError as error:  # met in the file, and kept until someone looks at the config
+        raise ConfigError(f"--config={path}: {error.__cause__ or error}") from error
+    if not is_config:
+        raise ConfigError(f"--config={path}: get_config() must return a config, got {flag.value!r}")
     return from_config_dict(flag.value)
+
+
+def _check_is_file(path: str) -> None:
+    if not Path(path).is_file():
+        kind = "this is a folder" if Path(path).is_dir() else "there is no such file"
+        raise ConfigError(f"--config={path}: {kind}; try --config=configs/lit_cwcl.py")
 
 
 def whole_numbers(flag: str, values: Sequence[str]) -> list[int]:
@@ -84,8 +96,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
         # A config file's own error comes as the text of a traceback; its last line says it.
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"{lines[-1].split('ConfigError: ')[-1]}; see --help") from error
-    except (AttributeError, KeyError) as error:
-        raise ConfigError(_unknown_override(argv, error)) from error
+    except Exception as error:
+        message = _config_file_error(argv, error) or _override_error(argv, error)
+        if not message:
+            raise
+        raise ConfigError(message) from error
     if not flags.FLAGS["verbosity"].present:
         # The libraries' INFO lines would bury the run's own; --verbosity=0 shows them.
         logging.set_verbosity(logging.WARNING)
@@ -94,10 +109,30 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return rest
 
 
-def _unknown_override(argv: list[str], error: Exception) -> str:
-    """A sentence for an override of a field that the config does not have."""
+def _config_file_error(argv: list[str], error: Exception) -> str:
+    """A sentence for an error in the config file, with its line; "" for one of another place."""
+    named = (re.match(r"--?config=([^:]*)", argument) for argument in argv)
+    path = next((match[1] for match in named if match), "")
+    if isinstance(error, OSError):
+        _check_is_file(path)
+        return f"--config={path}: {error.__cause__ or error}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        lines, error = [error.lineno], SyntaxError(error.msg)
+    if lines:
+        return f"--config={path}, line {lines[-1]}: {type(error).__name__}: {error}"
+    if str(error).endswith("has no attribute 'get_config'"):
+        return f"--config={path}: the file defines no function get_config()"
+    return ""
+
+
+def _override_error(argv: list[str], error: Exception) -> str:
+    """A sentence for an override of a field that the config does not have; "" for other errors."""
+    if not isinstance(error, AttributeError | KeyError | TypeError):
+        return ""
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
     if not near:
-        return f"the command line sets a field that the config does not have: {error}"
+        options = [a for a in argv if re.match(r"--?(no)?config\.", a)]
+        return f"{' '.join(options)}: the config has no such field ({error})"
     option = next((a for a in argv if near[2] in a), f"--config...{near[2]}")
     return f"{option.split('=')[0]}: the config has no field {near[2]!r}; did you mean {near[1]!r}?"
