@@ -224,11 +224,8 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
         if not tower.weights:
             sources[modality] = TowerSource("initialised", "")
             continue
-        try:
+        with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
-        except (OSError, ValueError) as error:
-            option = f"config.towers.{modality}.weights"
-            raise ConfigError(f"{option}={tower.weights!r}: {error}; set --{option}=...") from error
         imported |= result.leaves
         sources[modality] = TowerSource(result.source, result.sha256)
     return imported, sources
