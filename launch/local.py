@@ -111,16 +111,21 @@ class Job:
         for rank in range(options.processes):
             if self._kill_at is not None:
                 break
-            process = subprocess.Popen(
-                options.command,
-                env=environment(options, port, rank),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                # A terminal's Ctrl-C must come through `terminate`, once.
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    options.command,
+                    env=environment(options, port, rank),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    # A terminal's Ctrl-C must come through `terminate`, once.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise SystemExit(
+                    f"local.py: {options.command[0]!r} cannot be started: {error.strerror}"
+                ) from error
             self._processes.append(process)
             reader = threading.Thread(target=forward, args=(process.stdout, rank), daemon=True)
             reader.start()
@@ -168,6 +173,8 @@ def main(argv: Sequence[str]) -> int:
     job = Job(parse(argv))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, job.terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's wish
+        signal.signal(signal.SIGHUP, job.terminate)
     job.start()
     return job.wait()
 

@@ -67,6 +67,29 @@ def test_preempted_processes_are_not_hurried():
     assert "[1] saved" in done.stdout
 
 
+def test_a_command_that_does_not_exist_is_named():
+    done = subprocess.run([*LOCAL, "--", "pyton"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "local.py: 'pyton' cannot be started: No such file or directory\n"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_terminals_end_is_passed_on_except_under_nohup(ignored):
+    script = "trap 'exit 75' TERM; echo here; for i in 1 2 3; do sleep 0.5; done; exit 0"
+    child = subprocess.Popen(
+        [*(["nohup"] if ignored else []), *LOCAL, "--", "sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(2):
+        assert "here" in child.stdout.readline()
+    child.send_signal(signal.SIGHUP)
+    child.communicate(timeout=60)
+    assert child.returncode == (0 if ignored else 75)
+
+
 @pytest.mark.parametrize(
     ("trap", "code"), [("trap 'echo saving; exit 75' TERM", 75), ("trap '' TERM", 137)]
 )
