@@ -98,11 +98,23 @@ def set_flag(name: str) -> None:
 
 def flag_is_set(name: str) -> bool:
     """Whether any process has raised the flag."""
+    return _is_set(f"cwcl_jax/flag/{name}")
+
+
+def preemption_is_noticed() -> bool:
+    """Whether jax's runtime has received SIGTERM in any process; without its agreement on a step.
+
+    The key is that of XLA's preemption_sync_manager.cc.
+    """
+    return _is_set("RECEIVED_PREEMPTION_NOTICE")
+
+
+def _is_set(key: str) -> bool:
     service = client()
     if service is None:
         return False
     try:
-        service.key_value_try_get(f"cwcl_jax/flag/{name}")
+        service.key_value_try_get(key)
     except jax.errors.JaxRuntimeError:
         return False
     return True

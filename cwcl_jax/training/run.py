@@ -6,16 +6,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
+
+from jax.sharding import Mesh
 
 from cwcl_jax.cli import DONE, PREEMPTED
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.sources import Source
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
-from cwcl_jax.training.coordination import barrier, gather
+from cwcl_jax.training.coordination import barrier, gather, meet
 from cwcl_jax.training.distributed import (
     check_agreement,
     code_version,
@@ -48,6 +52,9 @@ from cwcl_jax.training.workdir import (
     check_same_run,
     check_same_sources,
     environment,
+    is_evaluated,
+    only_user,
+    write_evaluated,
     write_records,
 )
 
@@ -59,19 +66,28 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
       ConfigError: settings, data or weights that cannot work, before anything is computed.
       NonFiniteLossError: the loss diverged.
     """
-    watchdog = watchdog or unwatched()
+    with only_user(workdir) if is_primary() else nullcontext():
+        try:
+            return _train(config, workdir, watchdog or unwatched())
+        except Stopped:
+            say("stopped while features of locked encoders were made; the same command goes on")
+            return PREEMPTED
+
+
+def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_same_run(workdir, config)
-    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
+    blueprint = make_blueprint(config, _make_mesh(config))
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
     barrier("start", config.distributed.barrier_timeout)
     with StopSignal() as stop:
         with (
-            _open_batches(config, watchdog) as batches,
+            _open_batches(config, watchdog, stop) as batches,
             Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints,
         ):
             start = checkpoints.latest_step or 0
-            if start >= config.total_steps and evaluator.has_results():
+            evaluated = evaluator.has_results() and is_evaluated(workdir, start, config.evaluation)
+            if start >= config.total_steps and evaluated:
                 say(f"{workdir} is complete ({start} steps). Its results:\n")
                 say(evaluator.saved_table())
                 return DONE
@@ -85,6 +101,8 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
+            if config.optimizer.warmup_steps > config.total_steps:
+                say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
             fit = _Fit(blueprint, workdir, checkpoints, batches, evaluator, watchdog)
             state, finished = fit.run(state, locked, stop)
@@ -94,15 +112,31 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
         if finished:
             finished = _finish(blueprint, workdir, evaluator, state, locked, stop, watchdog)
     if not finished:
-        say(f"stopped after step {last}, saved; the same command resumes")
+        done = f"after step {last}, saved" if last else "before the first step"
+        say(f"stopped {done}; the same command resumes")
         return PREEMPTED
     return DONE
 
 
+_UNFINISHED_WARMUP = (
+    "warning: the warm-up of {} steps does not end in {} steps; the learning rate stays below its "
+    "peak (config.optimizer.warmup_steps)"
+)
+
+
+def _make_mesh(config: ExperimentConfig) -> Mesh:
+    try:
+        return sharding.make_mesh(config.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, str]:
     """What all processes must have in common."""
+    # Each process's own number is the one setting that must differ.
+    common = replace(config, distributed=replace(config.distributed, process_id=0))
     return {
-        "settings": config_hash(config),
+        "settings": config_hash(common),
         "code": code_version(),
         "packages": json.dumps(environment()["packages"]),
         "compiler flags": compiler_flags(os.environ),
@@ -112,7 +146,9 @@ def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, 
 
 
 @contextmanager
-def _open_batches(config: ExperimentConfig, watchdog: Watchdog) -> Iterator[Batches]:
+def _open_batches(
+    config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal
+) -> Iterator[Batches]:
     import jax
 
     try:
@@ -123,7 +159,7 @@ def _open_batches(config: ExperimentConfig, watchdog: Watchdog) -> Iterator[Batc
             global_batch_size=config.global_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            source=training_source(config, watchdog.beat),
+            source=_open_source(config, watchdog, stop),
         )
     except ConfigError:
         raise
@@ -135,6 +171,22 @@ def _open_batches(config: ExperimentConfig, watchdog: Watchdog) -> Iterator[Batc
         yield batches
     finally:
         batches.close()
+
+
+def _open_source(config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal) -> Source | None:
+    """The training data; making features of locked encoders may take hours.
+
+    Raises:
+      Stopped: on all processes, when one was asked to stop before its features were made.
+    """
+    source = None
+    with suppress(Stopped):
+        source = training_source(config, _between_batches(stop.noticed, watchdog))
+    if config.data.keep_locked_features:
+        made = meet("features", str(source is not None), watchdog.beat)
+        if set(made) != {"True"}:
+            raise Stopped
+    return source
 
 
 def _start_state(
@@ -183,7 +235,7 @@ class _Fit:
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
             encoder = Encoder(functions, state.params, locked, step)
-            encoder.on_batch = _between_batches(stop, self._watchdog)
+            encoder.on_batch = _between_batches(stop.requested, self._watchdog)
             return self._evaluator.run(encoder)
 
         missing = self._evaluation_is_missing(start)
@@ -220,10 +272,10 @@ class _Fit:
         return gather("evaluation missing", str(not found), timeout)[0] == "True"
 
 
-def _between_batches(stop: StopSignal, watchdog: Watchdog) -> Callable[[], None]:
+def _between_batches(requested: Callable[[], bool], watchdog: Watchdog) -> Callable[[], None]:
     def between() -> None:
         watchdog.beat()
-        if stop.requested():
+        if requested():
             raise Stopped
 
     return between
@@ -240,7 +292,7 @@ def _finish(
 ) -> bool:
     """Evaluates the end of the run, writes and prints the results; False if stopped before."""
     encoder = Encoder(EncodeFunctions(blueprint), state.params, locked, int(state.step))
-    encoder.on_batch = _between_batches(stop, watchdog)
+    encoder.on_batch = _between_batches(stop.requested, watchdog)
     with watchdog.phase("evaluation", "after the last step"):
         try:
             table = evaluator.run_and_write(encoder)
@@ -248,6 +300,7 @@ def _finish(
             return False
         if is_primary():
             plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+            write_evaluated(workdir, int(state.step), blueprint.config.evaluation)
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")
     return True

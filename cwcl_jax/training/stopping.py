@@ -66,6 +66,13 @@ class StopSignal(_Request):
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
+    def noticed(self) -> bool:
+        """Whether any process was asked to stop; each may call it when it likes.
+
+        Processes see it at different times: they must agree afterwards on what they leave.
+        """
+        return self._received or coordination.preemption_is_noticed()
+
 
 class IndependentStop(_Request):
     """A request to stop for processes that work each at its own pace; it reaches all soon.

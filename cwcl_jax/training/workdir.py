@@ -7,23 +7,36 @@ data.json         fingerprint of the training data
 metrics.jsonl     one record a logged step
 checkpoints/      trained leaves, optimizer state, data position
 results.json, results.md, plots/   what the evaluation wrote
+evaluated.json    step and settings that these results belong to
+lock              held by the run that is using the folder
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from cwcl_jax.config import ConfigError, ExperimentConfig, changed_fields, from_json, to_json
+from cwcl_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    changed_fields,
+    from_json,
+    to_json,
+    to_plain,
+)
+from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.
@@ -68,7 +81,58 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises ConfigError for a file that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); remove it: the next start of the run writes it again"
+        ) from error
+
+
+def make_folder(workdir: Path) -> None:
+    """Makes the folder of a run.
+
+    Raises:
+      ConfigError: it cannot be one.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be made: {error.strerror}; give another --workdir"
+        ) from error
+
+
+@contextmanager
+def only_user(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder: two would write the same checkpoints and records.
+
+    Raises:
+      ConfigError: another run is using it, or nothing can be written there.
+    """
+    make_folder(workdir)
+    path = workdir / "lock"
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except PermissionError as error:
+        raise ConfigError(f"{path} cannot be written; give another --workdir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"another run is using {workdir} ({file.read().strip()}); wait for its end, stop "
+                "it, or give another --workdir"
+            ) from error
+        except OSError:  # a file system without locks: as it was without this check
+            pass
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
 
 
 def load_config(workdir: Path) -> ExperimentConfig:
@@ -158,6 +222,18 @@ def write_records(
     }
     write_json(workdir / "towers.json", towers)
     write_json(workdir / "data.json", dict(fingerprint))
+
+
+def write_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> None:
+    """Records what the results in the folder belong to."""
+    write_json(workdir / "evaluated.json", {"step": step, "evaluation": to_plain(evaluation)})
+
+
+def is_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> bool:
+    """Whether the results in the folder are of this step and these settings."""
+    path = workdir / "evaluated.json"
+    now = {"step": step, "evaluation": to_plain(evaluation)}
+    return path.exists() and not changed_fields(read_json(path), now)
 
 
 def environment() -> dict[str, Any]:
