@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ _IN_FLIGHT = 2
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names step, checkpoint and batch record."""
+    """Loss or gradient became NaN or infinite; the message names step, checkpoint and batch."""
 
 
 class _Pending(NamedTuple):
@@ -142,16 +142,21 @@ class Loop:
         self._progress.show(done, values, eta_seconds=remaining)
 
     def _read_metrics(self) -> dict[str, float]:
-        """The newest step's metrics as floats, after checking every unread step's loss."""
+        """The newest step's metrics as floats, after checking every unread step."""
         while self._unread:
             pending = self._unread.popleft()
             values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
-            if not np.isfinite(values["loss"]):
-                self._report_non_finite(pending, values)
+            # The gradient too: a bad one has reached the parameters, but no loss before the next
+            # step, whose batch would be blamed.
+            for name, words in (("loss", "loss"), ("gradient_norm", "gradient's norm")):
+                if not np.isfinite(values[name]):
+                    self._report_non_finite(pending, values, f"the {words} is {values[name]}")
             self._last_values = values
         return dict(self._last_values)
 
-    def _report_non_finite(self, pending: _Pending, values: dict[str, float]) -> None:
+    def _report_non_finite(
+        self, pending: _Pending, values: dict[str, float], what: str
+    ) -> NoReturn:
         path = self._workdir / f"non_finite_step_{pending.step}.json"
         good = self._checkpoints.latest_step
         record = {
@@ -164,15 +169,17 @@ class Loop:
             write_json(path, record)
         self._progress.end()
         raise NonFiniteLossError(
-            f"the loss is {values['loss']} at step {pending.step}; last good checkpoint: "
+            f"{what} at step {pending.step}; last good checkpoint: "
             f"{'none' if good is None else f'step {good}'}; the batch's example numbers and all "
             f"metrics are in {path}. The same command resumes from that checkpoint; consider a "
-            "lower --config.optimizer.learning_rate or --config.optimizer.clip_norm"
+            "lower --config.optimizer.learning_rate or --config.optimizer.clip_norm, with "
+            "--config.checkpoint.accept_changes=True"
         )
 
     def _save_is_due(self, done: int) -> bool:
-        every = self._config.checkpoint.every_steps
-        return done == self._config.total_steps or bool(every and done % every == 0)
+        config = self._config.checkpoint
+        intervals = [every for every in (config.every_steps, config.keep_every) if every]
+        return done == self._config.total_steps or any(done % every == 0 for every in intervals)
 
     def _save(self, done: int, state: TrainState, batch: DeviceBatch) -> None:
         with self._watchdog.phase("saving", f"step {done}"):

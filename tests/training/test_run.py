@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +28,8 @@ from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
 from cwcl_jax.training.state import make_blueprint
+from cwcl_jax.training.step import GradientFunction
+from cwcl_jax.training.workdir import only_user
 from tests.training.toy import toy_config
 
 
@@ -73,6 +78,61 @@ def test_complete_run_says_so_and_does_nothing(finished, capsys):
     assert "is complete (4 steps)" in output
     assert "shape" in output
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_results_of_an_earlier_step_are_made_again(finished, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "longer")
+    longer = toy_config(**{"total_steps": 6, "checkpoint.accept_changes": True})
+
+    class StopAtTheEnd(run_module.StopSignal):
+        calls = 0  # before the first step, after it, in the evaluation after the last one
+
+        def requested(self):
+            self.calls += 1
+            return self.calls == 3
+
+    monkeypatch.setattr(run_module, "StopSignal", StopAtTheEnd)
+    assert train(longer, workdir) == PREEMPTED
+    monkeypatch.undo()
+    capsys.readouterr()
+    for expected in ("results, metrics and plots are in", "is complete (6 steps)"):
+        assert train(longer, workdir) == DONE
+        assert expected in capsys.readouterr().out
+    assert json.loads((workdir / "results.json").read_text())[0]["pretrained"] == "step 6"
+
+
+def test_results_of_other_evaluation_settings_are_made_again(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "other")
+    source = "scenes:test?task=colour&n=40"
+    config = toy_config(**{"evaluation.tasks.shape.source": source})
+    for expected in ("results, metrics and plots are in", "is complete (4 steps)"):
+        assert train(config, workdir) == DONE
+        assert expected in capsys.readouterr().out
+    assert json.loads((workdir / "results.json").read_text())[0]["dataset"] == source
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
+    with only_user(tmp_path):
+        message = rf"another run is using .* \(process {os.getpid()} on .*another --workdir"
+        with pytest.raises(ConfigError, match=message):
+            train(toy_config(), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    with only_user(tmp_path):
+        pass
+
+
+def test_milestones_are_saved_and_stay(tmp_path):
+    config = toy_config(
+        **{"checkpoint.every_steps": 2, "checkpoint.keep": 1, "checkpoint.keep_every": 3}
+    )
+    assert train(config, tmp_path) == DONE
+    with Checkpoints(tmp_path / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+        assert checkpoints.steps == [3, 4]
+
+
+def test_a_warm_up_that_does_not_end_is_said(tmp_path, capsys):
+    assert train(toy_config(**{"optimizer.warmup_steps": 2000}), tmp_path) == DONE
+    assert "the warm-up of 2000 steps does not end in 4 steps" in capsys.readouterr().out
 
 
 def test_other_settings_in_the_same_workdir_are_refused(finished):
@@ -213,6 +273,33 @@ def test_non_finite_loss_stops_with_step_checkpoint_and_batch(tmp_path, monkeypa
     assert train(toy_config(), tmp_path) == DONE
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_bad_gradient_is_found_before_it_is_saved(tmp_path, monkeypatch, step):
+    """Steps 2 and 4 are saved, and 4 is the last: no later loss could tell."""
+    original = GradientFunction.__call__
+
+    def overflowing(self, params, locked, batch, number):
+        gradients, metrics = original(self, params, locked, batch, number)
+        bad = number == step - 1  # counted from 0
+        return {k: jnp.where(bad, jnp.inf, v) for k, v in gradients.items()}, metrics
+
+    monkeypatch.setattr(GradientFunction, "__call__", overflowing)
+    good = "none" if step == 2 else "step 2"
+    message = rf"gradient's norm is inf at step {step}; last good checkpoint: {good}"
+    with pytest.raises(NonFiniteLossError, match=message):
+        train(toy_config(), tmp_path)
+    record = json.loads((tmp_path / f"non_finite_step_{step}.json").read_text())
+    batches = run_module.train_batches(
+        toy_config().data, ("image", "text"), seed=0, global_batch_size=16
+    )
+    for _ in range(step):
+        guilty = next(batches)["index"].tolist()
+    batches.close()
+    assert record["example_index"] == guilty
+    monkeypatch.undo()
+    assert train(toy_config(), tmp_path) == DONE
+
+
 def test_diverging_run_is_stopped(tmp_path):
     config = toy_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0})
     with pytest.raises(NonFiniteLossError, match="learning_rate"):
@@ -288,9 +375,38 @@ def test_changed_tower_file_is_refused(finished, tmp_path):
         train(config, tmp_path)
 
 
+def test_a_damaged_record_is_named(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "damaged")
+    (workdir / "towers.json").write_text("")
+    config = toy_config(**{"evaluation.every_steps": 2})  # its results must be made again
+    with pytest.raises(ConfigError, match=r"towers\.json is damaged .*remove it"):
+        train(config, workdir)
+    (workdir / "towers.json").unlink()
+    assert train(config, workdir) == DONE
+
+
+def test_a_request_to_stop_is_obeyed_while_features_are_made(tmp_path, monkeypatch, capsys):
+    changes = {"data.keep_locked_features": True, "data.cache_dir": str(tmp_path / "cache")}
+    config = toy_config(**{"data.train": "scenes:train?n=800"}, **changes)
+    calls = []
+
+    def noticed(self):
+        calls.append(self)
+        return len(calls) == 3  # of four batches
+
+    monkeypatch.setattr(run_module.StopSignal, "noticed", noticed)
+    assert train(config, tmp_path / "run") == PREEMPTED
+    assert len(calls) == 3
+    assert "stopped while features" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    monkeypatch.undo()
+    assert train(config, tmp_path / "run") == DONE
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"mesh.fsdp": 3}, r"config\.mesh\.fsdp=3 does not divide the number of devices, 4"),
         ({"data.image.size": 48}, r"config\.data\.image\.size=48, but the tower reads 32 x 32"),
         ({"data.text.max_tokens": 17}, r"max_tokens=17 exceeds the 16 positions"),
         ({"towers.text.overrides.vocab_size": 100}, r"tokens, the text tower's table 100"),
