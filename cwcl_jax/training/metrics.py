@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cwcl_jax.config import ExperimentConfig, to_plain
+from cwcl_jax.training.workdir import write_text
 
 
 @runtime_checkable
@@ -38,39 +40,35 @@ class JsonLines:
         self._file.close()
 
 
-def read_json_lines(path: Path, before_step: int | None = None) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order; a line torn by a kill is passed over.
-
-    Args:
-      before_step: leave out records of this step and later ones.
-    """
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, in order; a line torn by a kill is passed over."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        if before_step is None or record["step"] < before_step:
-            records.append(record)
     return records
 
 
 def truncate_json_lines(path: Path, after_step: int) -> None:
     """Drops the records after `after_step`: a resumed run writes them again."""
-    records = read_json_lines(path, before_step=after_step + 1)
     if path.exists():
-        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        records = [record for record in read_json_lines(path) if record["step"] <= after_step]
+        # Whole or not at all: on a full disk the old records must stay.
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 class TensorBoard:
-    """TensorBoard event files."""
+    """TensorBoard event files; what earlier starts wrote after `start_step` is hidden."""
 
     def __init__(self, directory: Path, start_step: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=start_step or None)
+        # It hides its purge step too.
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -81,7 +79,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run, resumed by name."""
+    """A Weights & Biases run; the folder keeps its id, by which later starts go on with it."""
 
     def __init__(self, project: str, workdir: Path, config: ExperimentConfig):
         try:
@@ -93,7 +91,8 @@ class WeightsAndBiases:
             ) from error
         self._run = wandb.init(
             project=project,
-            id=workdir.name,
+            id=_wandb_id(workdir),
+            name=workdir.name,
             resume="allow",
             dir=str(workdir),
             config=to_plain(config),
@@ -104,6 +103,14 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(workdir: Path) -> str:
+    """Random: the names of folders, such as seed0, come again in other experiments."""
+    path = workdir / "wandb_id"
+    if not path.exists():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def make_writers(workdir: Path, config: ExperimentConfig, start_step: int) -> list[Writer]:

@@ -2,6 +2,9 @@
 
 import io
 import math
+from pathlib import Path
+
+import pytest
 
 from cwcl_jax.training.metrics import (
     JsonLines,
@@ -23,6 +26,24 @@ def test_records_survive_a_torn_last_line_and_a_resume(tmp_path):
         file.write('{"step": 4, "lo')
     truncate_json_lines(path, after_step=2)
     assert read_json_lines(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}]
+
+
+def test_a_full_disk_at_a_resume_leaves_the_records(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(path)
+    for step in range(1, 101):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+
+    def write_until_full(self, text, **options):
+        with self.open("w") as file:
+            file.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_until_full)
+    with pytest.raises(OSError, match="No space left"):
+        truncate_json_lines(path, after_step=100)
+    assert len(read_json_lines(path)) == 100
 
 
 def test_non_finite_values_are_null(tmp_path):
