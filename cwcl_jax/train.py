@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from cwcl_jax import cli
+from cwcl_jax.config import ConfigError
 
 _CONFIG = cli.define_config_flag()
 flags.declare_key_flag("config")  # so that --help shows it
@@ -21,12 +22,20 @@ def main(argv: list[str]) -> int:
     """Resolves the flags and trains, alone or as one process of a job."""
     del argv
     config = cli.resolve_config(_CONFIG)
+    workdir = _WORKDIR.value or f"runs/{config.name}-{config.loss.name}"
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir={workdir}: a bucket must be mounted (gcsfuse, Filestore, NFS); give the "
+            "path that it has on all hosts"
+        )
+    workdir = Path(workdir)
     # Here and not above: flags and settings are checked before the slow imports.
     from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.run import train
+    from cwcl_jax.training.workdir import make_folder
 
+    make_folder(workdir)  # before the processes meet: each can say what is wrong with it
     initialize(config.distributed)
-    workdir = Path(_WORKDIR.value or f"runs/{config.name}-{config.loss.name}")
     return run_main(
         lambda watchdog: train(config, workdir, watchdog),
         config.distributed,

@@ -35,14 +35,49 @@ def run(*arguments):
         (["--config=configs/lit_cwcl.py", "--config.seed=x"], "--config.seed=x"),
         (["--config=configs/lit_cwcl.py", "--confg=x"], "Did you mean: config"),
         (["--config=configs/lit_cwcl.py", "now"], "unexpected argument 'now'"),
+        (["--config=configs", "--config.seed=3"], "--config=configs: this is a folder"),
+        (["--config=configs"], "--config=configs: this is a folder"),
+        (
+            ["--config=configs/lit_cwcl.py", "--config.optimizer.name.x=3"],
+            "--config.optimizer.name.x=3: the config has no such field",
+        ),
+        (
+            ["--config=configs/lit_cwcl.py", "--workdir=gs://bucket/run"],
+            "--workdir=gs://bucket/run: a bucket must be mounted",
+        ),
+        (
+            ["--config=configs/lit_cwcl.py", "--workdir=README.md"],
+            "--workdir=README.md cannot be made: File exists",
+        ),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(arguments, message):
-    result = run(*arguments)
+    is_told(run(*arguments), message)
+
+
+def is_told(result, message):
     assert result.returncode == BAD_CONFIG
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = (\n", ", line 1: SyntaxError: '(' was never closed"),
+        ("import nomodule\n", ", line 1: ModuleNotFoundError: No module named 'nomodule'"),
+        ("def get_config():\n    return {}['nope']\n", ", line 2: KeyError: 'nope'"),
+        ("def get_config():\n    open('/nowhere/a')\n", "No such file or directory: '/nowhere/a'"),
+        ("def get_config():\n    return 3\n", "get_config() must return a config, got 3"),
+        ("x = 1\n", "the file defines no function get_config()"),
+    ],
+)
+def test_mistake_in_the_config_file_is_one_line_and_exit_code_2(tmp_path, text, message):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    is_told(run(f"--config={file}"), message)
 
 
 @pytest.mark.multiprocess

@@ -24,6 +24,9 @@ from typing import NoReturn
 
 import jax
 
+# What jax.distributed.initialize itself asks; it has no public name.
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+
 from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError
 from cwcl_jax.training.coordination import barrier, gather
@@ -96,9 +99,21 @@ def _detected(environ: Mapping[str, str]) -> str | None:
         return "SLURM"
     if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
-    if len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
-        return "Cloud TPU"
-    return None
+    # GKE's variables; hosts reached by gcloud have none, and jax asks their metadata server.
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
+    several = _several_tpu_hosts() if hosts is None else len(hosts.split(",")) > 1
+    return "Cloud TPU" if several else None
+
+
+def _several_tpu_hosts() -> bool:
+    """Whether the metadata server of this machine knows a TPU slice of several hosts."""
+    try:
+        return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
+    except OSError as error:
+        raise ConfigError(
+            f"this machine has TPUs, but its metadata server does not say of how many hosts: "
+            f"{error}; set TPU_SKIP_MDS_QUERY=1 if there is no such server"
+        ) from error
 
 
 def _device_ids(text: str) -> tuple[int, ...] | None:

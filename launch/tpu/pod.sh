@@ -3,10 +3,11 @@
 #
 #   export TPU_NAME=my-slice ZONE=us-central2-b
 #   launch/tpu/pod.sh setup                    copies this repository to all hosts and installs it
-#   launch/tpu/pod.sh train --config=configs/lit_cwcl.py:paper --workdir=gs://bucket/runs/paper
+#   launch/tpu/pod.sh train --config=configs/lit_cwcl.py:paper --workdir=/mnt/runs/paper
 #   launch/tpu/pod.sh stop                     SIGTERM: all hosts save the same step and stop
 #   launch/tpu/pod.sh run COMMAND ARGUMENT...  anything else, on all hosts
 #
+# The workdir is a path that all hosts see: a bucket mounted by gcsfuse, Filestore, NFS.
 # Variables: TPU_NAME, ZONE; PROJECT (default: gcloud's), FOLDER on the hosts (default: cwcl_jax),
 # RETRIES of `train` after a failure (default: 3). jax finds the hosts by itself. Never run on a TPU.
 set -euo pipefail

@@ -1,14 +1,18 @@
 """How processes find each other, agree and stop."""
 
+import http.server
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from cwcl_jax.cli import BAD_CONFIG, DONE, FAILED, PREEMPTED, WATCHDOG, exit_code
 from cwcl_jax.config import ConfigError
@@ -17,7 +21,8 @@ from cwcl_jax.training import distributed
 from cwcl_jax.training.distributed import Layout, check_addresses, find_layout
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import DistributedConfig
-from tests.training.jobs import CHILD, run_job, write_experiment
+from launch import local
+from tests.training.jobs import CHILD, Job, run_job, write_experiment
 from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,6 +63,47 @@ def test_slurm_is_left_to_jax_but_for_the_coordinator():
         "JAX_COORDINATOR_ADDRESS": "rack001-ib:9000",
     }
     assert find_layout(NONE, environ) == Layout("rack001-ib:9000", None, None, None, "SLURM")
+
+
+class MetadataServer(http.server.BaseHTTPRequestHandler):
+    """What Google's gives to the hosts of a TPU slice."""
+
+    hosts = ""
+
+    def do_GET(self):
+        known = {
+            "agent-worker-number": "1",
+            "worker-network-endpoints": self.hosts,
+            "tpu-env": "",
+        }
+        name = self.path.rpartition("/")[2]
+        self.send_response(200 if name in known else 404)
+        self.end_headers()
+        self.wfile.write(known.get(name, "").encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("hosts", "several"), [("a:1:10.0.0.2,b:2:10.0.0.3", True), ("a:1:10.0.0.2", False)]
+)
+def test_tpu_hosts_without_variables_are_found_by_the_metadata_server(monkeypatch, hosts, several):
+    monkeypatch.setattr(MetadataServer, "hosts", hosts)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    with http.server.HTTPServer(("127.0.0.1", 0), MetadataServer) as server:
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        found = find_layout(NONE, {})
+        server.shutdown()
+        thread.join()
+    assert found == (Layout(None, None, None, None, "Cloud TPU") if several else None)
+    # GKE's variables come first, also those of a single host; nobody answers any more.
+    assert find_layout(NONE, {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    with pytest.raises(ConfigError, match="TPU_SKIP_MDS_QUERY=1"):
+        find_layout(NONE, {})
 
 
 @pytest.mark.parametrize(
@@ -131,6 +177,41 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert files == ["process-0.log", "process-1.log"]
     assert "step 1/4" in (tmp_path / "two" / "logs" / "process-0.log").read_text()
     assert not (tmp_path / "one" / "logs").exists()
+
+
+@pytest.mark.multiprocess
+def test_processes_that_the_settings_lay_out_run(tmp_path):
+    """The first way of launch/README.md; each process has another process_id."""
+    command = [sys.executable, "-m", "cwcl_jax.train", "--config=tests/training/toy_file.py"]
+    command += ["--config.total_steps=2", "--config.evaluation.tasks={}", f"--workdir={tmp_path}"]
+    command += [f"--config.distributed.coordinator_address=127.0.0.1:{local.free_port()}"]
+    command += ["--config.distributed.num_processes=2"]
+    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    jobs = [
+        subprocess.Popen(
+            ["timeout", "-s", "KILL", "200", *command, f"--config.distributed.process_id={rank}"],
+            cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [DONE, DONE], outputs
+    assert len(losses(tmp_path)) == 2
+
+
+@pytest.mark.multiprocess
+def test_sigterm_to_one_stops_all_while_features_are_made(tmp_path):
+    cache = tmp_path / "cache"
+    changes = {"data.keep_locked_features": True, "data.cache_dir": str(cache)}
+    write_experiment(tmp_path, toy_config(**{"data.train": "scenes:train?n=20000"}, **changes))
+    # Nobody is guilty, but every batch takes half a second.
+    job = Job(tmp_path / "run", 2, fault={"place": "evaluation", "process": -1})
+    job.wait_for(lambda: any((cache / "features").glob("*.lock")))
+    os.kill(job.processes[1].pid, signal.SIGTERM)
+    ending = job.end()
+    assert ending.codes == [PREEMPTED, PREEMPTED], ending.output
+    assert "stopped while features" in ending.output
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.multiprocess
