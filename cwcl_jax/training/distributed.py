@@ -24,9 +24,6 @@ from typing import NoReturn
 
 import jax
 
-# What jax.distributed.initialize itself asks; it has no public name.
-from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
-
 from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError
 from cwcl_jax.training.coordination import barrier, gather
@@ -107,6 +104,12 @@ def _detected(environ: Mapping[str, str]) -> str | None:
 
 def _several_tpu_hosts() -> bool:
     """Whether the metadata server of this machine knows a TPU slice of several hosts."""
+    # What jax.distributed.initialize itself asks. It has no public name, so a jax that has moved it
+    # must cost no more than this one way of starting.
+    try:
+        from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+    except ImportError:
+        return False
     try:
         return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
     except OSError as error:
