@@ -11,6 +11,7 @@ Tables 4 to 8, Figures 5 to 8, `--ablation=weights,speech_weights,batch`.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ if __name__ == "__main__":
     _FIGURE = flags.DEFINE_list("figure", [], "Numbers of figures, 5 to 8.")
     _ABLATION = flags.DEFINE_list("ablation", [], "weights, speech_weights, batch.")
     _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
-    _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1)
+    _SEEDS = flags.DEFINE_integer(
+        "seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1, upper_bound=10
+    )
     _STEPS = flags.DEFINE_integer(
         "steps", 0, "Steps of every run; 0 = the config's.", lower_bound=0
     )
@@ -76,28 +79,46 @@ def reproduce(
 
 
 def paper_commands(tables: Sequence[int], seeds: int) -> str:
-    """The full-scale runs behind the tables, one command a line, for a cluster's launcher."""
+    """The full-scale runs behind the tables, one command a line, for a cluster's launcher.
+
+    A run that an earlier table has already is a comment that names its folder.
+    """
     image, speech = "configs/lit_cwcl.py:paper", "configs/speech_cwcl.py:paper"
+    # "" is the recipe itself: a pretrained speech encoder, a locked text tower, batches of 20.
     variants = {4: (image, [""]), 5: (speech, ["init=random", ""])}
-    variants[6] = (speech, ["lock=none", "lock=speech", "lock=text", "lock=both"])
-    variants[7] = (speech, ["batch=20", "batch=40", "batch=80"])
+    variants[6] = (speech, ["lock=none", "lock=speech", "", "lock=both"])
+    variants[7] = (speech, ["", "batch=40", "batch=80"])
     variants[8] = (speech, ["", "text=bart"])
     lines = ["# One job each; --config files name the data and weights that they need."]
-    for number in tables or sorted(variants):
+    first: dict[str, int] = {}
+    for number in dict.fromkeys(tables) or sorted(variants):
         if number not in variants:
             raise ConfigError(f"--table={number}: choose one of 4, 5, 6, 7, 8")
         file, arguments = variants[number]
         lines.append(f"# Table {number}")
-        for argument in arguments:
-            for loss in ("loss=contrastive", ""):
-                config = ",".join(filter(None, (file, argument, loss)))
-                name = config.split("/")[1].replace(".py:", "-").replace(",", "-")
-                lines += [
-                    f"python -m cwcl_jax.train --config={config} --config.seed={seed} "
-                    f"--workdir=runs/{name.replace('=', '-')}-seed{seed}"
-                    for seed in range(seeds)
-                ]
-    return "\n".join(dict.fromkeys(lines))
+        for config, seed in itertools.product(_both_losses(file, arguments), range(seeds)):
+            name = config.split("/")[1].replace(".py:", "-").replace(",", "-").replace("=", "-")
+            workdir = f"runs/{name}-seed{seed}"
+            if first.setdefault(workdir, number) != number:
+                lines.append(f"# as in Table {first[workdir]}: {workdir}")
+                continue
+            lines.append(
+                f"python -m cwcl_jax.train --config={config} --config.seed={seed} "
+                f"--workdir={workdir}"
+            )
+    return "\n".join(lines)
+
+
+def _both_losses(file: str, arguments: Sequence[str]) -> list[str]:
+    return [
+        ",".join(filter(None, (file, argument, loss)))
+        for argument in arguments
+        for loss in ("loss=contrastive", "")
+    ]
+
+
+# What has no meaning where commands are only printed.
+_EMBEDDED_ONLY = ("figure", "ablation", "steps", "scenes", "speech", "output", "runs")
 
 
 def main(argv: list[str]) -> int:
@@ -108,20 +129,29 @@ def main(argv: list[str]) -> int:
     tables = cli.whole_numbers("table", _TABLE.value)
     figures = cli.whole_numbers("figure", _FIGURE.value)
     if _SCALE.value == "paper":
+        for name in _EMBEDDED_ONLY:
+            if flags.FLAGS[name].present:
+                raise ConfigError(
+                    f"--scale=paper prints the commands of tables: leave --{name} out"
+                )
         print(paper_commands(tables, _SEEDS.value))
         return cli.DONE
     if not (tables or figures or _ABLATION.value):
         raise ConfigError("nothing to do: name --table, --figure or --ablation; see --help")
-    page = reproduce(
-        tables,
-        figures,
-        _ABLATION.value,
-        seeds=_SEEDS.value,
-        scale=Scale(_STEPS.value, _SCENES.value, _SPEECH.value),
-        output=Path(_OUTPUT.value),
-        runs=Path(_RUNS.value),
-        made_by=shlex.join(["python", "-m", "cwcl_jax.reproduce", *sys.argv[1:]]),
-    )
+    try:
+        page = reproduce(
+            tables,
+            figures,
+            _ABLATION.value,
+            seeds=_SEEDS.value,
+            scale=Scale(_STEPS.value, _SCENES.value, _SPEECH.value),
+            output=Path(_OUTPUT.value),
+            runs=Path(_RUNS.value),
+            made_by=shlex.join(["python", "-m", "cwcl_jax.reproduce", *sys.argv[1:]]),
+        )
+    except KeyboardInterrupt:
+        print("\nstopped between two runs; the same command goes on", file=sys.stderr)
+        return cli.PREEMPTED
     print(f"\nwritten: {page}")
     return cli.DONE
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from cwcl_jax.cli import BAD_CONFIG, DONE
+from cwcl_jax.config import to_json
 from cwcl_jax.reproduce import paper_commands
+from cwcl_jax.reproduction.runs import load_experiment
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +35,22 @@ def test_paper_scale_prints_the_commands():
     assert "--config=configs/speech_cwcl.py:paper,lock=both --config.seed=0" in text
 
 
+def test_paper_scale_trains_every_experiment_once():
+    text = paper_commands([], 2)
+    commands = [line.split() for line in text.splitlines() if line.startswith("python")]
+    options = [dict(part.split("=", 1) for part in c if "=" in part) for c in commands]
+    settings = set()
+    for option in options:
+        config = load_experiment(*option["--config"].split(":"))
+        settings.add((to_json(config), option["--config.seed"]))
+    workdirs = {option["--workdir"] for option in options}
+    assert len(settings) == len(workdirs) == len(commands) == (2 + 4 + 6 + 4 + 2) * 2
+    # What an earlier table has is named, not trained again.
+    shared = text.split("# Table 8\n")[1].splitlines()[:4]
+    assert all(line.startswith("# as in Table 5: runs/speech_cwcl-paper") for line in shared)
+    assert {line.split()[-1] for line in shared} <= workdirs
+
+
 @pytest.mark.multiprocess
 def test_mistakes_are_one_line():
     for arguments, message in (
@@ -40,6 +58,8 @@ def test_mistakes_are_one_line():
         (["--table=3"], "--table=3: choose one of"),
         (["--table=four"], "numbers separated by commas"),
         (["--figure=9"], "--figure=9: choose one of"),
+        (["--table=4", "--seeds=12"], "--seeds=12"),
+        (["--scale=paper", "--steps=4"], "--scale=paper prints the commands of tables: leave --st"),
     ):
         result = run(*arguments)
         assert result.returncode == BAD_CONFIG, result.stderr

@@ -14,6 +14,10 @@ SPEECH = "configs/speech_cwcl.py"
 SCENE_TASKS = ("shape", "colour", "combination")
 
 
+def _joined(*entries: str) -> str:
+    return ",".join(filter(None, entries))
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One number: of a run (any seed), a task and a metric; see `measures.measure`."""
@@ -53,18 +57,29 @@ class Scale:
 
     Attributes:
       steps: 0 leaves the config's.
-      scenes, speech: more entries for the configs' arguments.
+      scenes, speech: more entries for the configs' arguments, but for the loss.
     """
 
     steps: int = 0
     scenes: str = ""
     speech: str = ""
 
+    def __post_init__(self):
+        for option in ("scenes", "speech"):
+            self.refuse(option, "loss", "every table compares CL with CWCL")
+
+    def refuse(self, option: str, name: str, why: str) -> None:
+        """Raises ConfigError where the command line sets what an experiment sets in some rows."""
+        given = [entry for entry in getattr(self, option).split(",") if entry.split("=")[0] == name]
+        if given:
+            raise ConfigError(f"--{option}={given[0]}: {why}; leave {name} out")
+
     def run(self, file: str, name: str, argument: str = "", *options: str, **more) -> Run:
         """A run of a config at this scale."""
         own = self.scenes if file == SCENES else self.speech
         steps = (f"--config.total_steps={self.steps}",) if self.steps else ()
-        return Run(name, file, ",".join(filter(None, (argument, own))), (*options, *steps), **more)
+        # What a table varies comes last: the last of two entries of one name holds.
+        return Run(name, file, _joined(own, argument), (*options, *steps), **more)
 
 
 METHODS = {"CL": "loss=contrastive", "CWCL": ""}
@@ -76,10 +91,6 @@ def table(number: int, scale: Scale) -> Experiment:
     if number not in made:
         raise ConfigError(f"--table={number}: choose one of {', '.join(map(str, made))}")
     return made[number](scale)
-
-
-def _joined(*entries: str) -> str:
-    return ",".join(filter(None, entries))
 
 
 def scene_runs(scale: Scale) -> dict[str, Run]:
@@ -145,6 +156,7 @@ def _locked(scale: Scale, method: str, lock: str) -> Run:
 
 
 def _table5(scale: Scale) -> Experiment:
+    scale.refuse("speech", "init", "Table 5 compares initialisations")
     intent = speech_tasks(scale)[0]
     rows = {
         method: tuple(
@@ -282,6 +294,7 @@ def _ablate_weights(scale: Scale) -> Experiment:
 
 
 def _ablate_speech_weights(scale: Scale) -> Experiment:
+    scale.refuse("speech", "weights", "the ablation compares weight functions")
     tasks = speech_tasks(scale)
     read = [(task, f"rank{suffix}@1") for task in tasks for suffix in ("", "_general")]
     read += [("retrieval", f"{way}_rank@1") for way in ("speech_to_text", "text_to_speech")]

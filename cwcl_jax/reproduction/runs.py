@@ -6,7 +6,6 @@ import dataclasses
 import json
 import runpy
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
 from cwcl_jax.pretrained.folder import DESCRIPTION
+from cwcl_jax.reproduction.processes import run_process
+from cwcl_jax.training.workdir import write_text
 
 _RECORD = "reproduce.json"
 
@@ -97,10 +98,11 @@ class Runner:
         command = run.command(self.root)
         self.commands.append(command)
         record = _read(folder / _RECORD)
-        if record.get("command") == command and record.get("complete"):
+        same = _normalised(record.get("command", [])) == _normalised(command)
+        if same and record.get("complete"):
             self._say(f"{folder}: complete, reused")
         else:
-            spent = record.get("seconds", 0.0) if record.get("command") == command else 0.0
+            spent = record.get("seconds", 0.0) if same else 0.0
             record = {"command": command, "seconds": spent, "complete": False}
             self._train(folder, record)
         self._done[folder] = record["seconds"]
@@ -120,31 +122,50 @@ class Runner:
             self._process(folder, record["command"])
             record["complete"] = True
         finally:
-            record["seconds"] += time.perf_counter() - start
-            text = json.dumps(record, indent=1) + "\n"
-            (folder / _RECORD).write_text(text, encoding="utf-8")
+            # Settings that were refused trained nothing: the folder holds another run, its record.
+            if not isinstance(sys.exception(), ConfigError):
+                record["seconds"] += time.perf_counter() - start
+                write_text(folder / _RECORD, json.dumps(record, indent=1) + "\n")
         self._say(f"{folder}: {record['seconds']:.0f} s")
 
     def _process(self, folder: Path, command: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "reproduce.log"
         self._say(f"{folder}: {shlex.join(command)}")
-        with log.open("a", encoding="utf-8") as file:
-            code = subprocess.run(
-                [sys.executable, *command[1:]], stdout=file, stderr=file
-            ).returncode
+        code = run_process(command, log)
         if code == cli.PREEMPTED:
             raise SystemExit(code)
         if code:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
             # A mistake in the settings is the last line; what ended another run may need more.
             told = " / ".join(lines[-1:] if code == cli.BAD_CONFIG else lines[-3:])
+            if "--workdir" in told:
+                told += " (here that is another --runs)"
             message = f"the run in {folder} ended with code {code} (log: {log}): {told}"
             raise ConfigError(message) if code == cli.BAD_CONFIG else RuntimeError(message)
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not whole: delete it; the run in its folder then goes on from where it is"
+        ) from error
+
+
+def _normalised(command: Sequence[str]) -> list[str]:
+    """A command with the entries of its config's argument in the order of their names."""
+    return [_sorted_entries(part) if part.startswith("--config=") else part for part in command]
+
+
+def _sorted_entries(option: str) -> str:
+    file, _, argument = option.partition(":")
+    # Entries of one name stay in order: the last of them holds.
+    entries = sorted(argument.split(","), key=lambda entry: entry.partition("=")[0])
+    return f"{file}:{','.join(entries)}"
 
 
 def load_experiment(file: str, argument: str = "") -> ExperimentConfig:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from cwcl_jax.evaluation.compare import draw_matrices, load_items
 from cwcl_jax.reproduction import experiments, figures, page
 from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
 from cwcl_jax.reproduction.measures import Spread, difference, spread
+from cwcl_jax.reproduction.processes import run_process
 from cwcl_jax.reproduction.runs import Run, Runner
 
 _TEMPLATES = (1, 5, 10)
@@ -137,12 +136,10 @@ def _other_classes(folder: Path) -> Path:
     target.mkdir(exist_ok=True)
     tasks = target / "tasks.json"
     tasks.write_text(json.dumps({"alignment": task}), encoding="utf-8")
-    command = ["-m", "cwcl_jax.evaluate", f"--workdir={folder}", f"--tasks={tasks}"]
-    done = subprocess.run(
-        [sys.executable, *command, f"--output={target}"], capture_output=True, text=True
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
+    command = ["python", "-m", "cwcl_jax.evaluate", f"--workdir={folder}", f"--tasks={tasks}"]
+    log = target / "reproduce.log"
+    if run_process([*command, f"--output={target}"], log):
+        last = (log.read_text(encoding="utf-8").strip() or "no message").splitlines()[-1]
         raise ConfigError(f"evaluating {folder} with other classes failed: {last}")
     return target
 

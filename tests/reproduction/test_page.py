@@ -142,6 +142,26 @@ def test_batches_keep_the_number_of_examples_also_of_the_warm_up():
     assert set(experiments.scene_runs(scale).values()) < set(made.runs)
 
 
+def test_what_a_table_varies_wins_over_the_command_line():
+    made = experiments.table(7, Scale(speech="batch=64,weights=relu2"))
+    for row in (made.rows["CL"], made.rows["CWCL"]):
+        configs = [load_experiment(cell.run.file, cell.run.argument) for cell in row]
+        assert [config.global_batch_size for config in configs] == [32, 64, 128]
+        assert {config.loss.weight_function for config in configs} == {"relu"}
+    for cell in experiments.table(6, Scale(speech="lock=speech")).rows["CWCL"]:
+        locks = [x for x in cell.run.argument.split(",") if x.startswith("lock=")]
+        assert cell.run.name.startswith(f"speech-lock-{locks[-1].removeprefix('lock=')}-")
+
+
+def test_what_rows_leave_to_the_config_cannot_be_set():
+    with pytest.raises(ConfigError, match="--scenes=loss=cellclip: every table compares"):
+        Scale(scenes="loss=cellclip")
+    with pytest.raises(ConfigError, match="--speech=init=x: Table 5"):
+        experiments.table(5, Scale(speech="init=x"))
+    with pytest.raises(ConfigError, match="leave weights out"):
+        experiments.ablation("speech_weights", Scale(speech="batch=64,weights=relu2"))
+
+
 def test_unknown_tables_are_errors():
     with pytest.raises(ConfigError, match="--table=3: choose one of 4"):
         experiments.table(3, Scale())

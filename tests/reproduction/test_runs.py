@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -104,3 +109,84 @@ def test_command_names_config_seed_and_the_run_before(tmp_path):
     assert f"--source={tmp_path}/first-seed1000" in export
     # what the config file looks for when init names a run
     assert f"--output={tmp_path}/first-seed1000/export" in export
+
+
+# A run that takes its time, and saves when it is asked to stop.
+TRAINING = """
+import pathlib, signal, sys, time
+here = pathlib.Path(sys.argv[1])
+def save(*_):
+    time.sleep(0.5)
+    (here / "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+(here / "ready").touch()
+time.sleep(60)
+(here / "trained on").touch()
+"""
+COMMAND = """
+import sys
+from pathlib import Path
+from cwcl_jax.reproduction.runs import Run, Runner
+class Script(Run):
+    def command(self, root):
+        return ["python", "-c", self.argument, str(root)]
+Runner(Path(sys.argv[1])).complete(Script("a", "", sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.multiprocess
+def test_a_stop_reaches_the_run_which_saves(tmp_path, number):
+    """To all of the terminal's processes, as Ctrl-C does, or to the command alone."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, str(tmp_path), TRAINING],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert b"Traceback" not in errors
+    assert (tmp_path / "saved").exists()
+    assert not json.loads((tmp_path / "a-seed0" / "reproduce.json").read_text())["complete"]
+
+
+def test_settings_that_are_refused_leave_the_record_of_the_run_before(tmp_path):
+    Runner(tmp_path, say=lambda text: None).complete(script("a", "pass"))
+    record = (tmp_path / "a" / "reproduce.json").read_text()
+    refused = "import sys; print('error: give another --workdir'); sys.exit(2)"
+    with pytest.raises(ConfigError, match="another --runs"):
+        Runner(tmp_path, say=lambda text: None).complete(script("a", refused))
+    assert (tmp_path / "a" / "reproduce.json").read_text() == record
+
+
+def test_a_record_that_is_cut_off_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "reproduce.json").write_text('{"command": ["py')
+    with pytest.raises(ConfigError, match=r"reproduce\.json is not whole: delete it"):
+        Runner(tmp_path, say=lambda text: None).complete(script("a", "pass"))
+
+
+def test_entries_in_another_order_are_the_same_run(tmp_path):
+    """As runs are called that were made when a table's entries came first."""
+
+    def record(argument):
+        run = Run("a", "configs/x.py", argument)
+        run.folder(tmp_path).mkdir(exist_ok=True)
+        made = {"command": run.command(tmp_path), "seconds": 7.0, "complete": True}
+        (run.folder(tmp_path) / "reproduce.json").write_text(json.dumps(made))
+
+    runner = Runner(tmp_path, say=lambda text: None)
+    record("loss=contrastive,data=/data")
+    runner.complete(Run("a", "configs/x.py", "data=/data,loss=contrastive"))
+    assert runner.seconds == 7
+    # Of two entries of one name the last one holds.
+    record("batch=32,batch=64")
+    with pytest.raises((ConfigError, RuntimeError), match="ended with code"):
+        Runner(tmp_path, say=lambda text: None).complete(
+            Run("a", "configs/x.py", "batch=64,batch=32")
+        )
