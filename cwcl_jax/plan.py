@@ -61,6 +61,7 @@ def plan(
     if len(devices) < count:
         raise ConfigError(f"--mesh={mesh}: this process has only {len(devices)} devices")
     config = on_chip(without_files(config), chip)
+    check(config)
     planner = Planner(chip, devices)
     embedded: tuple[str, ...] = ()
     if "embeds=" in config.data.train:
@@ -100,6 +101,20 @@ def _without_file(modality: str, tower: TowerConfig) -> TowerConfig:
     return dataclasses.replace(tower, weights="")
 
 
+def check(config: ExperimentConfig) -> None:
+    """Raises ConfigError where training would refuse the settings, as far as no file is needed."""
+    from cwcl_jax.losses import make_loss
+    from cwcl_jax.training.checks import check_inputs
+
+    try:
+        make_loss(config.loss)
+    except ValueError as error:
+        raise ConfigError(f"config.loss: {error}") from error
+    # A tokenizer may lie on a hub or a cluster; in place of its words, the package's few.
+    text = dataclasses.replace(config.data.text, tokenizer="")
+    check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, text=text)))
+
+
 def on_chip(config: ExperimentConfig, chip: Chip) -> ExperimentConfig:
     """The config with what it would decide there: rematerialisation, the columns of a tile."""
     from cwcl_jax.planning.towers import has_blocks
@@ -130,6 +145,9 @@ def main(argv: list[str]) -> int:
 
     if not _MESH.value:
         raise ConfigError("--mesh is missing: a chip and a number of devices, such as a100x4")
+    output = Path(_OUTPUT.value)
+    if _OUTPUT.value and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(f"--output={output}: name a file in a folder that exists")
     config = cli.resolve_config(_CONFIG)
     virtual_devices(parse_mesh(_MESH.value)[1])
     text = plan(
@@ -141,7 +159,7 @@ def main(argv: list[str]) -> int:
     )
     print(text)
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(text + "\n", encoding="utf-8")
+        output.write_text(text + "\n", encoding="utf-8")
     return cli.DONE
 
 

@@ -61,6 +61,29 @@ def test_a_mistake_is_one_line():
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.multiprocess
+def test_a_place_for_the_plan_is_looked_for_before_planning(tmp_path):
+    for place in (tmp_path, tmp_path / "no" / "plan.txt"):
+        result = run("--config=configs/lit_cwcl.py", "--mesh=a100", f"--output={place}")
+        assert result.returncode == BAD_CONFIG
+        assert result.stderr.startswith(f"error: --output={place}: name a file in a folder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.fsdp": 3}, r"config\.mesh\.fsdp=3 does not divide"),
+        ({"data.text.max_tokens": 17}, r"max_tokens=17 exceeds the 16 positions"),
+        ({"data.image.size": 100}, r"data\.image\.size=100, but the tower reads 32 x 32"),
+        ({"loss.name": "supervised"}, r"needs labels: set --config\.data\.labels"),
+        ({"loss.name": "cellclip", "loss.weight_function": "relu"}, r"config\.loss: .*contradicts"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(wide_config(**changes), "a100x4", compile_step=False, variants=False)
+
+
 def test_a_batch_that_does_not_divide_is_an_error():
     config = wide_config(global_batch_size=30)
     with pytest.raises(ConfigError, match=r"global_batch_size=30 is not divisible by 4 devices"):

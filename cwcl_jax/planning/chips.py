@@ -86,26 +86,47 @@ CHIPS: dict[str, Chip] = {
     )
 }
 _ALIASES = {"a100": "a100-80", "tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p", "tpu-v6e": "v6e"}
+# Names of Google's slices count TensorCores for these, of which a chip has two, and chips for v5e
+# and v6e (cloud.google.com/tpu/docs).
+_NAMED_BY_CORES = ("v4", "v5p")
+# As many as the largest pods have: the planner makes them all, and more take it minutes.
+_MOST_DEVICES = 10_000
 
 
 def parse_mesh(text: str) -> tuple[Chip, int]:
-    """The chip and the number of devices of `a100x4`, `v5e:256` or `h100`.
+    """The chip and the number of devices of `a100x4`, `a100 x4`, `v5e:256` or `h100`.
 
     Raises:
-      ConfigError: no such chip (names the nearest), or no number of devices.
+      ConfigError: no such chip (names the nearest), or no number of devices that can be planned.
     """
-    match = re.fullmatch(r"([a-z0-9\-]+?)(?:[x:](\d+))?", text.strip().lower())
+    match = re.fullmatch(r"([a-z0-9\-]+?)(?:\s*[x:]\s*(\d+))?", text.strip().lower())
     name = match[1] if match else text
-    name = _ALIASES.get(name, name)
-    if name not in CHIPS or match is None:
-        known = sorted([*CHIPS, *_ALIASES])
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+    chip = _chip(name)
+    if match is None or chip is None:
         raise ConfigError(
-            f"--mesh={text}: no chip of that name; {hint}known: {', '.join(known)}; write the "
-            "number of devices behind it, as in a100x4"
+            f"--mesh={text}: no chip of that name; {_hint(name)}known: {', '.join(_known())}; "
+            "write the number of devices behind it, as in a100x4"
         )
     devices = int(match[2] or 1)
-    if devices < 1:
-        raise ConfigError(f"--mesh={text}: a mesh has at least one device")
-    return CHIPS[name], devices
+    if not 1 <= devices <= _MOST_DEVICES:
+        raise ConfigError(f"--mesh={text}: a mesh has 1 to {_MOST_DEVICES:,} devices here")
+    return chip, devices
+
+
+def _chip(name: str) -> Chip | None:
+    return CHIPS.get(_ALIASES.get(name, name))
+
+
+def _known() -> list[str]:
+    return sorted([*CHIPS, *_ALIASES])
+
+
+def _hint(name: str) -> str:
+    """What may have been meant: a slice as Google writes it, v5e-64, or the nearest name."""
+    start, _, number = name.rpartition("-")
+    if number.isdecimal() and (chip := _chip(start)) is not None:
+        if chip.name in _NAMED_BY_CORES:
+            return f"did you mean '{start}x{int(number) // 2}' (its name counts two cores a chip)? "
+        return f"did you mean '{start}x{number}'? "
+    near = difflib.get_close_matches(name, _known(), n=1, cutoff=0.3)
+    return f"did you mean {near[0]!r}? " if near else ""

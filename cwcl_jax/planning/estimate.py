@@ -105,10 +105,10 @@ class Estimate:
     @property
     def times(self) -> Times:
         rates = {p: getattr(self.chip, p) for p in ("half", "single", "highest")}
+        # Scores are known by their size: towers of as many tokens have theirs in one number.
+        tokens = {attention_tokens(self.blueprint, m) for m, fused in self.fused.items() if fused}
         touched = self.work.product_bytes - sum(
-            self.work.score_bytes.get(attention_tokens(self.blueprint, modality), 0.0)
-            for modality, fused in self.fused.items()
-            if fused
+            self.work.score_bytes.get(number, 0.0) for number in tokens
         )
         touched += _OPTIMIZER_TRAFFIC * self.state.params + state_bytes(jax.tree.leaves(self.batch))
         return Times(

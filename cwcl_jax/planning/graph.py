@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from cwcl_jax.planning.scores import RESULT, is_scores, scores_in_product
+
 # Operations that run other functions in a way that matters (loops, branches, devices) stay nodes.
 _NOT_INLINED = ("scan", "while", "cond", "shard_map")
 
@@ -26,11 +28,13 @@ class Value:
       operation: name of the primitive that makes it, "input" for arguments and constants.
       operands: what it is made of; literals are left out.
       aval: shape and type.
+      is_scores: whether it is attention's tokens x tokens array.
     """
 
     operation: str
     operands: tuple[Value, ...]
     aval: Any
+    is_scores: bool = False
 
     @property
     def size(self) -> int:
@@ -84,8 +88,17 @@ def _walk(jaxpr: Any, environment: dict[Any, Value], values: list[Value]) -> Non
             continue
         known = tuple(value for value in operands if value is not None)
         for var in equation.outvars:
-            environment[var] = Value(equation.primitive.name, known, var.aval)
+            scores = _makes_scores(equation, known, var.aval.shape)
+            environment[var] = Value(equation.primitive.name, known, var.aval, scores)
             values.append(environment[var])
+
+
+def _makes_scores(equation: Any, operands: tuple[Value, ...], shape: tuple[int, ...]) -> bool:
+    """By the product; elementwise, of what was scores before."""
+    if equation.primitive.name == "dot_general":
+        return scores_in_product(equation) == RESULT
+    made = (value for value in operands if value.operation not in ("input", "literal"))
+    return is_scores(shape) and all(v.is_scores for v in made if v.aval.shape == shape)
 
 
 def inlined(equation: Any) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from cwcl_jax.planning.graph import Graph, Value, trace
-from cwcl_jax.planning.work import is_scores
 
 # Results that are in memory, whoever reads them; all else is fused into its readers.
 _STORED = (
@@ -65,8 +64,8 @@ def kept_for_backward(function: Callable[..., Any], params: Any, *rest: Any) -> 
     for output in graph.outputs:
         if output is not None:
             found |= {id(value): value for value in _sources(output, stored, memo)}
-    scores = [value.bytes for value in found.values() if is_scores(value.aval.shape)]
-    other = [value.bytes for value in found.values() if not is_scores(value.aval.shape)]
+    scores = [value.bytes for value in found.values() if value.is_scores]
+    other = [value.bytes for value in found.values() if not value.is_scores]
     return Kept(sum(scores), sum(other), max(other, default=0))
 
 

@@ -56,6 +56,9 @@ def _heading(base: Estimate) -> str:
 
 
 def _form(base: Estimate) -> str:
+    form = base.blueprint.config.loss.form
+    if form in ("dense", "fused"):
+        return form
     if base.devices == 1:
         return "one device"
     return "ring" if "ppermute" in base.work.sent else "gathered"

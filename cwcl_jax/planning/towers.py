@@ -16,7 +16,6 @@ from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.planning.graph import trace
 from cwcl_jax.planning.inputs import inputs_of
 from cwcl_jax.planning.kept import Kept, kept_for_backward
-from cwcl_jax.planning.work import is_scores
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.state import Blueprint, make_blueprint
@@ -172,7 +171,7 @@ def _largest(function: Any, *arguments: Any) -> tuple[int, int]:
         if value.operation == "dot_general":
             for part in (value, *value.operands):
                 if part.operation != "input":
-                    (scores if is_scores(part.aval.shape) else sizes).append(part.bytes)
+                    (scores if part.is_scores else sizes).append(part.bytes)
     return max(sizes), max(scores)
 
 

@@ -16,6 +16,7 @@ import jax
 from jax.extend import core
 
 from cwcl_jax.planning.graph import subjaxprs
+from cwcl_jax.planning.scores import scores_in_product
 
 PRECISIONS = ("half", "single", "highest")
 _SENDING = (
@@ -116,10 +117,11 @@ def _count_product(equation: Any, times: float, work: Work) -> None:
     out = equation.outvars[0].aval
     depth = math.prod(left.shape[axis] for axis in contracting)
     work.flops[_precision(equation, left)] += times * 2 * math.prod(out.shape) * depth
-    for aval in (left, right, out):
+    scores = scores_in_product(equation)
+    for place, aval in enumerate((left, right, out)):
         size = times * math.prod(aval.shape) * aval.dtype.itemsize
         work.product_bytes += size
-        if is_scores(aval.shape):
+        if place == scores:
             work.score_bytes[aval.shape[-1]] += size
 
 
@@ -156,9 +158,3 @@ def _sent_bytes(equation: Any, name: str, devices: int) -> float:
         "ppermute": min(others, 1),
     }.get(name, others / devices)
     return own * factor
-
-
-def is_scores(shape: tuple[int, ...]) -> bool:
-    """Whether an array is (batch, heads, tokens, tokens), with or without an axis of one."""
-    kept = (*shape[:2], *(size for size in shape[2:] if size != 1))
-    return len(kept) >= 4 and kept[-1] == kept[-2]

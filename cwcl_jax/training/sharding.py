@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cwcl_jax.config import ConfigError
 from cwcl_jax.training.options import MeshConfig
 
 BATCH_AXES = ("data", "fsdp")
@@ -27,11 +28,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp) mesh over `devices`, by default all of the job's.
 
     Raises:
-      ValueError: the number of devices is not divisible by `config.fsdp`.
+      ConfigError: the number of devices is not divisible by `config.fsdp`.
     """
     count = len(devices) if devices is not None else jax.device_count()
     if config.fsdp < 1 or count % config.fsdp:
-        raise ValueError(
+        raise ConfigError(
             f"config.mesh.fsdp={config.fsdp} does not divide the number of devices, {count}; "
             f"choose one of {[n for n in range(1, count + 1) if count % n == 0]}"
         )

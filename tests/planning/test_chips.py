@@ -11,7 +11,7 @@ from cwcl_jax.planning.chips import CHIPS, parse_mesh
 @pytest.mark.parametrize(
     ("text", "chip", "devices"),
     [("a100x4", "a100-80", 4), ("a100-40x8", "a100-40", 8), ("v5e:256", "v5e", 256),
-     ("H100", "h100", 1), ("tpu-v4x512", "v4", 512)],
+     ("H100", "h100", 1), ("tpu-v4x512", "v4", 512), ("h100 x8", "h100", 8)],
 )  # fmt: skip
 def test_mesh_names(text, chip, devices):
     found, count = parse_mesh(text)
@@ -23,7 +23,17 @@ def test_unknown_chip_names_the_nearest():
         parse_mesh("h20x4")
 
 
-@pytest.mark.parametrize("text", ["a100x0", "", "x4", "a100x"])
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("v5e-64", "v5ex64"), ("tpu-v6e-8", "tpu-v6ex8"), ("h100-8", "h100x8"), ("v4-64", "v4x32")],
+)
+def test_slices_as_google_names_them_are_understood(text, meant):
+    """v4-64 has 64 cores, two a chip; v5e-64 has 64 chips."""
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        parse_mesh(text)
+
+
+@pytest.mark.parametrize("text", ["a100x0", "", "x4", "a100x", "a100x100000"])
 def test_a_mesh_that_cannot_be_is_an_error(text):
     with pytest.raises(ConfigError, match="--mesh="):
         parse_mesh(text)

@@ -14,7 +14,9 @@ from cwcl_jax.planning.compiled import compile_step
 from cwcl_jax.planning.estimate import Planner
 from cwcl_jax.planning.kept import kept_for_backward
 from cwcl_jax.planning.memory import state_bytes
+from cwcl_jax.planning.report import report
 from cwcl_jax.planning.towers import tower_needs
+from cwcl_jax.reproduction.runs import load_experiment
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.state import initialise
@@ -120,3 +122,29 @@ def test_the_largest_batch_fits_and_the_next_does_not():
     limit = 0.9 * chip.memory
     assert largest % step == 0
     assert base.memory_of(largest).total <= limit < base.memory_of(largest + step).total
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_dense_loss_holds_arrays_of_all_pairs(devices):
+    """XLA for CPUs keeps 8 to 11 of them; for GPUs, see test_targets."""
+    changes = {"loss.form": "dense", "global_batch_size": 4096}
+    base = Planner(CHIPS["a100-80"], jax.devices()[:devices]).estimate(
+        from_features(**changes), embedded=()
+    )
+    pairs = 4 * 4096**2 / devices
+    assert base.memory.loss == pytest.approx(4 * pairs, rel=0.2)
+    found = compile_step(base.blueprint, base.batch)
+    assert base.memory.loss < found.temporary_bytes < 3 * base.memory.loss
+    fused = Planner(CHIPS["a100-80"], jax.devices()[:devices]).estimate(
+        from_features(global_batch_size=4096)
+    )
+    assert base.largest_batch() < 0.1 * fused.largest_batch()
+    assert "(dense)" in report(base, None, (), efficiency=0.5)
+
+
+def from_features(**changes):
+    config = load_experiment("configs/features_cwcl.py")
+    loss = dataclasses.replace(
+        config.loss, form=changes.pop("loss.form", "auto"), block_columns=4096
+    )
+    return dataclasses.replace(config, loss=loss, **changes)

@@ -66,6 +66,15 @@ def test_an_h100s_schedule_pays_memory_for_overlap():
 
 
 @ON_GPU
+@pytest.mark.parametrize("changes", [{}, {"loss.name": "contrastive"}, {"loss.name": "sigmoid"}])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_dense_loss_holds_what_was_reckoned(devices, changes):
+    many = {"global_batch_size": 8192, "loss.form": "dense"}
+    base, found = compiled("a100-80", devices, **many | changes)
+    assert found.temporary_bytes == pytest.approx(reckoned(base), rel=0.4)
+
+
+@ON_GPU
 def test_left_to_itself_the_compiler_keeps_more():
     """Why `remat` is "dots" on a GPU."""
     dots = compiled("a100-80", 4, **BIG)[1].temporary_bytes

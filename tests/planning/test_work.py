@@ -9,7 +9,7 @@ import pytest
 from cwcl_jax.planning.compiled import compile_step
 from cwcl_jax.planning.hlo import product_flops
 from cwcl_jax.planning.inputs import abstract_batch
-from cwcl_jax.planning.work import count_work, is_scores
+from cwcl_jax.planning.work import count_work
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.state import make_blueprint
@@ -46,13 +46,6 @@ def test_convolutions_count_their_kernel():
 
     work = count_work(conv, f32(1, 3, 10, 10), f32(5, 3, 3, 3), devices=1)
     assert work.total_flops == 2 * 5 * 8 * 8 * 3 * 9
-
-
-def test_scores_are_recognised_with_and_without_an_axis_of_one():
-    assert is_scores((2, 8, 77, 77))
-    assert is_scores((1, 8, 77, 1, 77))
-    assert not is_scores((2, 77, 768))
-    assert not is_scores((2, 8, 64, 77))
 
 
 @pytest.mark.parametrize(
