@@ -26,6 +26,8 @@ def get_config(argument: str = "") -> ConfigDict:
         argument, loss="cwcl", weights="affine", both=False, data="", test="", u="u", v="v"
     )
     u, v, both = options["u"], options["v"], options["both"]
+    if not options["data"] and ((u, v) != ("u", "v") or options["test"]):
+        raise ConfigError("u and v name arrays of data=FILE, and test=FILE goes with it: name data")
     config = defaults(name="features_cwcl", total_steps=1500, global_batch_size=256)
 
     config.data.train = f"arrays:{options['data']}" if options["data"] else "made:train"

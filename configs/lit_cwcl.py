@@ -10,13 +10,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cwcl_jax.config import defaults, parse_argument
+from cwcl_jax.config import ConfigError, defaults, parse_argument
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.models.tower import TowerConfig
+
+TEXTS = ("scratch", "bert")
 
 
 def get_config(argument: str = "") -> ConfigDict:
     options = parse_argument(argument, paper=False, loss="cwcl", text="scratch")
+    if options["text"] not in TEXTS:
+        raise ConfigError(f"text={options['text']!r} is not known; use one of {', '.join(TEXTS)}")
+    if options["text"] != "scratch" and not options["paper"]:
+        raise ConfigError(f"text={options['text']} goes with the paper's recipe: paper,text=...")
     config = defaults(name="lit_cwcl")
     config.loss.name = options["loss"]
     config.loss.weights_from = "image"
@@ -100,6 +106,8 @@ def paper(config: Any, text: str) -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 1e-4
+    # Ours: the paper names no warm-up for image-text, nor the clipping at norm 1 that is our
+    # default; clip_norm=0 turns it off.
     config.optimizer.warmup_steps = 1_000
     config.mesh.fsdp = 1
 

@@ -7,13 +7,14 @@
 
 from ml_collections import ConfigDict
 
-from cwcl_jax.config import defaults
+from cwcl_jax.config import ConfigError, defaults
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.models.tower import TowerConfig
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    del argument
+    if argument:
+        raise ConfigError(f"configs/scenes_pretrain.py takes no argument, got {argument!r}")
     config = defaults(name="scenes_pretrain", total_steps=5000, global_batch_size=128)
 
     # Half of the pictures show one thing and are described by little else than its shape and

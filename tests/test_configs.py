@@ -170,6 +170,32 @@ def test_features_that_are_missing_are_named(tmp_path):
         load_experiment(FEATURES, f"data={tmp_path}/a.npz")
 
 
+@pytest.mark.parametrize(
+    ("file", "argument", "message"),
+    [
+        (LIT, "paper,text=brt", "use one of scratch, bert"),
+        (LIT, "text=bert", "goes with the paper's recipe: paper,text"),
+        ("configs/scenes_pretrain.py", "loss=cwcl", "takes no argument"),
+        (FEATURES, "u=profile,v=compound", "u and v name arrays of data=FILE"),
+        (FEATURES, "test=held_out.npz", "name data"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_errors(file, argument, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(file, argument)
+
+
+def test_batches_of_the_papers_speech_recipe_see_its_twenty_epochs():
+    """Table 7: so many examples, and so many of warm-up; the learning rate in proportion."""
+    for batch, rate in ((0, 3e-5), (20, 3e-5), (40, 6e-5), (80, 12e-5)):
+        config = load_experiment(SPEECH, f"paper,batch={batch}")
+        size = config.global_batch_size
+        assert size == (batch or 20)
+        assert config.total_steps * size == pytest.approx(20 * 1_013_630, abs=size)
+        assert config.optimizer.warmup_steps * size == 12_500 * 20
+        assert config.optimizer.learning_rate == pytest.approx(rate)
+
+
 def test_made_features_are_repeatable_and_u_knows_the_classes():
     short, long = open_source("made:train?n=50"), open_source("made:train?n=400")
     for name in ("u", "v"):
