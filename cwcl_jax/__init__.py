@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cwcl_jax.api import load_model
     from cwcl_jax.losses import (
         LossConfig,
+        channel_profiles,
         contrastive_loss,
         cwcl_loss,
         make_loss,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LossConfig",
+    "channel_profiles",
     "contrastive_loss",
     "cwcl_loss",
     "load_model",
@@ -26,10 +28,7 @@ __all__ = [
     "sigmoid_loss",
 ]
 
-_HOME = dict.fromkeys(
-    ("LossConfig", "contrastive_loss", "cwcl_loss", "make_loss", "sigmoid_loss"),
-    "cwcl_jax.losses",
-) | {"load_model": "cwcl_jax.api"}
+_HOME = dict.fromkeys(__all__, "cwcl_jax.losses") | {"load_model": "cwcl_jax.api"}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,3 +37,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.evaluation.options import EvaluationConfig
-from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.losses.options import LossConfig, check_weight_gradient, resolve
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training.options import (
     CheckpointConfig,
@@ -103,6 +103,10 @@ def check(config: ExperimentConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
+    try:
+        check_weight_gradient(resolve(config.loss))
+    except ValueError as error:
+        raise ConfigError(f"config.loss: {error}") from error
 
 
 def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:

@@ -5,18 +5,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 # A row's norm may differ from 1 by this much: bfloat16 rounds each entry by up to 2^-9.
 _NORM_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 
 
-def check_embeds(name: str, x: Array) -> None:
-    """Raises unless `x` is a float array of rank 2 with at least one row and column."""
+def check_embeds(name: str, x: Array, ranks: tuple[int, ...] = (2,)) -> None:
+    """Raises unless `x` is a float array of one of the ranks without an axis of length 0."""
     if not hasattr(x, "ndim"):
         raise TypeError(f"{name} must be an array of shape (n, d), got {type(x).__name__}.")
-    if x.ndim != 2:
-        raise ValueError(f"{name} must have rank 2, (n, d); got shape {tuple(x.shape)}.")
+    if x.ndim not in ranks:
+        shapes = " or ".join({2: "2, (n, d)", 3: "3, (n, channels, features)"}[r] for r in ranks)
+        raise ValueError(f"{name} must have rank {shapes}; got shape {tuple(x.shape)}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{name} must be of a float type, got {x.dtype}; convert it first.")
     if 0 in x.shape:
@@ -43,10 +45,7 @@ def check_rows(name: str, x: Array, n: int) -> None:
 
 def check_weights_from(p: Array, n: int) -> None:
     """Raises unless p is (n, k) embeds or (n, channels, features) profiles."""
-    if getattr(p, "ndim", None) == 3:
-        check_embeds("weights_from", p[:, :, 0])
-    else:
-        check_embeds("weights_from", p)
+    check_embeds("weights_from", p, ranks=(2, 3))
     check_rows("weights_from", p, n)
 
 
@@ -75,6 +74,16 @@ def check_scalar(name: str, x: Array) -> None:
         raise ValueError(f"{name} must be a float scalar, got {x.dtype} of shape {x.shape}.")
 
 
+def check_not_explicit(name: str, x: Array) -> None:
+    """Raises where `x` is split over a mesh with explicit axes that the loss was not given."""
+    split = jax.typeof(x).sharding
+    if any(split.spec) and AxisType.Explicit in split.mesh.axis_types:
+        raise ValueError(
+            f"{name} is split over a mesh with explicit axes, {split.mesh.axis_names}: pass mesh=, "
+            "the same mesh, to the loss."
+        )
+
+
 def check_divisible(n: int, devices: int, axes: tuple[str, ...]) -> None:
     """Raises unless n rows split evenly over the mesh."""
     if n % devices:
@@ -88,7 +97,7 @@ def check_values(arrays: dict[str, Array | None]) -> None:
     """Checks values on the host, now or, under tracing, whenever the computation runs.
 
     Knows "u", "v", "weights_from" (finite; rank 2: unit norm), "logit_scale", "logit_bias"
-    (finite) and "weights" (smallest entry, smallest row sum).
+    (finite) and "weights" (smallest entry, row sum and column sum).
     """
     present = {name: x for name, x in arrays.items() if x is not None}
     jax.debug.callback(_check_on_host, present)
@@ -116,14 +125,15 @@ def _check_on_host(arrays: dict[str, Any]) -> None:
                 )
 
 
-def _check_weights(smallest: float, smallest_sum: float) -> None:
+def _check_weights(smallest: float, row_sum: float, column_sum: float) -> None:
     if not smallest >= 0:
         raise ValueError(
             f"weight_function (or targets) gives a negative or undefined weight, {smallest:.6g}; "
             "weights must be at least 0."
         )
-    if not smallest_sum > 0:
-        raise ValueError(
-            "weight_function (or targets) gives a row without any positive weight; every row "
-            "needs one."
-        )
+    for name, smallest_sum in (("row", row_sum), ("column", column_sum)):
+        if not smallest_sum > 0:
+            raise ValueError(
+                f"weight_function (or targets) gives a {name} without any positive weight; every "
+                f"{name} needs one."
+            )

@@ -83,7 +83,7 @@ def _from_closed_form(config, closed, p, n, engine, dtype) -> tuple[Array, Array
         entropy = jnp.log(row.sum()) - xlogx(row).sum() / row.sum()
         return entropy, row[0] / row.sum(), jnp.asarray(closed.constant if n > 1 else 0, dtype)
 
-    def body(own, cosines, sum_over_columns):
+    def body(own, cosines, _, sum_over_columns):
         matrix = closed.constant + closed.slope * cosines
         sums = sum_over_columns(matrix.sum(axis=1))
         logs = sum_over_columns(xlogx(matrix).sum(axis=1))
@@ -92,7 +92,7 @@ def _from_closed_form(config, closed, p, n, engine, dtype) -> tuple[Array, Array
         return entropy, (own_weight / sums).mean(), (sums - own_weight).mean() / max(n - 1, 1)
 
     p = lax.stop_gradient(p)
-    return engine.sampled(p, weights.sample_stride(n, config), body)
+    return engine.sampled(p, None, weights.sample_stride(n, config), body)
 
 
 def collect_dense(config, inputs, matrix, masked, losses) -> dict[str, Array]:

@@ -44,18 +44,32 @@ class Engine(Protocol):
         needed: tuple[bool, bool],
     ) -> tuple[Array | None, Array | None]: ...
 
-    def sampled(self, p: Array, stride: int, body: Callable) -> Any: ...
+    def sampled(self, p: Array, labels: Array | None, stride: int, body: Callable) -> Any: ...
+
+
+def duplicates(row_labels: Array, labels: Array, row_places: Array, places: Array) -> Array:
+    """Which columns are other pairs than the row's own, of its label."""
+    same = row_labels[:, None] == labels[None, :]
+    return same & (row_places[:, None] != places[None, :])
 
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
     """All rows against all columns."""
 
-    def sampled(self, p: Float[Array, "n k"], stride: int, body: Callable):
-        """`body(own, cosines, sum_over_columns)` for every `stride`-th row against all columns."""
-        rows = p[::stride]
+    def sampled(
+        self, p: Float[Array, "n k"], labels: Array | None, stride: int, body: Callable
+    ) -> Any:
+        """`body(own, cosines, duplicates, sum_over_columns)`: every `stride`-th row, all columns.
+
+        `duplicates` are the other pairs of the row's label, None without labels.
+        """
+        rows, places = p[::stride], jnp.arange(p.shape[0])
         own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
-        return body(own, inner(rows, p, "highest"), lambda x: x)
+        same = None
+        if labels is not None:
+            same = duplicates(labels[::stride], labels, places[::stride], places)
+        return body(own, inner(rows, p, "highest"), same, lambda x: x)
 
     def forward(self, tiling, rows, columns, scalars):
         return forward_sweep(tiling, rows, columns, scalars, jnp.zeros((), jnp.int32))

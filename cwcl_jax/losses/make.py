@@ -5,15 +5,17 @@ All of them return `(loss, diagnostics)`, the latter a flat dict of scalars.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from cwcl_jax.losses import checks
 from cwcl_jax.losses.fused import NO_FORWARD_MODE, Engine, OneDevice
-from cwcl_jax.losses.options import LossConfig, resolve
+from cwcl_jax.losses.options import WITHOUT_WEIGHTS, LossConfig, check_weight_gradient, resolve
 from cwcl_jax.losses.pairwise import Inputs, dense_loss, weight_extremes, weighted_loss
 from cwcl_jax.losses.reference import Scalar, wide
 from cwcl_jax.losses.sharded import Gathered, Ring
@@ -54,18 +56,28 @@ def make_loss(
     Args:
       config: options.
       mesh: devices that the batch is split over; None, or a mesh with one part, is one device.
+        With explicit axes (the default of `jax.make_mesh`), differentiate it inside `jax.jit` or
+        under `jax.set_mesh`.
       axes: the mesh's axes that split the batch; those the mesh does not have are left out.
       weight_function: your own function cosine -> weight, entry by entry, in place of the
         configured one.
+
+    Raises:
+      ValueError: options that contradict each other, or a mesh with none of `axes`.
     """
     config = resolve(config)
-    axes = (axes,) if isinstance(axes, str) else tuple(axes)
-    axes = tuple(a for a in axes if mesh is not None and a in mesh.axis_names)
     function = None if weight_function is None else UserFunction(weight_function)
-    _check_weight_gradient(config, own=function is not None)
+    if function is not None and config.name in WITHOUT_WEIGHTS:
+        raise ValueError(f"name={config.name!r} has no weights; leave weight_function out.")
+    check_weight_gradient(config, own=function is not None)
+    if mesh is not None and AxisType.Explicit in mesh.axis_types:
+        return _of_explicit_mesh(config, mesh, axes, weight_function)
+    axes = _splitting_axes(config, mesh, axes)
 
     def loss_fn(u, v, p, logit_scale, logit_bias=None, labels=None, targets=None):
+        u, v, p, labels, targets = (_array(x) for x in (u, v, p, labels, targets))
         checks.check_pair(u, v)
+        checks.check_not_explicit("u", u)
         common = jnp.promote_types(u.dtype, v.dtype)
         u, v = u.astype(common), v.astype(common)
         scale = _scalar("logit_scale", logit_scale, u)
@@ -79,19 +91,48 @@ def make_loss(
     return loss_fn
 
 
-# The weight functions whose tiled form passes a gradient on to p, and those without any p.
-_WITH_WEIGHT_GRADIENT = ("affine", "centred", "uniform", "labels")
+def _of_explicit_mesh(config: LossConfig, mesh: Mesh, axes, weight_function) -> LossFn:
+    """The loss over a mesh with explicit axes, the default of `jax.make_mesh`.
+
+    Inside it the same devices have automatic axes: that a tile's operations would need shardings
+    of their own is nothing to the caller.
+    """
+    automatic = (AxisType.Auto,) * len(mesh.axis_names)
+    inner = make_loss(
+        config,
+        mesh=Mesh(mesh.devices, mesh.axis_names, axis_types=automatic),
+        axes=axes,
+        weight_function=weight_function,
+    )
+    mapped: Any = jax.sharding.auto_axes(inner, out_sharding=NamedSharding(mesh, P()))
+
+    def loss_fn(u, v, p, logit_scale, logit_bias=None, labels=None, targets=None):
+        return mapped(u, v, p, logit_scale, logit_bias, labels, targets)
+
+    return loss_fn
 
 
-def _check_weight_gradient(config: LossConfig, *, own: bool) -> None:
-    """Raises where the gradient through the weights is asked for, but would silently be zero."""
-    elementwise = own or config.weight_function not in _WITH_WEIGHT_GRADIENT
-    if not config.detach_weights and config.form != "dense" and elementwise:
-        name = "your own weight function" if own else f"weight_function={config.weight_function!r}"
+def _splitting_axes(config: LossConfig, mesh: Mesh | None, axes) -> tuple[str, ...]:
+    """The axes that the mesh has.
+
+    Raises:
+      ValueError: none, so that every device would silently be sent the whole batch.
+    """
+    if mesh is None:
+        return ()
+    wanted = (axes,) if isinstance(axes, str) else tuple(axes)
+    found = tuple(axis for axis in wanted if axis in mesh.axis_names)
+    if not found and mesh.size > 1 and config.form not in ("dense", "fused"):
         raise ValueError(
-            f"detach_weights=False with {name} has no gradient of the weights in the tiled forms; "
-            "set form='dense', or detach_weights=True as in the paper."
+            f"the mesh has axes {tuple(mesh.axis_names)}, none of axes={wanted}: pass axes=, those "
+            "that split the batch."
         )
+    return found
+
+
+def _array(x: Any) -> Any:
+    """A JAX array of the types that are enabled: sums of numpy's float64 would warn in float32."""
+    return None if x is None else jnp.asarray(x)
 
 
 def _evaluate(config, inputs, bias, engine, function) -> tuple[Array, Diagnostics]:
@@ -111,7 +152,7 @@ def _evaluate(config, inputs, bias, engine, function) -> tuple[Array, Diagnostic
 
 def _check_values(config: LossConfig, inputs: Inputs, bias: Array | None, function) -> None:
     extremes = None
-    if config.name not in ("contrastive", "sigmoid"):
+    if config.name not in WITHOUT_WEIGHTS:
         extremes = weight_extremes(config, inputs, function)
     arrays = {
         "u": inputs.u,
@@ -139,6 +180,7 @@ def _inputs(config, u, v, p, logit_scale, labels, targets, function) -> Inputs:
     if labels is not None:
         checks.check_labels(labels, n)
     if targets is not None:
+        _check_targets_are_used(config)
         checks.check_targets(targets, n)
     elif p is not None:
         checks.check_weights_from(p, n)
@@ -149,7 +191,7 @@ def _inputs(config, u, v, p, logit_scale, labels, targets, function) -> Inputs:
             f"labels are needed by weight_function={config.weight_function!r}, "
             f"duplicates={config.duplicates!r}; pass one integer for each pair."
         )
-    needs_p = config.name not in ("contrastive", "sigmoid") and targets is None
+    needs_p = config.name not in WITHOUT_WEIGHTS and targets is None
     without_p = config.weight_function in ("uniform", "labels") and function is None
     if needs_p and p is None and not without_p:
         raise ValueError(
@@ -157,6 +199,17 @@ def _inputs(config, u, v, p, logit_scale, labels, targets, function) -> Inputs:
             "weights."
         )
     return Inputs(u, v, logit_scale, p, labels if needs_labels else None, targets)
+
+
+def _check_targets_are_used(config: LossConfig) -> None:
+    """Raises where the caller's weights, or the gradient through them, would silently get lost."""
+    if config.name in WITHOUT_WEIGHTS:
+        raise ValueError(f"name={config.name!r} has no weights; leave targets out.")
+    if not config.detach_weights and config.form != "dense":
+        raise ValueError(
+            "detach_weights=False with targets has no gradient of the weights in the tiled forms; "
+            "set form='dense', or detach_weights=True as in the paper."
+        )
 
 
 def _engine(config: LossConfig, mesh, axes: tuple[str, ...], u: Array, p) -> Engine:
@@ -209,6 +262,10 @@ def cwcl_loss(
       gradients of 0: there is nothing to tell it from.
     """
     config = config or LossConfig()
+    if config.name in WITHOUT_WEIGHTS:
+        raise ValueError(
+            f"config.name={config.name!r} has no weights; call {config.name}_loss instead."
+        )
     own = None
     if callable(weight_function):
         own = weight_function

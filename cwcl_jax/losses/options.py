@@ -28,6 +28,11 @@ REDUCTIONS = ("sum", "mean")
 FORMS = ("auto", "dense", "fused", "gathered", "ring")
 DUPLICATES = ("negatives", "positives", "masked")
 PRECISIONS = ("highest", "high", "default")
+# Losses whose targets are given: the own pairs, or those that labels make equal.
+WITHOUT_WEIGHTS = ("contrastive", "sigmoid")
+# The weight functions whose tiled form passes a gradient on to p, and those without any p.
+_WITH_WEIGHT_GRADIENT = ("affine", "centred")
+_WITHOUT_P = ("uniform", "labels")
 
 # What a preset decides. Every other field stays the caller's.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -69,7 +74,7 @@ class LossConfig:
       weight_power: of "relu".
       weight_offdiagonal: of "uniform": the weight of every pair that is not a true one.
       target_diagonal: of the calibrated functions: the mean share of a row's target that its own
-        pair gets.
+        pair gets, as far as duplicates that are positives too leave it.
       target_positives: of the calibrated functions, instead: the effective number of positives,
         exp(mean entropy); 0 leaves it to target_diagonal.
       weighted: the direction (or both) whose targets are weighted; the other keeps its own pair as
@@ -79,7 +84,9 @@ class LossConfig:
         1 + reverse_weight.
       reverse_weight: the factor of L(v->u).
       row_sum_epsilon: added to the row sums of the weights before dividing.
-      detach_weights: weights are constants for the gradient, as in the paper.
+      detach_weights: weights are constants for the gradient, as in the paper. If not, it also goes
+        through them, in training to U's encoder where that trains (locked or precomputed features
+        have none).
       duplicates: what equal labels mean: "negatives" (nothing), "positives" (weight 1), "masked"
         (left out of the softmax and of the targets).
       form: "auto", "dense" (the equations, N x N arrays), "fused" (tiled, one device), "gathered"
@@ -185,3 +192,25 @@ def resolve(config: LossConfig) -> LossConfig:
         own = "labels" if config.duplicates == "positives" else config.weight_function
         config = dataclasses.replace(config, weighted="both", weight_function=own)
     return config
+
+
+def check_weight_gradient(config: LossConfig, *, own: bool = False) -> None:
+    """Raises where the gradient through the weights is asked for, but would silently be zero.
+
+    Args:
+      config: resolved options.
+      own: whether the caller's own function takes the configured one's place.
+    """
+    if config.detach_weights or config.form == "dense" or config.name in WITHOUT_WEIGHTS:
+        return
+    kind, name = config.weight_function, "your own weight function"
+    if not own:
+        name = f"weight_function={kind!r}, duplicates={config.duplicates!r}"
+        if kind in _WITHOUT_P or (
+            kind in _WITH_WEIGHT_GRADIENT and config.duplicates == "negatives"
+        ):
+            return
+    raise ValueError(
+        f"detach_weights=False with {name} has no gradient of the weights in the tiled forms; set "
+        "form='dense', or detach_weights=True as in the paper."
+    )

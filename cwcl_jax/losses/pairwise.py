@@ -63,11 +63,17 @@ def closed_form(config: LossConfig, source: str, function: WeightFunction | None
 
 def weight_extremes(
     config: LossConfig, inputs: Inputs, function: WeightFunction | None
-) -> Float[Array, " 2"]:
-    """The smallest weight and the smallest row sum, for the debug checks."""
+) -> Float[Array, " 3"]:
+    """The smallest weight, row sum and column sum, inf for a direction without weights."""
     source = source_of_weights(config, inputs, function)
-    matrix, _ = dense_weights(config, inputs, source, function)
-    return lax.stop_gradient(jnp.stack([matrix.min(), matrix.sum(axis=1).min()]))
+    matrix, masked = dense_weights(config, inputs, source, function)
+    if masked is not None:
+        matrix = jnp.where(masked, 0, matrix)
+    sums = [
+        jnp.inf if config.weighted == without else matrix.sum(axis).min()
+        for axis, without in ((1, "v_to_u"), (0, "u_to_v"))
+    ]
+    return lax.stop_gradient(jnp.stack([matrix.min(), *sums]))
 
 
 def weighted_loss(
@@ -90,7 +96,7 @@ def weighted_loss(
     if closed is None and p is not None:
         assert function is not None
         p = lax.stop_gradient(p)
-        extras |= {"p": p, "sharpness": sharpness(config, function, p, engine)}
+        extras |= {"p": p, "sharpness": sharpness(config, function, p, inputs.labels, engine)}
     if closed is None and inputs.labels is not None:
         extras["labels"] = inputs.labels
     if source == "targets":
@@ -105,8 +111,13 @@ def weighted_loss(
     )
     u_to_v, v_to_u, stats = outputs
     losses = {"rows": u_to_v, "columns": v_to_u}
-    for name, (correction, _) in terms.items():
+    for name, (correction, deficit) in terms.items():
         losses[name] += correction
+        if config.row_sum_epsilon and not config.detach_weights:
+            # `pair_losses` takes the deficit as constant; its own gradient is the log-sum-exp's.
+            log_sum_exp = stats[name]["max"] + jnp.log(stats[name]["sum"])
+            change = deficit - lax.stop_gradient(deficit)  # 0
+            losses[name] += (change * lax.stop_gradient(log_sum_exp)).mean()
     loss = combine(config, losses["rows"], losses["columns"])
     reported = diagnostics.collect(
         config, source, closed, losses, stats, p, scale, engine, function
@@ -125,16 +136,18 @@ def prepared_embeds(config: LossConfig, p: Any) -> Array:
     return detached
 
 
-def sharpness(config: LossConfig, function: WeightFunction, p: Array, engine: Engine) -> Array:
+def sharpness(
+    config: LossConfig, function: WeightFunction, p: Array, labels: Array | None, engine: Engine
+) -> Array:
     """The fixed or calibrated sharpness of the weight function."""
     fixed = weights.fixed_sharpness(config)
     if fixed is not None:
         return jnp.asarray(fixed, wide(p))
 
-    def solve(own, cosines, sum_over_columns):
-        return weights.calibrate(function, own, cosines, config, sum_over_columns)
+    def solve(own, cosines, duplicates, sum_over_columns):
+        return weights.calibrate(function, own, cosines, config, duplicates, sum_over_columns)
 
-    return engine.sampled(p, weights.sample_stride(p.shape[0], config), solve)
+    return engine.sampled(p, labels, weights.sample_stride(p.shape[0], config), solve)
 
 
 def make_tiling(config: LossConfig, source: str, function: WeightFunction | None) -> Tiling:
@@ -235,6 +248,6 @@ def _dense_by_source(config, inputs, source, function, own, same) -> Array:
     function = function or weights.elementwise(config)
     assert function is not None
     p = prepared_embeds(config, inputs.p)
-    sharp = sharpness(config, function, lax.stop_gradient(p), OneDevice())
+    sharp = sharpness(config, function, lax.stop_gradient(p), inputs.labels, OneDevice())
     matrix = weights.weight_matrix(function, p, sharp)
     return jnp.where(own, 1.0, matrix) if function is weights.exponential else matrix

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from cwcl_jax.losses.fused import duplicates
 from cwcl_jax.losses.reference import wide
 from cwcl_jax.losses.tiles import (
     Side,
@@ -85,24 +86,32 @@ class _MeshEngine:
             (split if needed[0] else None, split if needed[1] else None),
         )
 
-    def sampled(self, p: Float[Array, "n k"], stride: int, body: Callable):
-        """`body(own, cosines, sum_over_columns)` for every `stride`-th row against all columns.
+    def sampled(self, p: Float[Array, "n k"], labels: Array | None, stride: int, body: Callable):
+        """`OneDevice.sampled` over a mesh.
 
         Each device has the cosines of the sampled rows with its own columns; the sample itself is
         the only thing that travels.
         """
 
-        def local(p):
+        def local(p, labels):
             n = p.shape[0]
             wanted = jnp.arange(0, n * self.devices, stride) - lax.axis_index(self.axes) * n
             here = (wanted >= 0) & (wanted < n)
-            rows = jnp.where(here[:, None], p[jnp.clip(wanted, 0, n - 1)], 0)
-            rows = lax.psum(rows, self.axes)
-            cosines = inner(rows, p, "highest")
-            own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
-            return body(own, cosines, lambda x: lax.psum(x, self.axes))
 
-        return self._map(local, (p,), (), P())
+            def sample(x):
+                rows = x[jnp.clip(wanted, 0, n - 1)]
+                return lax.psum(
+                    jnp.where(jnp.expand_dims(here, range(1, x.ndim)), rows, 0), self.axes
+                )
+
+            rows, same = sample(p), None
+            if labels is not None:
+                same = duplicates(sample(labels), labels, wanted, jnp.arange(n))
+            own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
+            cosines = inner(rows, p, "highest")
+            return body(own, cosines, same, lambda x: lax.psum(x, self.axes))
+
+        return self._map(local, (p, labels), (), P())
 
 
 class Gathered(_MeshEngine):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.losses.reference import dot, wide
@@ -106,7 +106,9 @@ def channel_profiles(
     """
     n, channels, features = profiles.shape
     x = profiles.astype(wide(profiles))
-    norms = jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True))
+    squares = jnp.square(x).sum(axis=-1, keepdims=True)
+    # A channel may be all zero, where the root's derivative is infinite: its gradient is 0.
+    norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
     x = x / (norms + epsilon) / jnp.sqrt(jnp.asarray(channels, x.dtype))
     return x.reshape(n, channels * features)
 
@@ -116,6 +118,7 @@ def calibrate(
     own: Float[Array, " r"],
     cosines: Float[Array, "r n"],
     config: LossConfig,
+    duplicates: Bool[Array, "r n"] | None = None,
     sum_over_devices: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
     """The sharpness at which the rows' targets have the configured peakedness.
@@ -124,12 +127,15 @@ def calibrate(
       function: the weights as a function of cosine and sharpness, sharper for larger values.
       own: cosine of each sampled row with itself.
       cosines: of the sampled rows with all (on a mesh: this device's) columns.
-      config: gives `target_diagonal` or `target_positives`.
+      config: gives `target_diagonal` or `target_positives`, and what duplicates are.
+      duplicates: other pairs of the same label as the row's own.
       sum_over_devices: completes a sum over columns on a mesh.
     """
 
     def too_flat(sharpness):
         weights = function(cosines, sharpness)
+        if duplicates is not None:
+            weights = jnp.where(duplicates, float(config.duplicates == "positives"), weights)
         row_sums = sum_over_devices(weights.sum(axis=1))
         if config.target_positives:
             row_sums_log = sum_over_devices(xlogx(weights).sum(axis=1))

@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 
 from cwcl_jax.losses import make_loss
+from cwcl_jax.losses.options import resolve
 from cwcl_jax.training import sharding
 from cwcl_jax.training.optimizer import make_schedule
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState
@@ -32,6 +33,8 @@ Labels = jax.Array | None
 
 _NORM_EPSILON = 1e-12
 _SCALARS = ("logit_scale", "logit_bias")
+# Beside the modalities' embeds: the normalised features of U.
+_P = "weights_from"
 
 
 class TrainStep:
@@ -49,7 +52,7 @@ class TrainStep:
         config = blueprint.config
         self._schedule = make_schedule(config.optimizer, config.total_steps)
         self._jitted = jax.jit(
-            self._step,
+            self.update,
             in_shardings=(
                 _shardings(blueprint.abstract_state()),
                 _shardings(blueprint.abstract_locked),
@@ -72,7 +75,8 @@ class TrainStep:
         blueprint = self._blueprint
         return self._jitted.lower(blueprint.abstract_state(), blueprint.abstract_locked, batch)
 
-    def _step(self, state: TrainState, locked: Leaves, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(self, state: TrainState, locked: Leaves, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The step as a function to be traced, for programs of several steps."""
         self.traces += 1
         gradients, metrics = self._gradients(state.params, locked, batch, state.step)
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
@@ -105,11 +109,15 @@ class GradientFunction:
         self._locked_encoders = [
             modality for modality in config.towers if blueprint.features_are_locked(modality)
         ]
+        # What the gradient of the loss is pulled back through.
         self._tuned = [
             modality
             for modality in config.towers
             if any(path.startswith(f"towers/{modality}/") for path in blueprint.trained)
         ]
+        self._detached = resolve(config.loss).detach_weights
+        if not self._detached and self._u not in self._locked_encoders:
+            self._tuned.append(_P)
         self._key = jax.random.key(config.seed)
 
     def __call__(
@@ -136,8 +144,8 @@ class GradientFunction:
         features = self._locked_features(params, locked, inputs)
 
         def objective(params: Leaves) -> tuple[jax.Array, Metrics]:
-            embeds, p = self._embed(params, locked, inputs, features, key)
-            return self._loss_of({**locked, **params}, embeds, p, labels)
+            embeds = self._embed(params, locked, inputs, features, key)
+            return self._loss_of({**locked, **params}, embeds, labels)
 
         return jax.grad(objective, has_aux=True)(params)
 
@@ -157,17 +165,16 @@ class GradientFunction:
         def embed_chunk(_, chunk: Any) -> tuple[None, Any]:
             inputs, key = chunk
             features = self._locked_features(params, locked, inputs)
-            embeds, p = self._embed(params, locked, inputs, features, key)
-            return None, (features, embeds, p)
+            return None, (features, self._embed(params, locked, inputs, features, key))
 
-        _, (features, embeds, p) = jax.lax.scan(embed_chunk, None, (chunked, keys))
-        embeds, p = join_chunks(mesh, (embeds, p))
+        _, (features, embeds) = jax.lax.scan(embed_chunk, None, (chunked, keys))
+        embeds = join_chunks(mesh, embeds)
 
         scalars = {name: params[name] for name in _SCALARS if name in params}
-        tuned = {modality: embeds[modality] for modality in self._tuned}
+        tuned = {name: embeds[name] for name in self._tuned}
 
         def objective(scalars: Leaves, tuned: Leaves) -> tuple[jax.Array, Metrics]:
-            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, p, labels)
+            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, labels)
 
         (from_scalars, from_embeds), metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(
             scalars, tuned
@@ -177,8 +184,8 @@ class GradientFunction:
             inputs, features, key, cotangents = chunk
 
             def tuned_embeds(params: Leaves) -> Leaves:
-                embeds, _ = self._embed(params, locked, inputs, features, key)
-                return {modality: embeds[modality] for modality in self._tuned}
+                embeds = self._embed(params, locked, inputs, features, key)
+                return {name: embeds[name] for name in self._tuned}
 
             _, vjp = jax.vjp(tuned_embeds, params)
             (gradients,) = vjp(cotangents)
@@ -209,8 +216,8 @@ class GradientFunction:
         inputs: Batch,
         locked_features: Mapping[str, jax.Array],
         key: jax.Array,
-    ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Embeds of both modalities, and p: the normalised features of U, never differentiated."""
+    ) -> dict[str, jax.Array]:
+        """Embeds of both modalities, and p."""
         leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
         model = self._blueprint.model_def.merge(leaves)
         features = dict(locked_features)
@@ -221,15 +228,16 @@ class GradientFunction:
         embeds = {
             modality: model.towers[modality].project(features[modality]) for modality in features
         }
-        return embeds, jax.lax.stop_gradient(normalise(features[self._u]))
+        p = normalise(features[self._u])
+        return embeds | {_P: jax.lax.stop_gradient(p) if self._detached else p}
 
     def _loss_of(
-        self, leaves: Leaves, embeds: Mapping[str, jax.Array], p: jax.Array, labels: Labels
+        self, leaves: Leaves, embeds: Mapping[str, jax.Array], labels: Labels
     ) -> tuple[jax.Array, Metrics]:
         return self._loss(
             embeds[self._u],
             embeds[self._v],
-            p,
+            embeds[_P],
             leaves["logit_scale"],
             logit_bias=leaves.get("logit_bias"),
             labels=labels,

@@ -69,10 +69,17 @@ def weights_of(options: dict, p, labels, targets) -> np.ndarray:
         "calibrated": lambda x: np.exp((cosines - 1) * x),
         "calibrated_relu": lambda x: np.maximum(cosines, 0) ** x,
     }
+    others, duplicates = same - own, options.get("duplicates")
+
+    def counted(weights):
+        if duplicates == "masked":
+            return np.where(others > 0, 0, weights)
+        return np.where(others > 0, 1, weights) if duplicates == "positives" else weights
+
     if targets is not None:
         weights = targets
     elif kind in sharper:
-        weights = sharper[kind](calibrated(sharper[kind], options))
+        weights = sharper[kind](calibrated(lambda x: counted(sharper[kind](x)), options))
     else:
         weights = {
             "affine": cosines / 2 + 0.5,

@@ -23,6 +23,12 @@ CASES = {
     "relu power": {"weight_function": "relu", "weight_power": 3.5},
     "calibrated": {"weight_function": "calibrated"},
     "calibrated relu": {"weight_function": "calibrated_relu", "target_positives": 3.0},
+    "calibrated, duplicates masked": {"weight_function": "calibrated", "duplicates": "masked"},
+    "calibrated relu, duplicates as positives": {
+        "weight_function": "calibrated_relu",
+        "duplicates": "positives",
+        "target_positives": 4.0,
+    },
     "cellclip": {"name": "cellclip"},
     "astroclip": {"name": "astroclip", "reverse_weight": 0.5},
     "duplicates as positives": {"duplicates": "positives", "row_sum_epsilon": 1e-3},

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cwcl_jax
 from cwcl_jax.losses import (
     LossConfig,
     channel_profiles,
@@ -148,3 +149,107 @@ def test_a_gradient_of_the_weights_that_a_tiled_form_lacks_is_an_error(name):
         make_loss(LossConfig(detach_weights=False), weight_function=lambda cosine: cosine**2)
     make_loss(LossConfig(**options, form="dense"))
     make_loss(LossConfig(detach_weights=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"row_sum_epsilon": 1.0},
+        {"row_sum_epsilon": 1e-2, "weighted": "both", "reduction": "mean"},
+        {"weight_function": "centred", "row_sum_epsilon": 0.1, "weighted": "v_to_u"},
+    ],
+)
+def test_the_gradient_through_the_weights_is_that_of_the_equations(options):
+    with jax.enable_x64(True):
+        u, v, p = (jnp.asarray(x) for x in oracle.embeds(0, 24, 6, 9))
+
+        def gradients(form):
+            loss_fn = make_loss(LossConfig(form=form, detach_weights=False, **options))
+            loss = lambda *x: loss_fn(*x)[0]  # noqa: E731
+            return jax.grad(loss, (0, 1, 2, 3))(u, v, p, jnp.asarray(2.0))
+
+        for ours, exact in zip(gradients("fused"), gradients("dense"), strict=True):
+            np.testing.assert_allclose(ours, exact, rtol=1e-10, atol=1e-14)
+
+
+def test_a_gradient_of_targets_is_dense_or_an_error():
+    u, v, _ = arrays()
+    with pytest.raises(ValueError, match=r"detach_weights=False with targets.*form='dense'"):
+        make_loss(LossConfig(detach_weights=False))(u, v, None, 1.0, targets=jnp.eye(8))
+    dense = make_loss(LossConfig(detach_weights=False, form="dense"))
+    assert float(dense(u, v, None, 1.0, targets=jnp.eye(8))[0]) > 0
+
+
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
+def test_weights_for_a_loss_without_any_are_errors(name):
+    u, v, p = arrays()
+    config = LossConfig(name=name)
+    with pytest.raises(ValueError, match=f"call {name}_loss instead"):
+        cwcl_loss(u, v, weights_from=p, logit_scale=1.0, config=config)
+    with pytest.raises(ValueError, match="leave targets out"):
+        make_loss(config)(u, v, None, 1.0, -1.0, targets=jnp.eye(8))
+    with pytest.raises(ValueError, match="leave weight_function out"):
+        make_loss(config, weight_function=jnp.abs)
+    # The features of a training step come with every loss.
+    assert float(make_loss(config)(u, v, p, 1.0, -1.0)[0]) > 0
+
+
+def test_lists_and_wide_numpy_arrays_are_arrays():
+    exact = oracle.embeds(0, 8, 6, 5)
+    expected, _ = call()
+    for given in (exact, [x.tolist() for x in exact]):
+        # Warnings, such as those of float64 made narrow, are errors in the tests.
+        loss, _ = make_loss(LossConfig())(*given, 1.0)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    for config in (LossConfig(weight_function="exp"), LossConfig(form="dense")):
+        make_loss(config)(*exact, np.log(14.0))
+    u, v, _ = arrays()
+    given = make_loss(LossConfig())(u, v, None, 1.0, targets=np.eye(8).tolist())[0]
+    assert float(given) == pytest.approx(oracle.contrastive(*exact[:2], np.e), rel=1e-5)
+    supervised = make_loss(LossConfig(name="supervised"))
+    given = supervised(u, v, None, 1.0, labels=list(range(8)))[0]
+    assert float(given) == pytest.approx(oracle.contrastive(*exact[:2], np.e), rel=1e-5)
+    with pytest.raises(ValueError, match="labels must be one integer for each pair, got bool"):
+        supervised(u, v, None, 1.0, labels=[True] * 8)
+
+
+def test_profiles_without_features_are_an_error():
+    with pytest.raises(ValueError, match=r"weights_from has shape \(8, 3, 0\): an empty batch"):
+        call(p=jnp.ones((8, 3, 0)))
+
+
+@pytest.mark.parametrize(
+    ("weighted", "zero", "message"),
+    [
+        ("u_to_v", "row", "gives a row without"),
+        ("u_to_v", "column", ""),
+        ("v_to_u", "row", ""),
+        ("v_to_u", "column", "gives a column without"),
+        ("both", "column", "gives a column without"),
+    ],
+)
+def test_debug_checks_sum_the_weights_of_the_weighted_direction(weighted, zero, message):
+    targets = jnp.ones((8, 8)).at[(3,) if zero == "row" else (slice(None), 3)].set(0)
+    u, v, _ = arrays()
+    loss_fn = make_loss(LossConfig(debug_checks=True, weighted=weighted))
+    if message:
+        with pytest.raises(ValueError, match=message):
+            loss_fn(u, v, None, 1.0, targets=targets)
+    else:
+        assert np.isfinite(loss_fn(u, v, None, 1.0, targets=targets)[0])
+
+
+def test_debug_checks_leave_masked_duplicates_out():
+    # Row 0 has weight for its duplicate alone, which is masked.
+    targets = jnp.eye(8).at[0, 0].set(0).at[0, 1].set(1)
+    u, v, _ = arrays()
+    labels = jnp.asarray([0, 0, 1, 2, 3, 4, 5, 6])
+    loss_fn = make_loss(LossConfig(debug_checks=True, duplicates="masked"))
+    with pytest.raises(ValueError, match="gives a row without"):
+        loss_fn(u, v, None, 1.0, targets=targets, labels=labels)
+
+
+def test_the_package_lists_its_names():
+    assert {"cwcl_loss", "channel_profiles", "load_model"} <= set(dir(cwcl_jax))
+    assert cwcl_jax.channel_profiles is channel_profiles

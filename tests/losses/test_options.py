@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 
 from cwcl_jax.losses import LossConfig
-from cwcl_jax.losses.options import resolve
+from cwcl_jax.losses.options import check_weight_gradient, resolve
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,21 @@ def test_a_field_against_the_preset_is_an_error():
         ValueError, match="weight_function='relu' contradicts the preset 'cellclip'"
     ):
         resolve(LossConfig(name="cellclip", weight_function="relu"))
+
+
+WITH_GRADIENT = {"name": "cwcl", "detach_weights": False}
+
+
+@pytest.mark.parametrize("name", ["cwcl", "uniform", "contrastive", "sigmoid"])
+def test_a_gradient_of_the_weights_that_is_there_or_cannot_be_is_no_error(name):
+    check_weight_gradient(resolve(LossConfig(name=name, detach_weights=False)))
+
+
+@pytest.mark.parametrize("duplicates", ["positives", "masked"])
+@pytest.mark.parametrize("options", [{"name": "cellclip"}, WITH_GRADIENT])
+def test_a_gradient_of_weights_that_duplicates_change_is_an_error(options, duplicates):
+    config = resolve(LossConfig(duplicates=duplicates, **options))
+    with pytest.raises(ValueError, match=f"duplicates='{duplicates}'.*form='dense'"):
+        check_weight_gradient(config)
+    check_weight_gradient(dataclasses.replace(config, form="dense"))
+    check_weight_gradient(dataclasses.replace(config, weight_function="labels"))

@@ -16,6 +16,7 @@ from tests.losses.test_fused import CASES, assert_close_to_oracle, value_and_gra
 SHARDED = (
     "both directions weighted",
     "calibrated",
+    "calibrated, duplicates masked",
     "cellclip",
     "duplicates masked",
     "sigmoid, duplicates as positives",
@@ -113,3 +114,38 @@ def test_a_sharded_form_without_a_mesh_is_an_error():
     u, v, p, _ = data(jnp.float32)
     with pytest.raises(ValueError, match="form='ring' needs a mesh"):
         cwcl_loss(u, v, weights_from=p, logit_scale=1.0, config=LossConfig(form="ring"))
+
+
+@pytest.mark.parametrize("form", ["auto", "gathered", "ring"])
+def test_a_mesh_with_none_of_the_axes_is_an_error(form):
+    mesh = mesh_of(4, names=("dp",))
+    with pytest.raises(ValueError, match=r"axes \('dp',\), none of axes=\('data', 'fsdp'\)"):
+        make_loss(LossConfig(form=form), mesh=mesh)
+    make_loss(LossConfig(form=form), mesh=mesh, axes="dp")
+    make_loss(LossConfig(form="dense"), mesh=mesh)
+    if form == "auto":
+        make_loss(LossConfig(), mesh=mesh_of(1, names=("dp",)))
+
+
+@pytest.mark.parametrize("form", ["gathered", "ring", "dense", "fused"])
+def test_a_mesh_with_explicit_axes_gives_the_same(form):
+    # The default of `jax.make_mesh`.
+    mesh = jax.make_mesh((2, 2), ("data", "x"))
+    assert mesh.axis_types == (AxisType.Explicit,) * 2
+    u, v, p, _ = data(jnp.float32)
+    sharded = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (u, v, p)]
+    one = value_and_gradients(LossConfig(), u, v, p, None)
+    four = value_and_gradients(LossConfig(form=form), *sharded, None, mesh=mesh)
+    assert float(four[0]) == pytest.approx(float(one[0]), rel=1e-6)
+    for x, y in zip(four[2], one[2], strict=True):
+        assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y)
+    with jax.set_mesh(mesh):
+        eager = make_loss(LossConfig(form=form), mesh=mesh)(*sharded, np.log(14.0))[0]
+    assert float(eager) == pytest.approx(float(one[0]), rel=1e-6)
+
+
+def test_embeds_on_a_mesh_with_explicit_axes_need_that_mesh():
+    split = NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
+    u, v, p = (jax.device_put(x, split) for x in data(jnp.float32)[:3])
+    with pytest.raises(ValueError, match=r"explicit axes, \('data',\): pass mesh="):
+        cwcl_loss(u, v, weights_from=p, logit_scale=1.0)

@@ -1,8 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from cwcl_jax.losses import LossConfig, cwcl_loss, weights
+from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss, torch_reference, weights
 from tests.losses import oracle
 
 
@@ -10,9 +12,10 @@ def locked(n, seed=0):
     return jnp.asarray(oracle.embeds(seed, n, 24)[2], jnp.float32)
 
 
-def diagnostics(p, **options):
+def diagnostics(p, labels=None, **options):
     u, v, _ = (jnp.asarray(x, jnp.float32) for x in oracle.embeds(1, len(p), 8))
-    return cwcl_loss(u, v, weights_from=p, logit_scale=2.0, config=LossConfig(**options))[1]
+    config = LossConfig(**options)
+    return cwcl_loss(u, v, weights_from=p, logit_scale=2.0, labels=labels, config=config)[1]
 
 
 @pytest.mark.parametrize("function", ["calibrated", "calibrated_relu"])
@@ -49,3 +52,38 @@ def test_centred_embeds_have_no_mean_and_unit_norm():
 def test_a_function_that_is_not_entry_by_entry_is_an_error():
     with pytest.raises(ValueError, match="must work entry by entry"):
         weights.UserFunction(lambda c: c.sum(axis=1))(jnp.ones((2, 2)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "figure", "value"),
+    [
+        ({"weight_function": "calibrated"}, "diagonal_weight", 0.5),
+        ({"weight_function": "calibrated_relu", "target_diagonal": 0.3}, "diagonal_weight", 0.3),
+        ({"weight_function": "calibrated", "target_positives": 5.0}, "effective_positives", 5.0),
+        ({"weight_function": "calibrated", "duplicates": "positives", "target_diagonal": 0.2},
+         "diagonal_weight", 0.2),
+    ],
+)  # fmt: skip
+def test_the_calibration_counts_duplicates_as_the_targets_do(options, figure, value):
+    labels = jnp.repeat(jnp.arange(24), 4)
+    near = np.repeat(np.asarray(locked(24)), 4, axis=0) + 0.05 * np.asarray(locked(96, seed=1))
+    p = jnp.asarray(oracle.unit_rows(near), jnp.float32)
+    d = diagnostics(p, labels, **{"duplicates": "masked"} | options)
+    assert float(d[figure]) == pytest.approx(value, rel=1e-4)
+
+
+def test_an_all_zero_channel_has_the_gradient_zero_of_pytorch():
+    u, v, _ = oracle.embeds(0, 12, 5)
+    profiles = np.random.default_rng(0).normal(size=(12, 3, 4))
+    profiles[2, 1] = 0
+    theirs = torch.tensor(profiles, requires_grad=True)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    torch_reference.cellclip(torch.tensor(u), torch.tensor(v), theirs, scale).backward()
+    assert theirs.grad is not None
+    with jax.enable_x64(True):
+        for form in ("fused", "dense"):
+            loss_fn = make_loss(LossConfig(name="cellclip", form=form))
+            ours = jax.grad(lambda x, f=loss_fn: f(jnp.asarray(u), jnp.asarray(v), x, 2.0)[0])
+            np.testing.assert_allclose(
+                ours(jnp.asarray(profiles)), theirs.grad.numpy(), rtol=1e-9, atol=1e-14
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,3 +207,33 @@ def test_sigmoid_loss_trains_a_bias():
     assert "logit_bias" in params
     assert float(params["logit_bias"]) != -10.0
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("loss", [{"loss.detach_weights": False}, {"loss.name": "cellclip"}])
+def test_weights_that_are_not_detached_train_their_tower(loss, chunks):
+    """Against the dense loss of the whole batch, differentiated through p."""
+    changes = {"towers.image.tune": "all", "accumulation_steps": chunks, **loss}
+    blueprint, state, locked = setup(changes, devices=2)
+    (batch,) = host_batches(blueprint.config, 1)
+    batch = sharding.put_batch(blueprint.mesh, batch)
+    found, metrics = jax.jit(GradientFunction(blueprint))(
+        state.params, locked, batch, jnp.zeros((), jnp.int32)
+    )
+    dense_loss = make_loss(dataclasses.replace(blueprint.config.loss, form="dense"))
+
+    def objective(params, detached):
+        model = blueprint.model_def.merge({**params, **locked})
+        features = model.towers["image"].features(batch["image"])
+        p = features / jnp.linalg.norm(features, axis=1, keepdims=True)
+        p = jax.lax.stop_gradient(p) if detached else p
+        u, v = model.towers["image"].project(features), model.towers["text"](batch["text"])
+        return dense_loss(u, v, p, model.logit_scale[...])[0]
+
+    gradient = jax.jit(jax.value_and_grad(objective), static_argnums=1)
+    (value, expected), (_, without) = (gradient(state.params, d) for d in (False, True))
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert_same_gradients(found, expected)
+    image = [path for path in expected if path.startswith("towers/image/encoder/")]
+    change = max(np.abs(expected[path] - without[path]).max() for path in image)
+    assert change > 1e-3 * max(np.abs(expected[path]).max() for path in image)
