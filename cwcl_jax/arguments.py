@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 def names(known: Sequence[str], separator: str = ",") -> Callable[[str], list[str]]:
@@ -35,6 +36,26 @@ def counts(text: str) -> list[int]:
     if not all(re.fullmatch(r"[1-9]\d*", number) for number in found):
         raise ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 on, such as 1,2,4")
     return [int(number) for number in found]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def folder(text: str) -> Path:
+    """A folder that is there or can be made."""
+    path = Path(text)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ArgumentTypeError(f"{part} is a file; name a folder")
+    return path
 
 
 def positives(text: str) -> list[float]:

@@ -10,10 +10,12 @@ exceeded. Needs `pip install cwcl_jax[torch]`.
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from cwcl_jax.arguments import names, positives, sizes
+from cwcl_jax.arguments import at_least, folder, names, positives, sizes
+from cwcl_jax.benchmarks.markdown import markdown
 from cwcl_jax.losses import LossConfig, make_loss
 
 # Largest error allowed: of the value (relative, or absolute below 1), and of each gradient
@@ -62,11 +65,21 @@ def made_embeds(n: int, d: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def read_embeds(path: str) -> dict[str, np.ndarray]:
     """Arrays u, v and, optionally, p and logit_scale of a user's file, rows normalised."""
-    with np.load(path) as file:
-        arrays = {name: np.asarray(file[name], np.float64) for name in file.files}
-    missing = {"u", "v"} - set(arrays)
-    if missing:
-        raise ValueError(f"{path} has no array {sorted(missing)}; it has {sorted(arrays)}.")
+    with Path(path).open("rb") as stream:
+        try:
+            file: Any = np.load(stream)
+        except (EOFError, zipfile.BadZipFile, ValueError) as error:
+            raise ValueError(f"{path} is not a .npz file: {error}") from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"{path} is one array; save u and v with np.savez.")
+        wanted = [name for name in ("u", "v", "p", "logit_scale") if name in file.files]
+        missing = {"u", "v"} - set(wanted)
+        if missing:
+            raise ValueError(f"{path} has no array {sorted(missing)}; it has {sorted(file.files)}.")
+        arrays = {name: np.asarray(file[name], np.float64) for name in wanted}
+    scale = arrays.get("logit_scale", np.zeros(()))
+    if scale.size != 1 or not np.isfinite(scale).all():
+        raise ValueError(f"{path}: logit_scale must be one finite number, it is {scale}.")
     arrays = {"p": arrays["u"]} | arrays
     u, v, p = (arrays[name] for name in ("u", "v", "p"))
     if u.ndim != 2 or v.shape != u.shape or p.ndim != 2 or len(p) != len(u):
@@ -265,16 +278,6 @@ def training_curves(name: str, steps: int, seed: int = 0) -> dict[str, list[floa
     }
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Loss curves of both frameworks, and their difference."""
     import matplotlib
@@ -311,52 +314,82 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     losses = [name for name in torch_reference.LOSSES if name != "cellclip"]
     add = parser.add_argument
     add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
-    add("--output", default="runs/compare_torch", help="folder of the results")
+    add("--output", type=folder, default="runs/compare_torch", help="folder of the results")
     add("--losses", type=names(losses), default=losses)
     add("--forms", type=names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
     add("--dtypes", type=names(list(TOLERANCES)), default=dtypes)
     add("--sizes", type=sizes, default="256x64", help="N x d, comma-separated")
     add("--inverse-temperatures", type=positives, default="14.3,100", help="1 / tau")
-    add("--devices", type=int, default=len(jax.devices()), help="of the sharded forms")
-    add("--processes", type=int, default=2, help="of PyTorch; 0 leaves it out")
-    add("--steps", type=int, default=100, help="of training; 0 leaves it out")
+    add("--devices", type=at_least(1), default=len(jax.devices()), help="of the sharded forms")
+    add("--processes", type=at_least(0), default=2, help="of PyTorch; 0 leaves it out")
+    add("--steps", type=at_least(0), default=100, help="of training; 0 leaves it out")
     options = parser.parse_args(argv)
-    if not 0 < options.devices <= len(jax.devices()):
-        parser.error(f"--devices={options.devices}: there are {len(jax.devices())}")
+    for option in ("devices", "processes"):
+        if getattr(options, option) > len(jax.devices()):
+            parser.error(f"--{option}={getattr(options, option)}: there are {len(jax.devices())}")
+    if not (options.processes or combinations(options)):
+        parser.error("--forms=pytorch has no --dtypes=tf32: nothing is left to compare")
+    if options.embeds and len(options.embeds["u"]) < multiple(options):
+        parser.error(
+            f"--embeds has {len(options.embeds['u'])} rows, fewer than the {multiple(options)} "
+            "that split evenly: lower --devices or --processes"
+        )
     return options
+
+
+def combinations(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Loss, form and type of the rows; PyTorch has no "tf32"."""
+    found = itertools.product(options.losses, options.forms, options.dtypes)
+    return [row for row in found if row[1:] != ("pytorch", "tf32")]
+
+
+def multiple(options: argparse.Namespace) -> int:
+    """What the number of embeds must be a multiple of to split over devices and processes."""
+    sharded = any(form in ("gathered", "ring") for form in options.forms)
+    return math.lcm(options.devices if sharded else 1, options.processes or 1)
 
 
 def _embeds(path: str) -> dict[str, np.ndarray]:
     try:
         return read_embeds(path)
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise argparse.ArgumentTypeError(f"{error}; --embeds={path}") from error
 
 
 def all_rows(options: argparse.Namespace) -> list[Row]:
     """The table of losses and gradients."""
-    devices = options.devices
-    sets = [options.embeds] if options.embeds else []
-    sets = sets or [made_embeds(max(n - n % devices, devices), d) for n, d in options.sizes]
+    devices, even = options.devices, multiple(options)
+    sets = [made_embeds(max(n - n % even, even), d) for n, d in options.sizes]
     scales = [float(np.log(number)) for number in options.inverse_temperatures]
-    if "logit_scale" in sets[0]:
-        scales = [float(sets[0]["logit_scale"])]
-    rows = []
-    combinations = list(itertools.product(options.losses, options.forms, options.dtypes, scales))
-    for embeds in sets:
-        for name, form, dtype, scale in combinations:
-            uneven = form in ("gathered", "ring") and len(embeds["u"]) % devices
-            if not (uneven or (form == "pytorch" and dtype == "tf32")):
-                rows.append(compare(name, form, dtype, embeds, scale, devices))
-    if options.processes and len(sets[0]["u"]) % options.processes == 0:
+    if options.embeds:
+        sets = [first_rows(options.embeds, even)]
+        if "logit_scale" in options.embeds:
+            scales = [options.embeds["logit_scale"].item()]
+    rows = [
+        compare(name, form, dtype, embeds, scale, devices)
+        for embeds in sets
+        for name, form, dtype in combinations(options)
+        for scale in scales
+    ]
+    if options.processes:
         rows.append(several_processes(options.losses[0], sets[0], scales[0], options.processes))
     return rows
+
+
+def first_rows(embeds: dict[str, np.ndarray], even: int) -> dict[str, np.ndarray]:
+    """As many rows as split evenly; says how many were left out."""
+    n = len(embeds["u"])
+    if n % even:
+        print(
+            f"the first {n - n % even} of {n} rows are compared: a multiple of {even} splits evenly"
+        )
+    return {name: embeds[name][: n - n % even] for name in ("u", "v", "p")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit code."""
     options = parse(argv)
-    out = Path(options.output)
+    out = options.output
     out.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
         rows = all_rows(options)
@@ -369,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             drift = float(np.max(np.abs(np.subtract(curve["jax"], curve["pytorch"]))))
             print(f"training, {name}: largest difference of losses {drift:.2e}")
     (out / "compare_torch.json").write_text(json.dumps(report, indent=1))
-    text = table(rows)
+    text = markdown(rows, list(rows[0]))
     (out / "compare_torch.md").write_text(text)
     print(text)
     failed = [row for row in rows if not row["passed"]]

@@ -44,6 +44,7 @@ def test_a_file_without_embeds_is_an_error(tmp_path):
         ({"u": np.ones((4, 2)), "v": np.ones((3, 2))}, r"u \(4, 2\), v \(3, 2\)"),
         ({"u": np.ones((4, 2)), "v": np.ones((4, 2)), "p": np.ones((3, 5))}, r"p \(3, 5\)"),
         ({"u": np.ones((4, 2)), "v": np.eye(4)[:, :2]}, "row 2 of v is zero"),
+        ({"u": np.ones((4, 2)), "v": np.ones((4, 2)), "logit_scale": [1.0, 2.0]}, "one finite"),
         ({"u": np.full((4, 2), np.nan), "v": np.ones((4, 2))}, "row 0 of u is zero or not finite"),
     ],
 )
@@ -62,6 +63,10 @@ def test_embeds_that_cannot_be_compared_are_errors(tmp_path, arrays, message):
         ("--sizes=256", "'256' is not N x d"),
         ("--inverse-temperatures=14.3,-1", "above 0"),
         ("--devices=1000", "--devices=1000: there are"),
+        ("--devices=0", "'0' is not a whole number from 1 on"),
+        ("--processes=1000", "--processes=1000: there are"),
+        ("--processes=-1", "'-1' is not a whole number from 0 on"),
+        ("--steps=-1", "'-1' is not a whole number from 0 on"),
         ("--embeds=absent.npz", "No such file or directory: 'absent.npz'"),
     ],
 )
@@ -74,7 +79,55 @@ def test_mistakes_end_with_exit_code_2_and_name_the_option(option, message, caps
     assert option.split("=")[0] in said
 
 
+def test_pytorch_alone_in_tf32_is_nothing_to_compare(capsys):
+    with pytest.raises(SystemExit):
+        compare_torch.main(["--forms=pytorch", "--dtypes=tf32", "--processes=0"])
+    assert "nothing is left to compare" in capsys.readouterr().err
+
+
 @pytest.mark.multiprocess
 def test_several_pytorch_processes_agree_with_the_ring():
     row = compare_torch.several_processes("cwcl", compare_torch.made_embeds(32, 8), 2.0, 2)
     assert row["passed"]
+
+
+def test_rows_that_do_not_split_evenly_are_left_out_and_told(tmp_path, capsys):
+    path = tmp_path / "embeds.npz"
+    np.savez(path, **compare_torch.made_embeds(33, 8), ids=np.array(["a"] * 33), logit_scale=[2.0])
+    flags = [*SMALL[:3], "--steps=0", "--processes=0", f"--output={tmp_path}", f"--embeds={path}"]
+    assert compare_torch.main(flags) == 0
+    assert "the first 32 of 33 rows" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "compare_torch.json").read_text())["rows"]
+    assert [(row["form"], row["n"]) for row in rows] == [("fused", 32), ("ring", 32)]
+    assert {row["inverse_temperature"] for row in rows} == {round(float(np.exp(2.0)), 4)}
+
+
+def test_too_few_rows_to_split_are_an_error(tmp_path, capsys):
+    path = tmp_path / "embeds.npz"
+    np.savez(path, **compare_torch.made_embeds(3, 8))
+    with pytest.raises(SystemExit):
+        compare_torch.main([f"--embeds={path}", "--devices=4"])
+    assert "has 3 rows, fewer than the 4 that split evenly" in capsys.readouterr().err
+
+
+def test_files_that_are_no_npz_are_named(tmp_path, capsys):
+    np.save(tmp_path / "one.npy", np.ones((4, 2)))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04" + bytes(50))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name, message in (
+        ("one.npy", "save u and v with np.savez"),
+        ("broken.npz", "is not a .npz file"),
+        ("empty.npz", "is not a .npz file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            compare_torch.main([f"--embeds={tmp_path / name}"])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_file_as_output_folder_is_an_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output in ("file", "file/below"):
+        with pytest.raises(SystemExit):
+            compare_torch.main([f"--output={tmp_path / output}"])
+        assert "file is a file; name a folder" in capsys.readouterr().err

@@ -5,7 +5,8 @@
 
 The features of the training data and of the test items are computed once and kept; then a head
 takes seconds. All losses see the same batches. `--group=4` fills batches with groups of near
-duplicates: every example is joined by three random ones of its ten nearest in text space.
+duplicates: every example is joined by three random ones of its ten nearest in text space (in
+groups above eleven, by all of its nearest).
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from jaxtyping import Float, Int
 
@@ -39,7 +38,7 @@ from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState, initialise, make_blueprint
-from cwcl_jax.training.step import GradientFunction
+from cwcl_jax.training.step import TrainStep
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
@@ -86,11 +85,10 @@ def read_features(config: ExperimentConfig) -> Features:
 def batches(features: Features, config: ExperimentConfig, *, group: int) -> Iterator[Rows]:
     """Rows of the training data, some steps at a time; a function of the seed alone."""
     count, size = len(features.u), config.global_batch_size
-    if size % group:
-        raise ConfigError(f"--group={group} does not divide the batch of {size}")
+    check_batch(count, size, group)
     anchors = size // group
     order = GlobalOrder((count,), (float(count),), count, config.seed)
-    nearest = nearest_rows(features.u) if group > 1 else None
+    nearest = nearest_rows(features.u, _neighbours(group)) if group > 1 else None
     per_epoch = count // anchors
     for first in range(0, config.total_steps, _CHUNK):
         chosen = []
@@ -105,31 +103,42 @@ def batches(features: Features, config: ExperimentConfig, *, group: int) -> Iter
         yield np.stack(chosen)
 
 
-def nearest_rows(u: Float[np.ndarray, "n k"]) -> Int[np.ndarray, "n m"]:
+def check_batch(count: int, size: int, group: int) -> None:
+    """Raises ConfigError unless batches of `size` can be made of `count` rows."""
+    if size % group:
+        raise ConfigError(f"--group={group} does not divide the batch of {size}")
+    least = max(size // group, _neighbours(group) + 1 if group > 1 else 1)
+    if count < least:
+        raise ConfigError(
+            f"a batch of {size} in groups of {group} needs {least} rows, the training data has "
+            f"{count}: lower --batches or --group"
+        )
+
+
+def _neighbours(group: int) -> int:
+    return max(_NEAREST, group - 1)
+
+
+def nearest_rows(u: Float[np.ndarray, "n k"], wanted: int) -> Int[np.ndarray, "n {wanted}"]:
     """The nearest other rows by cosine."""
     unit = u / np.linalg.norm(u, axis=1, keepdims=True)
     found = []
     for first in range(0, len(unit), 1024):
         cosine = unit[first : first + 1024] @ unit.T
         cosine[np.arange(len(cosine)), first + np.arange(len(cosine))] = -2
-        found.append(np.argpartition(-cosine, _NEAREST, axis=1)[:, :_NEAREST])
+        found.append(np.argpartition(-cosine, wanted, axis=1)[:, :wanted])
     return np.concatenate(found)
 
 
 def make_chunk(blueprint: Blueprint) -> Chunk:
     """`state, metrics = chunk(state, locked, u, v, rows)`: a scan over steps on given features."""
     u_name, v_name = blueprint.config.modalities
-    gradients, optimizer = GradientFunction(blueprint), blueprint.optimizer()
-    most = math.log(blueprint.config.temperature.maximum or math.inf)
+    train_step = TrainStep(blueprint)
 
     def chunk(state: TrainState, locked: Leaves, u: Any, v: Any, rows: Any) -> Any:
         def step(state: TrainState, rows: Any) -> tuple[TrainState, Any]:
             batch = {u_name: {"embeds": u[rows]}, v_name: {"embeds": v[rows]}}
-            found, metrics = gradients(state.params, locked, batch, state.step)
-            updates, opt_state = optimizer.update(found, state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
-            params["logit_scale"] = jnp.minimum(params["logit_scale"], most)
-            return TrainState(state.step + 1, params, opt_state), metrics
+            return train_step.update(state, locked, batch)
 
         state, metrics = jax.lax.scan(step, state, rows)
         return state, {name: values[-1] for name, values in metrics.items()}
@@ -170,7 +179,17 @@ class HeadRuns:
 
 
 def variant(config: ExperimentConfig, short: str, seed: int, batch: int) -> ExperimentConfig:
-    """The config with another loss, seed and batch (learning rate in proportion, same samples)."""
+    """The config with another loss, seed and batch (learning rate in proportion, same samples).
+
+    Raises:
+      ConfigError: there is no such loss, or no such batch.
+    """
+    if batch < 1:
+        raise ConfigError(f"--batches={batch}: a batch has at least one pair")
+    try:
+        loss = dataclasses.replace(config.loss, **loss_fields(short))
+    except ValueError as error:
+        raise ConfigError(f"--losses={short}: {error}") from error
     factor = batch / config.global_batch_size
     rate = config.optimizer.learning_rate * factor
     tasks = {
@@ -182,7 +201,7 @@ def variant(config: ExperimentConfig, short: str, seed: int, batch: int) -> Expe
         seed=seed,
         global_batch_size=batch,
         total_steps=max(1, round(config.total_steps / factor)),
-        loss=dataclasses.replace(config.loss, **loss_fields(short)),
+        loss=loss,
         optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
         evaluation=dataclasses.replace(config.evaluation, tasks=tasks),
     )
@@ -253,12 +272,9 @@ def main(argv: list[str]) -> int:
     """Runs what is missing in the output file, and prints the table."""
     del argv
     config = cli.resolve_config(_CONFIG)
-    for short in _LOSSES.value:
-        try:
-            loss_fields(short)
-        except ValueError as error:
-            raise ConfigError(f"--losses: {error}") from error
     sizes = cli.whole_numbers("batches", _BATCHES.value) or [config.global_batch_size]
+    for batch, short in itertools.product(sizes, _LOSSES.value):
+        variant(config, short, 0, batch)  # what cannot be, before anything is trained
     output, settings = Path(_OUTPUT.value), config_hash(config)
     records = read_records(output, settings)
     done = {(r["loss"], r["batch"], r["group"], r["seed"]) for r in records}
@@ -266,7 +282,7 @@ def main(argv: list[str]) -> int:
     for seed, batch, short in itertools.product(range(_SEEDS.value), sizes, _LOSSES.value):
         if (short, batch, _GROUP.value, seed) in done:
             continue
-        runs = runs or HeadRuns(config, group=_GROUP.value)
+        runs = runs or _runs(config, sizes)
         start = time.perf_counter()
         metrics = runs.run(short, seed, batch)
         record = {"loss": short, "batch": batch, "group": _GROUP.value, "seed": seed}
@@ -277,6 +293,13 @@ def main(argv: list[str]) -> int:
         print(f"{short} batch {batch} seed {seed}: {time.perf_counter() - start:.0f} s")
     print(compare(records, headline(records)).text())
     return cli.DONE
+
+
+def _runs(config: ExperimentConfig, sizes: list[int]) -> HeadRuns:
+    runs = HeadRuns(config, group=_GROUP.value)
+    for size in sizes:
+        check_batch(len(runs.features.u), size, _GROUP.value)
+    return runs
 
 
 if __name__ == "__main__":

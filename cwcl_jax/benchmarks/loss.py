@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cwcl_jax.arguments import names, sizes
+from cwcl_jax.arguments import folder, names, sizes
+from cwcl_jax.benchmarks.markdown import markdown
 from cwcl_jax.benchmarks.process import peak_resident_bytes, run_fresh
 
 FORMS = (
@@ -32,6 +33,10 @@ FORMS = (
 # Dense forms keep about this many N x N float32 arrays; larger ones are left out.
 _DENSE_ARRAYS = 7
 _SHARDED_DEVICES = 2
+COLUMNS = (
+    "form", "n", "d", "dtype", "seconds", "cpu_seconds", "matmul_gflops",
+    "of_matmul_rate", "of_matmul_rate_cpu", "extra_mb", "failed",
+)  # fmt: skip
 
 
 def made_embeds(n: int, d: int):
@@ -129,19 +134,6 @@ def device_peak_mb() -> float:
     return statistics.get("peak_bytes_in_use", 0) / 2**20
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as Markdown."""
-    names = ["form", "n", "d", "dtype", "seconds", "cpu_seconds", "matmul_gflops"]
-    names += ["of_matmul_rate", "of_matmul_rate_cpu", "extra_mb", "failed"]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = [row.get(name, "") for name in names]
-        shown = [f"{x:.3g}" if isinstance(x, float) and x < 100 else x for x in cells]
-        shown = [f"{x:.0f}" if isinstance(x, float) else str(x) for x in shown]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Time and memory over the number of pairs."""
     import matplotlib
@@ -180,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="least time of a measurement")
     parser.add_argument("--dense-gb", type=float, default=8.0, help="leave out larger dense forms")
     parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument("--output", default="runs/benchmark_loss", help="folder of the results")
+    parser.add_argument(
+        "--output", type=folder, default="runs/benchmark_loss", help="folder of the results"
+    )
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.job:
@@ -196,11 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     rows.append(job | {"failed": f"left out: needs about {gb:.0f} GB"})
                 else:
                     rows.append(run_fresh("cwcl_jax.benchmarks.loss", job, options.timeout))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-    out = Path(options.output)
+                print(markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+    out = options.output
     out.mkdir(parents=True, exist_ok=True)
     (out / "loss.json").write_text(json.dumps(rows, indent=1))
-    (out / "loss.md").write_text(table(rows))
+    (out / "loss.md").write_text(markdown(rows, COLUMNS))
     plot(rows, out / "loss.png")
     measured = [row for row in rows if not str(row.get("failed", "left out")).startswith("left")]
     return 1 if measured else 0

@@ -25,10 +25,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from cwcl_jax.arguments import counts, names
+from cwcl_jax.arguments import at_least, counts, folder, names
+from cwcl_jax.benchmarks.markdown import markdown
 
 FORMS = ("gathered", "ring")
 # The largest devices of one link: NVLink 3 has 300 GB/s each way; between nodes eight adapters
@@ -211,23 +211,6 @@ def paper_weights() -> int:
     return widths(make_blueprint(frozen, mesh, check_batch=False))[2]
 
 
-def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """Rows as Markdown."""
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = [_shown(row.get(name, "")) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{kind} {size:,}" for kind, size in value.items())
-    if isinstance(value, float):
-        return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 MEASURED = (
     "form", "processes", "devices", "batch", "seconds", "fastest_seconds",
     "sent_bytes", "sent_total", "formula_total", "failed",
@@ -241,12 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures all forms and numbers of processes; returns the exit code."""
     parser = argparse.ArgumentParser(description="Weak scaling of the train step.")
     parser.add_argument("--processes", type=counts, default="1,2,4")
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each process")
-    parser.add_argument("--examples", type=int, default=64, help="of each device")
+    parser.add_argument(
+        "--devices", type=at_least(1), default=1, help="CPU devices of each process"
+    )
+    parser.add_argument("--examples", type=at_least(1), default=64, help="of each device")
     parser.add_argument("--forms", type=names(FORMS), default=list(FORMS))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=at_least(2), default=12, help="the first is not counted")
     parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument("--output", default="runs/benchmark_step", help="folder of the results")
+    parser.add_argument(
+        "--output", type=folder, default="runs/benchmark_step", help="folder of the results"
+    )
     parser.add_argument("--job", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.job:
@@ -259,13 +246,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for processes in options.processes:
             job = {"form": form, "examples": options.examples, "steps": options.steps}
             rows.append(run_job(job, processes, options.devices, options.timeout))
-            print(table(rows[-1:], MEASURED).splitlines()[-1], flush=True)
+            print(markdown(rows[-1:], MEASURED).splitlines()[-1], flush=True)
     computed = on_paper()
-    print(table(computed, COMPUTED))
-    out = Path(options.output)
+    print(markdown(computed, COMPUTED))
+    out = options.output
     out.mkdir(parents=True, exist_ok=True)
     (out / "step.json").write_text(json.dumps({"measured": rows, "on_paper": computed}, indent=1))
-    (out / "step.md").write_text(table(rows, MEASURED) + "\n" + table(computed, COMPUTED))
+    (out / "step.md").write_text(markdown(rows, MEASURED) + "\n" + markdown(computed, COMPUTED))
     return 1 if any("failed" in row for row in rows) else 0
 
 

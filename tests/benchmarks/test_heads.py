@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,15 +11,22 @@ from cwcl_jax.benchmarks.heads import (
     Features,
     HeadRuns,
     batches,
+    check_batch,
     compare,
     headline,
+    make_chunk,
     nearest_rows,
     read_records,
     variant,
 )
 from cwcl_jax.config import ConfigError
 from cwcl_jax.losses.short_names import loss_fields
+from cwcl_jax.training import sharding
+from cwcl_jax.training.options import MeshConfig
+from cwcl_jax.training.state import initialise, make_blueprint
+from cwcl_jax.training.step import TrainStep
 from tests.test_speech_experiment import config, toy
+from tests.training.toy import toy_config
 
 
 def grouped_features():
@@ -29,7 +38,7 @@ def grouped_features():
 
 
 def test_nearest_rows_are_the_other_members_of_a_group():
-    nearest = nearest_rows(grouped_features().u)
+    nearest = nearest_rows(grouped_features().u, 10)
     own = np.arange(240)[:, None]
     assert np.all(nearest // 12 == own // 12)
     assert not np.any(nearest == own)
@@ -100,3 +109,59 @@ def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
     assert runs.run("affine", 0, 8) == first
     other = runs.run("contrastive", 0, 8)
     assert other["train/loss"] != first["train/loss"]
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_large_groups_fill_the_batch(group):
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(200, 16)).astype(np.float32)
+    settings = variant(config("head,init=x"), "affine", 0, 128)
+    rows = next(batches(Features(u, u), settings, group=group))
+    assert rows.shape == (100, 128)
+    groups = rows.reshape(100, 128 // group, group)
+    assert all(len(set(members)) == group for members in groups[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "group", "message"),
+    [
+        (500, 128, 3, "--group=3 does not divide the batch of 128"),
+        (500, 1024, 1, "needs 1024 rows, the training data has 500"),
+        (8, 8, 4, "needs 11 rows, the training data has 8"),
+    ],
+)
+def test_a_batch_that_the_rows_cannot_fill_is_an_error(count, size, group, message):
+    with pytest.raises(ConfigError, match=message):
+        check_batch(count, size, group)
+
+
+@pytest.mark.parametrize(
+    ("short", "batch", "message"),
+    [
+        ("calibrated2", 8, "--losses=calibrated2: target_diagonal=2.0 must lie between"),
+        ("exp0", 8, "--losses=exp0: weight_temperature=0.0 must be positive"),
+        ("foo", 8, "--losses=foo: no loss is called"),
+        ("affine", 0, "--batches=0: a batch has at least one pair"),
+    ],
+)
+def test_a_loss_or_batch_that_cannot_be_is_an_error(short, batch, message):
+    with pytest.raises(ConfigError, match=message):
+        variant(config("head,init=x"), short, 0, batch)
+
+
+def test_heads_take_the_steps_of_the_train_step():
+    """With a fixed temperature too."""
+    rng = np.random.default_rng(0)
+    made = toy_config(**{"towers.text.tune": "head", "temperature.trained": False})
+    blueprint = make_blueprint(made, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    state, locked, _ = initialise(blueprint)
+    u, v = (rng.normal(size=(40, 32)).astype(np.float32) for _ in "uv")
+    rows = np.stack([rng.permutation(40)[:16] for _ in range(3)])
+    found, _ = make_chunk(blueprint)(state, locked, *map(jnp.asarray, (u, v, rows)))
+    step = TrainStep(blueprint)
+    for chosen in rows:
+        batch = {"image": {"embeds": u[chosen]}, "text": {"embeds": v[chosen]}}
+        state, _ = step(state, locked, sharding.put_batch(blueprint.mesh, batch))
+    assert int(found.step) == 3
+    for path, value in state.params.items():
+        np.testing.assert_allclose(found.params[path], value, rtol=1e-5, atol=1e-7)

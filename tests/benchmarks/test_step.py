@@ -3,6 +3,7 @@
 import pytest
 
 from cwcl_jax.benchmarks import step
+from cwcl_jax.benchmarks.markdown import markdown
 
 
 @pytest.mark.parametrize("form", step.FORMS)
@@ -31,7 +32,7 @@ def test_volumes_of_the_paper():
 
 
 def test_tables_are_markdown():
-    text = step.table([{"form": "ring", "sent_bytes": {"all-reduce": 1234}}], step.MEASURED)
+    text = markdown([{"form": "ring", "sent_bytes": {"all-reduce": 1234}}], step.MEASURED)
     assert "all-reduce 1,234" in text
     assert len({line.count("|") for line in text.splitlines()}) == 1
 
@@ -41,6 +42,9 @@ def test_tables_are_markdown():
     [
         ("--processes=1,x", "not a list of whole numbers"),
         ("--forms=star", "none of gathered, ring"),
+        ("--steps=1", "'1' is not a whole number from 2 on"),
+        ("--devices=0", "'0' is not a whole number from 1 on"),
+        ("--examples=-1", "'-1' is not a whole number from 1 on"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, capsys):
