@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ _BESIDE = ("text", "label")
 
 class EvalBatches:
     """All examples of a source in order, the last batch filled up; iterate as often as needed.
+
+    Every pass counts its unusable examples anew, each of them once; `skipped` is of the last pass.
 
     Beside the inputs a batch has "index", "valid" (False for filling and for unusable examples,
     whose inputs repeat another example), "id", and what the source tells besides: "label" (-1
@@ -57,12 +60,16 @@ class EvalBatches:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Number of unusable examples by kind."""
+        """Number of unusable examples by kind, in the pass that was started last."""
         return self._counter.kinds
 
     def __iter__(self) -> Iterator[Batch]:
+        self._counter = counter = SkipCounter(self._config.max_skipped_share)
         reader = ChunkedReader(
-            self._load, local_size=self._local, steps=len(self), config=self._config
+            partial(self._load, counter),
+            local_size=self._local,
+            steps=len(self),
+            config=self._config,
         )
         reader.start(0)
         try:
@@ -71,14 +78,16 @@ class EvalBatches:
         finally:
             reader.close()
 
-    def _load(self, step: int, rows: np.ndarray) -> list[tuple[int, Any, Any]]:
+    def _load(
+        self, counter: SkipCounter, step: int, rows: np.ndarray
+    ) -> list[tuple[int, Any, Any]]:
         """Example numbers, inputs (None where unusable) and examples of some rows of a batch."""
         indices = step * self._size + self._first_row + rows
-        loaded = [self._load_one(int(index)) for index in indices]
+        loaded = [self._load_one(int(index), counter) for index in indices]
         self._processor.tokenize([inputs for _, inputs, _ in loaded if inputs is not None])
         return loaded
 
-    def _load_one(self, index: int) -> tuple[int, Any, Any]:
+    def _load_one(self, index: int, counter: SkipCounter) -> tuple[int, Any, Any]:
         if index >= len(self.source):
             return index, None, {}
         example: dict[str, Any] = {}
@@ -86,9 +95,9 @@ class EvalBatches:
             example = self._read(index)
             inputs = self._processor.eval_example(example)
         except BadExample as error:
-            self._counter.add_skipped(f"example {index} ({example.get('id', '?')})", error)
+            counter.add_skipped(f"example {index} ({example.get('id', '?')})", error)
             return index, None, example
-        self._counter.add_read(1)
+        counter.add_read(1)
         return index, inputs, example
 
     def _read(self, index: int) -> dict[str, Any]:
@@ -126,9 +135,13 @@ class EvalBatches:
         return batch
 
     def _any_usable(self) -> dict[str, Any]:
-        """Inputs to fill a block with that has none of its own."""
+        """Inputs to fill a block with that has none of its own.
+
+        These examples are counted where their own turn comes; here only to stop as early.
+        """
+        counter = SkipCounter(self._config.max_skipped_share)
         for index in range(len(self.source)):
-            inputs = self._load_one(index)[1]
+            inputs = self._load_one(index, counter)[1]
             if inputs is not None:
                 self._processor.tokenize([inputs])
                 return inputs
