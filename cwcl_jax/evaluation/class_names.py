@@ -5,7 +5,6 @@ Names come from the source, from a list, or from a file of the user's. Subsets a
 """
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from cwcl_jax.evaluation.files import read_json, read_text
 from cwcl_jax.evaluation.options import TaskConfig
 
 
@@ -132,7 +132,7 @@ def read_class_names(spec: str) -> list[str] | dict[str, tuple[str, ...]]:
         )
     if path.suffix == ".json":
         return _names_from_json(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     if path.suffix == ".tsv":
         rows = [row for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
         broken = [row for row in rows if len(row) != 2]
@@ -147,12 +147,18 @@ def read_class_names(spec: str) -> list[str] | dict[str, tuple[str, ...]]:
 
 
 def _names_from_json(path: Path) -> list[str] | dict[str, tuple[str, ...]]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+    content = read_json(path)
+    if _are_names(content):
         return content
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON list of names or an object name -> name(s).")
-    return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in content.items()}
+    if isinstance(content, dict):
+        groups = {k: [v] if isinstance(v, str) else v for k, v in content.items()}
+        if all(map(_are_names, groups.values())):
+            return {k: tuple(v) for k, v in groups.items()}
+    raise ValueError(f"{path}: expected a JSON list of names or an object name -> name(s).")
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _read_subset(spec: str) -> set[str]:
@@ -161,7 +167,7 @@ def _read_subset(spec: str) -> set[str]:
         raise FileNotFoundError(
             f"class_subset={spec!r} is not a file; give one class name or index a line."
         )
-    return {line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()}
+    return {line.strip() for line in read_text(path).splitlines() if line.strip()}
 
 
 def _checked(names: tuple[str, ...], label: int) -> tuple[str, ...]:

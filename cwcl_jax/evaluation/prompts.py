@@ -3,10 +3,11 @@
 The placeholder is `{c}`, as in CLIP_benchmark's files; `{}` and `{ }` are read as the same.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from cwcl_jax.evaluation.files import read_json, read_text
 
 # Table 3, in its order: k = 1 uses the first one, k = 5 the first five.
 SIMPLE = (
@@ -90,8 +91,7 @@ def load_templates(spec: str) -> tuple[str, ...]:
             f"templates={spec!r} is neither a named list {sorted(NAMED)} nor a file; give the path "
             "of a text file with one template a line, where {c} stands for the class name."
         )
-    text = path.read_text(encoding="utf-8")
-    lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    lines = read_json(path) if path.suffix == ".json" else read_text(path).splitlines()
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"{path}: expected a JSON list of template strings.")
     templates = tuple(canonical(line) for line in lines if line.strip())

@@ -89,3 +89,27 @@ def test_broken_files_are_named(tmp_path):
         read_class_names(str(tmp_path / "one.tsv"))
     with pytest.raises(FileNotFoundError, match="class_subset"):
         resolve_classes(FOLDERS, task(class_subset=str(tmp_path / "absent.txt")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'["circle", ', r"a\.json is not JSON"),
+        ("a.json", b'{"circle": 1}', r"a\.json: expected a JSON list of names or an object"),
+        ("a.json", b'{"circle": [1]}', r"a\.json: expected a JSON list of names or an object"),
+        ("a.txt", "Fußball\n".encode("latin-1"), r"a\.txt is not UTF-8"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_class_names(str(tmp_path / name))
+
+
+def test_marks_of_editors_are_no_part_of_a_name(tmp_path):
+    (tmp_path / "a.txt").write_text("circle\nsquare\n", encoding="utf-8-sig")
+    assert read_class_names(str(tmp_path / "a.txt")) == ["circle", "square"]
+    (tmp_path / "a.tsv").write_text("n01\tcircle\n", encoding="utf-8-sig")
+    assert read_class_names(str(tmp_path / "a.tsv")) == {"n01": ("circle",)}
+    (tmp_path / "a.json").write_text('{"n01": ["circle", "ring"]}', encoding="utf-8-sig")
+    assert read_class_names(str(tmp_path / "a.json")) == {"n01": ("circle", "ring")}

@@ -112,3 +112,16 @@ def test_keyword_sentences_hold_the_whole_word_and_the_word_itself_comes_first()
 )
 def test_identifiers_are_read_as_words(name, words):
     assert prompts.readable(name) == words
+
+
+def test_broken_files_are_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("ein süßer {c}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        prompts.load_templates(str(path))
+    path = tmp_path / "a.json"
+    path.write_text("[")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON"):
+        prompts.load_templates(str(path))
+    path.write_text('["a {c}"]', encoding="utf-8-sig")
+    assert prompts.load_templates(str(path)) == ("a {c}",)

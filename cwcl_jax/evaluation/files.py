@@ -1,0 +1,29 @@
+"""Text files of the user's: class names, templates, tasks, baselines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without the mark that some editors put at its start.
+
+    Raises:
+      ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8.") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      ValueError: it is neither UTF-8 nor JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
