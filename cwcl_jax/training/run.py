@@ -10,8 +10,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from cwcl_jax.cli import DONE, PREEMPTED
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
@@ -76,7 +74,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
 
 def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_same_run(workdir, config)
-    blueprint = make_blueprint(config, _make_mesh(config))
+    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
     barrier("start", config.distributed.barrier_timeout)
@@ -122,13 +120,6 @@ _UNFINISHED_WARMUP = (
     "warning: the warm-up of {} steps does not end in {} steps; the learning rate stays below its "
     "peak (config.optimizer.warmup_steps)"
 )
-
-
-def _make_mesh(config: ExperimentConfig) -> Mesh:
-    try:
-        return sharding.make_mesh(config.mesh)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, str]:
