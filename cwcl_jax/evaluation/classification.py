@@ -5,6 +5,8 @@ from. Speech tasks report the data set's own sentences and the general templates
 CWCL Table 8), and the text upper bound: the reference texts classified by the text tower.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,11 @@ class PromptSet:
     suffix: str
     prompts: tuple[tuple[str, ...], ...]
 
+    def described(self) -> np.ndarray:
+        """Name with the number of prompts, and a hash of them, to compare two runs by."""
+        exact = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
+        return np.asarray([f"{self.name} ({sum(map(len, self.prompts))})", exact])
+
 
 @dataclass
 class _Tally:
@@ -55,7 +62,7 @@ def run_classification(name: str, task: TaskConfig, runner: Runner) -> TaskResul
     items, labels = embed_items(view, classes, task, runner)
     tally = _Tally({}, {}, {}, {})
     texts = _reference_texts(task, items)
-    text_embeds = runner.sentences(texts) if texts else None
+    text_embeds = runner.sentences(texts) if texts and task.text_upper_bound else None
     first: Float[np.ndarray, "c d"] | None = None
     for chosen in sets:
         embeds = embed_classes(chosen, runner)
@@ -76,7 +83,9 @@ def run_classification(name: str, task: TaskConfig, runner: Runner) -> TaskResul
         intervals=bootstrap_intervals(tally.hits, task, groups=groups),
         items={"ids": np.asarray(items.ids), "labels": labels, "predicted": predicted}
         | ({} if groups is None else {"groups": groups})
-        | tally.ranks,
+        | tally.ranks
+        | {"class_names": np.asarray(classes.titles)}
+        | {f"prompts{chosen.suffix}": chosen.described() for chosen in sets},
         extras={
             "class_names": classes.titles,
             "prompt_sets": {s.suffix: (s.name, sum(map(len, s.prompts))) for s in sets},
@@ -132,17 +141,10 @@ def embed_items(
 
 def prompt_sets(task: TaskConfig, classes: Classes, runner: Runner) -> list[PromptSet]:
     """The prompt sets of a task; the first one gives the metrics without a suffix."""
-    name = task.templates or _usual_templates(task)
+    name, templates = task_templates(task)
     if name == "dataset":
-        own = PromptSet("dataset", "", _dataset_prompts(task, classes, runner))
-        if task.template_counts:
-            raise ValueError(
-                "template_counts counts templates of a list, but templates='dataset' are whole "
-                "sentences; use sentences_per_class."
-            )
-        sets = [own]
+        sets = [PromptSet("dataset", "", _dataset_prompts(task, classes, runner))]
     else:
-        templates = prompts.load_templates(name)
         sets = [_filled(name, "", templates, classes)]
         for k in task.template_counts:
             some = prompts.first_templates(templates, k)
@@ -150,6 +152,28 @@ def prompt_sets(task: TaskConfig, classes: Classes, runner: Runner) -> list[Prom
     if task.kind in SPEECH_KINDS and name != "general":
         sets.append(_filled("general", "_general", prompts.GENERAL, classes))
     return sets
+
+
+def task_templates(task: TaskConfig) -> tuple[str, tuple[str, ...]]:
+    """The name of a task's templates and, where they are not the data set's own, the templates.
+
+    Raises:
+      ValueError or FileNotFoundError: the task's fields, or the file they name, cannot be used.
+    """
+    name = task.templates or _usual_templates(task)
+    if name != "dataset":
+        templates = prompts.load_templates(name)
+        for k in task.template_counts:
+            prompts.first_templates(templates, k)
+        return name, templates
+    if not task.template_source:
+        raise ValueError("templates='dataset' needs template_source, a source with sentences.")
+    if task.template_counts:
+        raise ValueError(
+            "template_counts counts templates of a list, but templates='dataset' are whole "
+            "sentences; use sentences_per_class."
+        )
+    return name, ()
 
 
 def embed_classes(chosen: PromptSet, runner: Runner) -> Float[np.ndarray, "c d"]:
@@ -183,8 +207,6 @@ def _dataset_prompts(
     task: TaskConfig, classes: Classes, runner: Runner
 ) -> tuple[tuple[str, ...], ...]:
     """The sentences of `template_source`, by class; for keywords those that hold the word."""
-    if not task.template_source:
-        raise ValueError("templates='dataset' needs template_source, a source with sentences.")
     view = runner.open(task.template_source, TaskConfig(), option="template_source")
     texts = runner.texts(view)
     limit = task.sentences_per_class
@@ -237,7 +259,7 @@ def _reference_texts(task: TaskConfig, items: Items) -> list[str]:
     """The text of every item, where a speech task has them all."""
     if task.kind not in SPEECH_KINDS or not all(items.captions):
         return []
-    return [captions[0] for captions in items.captions] if task.text_upper_bound else []
+    return [captions[0] for captions in items.captions]
 
 
 def _score(

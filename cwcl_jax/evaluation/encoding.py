@@ -5,7 +5,6 @@ last one is padded by repeating, so that nothing is compiled twice; padding is d
 """
 
 import hashlib
-import io
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from cwcl_jax.data.image import decode_rgb, open_image
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.text import load_tokenizer
 
@@ -33,14 +34,24 @@ class Clock:
 
 
 class View:
-    """Some examples of a source, in a given order; `crop_border` pixels are cut off pictures."""
+    """Some examples of a source, in a given order; `crop_border` pixels are cut off pictures.
 
-    def __init__(self, source: Source, indices: Int[np.ndarray, "n"], *, crop_border: int = 0):
+    Pictures to be cut may have `max_pixels`, as `data.image.max_pixels` has it for all others.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Int[np.ndarray, "n"],
+        *,
+        max_pixels: int,
+        crop_border: int = 0,
+    ):
         self.source = source
         self.indices = indices
+        self.max_pixels = max_pixels
         self.crop_border = crop_border
         self.class_names = source.class_names
-        self.embedded = tuple(getattr(source, "embedded", ()))
         # Modalities whose embeddings the source brings, in place of raw inputs.
         self.embedded: Sequence[str] = getattr(source, "embedded", ())
 
@@ -59,16 +70,22 @@ class View:
 
     def _cropped(self, example: dict[str, Any]) -> dict[str, Any]:
         if self.crop_border and "image" in example:
-            example = {**example, "image": crop_border(example["image"], self.crop_border)}
+            cut = crop_border(example["image"], self.crop_border, max_pixels=self.max_pixels)
+            example = {**example, "image": cut}
         return example
 
 
-def crop_border(image: Any, border: int) -> Any:
-    """`image` (encoded bytes or a PIL image) without `border` pixels on every side."""
-    opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+def crop_border(image: bytes | Image.Image, border: int, *, max_pixels: int) -> Image.Image:
+    """`image` (encoded or opened) without `border` pixels on every side.
+
+    Raises:
+      BadExample: it cannot be read, has more than `max_pixels`, or nothing of it would be left.
+    """
+    opened = open_image(image, max_pixels)
     width, height = opened.size
     if min(width, height) <= 2 * border:
-        raise ValueError(f"crop_border={border} leaves nothing of a {width}x{height} picture.")
+        raise BadExample("image too small", f"{width}x{height}, crop_border={border} leaves none")
+    decode_rgb(opened)  # in place: what cannot be decoded is refused here, and not by crop
     return opened.crop((border, border, width - border, height - border))
 
 

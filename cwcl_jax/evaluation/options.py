@@ -1,5 +1,6 @@
 """What to evaluate: one frozen `TaskConfig` per task, gathered in an `EvaluationConfig`."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,8 +14,23 @@ KINDS = (
     "few_shot",
 )
 SPEECH_KINDS = ("intent", "keywords")
+CLASSIFICATION_KINDS = ("zero_shot", *SPEECH_KINDS)
+PROBE_KINDS = ("linear_probe", "few_shot")
 UNMAPPED = ("error", "drop")
 FEATURES = ("embeds", "features")
+# The smallest value of every whole number. Blocks of a matrix need two classes of two items each.
+_LEAST = {
+    "max_items": 0,
+    "sentences_per_class": 0,
+    "crop_border": 0,
+    "classes": 2,
+    "items_per_class": 2,
+    "repeats": 1,
+    "bootstrap": 0,
+    "seed": 0,
+}
+# Task names are names of files and parts of settings.
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class TaskConfig:
     class_names: str = ""  # file, or names separated by commas; "" = the source's own
     class_subset: str = ""  # file with the classes (names or indices) that stay candidates
     unmapped_classes: str = "error"  # "drop": leave out classes that class_names does not list
-    top_k: tuple[int, ...] = (1, 5)
+    top_k: tuple[int, ...] = (1, 5)  # 1 is always among them
     text_upper_bound: bool = True  # intent, keywords: classify the reference texts too
     in_distribution: str = ""  # the task whose accuracy robustness is measured against
     crop_border: int = 0  # pixels cut off every side first (ObjectNet's red frame: 2)
@@ -76,6 +92,20 @@ class TaskConfig:
             values = getattr(self, name)
             if any(k < 1 for k in values):
                 raise ValueError(f"task field {name}={values!r}: every number must be at least 1.")
+        for name in ("recall_k", "shots"):
+            if not getattr(self, name):
+                raise ValueError(f"task field {name} is empty; give a number, such as (1,).")
+        if 1 not in self.top_k:  # robustness and the curves over templates are of top-1
+            object.__setattr__(self, "top_k", (1, *self.top_k))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"task field {name}={value}: must be at least {least}.")
+        if self.kind == "retrieval" and self.partner == self.modality:
+            raise ValueError(
+                f"task field partner={self.partner!r} is the modality itself; retrieval is between "
+                "two modalities of the same items."
+            )
         if not 0.0 < self.confidence < 1.0:
             raise ValueError(
                 f"task field confidence={self.confidence}: give a share between 0 and 1, e.g. 0.95."
@@ -93,6 +123,12 @@ class EvaluationConfig:
     robustness_baselines: str = ""
 
     def __post_init__(self) -> None:
+        for name in self.tasks:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"evaluation.tasks: {name!r} cannot name a task (its files are called after "
+                    "it); use letters, digits, '_', '-' and '.'."
+                )
         if self.batch_size < 1:
             raise ValueError(f"evaluation.batch_size={self.batch_size}: must be at least 1.")
         if self.every_steps < 0:

@@ -32,6 +32,27 @@ def retrieval_ranks(
     )
 
 
+def reachable_ranks(
+    captions: Sequence[str], owner: Int[np.ndarray, "m"]
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+    """The ranks of item -> caption and of caption -> item of a model that knows every caption.
+
+    Equal captions have equal embeddings: of the items that share one, the first is ranked first.
+    An item with several captions may be closest to the one that fewest items before it have.
+    `owner` ascends, as in `retrieval_ranks`.
+    """
+    codes = np.unique(np.asarray(captions), return_inverse=True)[1].ravel()
+    pairs, place, counts = np.unique(
+        np.stack([codes, owner], axis=1), axis=0, return_inverse=True, return_counts=True
+    )
+    first = np.searchsorted(pairs[:, 0], pairs[:, 0])  # the first item with the same caption
+    before = np.cumsum(counts) - counts
+    to_item = (1 + np.arange(len(pairs)) - first)[place.ravel()]
+    to_caption = np.full(int(owner.max()) + 1, len(captions))
+    np.minimum.at(to_caption, owner, (1 + before - before[first])[place.ravel()])
+    return to_caption, to_item
+
+
 def recall_metrics(ranks: Int[np.ndarray, "n"], direction: str, ks: Sequence[int]) -> dict:
     """`image_to_text_R@1` and so on, with the median and the mean rank."""
     metrics = {f"{direction}_R@{k}": float(np.mean(ranks <= k)) for k in ks}

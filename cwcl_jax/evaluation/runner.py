@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.pipeline import eval_batches
-from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources import Source, open_source
 from cwcl_jax.evaluation.encoding import (
     Clock,
     Encode,
@@ -44,11 +44,14 @@ class Runner:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
         source = open_source(line, cache_dir=self.data.cache_dir)
         count = min(len(source), task.max_items or len(source))
-        return View(source, np.arange(count), crop_border=task.crop_border)
+        return self._view(source, np.arange(count), task.crop_border)
 
     def select(self, view: View, chosen: Int[np.ndarray, "n"]) -> View:
         """Some examples of `view`, by their place in it."""
-        return View(view.source, view.indices[chosen], crop_border=view.crop_border)
+        return self._view(view.source, view.indices[chosen], view.crop_border)
+
+    def _view(self, source: Source, indices: Int[np.ndarray, "n"], crop_border: int) -> View:
+        return View(source, indices, max_pixels=self.data.image.max_pixels, crop_border=crop_border)
 
     def labels(self, view: View) -> Int[np.ndarray, "n"]:
         """The labels of all examples, without reading anything else of them."""

@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cwcl_jax.evaluation.options import CLASSIFICATION_KINDS, PROBE_KINDS
 from cwcl_jax.evaluation.results import TaskResult
 
-CLASSIFICATION = ("zero_shot", "intent", "keywords")
-PROBES = ("linear_probe", "few_shot")
 _INTERVALS = (
     "Intervals: bootstrap over the test items of this one run; results.json has all of them."
 )
@@ -71,7 +70,7 @@ def warning_lines(results: Iterable[TaskResult]) -> list[str]:
 
 
 def _classification(results: Sequence[TaskResult]) -> Table | None:
-    chosen = [result for result in results if result.kind in CLASSIFICATION]
+    chosen = [result for result in results if result.kind in CLASSIFICATION_KINDS]
     if not chosen:
         return None
     tops = sorted({key for result in chosen for key in result.metrics if _is_top(key)}, key=_k)
@@ -143,7 +142,7 @@ def _alignment(results: Sequence[TaskResult]) -> Table | None:
 
 
 def _probes(results: Sequence[TaskResult]) -> Table | None:
-    chosen = [result for result in results if result.kind in PROBES]
+    chosen = [result for result in results if result.kind in PROBE_KINDS]
     if not chosen:
         return None
     rows = [

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.evaluation.alignment_task import run_alignment
 from cwcl_jax.evaluation.classification import run_classification
 from cwcl_jax.evaluation.encoding import Encode
@@ -50,8 +51,12 @@ def run_task(
         runner.known_sentences = earlier.known_sentences
     try:
         return _RUN[task.kind](name, task, runner)
+    except TooManyBadExamples as error:
+        raise TooManyBadExamples(f"evaluation task {name!r}: {error}") from error
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"evaluation task {name!r}: {error}") from error
+        # Not of the error's own type: many subclasses of ValueError take other arguments.
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"evaluation task {name!r}: {error}") from error
 
 
 def run_tasks(

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from cwcl_jax.evaluation.retrieval import recall_chance, recall_metrics, retrieval_ranks
+from cwcl_jax.evaluation.retrieval import (
+    reachable_ranks,
+    recall_chance,
+    recall_metrics,
+    retrieval_ranks,
+)
 
 
 def brute_force(items, captions, owner):
@@ -71,3 +76,19 @@ def test_chance_is_that_of_random_orders():
     for k in (1, 5):
         random = np.mean([np.mean((draws[:, :k] < count).any(axis=1)) for count in relevant])
         assert expected[f"x_R@{k}"] == pytest.approx(random, abs=0.01)  # 40,000 draws: SE 0.0025
+
+
+def test_reachable_ranks_are_those_of_a_brute_force_count():
+    rng = np.random.default_rng(0)
+    owner = np.repeat(np.arange(40), rng.integers(1, 4, 40))
+    texts = [f"caption {number}" for number in rng.integers(0, 30, len(owner))]
+    to_caption, to_item = reachable_ranks(texts, owner)
+    having = [{texts[j] for j in np.flatnonzero(owner == i)} for i in range(40)]
+    for j, (text, own) in enumerate(zip(texts, owner, strict=True)):
+        assert to_item[j] == 1 + sum(text in having[i] for i in range(own))
+    for i in range(40):
+        earlier = [
+            sum(texts[k] == texts[j] and owner[k] < i for k in range(j))
+            for j in np.flatnonzero(owner == i)
+        ]
+        assert to_caption[i] == 1 + min(earlier)

@@ -109,3 +109,16 @@ def test_general_templates_alone_are_the_first_set(monkeypatch):
     result = run(task)
     assert list(result.extras["prompt_sets"]) == [""]
     assert result.metrics["top1"] == pytest.approx(1.0)
+
+
+def test_intervals_do_not_depend_on_the_text_upper_bound(monkeypatch):
+    """Sentences group the items whether their texts are scored or not."""
+    values, labels = [100, 101, 101, 100] * 10, [0, 1, 0, 1] * 10
+    texts = ["a red circle", "a blue square", "a circle", "a square"] * 10
+    give_sources(monkeypatch, test=recordings(values, labels, texts, INTENTS))
+    task = {"kind": "intent", "source": "memory:test", "templates": "general"}
+    bound, plain = (run(TaskConfig(**task, text_upper_bound=on)) for on in (True, False))
+    assert "text_top1" in bound.metrics
+    assert "text_top1" not in plain.metrics
+    assert plain.intervals["top1"] == bound.intervals["top1"]
+    np.testing.assert_array_equal(plain.items["groups"], bound.items["groups"])

@@ -1,7 +1,11 @@
 """Whole tasks with an analytic model: accuracies and recalls are known beforehand."""
 
+import dataclasses
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
 from cwcl_jax.evaluation.tasks import run_task, run_tasks
@@ -248,6 +252,14 @@ def test_modality_follows_the_kind():
         ({"top_k": (0,)}, "at least 1"),
         ({"confidence": 95.0}, "between 0 and 1"),
         ({"unmapped_classes": "skip"}, "unmapped_classes"),
+        ({"crop_border": -2}, "crop_border=-2: must be at least 0"),
+        ({"max_items": -5}, "max_items=-5: must be at least 0"),
+        ({"bootstrap": -1}, "bootstrap=-1: must be at least 0"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"repeats": 0}, "repeats=0: must be at least 1"),
+        ({"classes": 0}, "classes=0: must be at least 2"),
+        ({"shots": ()}, "shots is empty"),
+        ({"kind": "retrieval", "partner": "image"}, "partner='image' is the modality itself"),
     ],
 )
 def test_options_are_checked_when_made(fields, message):
@@ -255,3 +267,78 @@ def test_options_are_checked_when_made(fields, message):
         TaskConfig(**fields)
     with pytest.raises(ValueError, match="batch_size"):
         EvaluationConfig(batch_size=0)
+    with pytest.raises(ValueError, match="'imagenet/val' cannot name a task"):
+        EvaluationConfig(tasks={"imagenet/val": TaskConfig()})
+    assert TaskConfig(top_k=(5,)).top_k == (1, 5)
+
+
+def test_broken_files_of_a_task_are_named(monkeypatch, tmp_path):
+    give_sources(monkeypatch, x=Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
+    (tmp_path / "names.json").write_text('["circle", ')
+    task = TaskConfig(source="memory:x", class_names=str(tmp_path / "names.json"))
+    with pytest.raises(ValueError, match=r"evaluation task 't': .*names\.json is not JSON"):
+        run(task, Analytic(MODEL, AXES))
+
+
+def png(size, grey=0):
+    file = io.BytesIO()
+    Image.new("RGB", size, (grey, grey, grey)).save(file, "png")
+    return file.getvalue()
+
+
+def test_pictures_without_a_border_to_cut_are_left_out_and_counted(monkeypatch, tmp_path):
+    """Files that are no picture, cut short, too large or too small for the border."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "jpeg")
+    encoded = [png((20, 20)), png((20, 20), 1), b"no picture", file.getvalue()[:900], png((3, 3))]
+    encoded += [png((101, 100)), b""]
+
+    class Encoded(Memory):
+        def read(self, index, fields):
+            picture = {"image": encoded[index]} if "image" in fields else {}
+            return super().read(index, set(fields) - {"image"}) | picture
+
+    labels = [0, 1, 0, 0, 0, 0, 0]
+    give_sources(monkeypatch, x=Encoded(labels, labels=labels, class_names=SHAPES))
+    data = dataclasses.replace(DATA, image=dataclasses.replace(DATA.image, max_pixels=10_000))
+    task = TaskConfig(source="memory:x", crop_border=2)
+    encode = Analytic(MODEL, AXES)
+    result = run_task("t", task, encode=encode, data=data, batch_size=4)
+    assert result.items["ids"].tolist() == ["item-0", "item-1"]
+    assert result.metrics["top1"] == 1.0
+    (warning,) = result.warnings
+    assert "5 of 7 examples were unusable" in warning
+    for kind in ("image unreadable: 2", "image too small: 1", "image too large: 1", "empty: 1"):
+        assert kind in warning
+
+
+def test_captions_of_several_items_limit_what_a_perfect_model_reaches(monkeypatch):
+    """Every item is its caption: what is wrong then is what equal captions make wrong."""
+    texts = ["circle", "square", "circle", "star", "circle", "square"]
+    values = [SHAPES.index(text) for text in texts]
+    give_sources(monkeypatch, x=Memory(values, texts=texts))
+    task = TaskConfig(kind="retrieval", source="memory:x", recall_k=(1, 2, 3))
+    result = run(task, Analytic(MODEL, AXES))
+    assert result.metrics["text_to_image_R@1"] == 0.5
+    assert result.extras["reachable"] == {
+        key: value for key, value in result.metrics.items() if "_R@" in key
+    }
+    assert "3 of 6 captions repeat an earlier one" in result.warnings[0]
+    assert "R@1 50.0 % image to text, 50.0 % text to image" in result.warnings[0]
+    give_sources(monkeypatch, x=Memory([0, 1], texts=[["circle", "circle"], "square"]))
+    result = run(task, Analytic(MODEL, AXES))
+    assert result.extras["reachable"] == {}
+    assert not result.warnings
+
+
+def test_too_many_bad_examples_name_the_task(monkeypatch):
+    from cwcl_jax.data.skipping import BadExample, TooManyBadExamples
+
+    class Broken(Memory):
+        def read(self, index, fields):
+            raise BadExample("image unreadable")
+
+    give_sources(monkeypatch, x=Broken([0] * 30, labels=[0] * 30, class_names=SHAPES))
+    with pytest.raises(TooManyBadExamples, match="evaluation task 't': 11 of the 11"):
+        run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES))
