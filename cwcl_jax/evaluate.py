@@ -10,7 +10,6 @@ tests against another run that was evaluated on the same tasks. `--audio=a.wav
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_plain
 
 if TYPE_CHECKING:
+    from cwcl_jax.evaluation.compare import Items
     from cwcl_jax.evaluation.results import TaskResult
     from cwcl_jax.training.encode import Encoder
     from cwcl_jax.training.kept_rows import KeptRows
@@ -56,7 +56,7 @@ def define_flags() -> Callable[[], Options]:
         "compare": "Another run, evaluated before: paired tests against it.",
         "audio": "One recording to classify (with --classes).",
         "image": "One picture to classify (with --classes).",
-        "classes": "Class names for --audio or --image, separated by commas.",
+        "classes": "Class names for --audio or --image, separated by commas, or a file of them.",
         "templates": "Prompts for --classes: name, simple, general or a file.",
     }
     holders = {
@@ -86,11 +86,12 @@ def evaluate(options: Options) -> int:
 
 
 def _evaluate(options: Options, watchdog: Watchdog) -> int:
+    from cwcl_jax.data.skipping import TooManyBadExamples
     from cwcl_jax.training.kept_rows import KeptRows
 
-    encoder, config, sources = _load(options)
-    encoder.on_batch = watchdog.beat
     try:
+        encoder, config, sources = _load(options)
+        encoder.on_batch = watchdog.beat
         with watchdog.phase("evaluation"):
             if options.audio or options.image:
                 _rank_one(options, encoder, config)
@@ -98,7 +99,7 @@ def _evaluate(options: Options, watchdog: Watchdog) -> int:
                 kept = KeptRows(encoder, sources)
                 _run_tasks(options, kept, _with_tasks(config, options.tasks))
                 kept.save()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ImportError, TooManyBadExamples) as error:
         raise ConfigError(str(error)) from error
     return cli.DONE
 
@@ -110,8 +111,12 @@ def _check(options: Options) -> None:
         raise ConfigError("give --audio or --image, not both")
     if (options.audio or options.image) and not options.classes:
         raise ConfigError('--audio and --image need --classes="first,second,..."')
-    if options.classes and not (options.audio or options.image):
+    if options.audio or options.image:
+        _check_single(options)
+    elif options.classes:
         raise ConfigError("--classes belongs to --audio or --image; tasks have class_names")
+    elif options.templates != Options.templates:
+        raise ConfigError("--templates belongs to --audio or --image; tasks have templates")
     if options.compare:
         # Here and not above: a mistake among the other flags is told before the slow imports.
         from cwcl_jax.evaluation.compare import item_files
@@ -120,6 +125,28 @@ def _check(options: Options) -> None:
             item_files(Path(options.compare))
         except FileNotFoundError as error:
             raise ConfigError(f"--compare={options.compare}: {error}") from error
+
+
+def _check_single(options: Options) -> None:
+    for name in ("tasks", "compare", "output"):
+        if getattr(options, name):
+            raise ConfigError(f"--{name} has no use with --audio or --image, which run no task")
+    path = options.audio or options.image
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: there is no such file")
+
+
+def _typed_classes(classes: str) -> list[str]:
+    """The names in `--classes`, or in the file that it names; without it one name ranks nothing."""
+    from cwcl_jax.evaluation.class_names import read_class_names
+
+    if "," not in classes and not Path(classes).expanduser().is_file():
+        raise ConfigError(
+            f"--classes={classes}: this is one class, and no file; give two or more, separated by "
+            "commas, or a file with one a line"
+        )
+    given = read_class_names(classes)
+    return given if isinstance(given, list) else [names[0] for names in given.values() if names]
 
 
 def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, TowerSource]]:
@@ -137,12 +164,14 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
 
 def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
     """`config` with the tasks that `--tasks` names."""
+    from cwcl_jax.evaluation.files import read_json
+
     plain = to_plain(config)
     tasks = plain["evaluation"]["tasks"]
     if chosen.endswith(".json"):
         if not Path(chosen).is_file():
             raise ConfigError(f"--tasks={chosen}: there is no such file")
-        tasks = json.loads(Path(chosen).read_text(encoding="utf-8"))
+        tasks = read_json(Path(chosen))
     elif chosen:
         names = [name.strip() for name in chosen.split(",")]
         unknown = [name for name in names if name not in tasks]
@@ -156,10 +185,17 @@ def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
 
 
 def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> None:
-    from cwcl_jax.evaluation.report import terminal_report
+    from cwcl_jax.evaluation.checks import check_tasks
+    from cwcl_jax.evaluation.compare import check_common, load_items
     from cwcl_jax.evaluation.tasks import run_tasks
     from cwcl_jax.training.distributed import is_primary
 
+    others = {}
+    if options.compare:
+        # Now, since the other run may be this one at another step, with results in this folder.
+        others = load_items(Path(options.compare))
+        check_common(config.evaluation.tasks, others)
+    check_tasks(config.evaluation, modalities=config.towers, cache_dir=config.data.cache_dir)
     results = run_tasks(
         config.evaluation,
         encode=kept.encode,
@@ -167,32 +203,38 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         features=partial(kept.encode, output="features"),
     )
     if is_primary():
-        baselines = config.evaluation.robustness_baselines
-        print(terminal_report(results, baselines_file=baselines))
-        _write(options, config, results, kept.encoder.step)
+        _write(options, config, results, others, kept.encoder.step)
 
 
 def _write(
-    options: Options, config: ExperimentConfig, results: list[TaskResult], step: int
+    options: Options,
+    config: ExperimentConfig,
+    results: list[TaskResult],
+    others: Mapping[str, Items],
+    step: int,
 ) -> None:
+    """Prints and writes the results, then compares them: what is written stays whatever follows."""
     from cwcl_jax.evaluation.compare import compare_with
-    from cwcl_jax.evaluation.report import write_report
+    from cwcl_jax.evaluation.report import page_title, terminal_report, write_page, write_report
 
+    baselines = config.evaluation.robustness_baselines
     name = Path(options.workdir).resolve().name if options.workdir else f"{config.name}-imported"
     folder = Path(options.output or (Path(options.workdir or f"runs/{name}") / "evaluation"))
-    tables, files = [], []
-    if options.compare:
-        table, files = compare_with(results, name, Path(options.compare), folder)
+    weights = f"step {step}" if options.workdir else "imported"
+    files = write_report(results, folder, model=name, pretrained=weights, baselines_file=baselines)
+    print(terminal_report(results, baselines_file=baselines))
+    if others:
+        other = Path(options.compare).resolve().name
+        table, pictures = compare_with(results, name, others, other, folder)
         print("\n" + table.text())
-        tables.append(table)
-    files += write_report(
-        results,
-        folder,
-        model=name,
-        pretrained=f"step {step}" if options.workdir else "imported",
-        more_tables=tables,
-        baselines_file=config.evaluation.robustness_baselines,
-    )
+        write_page(
+            results,
+            folder,
+            title=page_title(name, weights),
+            more_tables=[table],
+            baselines_file=baselines,
+        )
+        files += pictures
     print(f"\nwritten to {folder}: {', '.join(str(path.relative_to(folder)) for path in files)}")
 
 
@@ -203,7 +245,7 @@ def _rank_one(options: Options, encoder: Encoder, config: ExperimentConfig) -> N
     ranked = rank_classes(
         Path(path),
         modality,
-        options.classes.split(","),
+        _typed_classes(options.classes),
         encode=encoder.encode,
         data=config.data,
         templates=options.templates,

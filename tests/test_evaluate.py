@@ -127,6 +127,10 @@ def test_picture_is_classified_from_typed_classes(loaded, tmp_path, capsys):
         ({"workdir": "x", "tasks": "shap"}, "no task 'shap'"),
         ({"workdir": "x", "tasks": "absent.json"}, "no such file"),
         ({"workdir": "x", "image": "absent.png", "classes": "a"}, "there is no such file"),
+        ({"workdir": "x", "image": __file__, "classes": "names.txt"}, "one class, and no file"),
+        ({"workdir": "x", "image": "a", "classes": "a,b", "tasks": "shape"}, "--tasks has no use"),
+        ({"workdir": "x", "image": "a", "classes": "a,b", "compare": "y"}, "--compare has no use"),
+        ({"workdir": "x", "templates": "general"}, "--templates belongs to --audio or --image"),
         ({"workdir": "x", "audio": "a.wav", "classes": "a"}, "no such file|no 'speech' tower"),
     ],
 )
@@ -139,6 +143,106 @@ def test_wrong_field_in_a_task_file_names_the_nearest(loaded, tmp_path):
     (tmp_path / "tasks.json").write_text(json.dumps({"a": {"sorce": "scenes:test"}}))
     with pytest.raises(ConfigError, match="did you mean 'source'"):
         evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "retrieval", "modality": "speech"}, r"tasks\.a: the model has no 'speech' tower"),
+        ({"templates": "templats.txt"}, r"tasks\.a: templates='templats\.txt' is neither"),
+    ],
+)
+def test_tasks_that_cannot_run_end_before_the_evaluation(
+    loaded, tmp_path, monkeypatch, fields, message
+):
+    def never(*args, **options):
+        raise AssertionError("a task ran")
+
+    monkeypatch.setattr("cwcl_jax.evaluation.tasks.run_tasks", never)
+    tasks = {"a": {"source": "scenes:test?task=shape&n=9", **fields}}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json")))
+
+
+def test_broken_task_file_is_named(loaded, tmp_path):
+    (tmp_path / "tasks.json").write_text('{"a": ')
+    with pytest.raises(ConfigError, match=r"tasks\.json is not JSON"):
+        evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json")))
+
+
+def test_absent_step_is_one_clear_line(monkeypatch, tmp_path):
+    def load(workdir, step=None):
+        raise FileNotFoundError(f"{workdir} holds no checkpoint of step {step}")
+
+    monkeypatch.setattr("cwcl_jax.training.encode.load_encoder", load)
+    with pytest.raises(ConfigError, match="no checkpoint of step 999"):
+        evaluate(Options(workdir=str(tmp_path), step=999))
+
+
+def test_unusable_data_is_one_clear_line(loaded, tmp_path):
+    for number in range(20):
+        path = tmp_path / "pictures" / ("ab"[number % 2]) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no picture")
+    tasks = {"mine": {"source": f"folder:{tmp_path / 'pictures'}"}}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    with pytest.raises(ConfigError, match="task 'mine': 11 of the 11 examples read"):
+        evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json")))
+
+
+def test_runs_without_a_common_task_end_before_the_evaluation(loaded, tmp_path):
+    evaluate(Options(workdir=str(tmp_path / "a"), tasks="shape"))
+    with pytest.raises(ConfigError, match="the runs share no task"):
+        evaluate(Options(workdir=str(tmp_path / "b"), tasks="pairs", compare=str(tmp_path / "a")))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_comparison_that_fails_costs_no_results(loaded, tmp_path, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise ValueError("no comparison")
+
+    evaluate(Options(workdir=str(tmp_path / "a"), tasks="shape"))
+    monkeypatch.setattr("cwcl_jax.evaluation.compare.compare_with", fail)
+    options = Options(workdir=str(tmp_path / "b"), tasks="shape", compare=str(tmp_path / "a"))
+    with pytest.raises(ConfigError, match="no comparison"):
+        evaluate(options)
+    assert capsys.readouterr().out.count("Zero-shot classification") == 2
+    assert json.loads((tmp_path / "b" / "evaluation" / "results.json").read_text())
+
+
+def test_a_run_is_compared_with_its_own_earlier_results(loaded, tmp_path, capsys):
+    """The new results are written into the folder that the old ones stood in."""
+    evaluate(Options(workdir=str(tmp_path / "a"), tasks="shape"))
+    path = tmp_path / "a" / "evaluation" / "items" / "shape.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {"rank": np.full_like(arrays["rank"], 9)})
+    evaluate(Options(workdir=str(tmp_path / "a"), tasks="shape", compare=str(tmp_path / "a")))
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("shape/top1 "))
+    assert row.split()[1] == "0.00"
+    assert row.split()[2] != "0.00"
+
+
+def test_a_shifted_task_runs_without_its_in_distribution_one(config, tmp_path, capsys):
+    shape = dataclasses.replace(config.evaluation.tasks["shape"], in_distribution="absent")
+    evaluation = dataclasses.replace(config.evaluation, tasks={"shape": shape})
+    evaluate(
+        Options(config=dataclasses.replace(config, evaluation=evaluation), output=str(tmp_path))
+    )
+    assert "its in-distribution task 'absent' did not run" in capsys.readouterr().out
+    assert (tmp_path / "results.json").exists()
+
+
+def test_classes_of_a_picture_may_stand_in_a_file(loaded, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (64, 48), (200, 10, 10)).save(tmp_path / "a.png")
+    (tmp_path / "names.txt").write_text("red circle\nblue star\n")
+    names = str(tmp_path / "names.txt")
+    evaluate(Options(workdir="x", image=str(tmp_path / "a.png"), classes=names))
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(maxsplit=2)[2] for line in lines[4:6]} == {"red circle", "blue star"}
 
 
 def test_features_come_from_before_the_head(config, encoder):

@@ -1,6 +1,7 @@
 """Two evaluated runs side by side: paired tests on the same items, matrices on one scale."""
 
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,68 +12,148 @@ from cwcl_jax.evaluation.significance import PairedTest, holm, paired_test
 from cwcl_jax.evaluation.tables import Table
 
 Items = Mapping[str, np.ndarray]
+Pair = tuple[Items, Items]  # of run A and of run B
+# Values that are not per item: they say what a task was.
+_ABOUT = ("prompts", "class_names")
+_SAME = {"class_names": "class names", "labels": "labels", "owner": "captions"}
 _BY_TEMPLATES = "accuracy by number of templates"
 _KS = {"classes": (1, 5), "retrieval": (1, 5, 10)}
 
 
 def compare_with(
-    results: Sequence[TaskResult], name: str, other: Path, folder: Path
+    results: Sequence[TaskResult],
+    name: str,
+    others: Mapping[str, Items],
+    other_name: str,
+    folder: Path,
 ) -> tuple[Table, list[Path]]:
-    """Run `name`, just evaluated, against the run in `other`; pictures go into `folder`."""
-    own = {result.name: result.items for result in results}
-    others = load_items(other)
-    names = (other.resolve().name, name)
-    if names[0] == names[1]:
-        names = (f"{names[0]} (other)", name)
-    tests = paired_tests(others, own)
-    pictures = compare_matrices(others, own, names, folder)
+    """Run `name`, just evaluated, against another one; pictures go into `folder`.
+
+    What cannot be compared is left out, with a note below the table.
+
+    Args:
+      results: of the tasks that ran.
+      name: of the run.
+      others: the other run's values per item (`load_items`).
+      other_name: of the other run.
+      folder: of the run's results.
+    """
+    names = (other_name if other_name != name else f"{other_name} (other)", name)
+    pairs, notes = pair_up(others, {result.name: result.items for result in results})
+    modalities = {result.name: result.extras.get("modality", "") for result in results}
+    pictures = compare_matrices(pairs, names, folder, modalities=modalities)
     chance = {result.name: result.chance.get("top1", 0.0) for result in results}
-    pictures += compare_templates(others, own, names, folder, chance=chance)
-    return comparison_table(tests, names), pictures
+    pictures += compare_templates(pairs, names, folder, chance=chance)
+    return comparison_table(paired_tests(pairs), names, notes=notes), pictures
 
 
 def item_files(folder: Path) -> list[Path]:
     """Files of the values per item, one a task, in `folder` or `folder`/evaluation.
 
+    Where both have a task, it is the evaluation's: it came after the training's own.
+
     Raises:
       FileNotFoundError: there are none.
     """
-    found = [folder / "evaluation" / "items", folder / "items"]
-    files = next((files for path in found if (files := sorted(path.glob("*.npz")))), [])
+    places = (folder / "items", folder / "evaluation" / "items")
+    files = {path.stem: path for place in places for path in sorted(place.glob("*.npz"))}
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no evaluation with values per item (items/*.npz); evaluate that run "
             "first, with the same tasks."
         )
-    return files
+    return [files[task] for task in sorted(files)]
 
 
 def load_items(folder: Path) -> dict[str, Items]:
     """The values per item that an evaluation left in a folder, by task."""
     loaded = {}
     for path in item_files(folder):
-        with np.load(path, allow_pickle=False) as file:
-            loaded[path.stem] = {name: file[name] for name in file.files}
+        try:
+            # Opened here: numpy leaves a file open that it cannot read.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                loaded[path.stem] = {name: file[name] for name in file.files}
+        except (EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}); evaluate that run again.") from error
     return loaded
 
 
-def paired_tests(a: Mapping[str, Items], b: Mapping[str, Items]) -> dict[str, PairedTest]:
-    """`task/metric` -> test of run B against run A, for all tasks that both have."""
-    common = [name for name in a if name in b]
-    if not common:
-        raise ValueError(f"the runs share no task: {sorted(a)} and {sorted(b)}.")
-    tests = {}
-    for name in common:
-        if not np.array_equal(a[name]["ids"], b[name]["ids"]):
-            raise ValueError(
-                f"task {name!r} ran on other items in the two runs; evaluate both on the same data."
-            )
-        for metric, (one, other, groups) in _values(a[name], b[name]).items():
-            tests[f"{name}/{metric}"] = paired_test(one, other, groups=groups)
-    return tests
+def check_common(tasks: Collection[str], others: Mapping[str, Items]) -> None:
+    """Raises ValueError where the other run has none of the tasks."""
+    if not set(tasks) & set(others):
+        raise ValueError(
+            f"the runs share no task: {sorted(tasks)} here, {sorted(others)} in the other; "
+            "evaluate both on the same tasks."
+        )
 
 
-def comparison_table(tests: Mapping[str, PairedTest], names: tuple[str, str]) -> Table:
+def pair_up(a: Mapping[str, Items], b: Mapping[str, Items]) -> tuple[dict[str, Pair], list[str]]:
+    """The tasks of both runs on the items of both, and what a reader must know of them."""
+    pairs: dict[str, Pair] = {}
+    notes = []
+    for task in a:
+        if task not in b:
+            continue
+        pair = a[task], b[task]
+        key = "matrix_ids" if "matrix" in a[task] else "ids"
+        one, other = (side.get(key, np.empty(0)) for side in pair)
+        if not np.array_equal(one, other):
+            counts = f"{len(one)} and {len(other)}"
+            common = _on_common_items(*pair)
+            if common is None:
+                notes.append(
+                    f"{task}: not compared, it ran on other items ({counts}) in the two runs."
+                )
+                continue
+            pair = common
+            notes.append(f"{task}: on the {len(pair[0]['ids'])} items that both have, of {counts}.")
+        notes += [f"{task}: {line}" for line in _differences(*pair)]
+        pairs[task] = pair
+    return pairs, notes
+
+
+def _on_common_items(a: Items, b: Items) -> Pair | None:
+    """Both cut to the items of both; None where ranks depend on which items there are."""
+    if "owner" in a or "matrix" in a:
+        return None
+    if any(len(set(side["ids"].tolist())) < len(side["ids"]) for side in (a, b)):
+        return None
+    place = {name: at for at, name in enumerate(b["ids"].tolist())}
+    chosen = [(i, place[name]) for i, name in enumerate(a["ids"].tolist()) if name in place]
+    if not chosen:
+        return None
+    cut = [
+        {key: value if key.startswith(_ABOUT) else value[list(rows)] for key, value in side.items()}
+        for side, rows in zip((a, b), zip(*chosen, strict=True), strict=True)
+    ]
+    return cut[0], cut[1]
+
+
+def _differences(a: Items, b: Items) -> list[str]:
+    """In what, beside the model, two runs of a task differ; files of old have less to tell."""
+    lines = []
+    for key in sorted(a.keys() & b.keys()):
+        if np.array_equal(a[key], b[key]):
+            continue
+        if key.startswith("prompts"):
+            lines.append(f"other prompts in the two runs, {a[key][0]} and {b[key][0]}.")
+        elif key in _SAME:
+            lines.append(f"other {_SAME[key]} in the two runs.")
+    return lines
+
+
+def paired_tests(pairs: Mapping[str, Pair]) -> dict[str, PairedTest]:
+    """`task/metric` -> test of run B against run A."""
+    return {
+        f"{task}/{metric}": paired_test(one, other, groups=groups)
+        for task, pair in pairs.items()
+        for metric, (one, other, groups) in _values(*pair).items()
+    }
+
+
+def comparison_table(
+    tests: Mapping[str, PairedTest], names: tuple[str, str], *, notes: Sequence[str] = ()
+) -> Table:
     """Differences with intervals and p-values, corrected for the number of rows (Holm)."""
     corrected = holm([test.p_value for test in tests.values()])
     rows = []
@@ -101,29 +182,32 @@ def comparison_table(tests: Mapping[str, PairedTest], names: tuple[str, str]) ->
         (
             "Paired: McNemar's exact test, or sign flips where items come in groups; bootstrap "
             "intervals. The runs are one seed each: other seeds may differ by more.",
+            *notes,
         ),
     )
 
 
 def compare_matrices(
-    a: Mapping[str, Items], b: Mapping[str, Items], names: tuple[str, str], folder: Path
+    pairs: Mapping[str, Pair],
+    names: tuple[str, str],
+    folder: Path,
+    *,
+    modalities: Mapping[str, str],
 ) -> list[Path]:
     """Figure 7: the alignment matrices of both runs, one picture per alignment task."""
-    files = []
-    for task in a:
-        if task not in b or "matrix" not in a[task] or "matrix" not in b[task]:
-            continue
-        if not np.array_equal(a[task]["matrix_ids"], b[task]["matrix_ids"]):
-            raise ValueError(f"alignment task {task!r} drew other items in the two runs.")
-        files.append(
-            draw_matrices({names[0]: a[task], names[1]: b[task]}, folder / f"{task}_compared.png")
+    return [
+        draw_matrices(
+            dict(zip(names, pair, strict=True)),
+            folder / f"{task}_compared.png",
+            modality=modalities[task],
         )
-    return files
+        for task, pair in pairs.items()
+        if "matrix" in pair[0]
+    ]
 
 
 def compare_templates(
-    a: Mapping[str, Items],
-    b: Mapping[str, Items],
+    pairs: Mapping[str, Pair],
     names: tuple[str, str],
     folder: Path,
     *,
@@ -131,17 +215,16 @@ def compare_templates(
 ) -> list[Path]:
     """Figure 5: top-1 by number of templates of both runs, one picture per task."""
     files = []
-    for task in a:
+    for task, pair in pairs.items():
         curves = {
             name: {
-                int(key.removeprefix("rank_k")): float(np.mean(items[task][key] == 1))
-                for key in items[task]
+                int(key.removeprefix("rank_k")): float(np.mean(items[key] == 1))
+                for key in items
                 if key.startswith("rank_k")
             }
-            for name, items in zip(names, (a, b), strict=True)
-            if task in items
+            for name, items in zip(names, pair, strict=True)
         }
-        if len(curves) == 2 and all(len(curve) > 1 for curve in curves.values()):
+        if all(len(curve) > 1 for curve in curves.values()):
             path = folder / f"{task}_templates_compared.png"
             level = {names[1]: chance[task]}
             title = f"{task}: {_BY_TEMPLATES}"

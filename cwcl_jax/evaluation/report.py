@@ -10,6 +10,7 @@ import numpy as np
 
 from cwcl_jax.evaluation.alignment import write_matrix
 from cwcl_jax.evaluation.compare import draw_matrices
+from cwcl_jax.evaluation.options import CLASSIFICATION_KINDS, PROBE_KINDS
 from cwcl_jax.evaluation.plots import plot_effective_robustness, plot_template_robustness
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.robustness import (
@@ -17,7 +18,7 @@ from cwcl_jax.evaluation.robustness import (
     robustness_points,
     robustness_table,
 )
-from cwcl_jax.evaluation.tables import CLASSIFICATION, PROBES, Table, result_tables, warning_lines
+from cwcl_jax.evaluation.tables import Table, result_tables, warning_lines
 
 # Classes of one task that results.md lists; the CSV has all of them.
 _SHOWN_CLASSES = 30
@@ -28,9 +29,8 @@ def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> li
     tables = result_tables(results)
     if any(result.in_distribution for result in results):
         baselines = read_baselines(Path(baselines_file).expanduser()) if baselines_file else None
-        robustness = robustness_table(results, baselines)
-        assert robustness is not None
-        tables.append(robustness)
+        if (robustness := robustness_table(results, baselines)) is not None:
+            tables.append(robustness)
     return tables
 
 
@@ -49,35 +49,57 @@ def write_report(
     *,
     model: str,
     pretrained: str = "",
-    more_tables: Sequence[Table] = (),
     baselines_file: str = "",
 ) -> list[Path]:
     """Writes every form of the results into `folder` and returns the files.
+
+    Values per item of tasks that did not run this time are removed, as they are from results.json.
 
     Args:
       results: of the tasks that ran.
       folder: made when it does not exist.
       model: what results.json calls the model, e.g. the experiment's name.
       pretrained: what results.json calls its weights, e.g. `step 3000`.
-      more_tables: comparisons that are made outside, added to results.md.
       baselines_file: `EvaluationConfig.robustness_baselines`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     records = clip_benchmark_records(results, model=model, pretrained=pretrained)
-    files = [folder / "results.json", folder / "results.md"]
+    files = [folder / "results.json"]
     files[0].write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
-    tables = [*all_tables(results, baselines_file=baselines_file), *more_tables]
-    title = f"Evaluation of {model}" + (f" ({pretrained})" if pretrained else "")
-    files[1].write_text(markdown_report(results, tables, title), encoding="utf-8")
+    for old in (folder / "items").glob("*.npz"):
+        if old.stem not in {result.name for result in results}:
+            old.unlink()
+    for result in results:
+        files += _write_task_files(result, folder)
+    title = page_title(model, pretrained)
+    files.append(write_page(results, folder, title=title, baselines_file=baselines_file))
     curves, chance = template_curves(results)
     if curves:
         path = folder / "template_robustness.png"
         files.append(plot_template_robustness(curves, path, chance=chance))
     if points := robustness_points(results):
         files.append(plot_effective_robustness(points, folder / "robustness.png"))
-    for result in results:
-        files += _write_task_files(result, folder)
     return files
+
+
+def page_title(model: str, pretrained: str) -> str:
+    """The heading of results.md."""
+    return f"Evaluation of {model}" + (f" ({pretrained})" if pretrained else "")
+
+
+def write_page(
+    results: Sequence[TaskResult],
+    folder: Path,
+    *,
+    title: str,
+    more_tables: Sequence[Table] = (),
+    baselines_file: str = "",
+) -> Path:
+    """Writes results.md; `more_tables` are comparisons that are made outside."""
+    path = folder / "results.md"
+    tables = [*all_tables(results, baselines_file=baselines_file), *more_tables]
+    path.write_text(markdown_report(results, tables, title), encoding="utf-8")
+    return path
 
 
 def markdown_report(results: Sequence[TaskResult], tables: Sequence[Table], title: str) -> str:
@@ -109,12 +131,14 @@ def clip_benchmark_records(
 ) -> list[dict[str, Any]]:
     """One record per task and prompt set, as CLIP_benchmark writes them.
 
-    Keys that it does not know (`prompts`, `chance`, `intervals`, `name`) stand beside its own.
+    Keys that it does not know (`prompts`, `chance`, `intervals`, `name`) stand beside its own, and
+    `reachable` where captions of retrieval repeat: the metrics of a model that knows every caption.
     """
     records = []
     for result in results:
         for task, prompts, renamed in _record_parts(result):
             known = {new: old for new, old in renamed.items() if old in result.metrics}
+            reachable = result.extras.get("reachable")
             records.append(
                 {
                     "dataset": result.source,
@@ -136,13 +160,18 @@ def clip_benchmark_records(
                         if old in result.intervals
                     },
                 }
+                | (
+                    {"reachable": {n: reachable[o] for n, o in known.items() if o in reachable}}
+                    if reachable
+                    else {}
+                )
             )
     return records
 
 
 def _record_parts(result: TaskResult) -> list[tuple[str, str, Mapping[str, str]]]:
     """(CLIP_benchmark's task, prompts, its metric name -> ours) for every record of a result."""
-    if result.kind in CLASSIFICATION:
+    if result.kind in CLASSIFICATION_KINDS:
         parts = []
         for suffix, (name, _) in result.extras["prompt_sets"].items():
             for prefix, what in (("", ""), ("text_", " (text itself)")):
@@ -158,7 +187,7 @@ def _record_parts(result: TaskResult) -> list[tuple[str, str, Mapping[str, str]]
         return parts
     if result.kind == "retrieval":
         return [("zeroshot_retrieval", "", _retrieval_names(result))]
-    task = "linear_probe" if result.kind in PROBES else result.kind
+    task = "linear_probe" if result.kind in PROBE_KINDS else result.kind
     return [(task, "", {key: key for key in result.metrics})]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cwcl_jax.evaluation.files import read_text
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tables import Table
 
@@ -48,35 +49,31 @@ def read_baselines(path: Path) -> dict[str, list[tuple[float, float]]]:
             f"robustness_baselines={str(path)!r} is not a file; give a CSV with the columns task, "
             "in_distribution and shifted, or leave it empty."
         )
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"task", "in_distribution", "shifted"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} lacks the column(s) {sorted(missing)}.")
-        points: dict[str, list[tuple[float, float]]] = {}
-        for row in reader:
-            pair = float(row["in_distribution"]), float(row["shifted"])
-            if not all(0.0 <= value <= 1.0 for value in pair):
-                raise ValueError(f"{path}: accuracies are shares in 0..1, not {pair}.")
-            points.setdefault(row["task"], []).append(pair)
+    reader = csv.DictReader(read_text(path).splitlines())
+    missing = {"task", "in_distribution", "shifted"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path} lacks the column(s) {sorted(missing)}.")
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in reader:
+        pair = row["in_distribution"], row["shifted"]
+        try:
+            inside, shifted = float(pair[0] or ""), float(pair[1] or "")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {pair} are no numbers.") from error
+        if not (0.0 <= inside <= 1.0 and 0.0 <= shifted <= 1.0):
+            raise ValueError(f"{path}: accuracies are shares in 0..1, not {(inside, shifted)}.")
+        points.setdefault(row["task"], []).append((inside, shifted))
     return points
 
 
 def robustness_points(results: Sequence[TaskResult]) -> dict[str, tuple[float, float]]:
-    """(in distribution, shifted) top-1 of every task that names its in-distribution task."""
-    by_name = {result.name: result for result in results}
-    points = {}
-    for result in results:
-        if not result.in_distribution:
-            continue
-        if result.in_distribution not in by_name:
-            raise ValueError(
-                f"task {result.name!r} names in_distribution={result.in_distribution!r}, which did "
-                f"not run; tasks here: {sorted(by_name)}."
-            )
-        inside = by_name[result.in_distribution]
-        points[result.name] = (inside.metrics["top1"], result.metrics["top1"])
-    return points
+    """(in distribution, shifted) top-1 of every task whose in-distribution task ran as well."""
+    top1 = {r.name: r.metrics["top1"] for r in results if "top1" in r.metrics}
+    return {
+        result.name: (top1[result.in_distribution], top1[result.name])
+        for result in results
+        if result.name in top1 and result.in_distribution in top1
+    }
 
 
 def robustness_table(
@@ -85,10 +82,16 @@ def robustness_table(
 ) -> Table | None:
     """One row per shifted task; None when no task names an in-distribution one."""
     points = robustness_points(results)
-    if not points:
-        return None
     by_name = {result.name: result for result in results}
-    rows, notes = [], []
+    rows = []
+    notes = [
+        f"{result.name}: its in-distribution task {result.in_distribution!r} "
+        + ("has no top-1." if result.in_distribution in by_name else "did not run.")
+        for result in results
+        if result.in_distribution and result.name not in points
+    ]
+    if not points and not notes:
+        return None
     for name, (inside, shifted) in points.items():
         usual = (baselines or {}).get(name)
         line = fit_line(usual) if usual else None
@@ -114,7 +117,7 @@ def robustness_table(
                 f"{len(by_name[base].extras['class_names'])}): compare with a task that has "
                 "class_subset set to the same classes."
             )
-    if not baselines:
+    if points and not baselines:
         notes.append(
             "Effective robustness needs baseline models: name a CSV in robustness_baselines."
         )

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
 from cwcl_jax.evaluation.report import terminal_report, write_report
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tasks import run_tasks
@@ -24,20 +24,18 @@ class Evaluator:
         self._workdir = workdir
 
     def check_sources(self) -> None:
-        """Raises ConfigError for a task whose data is missing: now, not after the last step."""
-        for name, task in self._config.evaluation.tasks.items():
-            for field in ("source", "template_source", "train_source"):
-                line = getattr(task, field)
-                if not line:
-                    continue
-                option = f"config.evaluation.tasks.{name}.{field}"
-                try:
-                    open_source(line, cache_dir=self._config.data.cache_dir)
-                except (FileNotFoundError, ValueError) as error:
-                    raise ConfigError(
-                        f"{option}={line!r}: {error}; set --{option}=..., or leave out every task "
-                        "with --config.evaluation.tasks={}"
-                    ) from error
+        """Raises ConfigError for a task that cannot run: now, not after the last step."""
+        config = self._config
+        try:
+            check_in_distribution(config.evaluation)
+            check_tasks(
+                config.evaluation, modalities=config.towers, cache_dir=config.data.cache_dir
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"config.{error}; correct it, or leave out every task with "
+                "--config.evaluation.tasks={}"
+            ) from error
 
     def run(self, encoder: Encoder) -> dict[str, float]:
         """Metrics as `evaluation/task/metric`, for the log."""
@@ -51,7 +49,6 @@ class Evaluator:
         """Runs all tasks, writes their files and returns the table for the terminal."""
         results = self._results(encoder)
         baselines = self._config.evaluation.robustness_baselines
-        table = terminal_report(results, baselines_file=baselines) or "no evaluation tasks"
         if is_primary():
             write_report(
                 results,
@@ -60,6 +57,9 @@ class Evaluator:
                 pretrained=f"step {encoder.step}",
                 baselines_file=baselines,
             )
+        # Behind the values themselves: a table that fails would cost them.
+        table = terminal_report(results, baselines_file=baselines) or "no evaluation tasks"
+        if is_primary():
             write_text(self._table_path, table + "\n")
         return table
 

@@ -1,5 +1,6 @@
 """What an evaluation leaves: tables, results.json, pictures, values per item."""
 
+import dataclasses
 import json
 import warnings
 
@@ -103,9 +104,13 @@ def test_every_form_of_the_results_is_written(sources, tmp_path):
     assert "| circle | 5 | 100.0 % | 100.0 % |" in page
 
 
+def against(results, other, folder):
+    return compare_with(results, "new", load_items(other), "old", folder)
+
+
 def test_paired_tests_between_two_runs_find_the_better_one(sources, tmp_path):
     write_report(results_of(BAD), tmp_path / "old" / "evaluation", model="old")
-    table, files = compare_with(results_of(GOOD), "new", tmp_path / "old", tmp_path / "new")
+    table, files = against(results_of(GOOD), tmp_path / "old", tmp_path / "new")
     rows = {row[0]: row for row in table.rows}
     assert rows["shape/top1"][1:4] == ("0.00", "100.00", "+100.00")
     assert rows["shape/top1"][-1] == "higher"
@@ -114,19 +119,100 @@ def test_paired_tests_between_two_runs_find_the_better_one(sources, tmp_path):
     assert "pairs/text_to_image_R@1" in rows
     names = [path.name for path in files]
     assert names == ["matrix_compared.png", "shape_templates_compared.png"]
+    assert len(table.notes) == 1, "the runs differ in nothing but the model"
 
 
-def test_runs_on_other_items_are_not_compared(sources, tmp_path, monkeypatch):
+def test_runs_on_other_items_are_compared_on_those_of_both(sources, tmp_path, monkeypatch):
+    """Where ranks depend on which items there are, they are not compared; others are all the same.
+
+    The reference: the same tests where both runs have just the items of both.
+    """
     write_report(results_of(BAD), tmp_path / "old", model="old")
-    give_sources(
-        monkeypatch,
-        x=Memory([0, 1, 2] * 4, labels=[0, 1, 2] * 4, texts=SHAPES * 4, class_names=SHAPES),
-        pairs=Memory([0, 1, 2], texts=SHAPES),
-    )
-    with pytest.raises(ValueError, match="on other items"):
-        compare_with(results_of(GOOD), "new", tmp_path / "old", tmp_path / "new")
+    numbers = [0, 1, 2] * 4
+    x = Memory(numbers, labels=numbers, texts=[SHAPES[n] for n in numbers], class_names=SHAPES)
+    give_sources(monkeypatch, x=x, pairs=Memory([0, 1], texts=SHAPES[:2]))
+    table, _ = against(results_of(GOOD), tmp_path / "old", tmp_path / "new")
+    assert {row[0].partition("/")[0] for row in table.rows} == {"shape"}
+    assert "shape: on the 12 items that both have, of 15 and 12." in table.notes
+    (left_out,) = [note for note in table.notes if note.startswith("pairs")]
+    assert "not compared, it ran on other items (3 and 2)" in left_out
+    write_report([results_of(BAD)[0]], tmp_path / "both", model="old")
+    expected = against([results_of(GOOD)[0]], tmp_path / "both", tmp_path / "new")[0]
+    assert table.rows == expected.rows
     with pytest.raises(FileNotFoundError, match="evaluate that run first"):
         load_items(tmp_path / "nothing")
+
+
+def test_what_differs_beside_the_model_is_said(sources, tmp_path, monkeypatch):
+    write_report(results_of(BAD), tmp_path / "old", model="old")
+    encode = Analytic(GOOD, AXES)
+
+    def notes(name, **fields):
+        task = dataclasses.replace(TASKS[name], **fields)
+        result = run_task(name, task, encode=encode, data=DATA, batch_size=8)
+        return against([result], tmp_path / "old", tmp_path / "new")[0].notes[1:]
+
+    assert notes("shape") == ()
+    plain = notes("shape", templates="name", template_counts=())
+    assert plain == ("shape: other prompts in the two runs, simple (30) and name (3).",)
+    renamed = notes("shape", class_names="circle,square,moon")
+    assert "shape: other class names in the two runs." in renamed
+    assert "shape: other prompts in the two runs, simple (30) and simple (30)." in renamed
+    give_sources(monkeypatch, pairs=Memory([0, 1, 2], texts=["circle", "square", "star"]))
+    assert notes("pairs") == ("pairs: other captions in the two runs.",)
+    numbers = [0, 1, 2] * 5
+    x = Memory(numbers, labels=numbers[::-1], texts=["star"] * 15, class_names=SHAPES)
+    give_sources(monkeypatch, x=x)
+    assert notes("shape") == ("shape: other labels in the two runs.",)
+
+
+def test_values_per_item_are_those_of_the_last_evaluation(sources, tmp_path):
+    """Of a run's own results and later ones together; none of a task that was left out since."""
+    shape, pairs, _ = results_of(GOOD)
+    write_report([shape, pairs], tmp_path, model="toy")
+    write_report([dataclasses.replace(pairs, name="more")], tmp_path / "evaluation", model="toy")
+    assert set(load_items(tmp_path)) == {"shape", "pairs", "more"}
+    write_report([results_of(BAD)[0]], tmp_path / "evaluation", model="toy")
+    assert set(load_items(tmp_path)) == {"shape", "pairs"}
+    assert not (load_items(tmp_path)["shape"]["rank"] == 1).any()
+    write_report([pairs], tmp_path, model="toy")
+    assert [path.name for path in (tmp_path / "items").iterdir()] == ["pairs.npz"]
+    (tmp_path / "items" / "pairs.npz").write_bytes(b"PK cut short")
+    with pytest.raises(ValueError, match=r"pairs\.npz is damaged"):
+        load_items(tmp_path)
+
+
+def test_matrices_of_two_runs_are_of_their_modality(sources, tmp_path, monkeypatch):
+    asked = []
+
+    def draw(items, path, *, modality):
+        asked.append((path.name, modality))
+        return path
+
+    monkeypatch.setattr("cwcl_jax.evaluation.compare.draw_matrices", draw)
+    write_report(results_of(BAD), tmp_path / "old", model="old")
+    against(results_of(GOOD), tmp_path / "old", tmp_path / "new")
+    assert asked == [("matrix_compared.png", "image")]
+
+
+def test_what_repeated_captions_allow_stands_in_the_record(monkeypatch):
+    give_sources(monkeypatch, pairs=Memory([0, 0, 1], texts=["circle", "circle", "star"]))
+    encode = Analytic(GOOD, AXES)
+    result = run_task("pairs", TASKS["pairs"], encode=encode, data=DATA, batch_size=8)
+    (record,) = clip_benchmark_records([result], model="toy")
+    assert record["reachable"]["text_retrieval_recall@1"] == pytest.approx(2 / 3)
+    assert record["reachable"]["image_retrieval_recall@5"] == 1.0
+
+
+def test_a_table_that_fails_costs_no_values(sources, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ValueError("no table")
+
+    monkeypatch.setattr("cwcl_jax.evaluation.report.all_tables", fail)
+    with pytest.raises(ValueError, match="no table"):
+        write_report(results_of(GOOD), tmp_path, model="toy")
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 6
+    assert len(list((tmp_path / "items").iterdir())) == 3
 
 
 def test_plots_leave_the_matplotlib_backend_alone(tmp_path):

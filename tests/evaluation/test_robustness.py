@@ -60,9 +60,28 @@ def test_other_classes_are_pointed_out():
     assert "other classes (1 against 2)" in table.notes[0]
 
 
-def test_missing_in_distribution_task_is_an_error():
-    with pytest.raises(ValueError, match="'imagenet', which did not run"):
-        robustness_points([result("a", 0.2, "imagenet")])
+def test_in_distribution_task_that_cannot_be_compared_with_is_a_note():
+    """Others are compared all the same: the accuracies were measured."""
+    pairs = TaskResult("pairs", "retrieval", "memory:x", {"image_to_text_R@1": 0.3})
+    results = [
+        result("a", 0.2, "imagenet"),
+        pairs,
+        result("b", 0.3, "pairs"),
+        result("i", 0.6),
+        result("c", 0.5, "i"),
+    ]
+    assert robustness_points(results) == {"c": (0.6, 0.5)}
+    table = robustness_table(results)
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["c"]
+    assert table.notes[:2] == (
+        "a: its in-distribution task 'imagenet' did not run.",
+        "b: its in-distribution task 'pairs' has no top-1.",
+    )
+    alone = robustness_table([result("a", 0.2, "imagenet")])
+    assert alone is not None
+    assert (len(alone.rows), len(alone.notes)) == (0, 1)
+    assert "did not run" in alone.text()
 
 
 def test_baseline_file_is_checked(tmp_path):
@@ -74,6 +93,9 @@ def test_baseline_file_is_checked(tmp_path):
         read_baselines(path)
     path.write_text("task,in_distribution,shifted\nsketch,50,30\n")
     with pytest.raises(ValueError, match="shares"):
+        read_baselines(path)
+    path.write_text("task,in_distribution,shifted\nsketch,0.5\n")
+    with pytest.raises(ValueError, match=r"baselines\.csv, line 2: .* are no numbers"):
         read_baselines(path)
     with pytest.raises(FileNotFoundError, match="robustness_baselines"):
         read_baselines(tmp_path / "absent.csv")
