@@ -33,12 +33,14 @@ def check_tasks(
         try:
             _check_task(task, modalities, cache_dir)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"evaluation.tasks.{name}: {error}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"evaluation.tasks.{name}: {reason}") from error
     if config.robustness_baselines:
         try:
             baselines = read_baselines(Path(config.robustness_baselines).expanduser())
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"evaluation.robustness_baselines: {error}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"evaluation.robustness_baselines: {reason}") from error
         for name, task in config.tasks.items():
             if task.in_distribution and name in baselines:
                 _check_line(name, baselines[name])
