@@ -10,7 +10,7 @@ from cwcl_jax.data.image import eval_pixels
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.embed import embed
 from cwcl_jax.training import stopping
-from cwcl_jax.training.embedding import weights_name
+from cwcl_jax.training.embedding import preprocessing, weights_name
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.run import train
@@ -48,7 +48,8 @@ def test_vectors_are_the_features_of_the_tower(folder):
 def test_training_from_embeddings_gives_the_losses_of_training_from_pictures(folder, tmp_path):
     def losses(name, line):
         train(toy_config(**{"data.train": line}), tmp_path / name)
-        return [r["loss"] for r in read_json_lines(tmp_path / name / "metrics.jsonl")]
+        records = read_json_lines(tmp_path / name / "metrics.jsonl")
+        return [record["loss"] for record in records if "loss" in record]
 
     np.testing.assert_allclose(
         losses("cached", f"{SOURCE}&embeds={folder}"), losses("pictures", SOURCE), rtol=1e-5
@@ -64,6 +65,13 @@ def test_stale_embeddings_are_refused(folder, tmp_path, changes):
     config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", **changes})
     with pytest.raises(ConfigError, match="stale"):
         train(config, tmp_path)
+
+
+def test_what_only_training_does_to_inputs_makes_no_vectors_stale():
+    varied = toy_config(**{"data.image.flip": True, "data.image.crop_min_area": 0.9})
+    made = preprocessing(toy_config(), "image", "features")
+    assert preprocessing(varied, "image", "features") == made
+    assert made["inputs"]["size"] == varied.data.image.size
 
 
 def test_embeddings_of_another_source_are_refused(folder, tmp_path):

@@ -30,6 +30,8 @@ OUTPUTS = ("features", "embeds")
 
 # Fields of a tower's settings that decide how it computes, but not what.
 _NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
+# Settings of inputs that only training's batches follow: vectors are made as in evaluation.
+_TRAINING_ONLY = ("crop_min_area", "flip", "random_crop")
 
 
 def describe(
@@ -79,10 +81,11 @@ def weights_name(
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
     """All but the weights that decides a vector: inputs, architecture, compute type, output."""
     tower = {k: v for k, v in to_plain(config.towers[modality]).items() if k not in _NO_INFLUENCE}
+    inputs = dataclasses.asdict(getattr(config.data, modality))
     made = {
         "output": output,
         "tower": tower | {"dtype": tower["dtype"] or config.dtype},
-        "inputs": dataclasses.asdict(getattr(config.data, modality)),
+        "inputs": {k: v for k, v in inputs.items() if k not in _TRAINING_ONLY},
     }
     if modality == "text":
         made["tokenizer"] = load_tokenizer(config.data.text).fingerprint()

@@ -39,14 +39,10 @@ class Evaluator:
 
     def run(self, encoder: Encoder) -> dict[str, float]:
         """Metrics as `evaluation/task/metric`, for the log."""
-        return {
-            f"evaluation/{name}": value
-            for result in self._results(encoder)
-            for name, value in result.flat().items()
-        }
+        return _flat(self._results(encoder))
 
-    def run_and_write(self, encoder: Encoder) -> str:
-        """Runs all tasks, writes their files and returns the table for the terminal."""
+    def run_and_write(self, encoder: Encoder) -> tuple[str, dict[str, float]]:
+        """Runs all tasks and writes their files; the terminal's table, and what `run` returns."""
         results = self._results(encoder)
         baselines = self._config.evaluation.robustness_baselines
         if is_primary():
@@ -61,7 +57,7 @@ class Evaluator:
         table = terminal_report(results, baselines_file=baselines) or "no evaluation tasks"
         if is_primary():
             write_text(self._table_path, table + "\n")
-        return table
+        return table, _flat(results)
 
     def has_results(self) -> bool:
         return self._table_path.exists()
@@ -83,3 +79,9 @@ class Evaluator:
         )
         kept.save()
         return results
+
+
+def _flat(results: list[TaskResult]) -> dict[str, float]:
+    return {
+        f"evaluation/{name}": value for result in results for name, value in result.flat().items()
+    }

@@ -68,7 +68,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     if not locked:
         return source
     _check_repeatable(config, locked, source, "config.data.keep_locked_features=True")
-    check_inputs(config)
+    check_inputs(blueprint.config)
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
     for modality in locked:

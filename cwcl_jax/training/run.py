@@ -284,14 +284,19 @@ def _finish(
     """Evaluates the end of the run, writes and prints the results; False if stopped before."""
     encoder = Encoder(EncodeFunctions(blueprint), state.params, locked, int(state.step))
     encoder.on_batch = _between_batches(stop.requested, watchdog)
+    config = blueprint.config
     with watchdog.phase("evaluation", "after the last step"):
         try:
-            table = evaluator.run_and_write(encoder)
+            table, metrics = evaluator.run_and_write(encoder)
         except Stopped:
             return False
         if is_primary():
+            # Opened anew: a complete run may only be evaluated, and has no loop.
+            for writer in make_writers(workdir, config, encoder.step) if metrics else ():
+                writer.write(encoder.step, metrics)
+                writer.close()
             plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
-            write_evaluated(workdir, int(state.step), blueprint.config.evaluation)
+            write_evaluated(workdir, encoder.step, config.evaluation)
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")
     return True

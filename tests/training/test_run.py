@@ -34,7 +34,8 @@ from tests.training.toy import toy_config
 
 
 def losses(workdir):
-    return {r["step"]: r["loss"] for r in read_json_lines(workdir / "metrics.jsonl")}
+    records = read_json_lines(workdir / "metrics.jsonl")
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
 def saved_params(workdir, config):
@@ -138,6 +139,16 @@ def test_a_warm_up_that_does_not_end_is_said(tmp_path, capsys):
 def test_other_settings_in_the_same_workdir_are_refused(finished):
     with pytest.raises(ConfigError, match=r"config\.optimizer\.learning_rate.*another --workdir"):
         train(toy_config(**{"optimizer.learning_rate": 0.5}), finished)
+
+
+def test_the_final_evaluation_stands_among_the_metrics(finished):
+    record = read_json_lines(finished / "metrics.jsonl")[-1]
+    assert record["step"] == 4
+    results = json.loads((finished / "results.json").read_text())
+    of_results = {value for task in results for value in task["metrics"].values()}
+    of_metrics = {value for name, value in record.items() if name.startswith("evaluation/")}
+    assert of_metrics
+    assert of_metrics & of_results
 
 
 def test_settings_that_do_not_change_numbers_may_differ(finished):
@@ -322,7 +333,7 @@ def test_missing_weights_name_path_and_option(tmp_path):
 
 def test_missing_evaluation_data_is_found_before_training(tmp_path):
     config = toy_config(**{"evaluation.tasks.shape.source": "tars:/nowhere/0.tar"})
-    with pytest.raises(ConfigError, match=r"config\.evaluation\.tasks\.shape\.source"):
+    with pytest.raises(ConfigError, match=r"config\.evaluation\.tasks\.shape: source="):
         train(config, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
