@@ -240,8 +240,8 @@ def test_features_that_vary_between_epochs_are_not_kept(cache):
     assert isinstance(source, Embedded)
     assert source.embedded == ("text",)
     assert source.durations.shape == (64,)
+    flipped = config(**{"data.image.flip": True})
     with pytest.raises(ConfigError, match="same in every epoch"):
-        flipped = config(**{"data.image.flip": True})
         features_module._check_repeatable(flipped, ["image"], source, "embeds=")
 
 
