@@ -124,9 +124,11 @@ signal.signal(signal.SIGTERM, save)
 time.sleep(60)
 (here / "trained on").touch()
 """
+# Who starts the tests in the background may have made them ignore Ctrl-C.
 COMMAND = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cwcl_jax.reproduction.runs import Run, Runner
 class Script(Run):
     def command(self, root):
@@ -139,16 +141,13 @@ Runner(Path(sys.argv[1])).complete(Script("a", "", sys.argv[2]))
 @pytest.mark.multiprocess
 def test_a_stop_reaches_the_run_which_saves(tmp_path, number):
     """To all of the terminal's processes, as Ctrl-C does, or to the command alone."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, str(tmp_path), TRAINING],
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    _, errors = process.communicate(timeout=30)
+    command = [sys.executable, "-c", COMMAND, str(tmp_path), TRAINING]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
     assert b"Traceback" not in errors
     assert (tmp_path / "saved").exists()
