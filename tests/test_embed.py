@@ -86,6 +86,7 @@ def test_embeddings_of_a_tower_that_trains_are_refused(folder, tmp_path):
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_embeds_of_another_head_are_not_mixed_in(tmp_path):
     head = {"towers.image.tune": "head", "towers.image.head": "linear", "evaluation.tasks": {}}
 

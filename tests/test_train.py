@@ -98,6 +98,9 @@ def test_short_default_run_with_overrides(tmp_path):
         "--config.loss.name=contrastive",
         "--config.optimizer.learning_rate=3e-4",
         "--config.evaluation.tasks.retrieval.max_items=50",
+        "--config.evaluation.tasks.shape.max_items=100",
+        "--config.evaluation.tasks.colour.max_items=100",
+        "--config.evaluation.tasks.combination.max_items=100",
     ]
     result = run("--config=configs/lit_cwcl.py", f"--workdir={workdir}", *overrides)
     assert result.returncode == DONE, result.stderr

@@ -124,16 +124,19 @@ _UNFINISHED_WARMUP = (
 
 def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, str]:
     """What all processes must have in common."""
-    # Each process's own number is the one setting that must differ.
-    common = replace(config, distributed=replace(config.distributed, process_id=0))
     return {
-        "settings": config_hash(common),
+        "settings": _common_settings(config),
         "code": code_version(),
         "packages": json.dumps(environment()["packages"]),
         "compiler flags": compiler_flags(os.environ),
         "training data": json.dumps(batches.fingerprint(), sort_keys=True, default=str),
         "first step": str(start),
     }
+
+
+def _common_settings(config: ExperimentConfig) -> str:
+    # Each process's own number is the one setting that must differ.
+    return config_hash(replace(config, distributed=replace(config.distributed, process_id=0)))
 
 
 @contextmanager

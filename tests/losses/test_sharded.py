@@ -127,7 +127,15 @@ def test_a_mesh_with_none_of_the_axes_is_an_error(form):
         make_loss(LossConfig(), mesh=mesh_of(1, names=("dp",)))
 
 
-@pytest.mark.parametrize("form", ["gathered", "ring", "dense", "fused"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "gathered",
+        "ring",
+        pytest.param("dense", marks=pytest.mark.slow),
+        pytest.param("fused", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_with_explicit_axes_gives_the_same(form):
     # The default of `jax.make_mesh`.
     mesh = jax.make_mesh((2, 2), ("data", "x"))

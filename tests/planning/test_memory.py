@@ -35,7 +35,7 @@ def on_first_device(tree):
     )
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_memory_agrees_with_a_step_that_ran(fsdp):
     config = dataclasses.replace(wide_config(), mesh=MeshConfig(fsdp=fsdp))
     base = Planner(CHIPS["a100-40"], jax.devices()).estimate(config)

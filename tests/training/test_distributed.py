@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cwcl_jax.training import distributed
 from cwcl_jax.training.distributed import Layout, check_addresses, find_layout
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import DistributedConfig
+from cwcl_jax.training.run import _common_settings
 from launch import local
 from tests.training.jobs import CHILD, Job, run_job, write_experiment
 from tests.training.toy import toy_config
@@ -179,6 +181,19 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert not (tmp_path / "one" / "logs").exists()
 
 
+def test_processes_that_the_settings_lay_out_have_the_same_settings():
+    def settings(**changes: Any) -> str:
+        return _common_settings(toy_config(**changes))
+
+    laid_out: dict[str, Any] = {
+        "distributed.coordinator_address": "a:1",
+        "distributed.num_processes": 2,
+    }
+    first, second = (settings(**laid_out, **{"distributed.process_id": rank}) for rank in (0, 1))
+    assert first == second != settings(**laid_out, seed=1)
+
+
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_processes_that_the_settings_lay_out_run(tmp_path):
     """The first way of launch/README.md; each process has another process_id."""
@@ -199,6 +214,7 @@ def test_processes_that_the_settings_lay_out_run(tmp_path):
     assert len(losses(tmp_path)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_sigterm_to_one_stops_all_while_features_are_made(tmp_path):
     cache = tmp_path / "cache"

@@ -210,7 +210,13 @@ def test_sigmoid_loss_trains_a_bias():
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
-@pytest.mark.parametrize("loss", [{"loss.detach_weights": False}, {"loss.name": "cellclip"}])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss.detach_weights": False},
+        pytest.param({"loss.name": "cellclip"}, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_that_are_not_detached_train_their_tower(loss, chunks):
     """Against the dense loss of the whole batch, differentiated through p."""
     changes = {"towers.image.tune": "all", "accumulation_steps": chunks, **loss}
