@@ -35,6 +35,7 @@ class SkipCounter:
         self.max_share = max_share
         self.read = 0
         self._kinds: Counter[str] = Counter()
+        self._refusal: str | None = None
         self._lock = threading.Lock()
 
     @property
@@ -55,23 +56,30 @@ class SkipCounter:
             self.read += count
 
     def add_skipped(self, name: str, error: BadExample) -> None:
-        """Counts and logs one skipped example; raises when the share passes the limit."""
+        """Counts and logs one skipped example; raises when the share passes the limit.
+
+        Once it has raised, it raises with the same words whatever thread comes next: which of
+        the threads' errors a person sees is left to chance, so they must not differ.
+        """
         with self._lock:
             self._kinds[error.kind] += 1
             of_kind, skipped = self._kinds[error.kind], self._kinds.total()
             seen = self.read + skipped
+            if self._refusal is None and skipped > max(_ALWAYS_ALLOWED, self.max_share * seen):
+                self._refusal = (
+                    f"{skipped} of the {seen} examples read so far were unusable "
+                    f"({_summary(self._kinds)}; last: {name}: {error}), more than the share "
+                    f"data.max_skipped_share={self.max_share} allows. Repair the data or raise "
+                    "the limit."
+                )
+            refusal = self._refusal
         if of_kind <= _NAMED_PER_KIND:
             more = " (further ones of this kind are only counted)"
             _LOG.warning(
                 "Skipped %s: %s%s", name, error, more if of_kind == _NAMED_PER_KIND else ""
             )
-        if skipped > max(_ALWAYS_ALLOWED, self.max_share * seen):
-            raise TooManyBadExamples(
-                f"{skipped} of the {seen} examples read so far were unusable "
-                f"({_summary(self.kinds)}; last: {name}: {error}), more than the share "
-                f"data.max_skipped_share={self.max_share} allows. Repair the data or raise the "
-                "limit."
-            ) from error
+        if refusal is not None:
+            raise TooManyBadExamples(refusal) from error
 
 
 def _summary(kinds: Mapping[str, int]) -> str:

@@ -269,6 +269,19 @@ def test_the_share_counts_examples_not_attempts():
         counter.add_skipped("x", BadExample("text empty"))
 
 
+def test_whichever_thread_passes_the_limit_the_words_are_the_same():
+    counter = SkipCounter(0.1)
+    words = []
+    for _ in range(13):
+        try:
+            counter.add_skipped("x", BadExample("text empty"))
+        except TooManyBadExamples as error:
+            words.append(str(error))
+    assert len(words) == 3
+    assert len(set(words)) == 1
+    assert words[0].startswith("11 of the 11 examples read so far")
+
+
 def test_every_kind_of_damage_in_a_tar_is_skipped_and_counted(tmp_path):
     damage = [
         ("bad0.jpg", jpeg()[:100]),
