@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -365,8 +366,9 @@ def test_a_batch_that_cannot_be_made_is_refused_with_the_option():
 def test_waiting_is_measured():
     (batches,) = _numbers(100, 10)
     assert batches.wait_seconds == 0
+    start = time.perf_counter()
     next(batches)
-    assert 0 < batches.wait_seconds < 5
+    assert 0 < batches.wait_seconds < time.perf_counter() - start
     batches.close()
 
 
