@@ -56,15 +56,16 @@ def chip_devices(chip: Chip, count: int) -> list[Any] | None:
         else:
             if count not in _TPUS[chip.name]:
                 return None
-            _quiet_libtpu(chip, count)
+            _prepare_libtpu(chip, count)
             made = topologies.get_topology_desc(f"{chip.name}:{_TPUS[chip.name][count]}", "tpu")
     except (NotImplementedError, RuntimeError):
         return None
     return list(made.devices)
 
 
-def _quiet_libtpu(chip: Chip, count: int) -> None:
-    """No question to a metadata server that is not there."""
+def _prepare_libtpu(chip: Chip, count: int) -> None:
+    """No question to a metadata server that is not there, no lock on a chip that is not used."""
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip.name}-{count}")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

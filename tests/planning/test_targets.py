@@ -6,8 +6,12 @@ an environment of its own and run this file there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -131,3 +135,32 @@ def test_there_are_no_slices_of_three_chips():
 def test_more_than_a_node_comes_in_whole_nodes():
     assert len(chip_devices(CHIPS["h100"], 16) or []) == 16
     assert chip_devices(CHIPS["h100"], 12) is None
+
+
+@ON_TPU
+@pytest.mark.multiprocess
+def test_two_plans_at_once_both_find_the_compiler():
+    """libtpu lets one process at a time have a real chip."""
+    code = """
+import sys
+from cwcl_jax.planning.chips import CHIPS
+from cwcl_jax.planning.targets import chip_devices
+print(len(chip_devices(CHIPS["v5e"], 4) or ()), flush=True)
+sys.stdin.read()
+"""
+    environ = {k: v for k, v in os.environ.items() if k != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
+    environ["JAX_PLATFORMS"] = "cpu"
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(2):
+            child = subprocess.Popen(
+                ["timeout", "-s", "KILL", "120", sys.executable, "-c", code],
+                env=environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(child)
+            assert child.stdout is not None
+            found.append(child.stdout.readline().strip())  # the first still runs then
+    assert found == ["4", "4"]
