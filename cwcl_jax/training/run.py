@@ -158,8 +158,9 @@ def _open_batches(
     except ConfigError:
         raise
     except (FileNotFoundError, ValueError) as error:
+        reason = str(error).rstrip(".")
         raise ConfigError(
-            f"config.data.train={config.data.train!r}: {error}; set --config.data.train=..."
+            f"config.data.train={config.data.train!r}: {reason}; set --config.data.train=..."
         ) from error
     try:
         yield batches

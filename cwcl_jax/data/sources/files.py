@@ -58,7 +58,9 @@ def require(path: str | Path, what: str) -> Path:
     """The path, or a FileNotFoundError that says what should have been there."""
     found = Path(path)
     if not found.exists():
-        raise FileNotFoundError(f"{what} not found: {found}. Check the path in the source line.")
+        raise FileNotFoundError(
+            f"{what} was not found: {found}. Check the path in the source line."
+        )
     return found
 
 
