@@ -20,6 +20,11 @@ from jax._src import distributed as _jax_distributed
 _uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
+def hosts_service() -> bool:
+    """Whether this process runs the service; jax aborts every process that sees it go."""
+    return _jax_distributed.global_state.service is not None
+
+
 class MissingProcessesError(TimeoutError):
     """Some processes did not come to a barrier in time; the message names them."""
 

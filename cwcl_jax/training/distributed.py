@@ -16,6 +16,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +27,17 @@ import jax
 
 from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError
-from cwcl_jax.training.coordination import barrier, gather
+from cwcl_jax.training.coordination import barrier, gather, hosts_service
 from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.process_logs import ProcessLog, open_process_log
 from cwcl_jax.training.watchdog import Watchdog
 
-# Seconds in which processes that fail alike wait for each other.
-_LAST_MEETING = 2.0
-# Seconds that process 0 stays after it: it runs the coordination service, and jax aborts every
-# process that sees the service go.
+# Seconds in which processes that fail alike wait for each other: that find the same mistake, and
+# that stand still alike, which their watchdogs notice a tick and a few steps apart.
+_SAME_MISTAKE = 2.0
+_SAME_STANDSTILL = 10.0
+# Seconds that the process with the coordination service stays after such a meeting: jax aborts
+# every process that sees the service go.
 _HEAD_START = 1.0
 
 
@@ -225,7 +228,12 @@ def run_main(
       logs: folder for a log file of each process, of a job that has several.
     """
     log = open_process_log(logs)
-    with Watchdog.from_config(config, outputs=log.last_words) as watchdog:
+
+    def end_overdue(code: int) -> None:
+        _leave_together("overdue", _SAME_STANDSTILL)
+        os._exit(code)
+
+    with Watchdog.from_config(config, outputs=log.last_words, end=end_overdue) as watchdog:
         try:
             with watchdog.phase("startup"):
                 code = main(watchdog)
@@ -234,17 +242,36 @@ def run_main(
                     jax.distributed.shutdown()
             return code
         except BaseException as error:
+            watchdog.hold()  # the exception may come from another process that left as overdue
             if not jax.distributed.is_initialized():
                 raise
             _say_exception(log, error)
             code = code_of(error)
             if code == BAD_CONFIG:
                 # Mostly all processes find the same mistake: each may say so and give this code.
-                with contextlib.suppress(Exception):
-                    barrier("bad configuration", _LAST_MEETING)
-                    if is_primary():
-                        time.sleep(_HEAD_START)
+                _leave_together("bad configuration", _SAME_MISTAKE)
             end_job(code)
+
+
+def _leave_together(name: str, timeout: float) -> None:
+    """Waits until every process is ready to leave, for up to `timeout` seconds.
+
+    The one with the coordination service stays a little longer, for the others not to be aborted
+    in their last words.
+    """
+
+    def meet() -> None:
+        with contextlib.suppress(Exception):
+            barrier(name, timeout)
+
+    if jax.distributed.is_initialized():
+        # In a thread of its own: neither a service that is frozen nor a backend that never comes
+        # up may keep the process here.
+        meeting = threading.Thread(target=meet, name="last meeting", daemon=True)
+        meeting.start()
+        meeting.join(timeout + 1.0)
+        if hosts_service():
+            time.sleep(_HEAD_START)
 
 
 def _say_exception(log: ProcessLog, error: BaseException) -> None:

@@ -4,6 +4,8 @@ A process that dies is noticed by jax's runtime; one that lives and does nothing
 that hangs, a collective that one process never entered) is not, and holds the others for ever.
 Each phase of the work has a limit of time without progress. When it is over, the stacks of all
 threads are written down and the process ends with exit code 43; jax then ends the other ones.
+All processes of a job wait for the one that hangs, so their watchdogs end them nearly at once:
+`run_main` lets each write down its stacks before the first one leaves.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._phases: list[_Phase] = []
         self._stop = threading.Event()
+        self._ending = threading.Event()
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -96,6 +99,11 @@ class Watchdog:
                 phase.since = time.monotonic()
                 phase.detail = phase.detail if detail is None else detail
 
+    def hold(self) -> None:
+        """Returns at once, or never if the watchdog is about to end this process."""
+        if self._ending.is_set():
+            threading.Event().wait()
+
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._stop.wait(self._tick):
@@ -104,6 +112,7 @@ class Watchdog:
             last = now
             message = self._overdue(now)
             if message:
+                self._ending.set()
                 self._report(message)
                 self._end(WATCHDOG)
                 return

@@ -1,8 +1,9 @@
 """One process of a toy run that does itself harm: python -m tests.training.faulty_child WORKDIR.
 
-FAULT in the environment is JSON: {"action": "kill", "process": 1, "step": 3, "pace": 0.1}. Every
-process also writes the example numbers of its steps into WORKDIR/ids-N.jsonl, and the guilty one
-the time of its deed into WORKDIR/deed.txt.
+FAULT in the environment is JSON: {"action": "kill", "process": 1, "step": 3, "pace": 0.1}; "late"
+holds back what the guilty one's watchdog says, in seconds. Every process also writes the example
+numbers of its steps into WORKDIR/ids-N.jsonl, and the guilty one the time of its deed into
+WORKDIR/deed.txt.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ def prepare() -> None:
     from cwcl_jax.training.checkpoint import Checkpoints
     from cwcl_jax.training.encode import Encoder
     from cwcl_jax.training.loop import Loop
+    from cwcl_jax.training.watchdog import Watchdog
 
     advance, save, encode = Loop._advance, Checkpoints.save, Encoder.encode
+    write_stacks = Watchdog._report
     calls = [0]
 
     def faulty_advance(self, state, locked, batches, number):
@@ -76,7 +79,13 @@ def prepare() -> None:
                 act(FAULT["action"])
         return encode(self, *arguments, **options)
 
+    def late_report(self, message):
+        if guilty("step"):
+            time.sleep(FAULT.get("late", 0))
+        write_stacks(self, message)
+
     Loop._advance, Checkpoints.save, Encoder.encode = faulty_advance, faulty_save, faulty_encode
+    Watchdog._report = late_report
 
 
 if __name__ == "__main__":

@@ -91,11 +91,15 @@ def test_a_killed_process_ends_the_job_and_the_next_start_goes_on(tmp_path, undi
 
 
 def test_a_hanging_process_is_ended_by_the_watchdog(tmp_path):
-    ending = faulty_job(tmp_path, {"action": "hang", "process": 1, "step": 4}, IMPATIENT)
+    fault = {"action": "hang", "process": 1, "step": 4, "late": 2}
+    ending = faulty_job(tmp_path, fault, IMPATIENT)
     report("process 1 hangs (limit 5 s)", ending, 2)
-    assert WATCHDOG in ending.codes, ending.output
-    assert "watchdog: no progress for" in ending.output
-    assert "act" in ending.output  # the function in which it hangs stands in the stacks
+    # Neither ends before the other one has written down its stacks.
+    assert ending.codes == [WATCHDOG, WATCHDOG], ending.output
+    for process in (0, 1):
+        text = (tmp_path / f"run-{process}.txt").read_text()
+        assert "watchdog: no progress for" in text
+    assert " in act\n" in text  # the function in which process 1 hangs
     assert saved_steps(tmp_path / "run", CONFIG) == [2]
 
 

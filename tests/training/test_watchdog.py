@@ -46,6 +46,17 @@ def test_a_phase_over_its_limit_ends_the_process_and_names_itself(ended):
     assert "most recent call first" in text
 
 
+def test_what_goes_wrong_once_the_end_has_begun_is_held(ended):
+    with tempfile.TemporaryFile("w+") as output, watched({"step": 0.2}, ended, output) as dog:
+        dog.hold()  # nothing has happened yet
+        with dog.phase("step"):
+            assert ended.event.wait(10)
+        held = threading.Thread(target=dog.hold, daemon=True)
+        held.start()
+        held.join(0.2)
+        assert held.is_alive()
+
+
 def test_progress_and_phases_without_limit_keep_it_alive(ended):
     with tempfile.TemporaryFile("w+") as output, watched({"step": 0.5}, ended, output) as dog:
         with dog.phase("step"):
