@@ -199,9 +199,9 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
+            process.join(600)
         codes = [process.exitcode for process in processes]
-        if any(codes):
+        if any(code != 0 for code in codes):  # None: it hangs
             for process in processes:
                 process.kill()
             raise RuntimeError(f"PyTorch processes ended with exit codes {codes}.")

@@ -256,7 +256,7 @@ def test_command_without_a_run_ends_with_one_line_and_code_2():
         [sys.executable, "-m", "cwcl_jax.evaluate", "--workdir=absent-run"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2

@@ -34,8 +34,7 @@ from cwcl_jax.training.watchdog import Watchdog
 
 # Seconds in which processes that fail alike wait for each other: that find the same mistake, and
 # that stand still alike, which their watchdogs notice a tick and a few steps apart.
-_SAME_MISTAKE = 2.0
-_SAME_STANDSTILL = 10.0
+_LAST_MEETING = 10.0
 # Seconds that the process with the coordination service stays after such a meeting: jax aborts
 # every process that sees the service go.
 _HEAD_START = 1.0
@@ -230,7 +229,7 @@ def run_main(
     log = open_process_log(logs)
 
     def end_overdue(code: int) -> None:
-        _leave_together("overdue", _SAME_STANDSTILL)
+        _leave_together("overdue")
         os._exit(code)
 
     with Watchdog.from_config(config, outputs=log.last_words, end=end_overdue) as watchdog:
@@ -249,12 +248,12 @@ def run_main(
             code = code_of(error)
             if code == BAD_CONFIG:
                 # Mostly all processes find the same mistake: each may say so and give this code.
-                _leave_together("bad configuration", _SAME_MISTAKE)
+                _leave_together("bad configuration")
             end_job(code)
 
 
-def _leave_together(name: str, timeout: float) -> None:
-    """Waits until every process is ready to leave, for up to `timeout` seconds.
+def _leave_together(name: str) -> None:
+    """Waits until every process is ready to leave, but not for ever.
 
     The one with the coordination service stays a little longer, for the others not to be aborted
     in their last words.
@@ -262,14 +261,14 @@ def _leave_together(name: str, timeout: float) -> None:
 
     def meet() -> None:
         with contextlib.suppress(Exception):
-            barrier(name, timeout)
+            barrier(name, _LAST_MEETING)
 
     if jax.distributed.is_initialized():
         # In a thread of its own: neither a service that is frozen nor a backend that never comes
         # up may keep the process here.
         meeting = threading.Thread(target=meet, name="last meeting", daemon=True)
         meeting.start()
-        meeting.join(timeout + 1.0)
+        meeting.join(_LAST_MEETING + 1.0)
         if hosts_service():
             time.sleep(_HEAD_START)
 

@@ -91,14 +91,15 @@ def test_the_terminals_end_is_passed_on_except_under_nohup(ignored):
 
 
 @pytest.mark.parametrize(
-    ("trap", "code"), [("trap 'echo saving; exit 75' TERM", 75), ("trap '' TERM", 137)]
+    ("trap", "grace", "code"),
+    [("trap 'echo saving; exit 75' TERM", "60", 75), ("trap '' TERM", "1", 137)],
 )
-def test_term_is_passed_on_and_kill_follows(trap, code):
+def test_term_is_passed_on_and_kill_follows(trap, grace, code):
     child = subprocess.Popen(
         [
             *LOCAL,
             "--grace",
-            "1",
+            grace,
             "--",
             "sh",
             "-c",
