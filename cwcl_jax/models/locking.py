@@ -60,7 +60,10 @@ def _trained(names: list[str], tune: str) -> set[str]:
         return _top_blocks(names, tune)
     trained: set[str] = set()
     for pattern in (part.strip() for part in tune.split(",")):
-        matched = {name for name in names if re.fullmatch(pattern, name)}
+        try:
+            matched = {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         if not matched:
             raise ValueError(
                 f"{pattern!r} is none of all, none, head, last:K, and as a regex it matches no "

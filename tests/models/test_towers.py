@@ -237,6 +237,8 @@ def test_locking_errors_name_tower_and_remedy():
         decide(paths, configs)
     with pytest.raises(ValueError, match="matches no leaf"):
         decide(paths, towers(text={"tune": "encoder/blocks/7/.*"}))
+    with pytest.raises(ValueError, match=r"towers.text.tune: '\['.* is not a regular expression"):
+        decide(paths, towers(text={"tune": "["}))
     with pytest.raises(ValueError, match="no tower decides about leaf 'towers/speech/x'"):
         decide(["towers/speech/x"], configs)
     scanned = towers(text={"tune": "last:1", "scan_layers": True})
