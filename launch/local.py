@@ -11,6 +11,7 @@ process; the first that fails ends the others. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -45,11 +46,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def held_port() -> socket.socket:
+    """A socket whose TCP port nobody else is given while it is open, but process 0 can listen on.
+
+    It takes seconds to start: a port that was only looked up may be another program's by then.
+    """
+    holder = socket.socket()
+    # The coordinator (gRPC) asks for the same, which is what lets both have the port.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, str]:
@@ -89,6 +95,16 @@ def ending(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
+def first_failed(codes: Sequence[int | None]) -> tuple[int, int]:
+    """Rank and exit code of the process that failed first, of those that a look found failed.
+
+    Of several that ended between two looks, one with an exit code of its own comes before those
+    that a signal ended: jax aborts the others when one fails.
+    """
+    failed = [(rank, code) for rank, code in enumerate(codes) if code]
+    return min(failed, key=lambda found: found[1] < 0)
+
+
 def forward(stream: IO[str], rank: int) -> None:
     """Copies a process's output, each line with its number in front."""
     for line in stream:
@@ -103,11 +119,15 @@ class Job:
         self._kill_at: float | None = None
         self._processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
+        self._holder: socket.socket | None = None
 
     def start(self) -> None:
         """Starts the processes, unless `terminate` was called before."""
         options = self._options
-        port = options.port or free_port()
+        port = options.port
+        if not port:
+            self._holder = held_port()
+            port = self._holder.getsockname()[1]
         for rank in range(options.processes):
             if self._kill_at is not None:
                 break
@@ -138,34 +158,37 @@ class Job:
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._options.grace
         for process in self._processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
+            self._send(process, signal.SIGTERM)
+
+    def _send(self, process: subprocess.Popen[str], number: signal.Signals) -> None:
+        """A signal to a process that has not ended, and to what it has started."""
+        if process.poll() is None:
+            # As a signal handler this may come between the process's end and poll's own note of it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def wait(self) -> int:
-        """The job's exit code: of the process that failed first, else the largest."""
+        """The job's exit code: of the process that failed first, 0 if none did."""
         first_failure = 0
-        # All of them: any() would not look at the processes after the first living one.
-        while None in [process.poll() for process in self._processes]:
-            failed = [
-                (rank, p.returncode)
-                for rank, p in enumerate(self._processes)
-                if p.returncode not in (None, 0)
-            ]
-            if failed and not first_failure:
-                rank, first_failure = failed[0]
+        while True:
+            # All of them: any() would not look at the processes after the first living one.
+            codes = [process.poll() for process in self._processes]
+            if not first_failure and any(codes):
+                rank, first_failure = first_failed(codes)
                 if first_failure != PREEMPTED:
                     print(f"[local] process {rank}: {ending(first_failure)}", flush=True)
                     self.terminate()
+            if None not in codes:
+                break
             if self._kill_at is not None and time.monotonic() > self._kill_at:
                 for process in self._processes:
-                    if process.poll() is None:
-                        os.killpg(process.pid, signal.SIGKILL)
+                    self._send(process, signal.SIGKILL)
             time.sleep(0.05)
         for reader in self._readers:
             reader.join(timeout=5)
-        codes = [process.returncode for process in self._processes]
-        code = first_failure or next((c for c in codes if c), 0)
-        return 128 - code if code < 0 else code
+        if self._holder is not None:
+            self._holder.close()
+        return 128 - first_failure if first_failure < 0 else first_failure
 
 
 def main(argv: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ import jax
 
 from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError
-from cwcl_jax.training.coordination import barrier, gather, hosts_service
+from cwcl_jax.training.coordination import barrier, gather, hosts_service, part
 from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.process_logs import ProcessLog, open_process_log
 from cwcl_jax.training.watchdog import Watchdog
@@ -35,8 +35,8 @@ from cwcl_jax.training.watchdog import Watchdog
 # Seconds in which processes that fail alike wait for each other: that find the same mistake, and
 # that stand still alike, which their watchdogs notice a tick and a few steps apart.
 _LAST_MEETING = 10.0
-# Seconds that the process with the coordination service stays after such a meeting: jax aborts
-# every process that sees the service go.
+# Seconds that the process with the coordination service stays where not all came to such a meeting:
+# jax aborts every process that sees the service go.
 _HEAD_START = 1.0
 
 
@@ -255,21 +255,24 @@ def run_main(
 def _leave_together(name: str) -> None:
     """Waits until every process is ready to leave, but not for ever.
 
-    The one with the coordination service stays a little longer, for the others not to be aborted
-    in their last words.
+    Those that met part from the coordination service before any of them leaves: the end of its
+    process aborts whoever still hangs on it, however little it had left to do.
     """
+    parted = threading.Event()
 
     def meet() -> None:
         with contextlib.suppress(Exception):
             barrier(name, _LAST_MEETING)
+            part()
+            parted.set()
 
     if jax.distributed.is_initialized():
         # In a thread of its own: neither a service that is frozen nor a backend that never comes
         # up may keep the process here.
         meeting = threading.Thread(target=meet, name="last meeting", daemon=True)
         meeting.start()
-        meeting.join(_LAST_MEETING + 1.0)
-        if hosts_service():
+        meeting.join(2 * _LAST_MEETING)
+        if hosts_service() and not parted.is_set():
             time.sleep(_HEAD_START)
 
 

@@ -75,5 +75,6 @@ munged --force --key-file="$D/munge/key" --socket="$D/run/munge.socket" \
   --pid-file="$D/munge/munged.pid" --log-file="$D/log/munged.log" --seed-file="$D/munge/seed"
 slurmctld -f "$SLURM_CONF"
 for node in "${NODES[@]}"; do slurmd -f "$SLURM_CONF" -N "$node"; done
-echo $$ >"$D/pid"
+# Whole or not at all: who waits for the file reads it at once.
+echo $$ >"$D/pid.new" && mv "$D/pid.new" "$D/pid"
 cat >/dev/null

@@ -1,6 +1,8 @@
 """The local launcher starts, ends and names its processes; here they are small shell scripts."""
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,9 @@ import pytest
 from launch import local
 
 LOCAL = [sys.executable, str(Path(local.__file__))]
+# Starts a command that heeds the terminal's end, also where the tests themselves run under nohup.
+_HEED = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+HEEDING = [sys.executable, "-c", f"{_HEED}; os.execv(sys.argv[1], sys.argv[1:])"]
 
 
 def launch(script, *options):
@@ -49,10 +54,46 @@ def test_gpus_are_shared_out(monkeypatch):
 
 def test_the_first_failure_ends_the_others_and_is_the_exit_code():
     start = time.monotonic()
-    done = launch('[ "$CWCL_PROCESS_ID" = 1 ] && exit 3; sleep 100', "-n", "3")
+    done = launch('[ "$CWCL_PROCESS_ID" = 1 ] && exit 3; sleep 300', "-n", "3")
     assert done.returncode == 3
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 200
     assert "[local] process 1: exit code 3" in done.stdout
+
+
+def test_of_failures_between_two_looks_an_own_exit_code_comes_before_a_signal():
+    """A process that fails has jax abort the others, which may be seen in the same look."""
+    assert local.first_failed([None, 3]) == (1, 3)
+    assert local.first_failed([-signal.SIGABRT, 0, 3]) == (2, 3)
+    assert local.first_failed([-signal.SIGABRT, -signal.SIGKILL]) == (0, -signal.SIGABRT)
+
+
+def test_a_failure_is_named_also_where_no_process_is_left():
+    done = launch("exit 3", "-n", "1")
+    assert done.returncode == 3
+    assert done.stdout == "[local] process 0: exit code 3\n"
+
+
+def test_a_signal_to_a_process_that_has_just_ended_is_no_error():
+    job = local.Job(local.parse(["true"]))
+    job._processes = [subprocess.Popen(["true"], start_new_session=True)]
+    with job._processes[0]._waitpid_lock:  # held by the poll that the signal handler interrupts
+        os.waitid(os.P_PID, job._processes[0].pid, os.WEXITED | os.WNOWAIT)
+        os.waitpid(job._processes[0].pid, 0)
+        job.terminate()
+    job._processes[0].wait()
+
+
+def test_the_port_is_nobody_elses_until_the_job_ends():
+    with local.held_port() as holder, socket.socket() as other:
+        port = holder.getsockname()[1]
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket(socket.AF_INET6) as coordinator:  # as gRPC's
+            coordinator.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            coordinator.bind(("::", port))
+            coordinator.listen()
+            with socket.create_connection(("127.0.0.1", port), timeout=60):
+                coordinator.accept()[0].close()
 
 
 def test_a_killed_process_is_named():
@@ -74,25 +115,27 @@ def test_a_command_that_does_not_exist_is_named():
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_the_terminals_end_is_passed_on_except_under_nohup(ignored):
-    script = "trap 'exit 75' TERM; echo here; for i in 1 2 3; do sleep 0.5; done; exit 0"
+def test_the_terminals_end_is_passed_on_except_under_nohup(ignored, tmp_path):
+    script = f"trap 'exit 75' TERM; echo here; while [ ! -e {tmp_path}/end ]; do sleep 0.1; done"
     child = subprocess.Popen(
-        [*(["nohup"] if ignored else []), *LOCAL, "--", "sh", "-c", script],
+        [*(["nohup"] if ignored else HEEDING), *LOCAL, "--grace", "300", "--", "sh", "-c", script],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
     )
     for _ in range(2):
         assert "here" in child.stdout.readline()
     child.send_signal(signal.SIGHUP)
-    child.communicate(timeout=60)
+    if ignored:
+        time.sleep(1)  # in which it could be passed on
+        (tmp_path / "end").touch()
+    child.communicate(timeout=300)
     assert child.returncode == (0 if ignored else 75)
 
 
 @pytest.mark.parametrize(
     ("trap", "grace", "code"),
-    [("trap 'echo saving; exit 75' TERM", "60", 75), ("trap '' TERM", "1", 137)],
+    [("trap 'echo saving; exit 75' TERM", "300", 75), ("trap '' TERM", "1", 137)],
 )
 def test_term_is_passed_on_and_kill_follows(trap, grace, code):
     child = subprocess.Popen(
@@ -111,6 +154,6 @@ def test_term_is_passed_on_and_kill_follows(trap, grace, code):
     lines = [child.stdout.readline() for _ in range(2)]
     assert sorted(lines) == ["[0] here\n", "[1] here\n"]
     child.terminate()
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=300)
     assert child.returncode == code
     assert output.count("saving") == (2 if code == 75 else 0)

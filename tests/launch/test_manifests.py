@@ -115,31 +115,32 @@ def test_the_command_sources_its_environment_and_becomes_python(name, tmp_path):
 def test_the_indexed_job_trains_as_local_processes(tmp_path):
     """Every pod's own command and environment; names of hosts and of the toy run exchanged."""
     all_pods, _ = made("indexed_job.yaml")
-    port = local.free_port()
     settings = ["--config=tests/training/toy_file.py", f"--workdir={tmp_path}/run"]
     children = []
-    for pod in all_pods:
-        environ = pod.environ | {
-            "JAX_COORDINATOR_ADDRESS": pod.environ["JAX_COORDINATOR_ADDRESS"].replace(
-                f"{all_pods[0].host}:8476", f"127.0.0.1:{port}"
-            ),
-            "CWCL_NUM_HOSTS": "1",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable if w == "python" else w for w in pod.command[:-2]] + settings
-        inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        with (tmp_path / pod.host).open("w") as output:
-            children.append(
-                subprocess.Popen(
-                    ["timeout", "-s", "KILL", "240", *command],
-                    cwd=ROOT,
-                    env=inherited | environ,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+    with local.held_port() as holder:
+        port = holder.getsockname()[1]
+        for pod in all_pods:
+            environ = pod.environ | {
+                "JAX_COORDINATOR_ADDRESS": pod.environ["JAX_COORDINATOR_ADDRESS"].replace(
+                    f"{all_pods[0].host}:8476", f"127.0.0.1:{port}"
+                ),
+                "CWCL_NUM_HOSTS": "1",
+                "JAX_PLATFORMS": "cpu",
+                "PYTHONPATH": str(ROOT),
+            }
+            command = [sys.executable if w == "python" else w for w in pod.command[:-2]] + settings
+            inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+            with (tmp_path / pod.host).open("w") as output:
+                children.append(
+                    subprocess.Popen(
+                        ["timeout", "-s", "KILL", "600", *command],
+                        cwd=ROOT,
+                        env=inherited | environ,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
                 )
-            )
-    codes = [child.wait() for child in children]
+        codes = [child.wait() for child in children]
     text = "\n".join((tmp_path / pod.host).read_text() for pod in all_pods)
     assert codes == [DONE] * len(all_pods), text
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")

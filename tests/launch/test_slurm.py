@@ -46,7 +46,7 @@ class Cluster:
         done = subprocess.run(
             [*self._inside, *command],
             env=environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), **options},
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+            cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0 or command[0] == "sinfo", done.stderr
         return done.stdout
@@ -80,9 +80,10 @@ class Cluster:
     def close(self):
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=300)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
 
 
 def _spool(pid, node):
@@ -148,7 +149,8 @@ def test_submit_stop_requeue_resume_and_lose_a_node(cluster, tmp_path):
     saved = int(re.findall(r"stopped after step (\d+), saved", output.read_text())[-1])
     again = seconds_until(lambda: starts() == 2, "the second start")
     cluster.wait_for(lambda: f"resuming after step {saved}\n" in output.read_text(), "resumption")
-    cluster.wait_for(lambda: steps()[-1] > saved + 200, "more steps")
+    # The third save after the stop waits for the files of the second, which are written meanwhile.
+    cluster.wait_for(lambda: steps()[-1] > saved + 300, "more steps")
 
     cluster.lose("rack002-ib")
     lost = seconds_until(

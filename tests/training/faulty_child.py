@@ -1,7 +1,8 @@
 """One process of a toy run that does itself harm: python -m tests.training.faulty_child WORKDIR.
 
 FAULT in the environment is JSON: {"action": "kill", "process": 1, "step": 3, "pace": 0.1}; "late"
-holds back what the guilty one's watchdog says, in seconds. Every process also writes the example
+holds back what the guilty one's watchdog says, in seconds, and "linger" the end of process 1 after
+all are ready to leave. Every process also writes the example
 numbers of its steps into WORKDIR/ids-N.jsonl, and the guilty one the time of its deed into
 WORKDIR/deed.txt.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from cwcl_jax.cli import exit_code
 from cwcl_jax.config import from_json
-from cwcl_jax.training import distributed
+from cwcl_jax.training import coordination, distributed
 
 WORKDIR = Path(sys.argv[1])
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
@@ -29,6 +30,9 @@ def act(action: str) -> None:
     (WORKDIR / "deed.txt").write_text(repr(time.time()))
     if action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[action])
+        if action == "term":  # the runtime looks for it once a second; the run may be shorter
+            while not coordination.preemption_is_noticed():
+                time.sleep(0.05)
     elif action == "raise":
         raise RuntimeError("no such luck")
     elif action == "hang":
@@ -52,7 +56,7 @@ def prepare() -> None:
     from cwcl_jax.training.watchdog import Watchdog
 
     advance, save, encode = Loop._advance, Checkpoints.save, Encoder.encode
-    write_stacks = Watchdog._report
+    write_stacks, leave_together = Watchdog._report, distributed._leave_together
     calls = [0]
 
     def faulty_advance(self, state, locked, batches, number):
@@ -74,7 +78,7 @@ def prepare() -> None:
     def faulty_encode(self, *arguments, **options):
         calls[0] += 1
         if FAULT.get("place") == "evaluation":
-            time.sleep(0.5)  # the runtime looks for a signal once a second
+            time.sleep(0.5)  # in which the other processes hear of a signal
             if guilty("evaluation") and calls[0] == 2:
                 act(FAULT["action"])
         return encode(self, *arguments, **options)
@@ -84,8 +88,13 @@ def prepare() -> None:
             time.sleep(FAULT.get("late", 0))
         write_stacks(self, message)
 
+    def lingering_leave(name):
+        leave_together(name)
+        if distributed.jax.process_index() == 1:
+            time.sleep(FAULT.get("linger", 0))
+
     Loop._advance, Checkpoints.save, Encoder.encode = faulty_advance, faulty_save, faulty_encode
-    Watchdog._report = late_report
+    Watchdog._report, distributed._leave_together = late_report, lingering_leave
 
 
 if __name__ == "__main__":

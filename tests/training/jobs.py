@@ -57,7 +57,8 @@ class Job:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "deed.txt").unlink(missing_ok=True)
         self._start = time.time()
-        port = local.free_port()
+        self._holder = local.held_port()
+        port = self._holder.getsockname()[1]
         self.outputs = [workdir.parent / f"{workdir.name}-{r}.txt" for r in range(processes)]
         self.processes = []
         for rank, output in enumerate(self.outputs):
@@ -98,6 +99,7 @@ class Job:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
+            self._holder.close()
         codes = [None if r in frozen else p.returncode for r, p in enumerate(self.processes)]
         deed = self.workdir / "deed.txt"
         since = float(deed.read_text()) if deed.exists() else self._start

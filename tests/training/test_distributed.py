@@ -151,7 +151,7 @@ def launch(workdir, processes, devices, *command):
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     launcher = [sys.executable, str(ROOT / "launch/local.py"), "-n", str(processes)]
     return subprocess.run(
-        ["timeout", "-s", "KILL", "300", *launcher, "-d", str(devices), "--", *command],
+        ["timeout", "-s", "KILL", "600", *launcher, "-d", str(devices), "--", *command],
         env=environ | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -197,19 +197,22 @@ def test_processes_that_the_settings_lay_out_have_the_same_settings():
 @pytest.mark.multiprocess
 def test_processes_that_the_settings_lay_out_run(tmp_path):
     """The first way of launch/README.md; each process has another process_id."""
-    command = [sys.executable, "-m", "cwcl_jax.train", "--config=tests/training/toy_file.py"]
+    command = ["timeout", "-s", "KILL", "600", sys.executable, "-m", "cwcl_jax.train"]
+    command += ["--config=tests/training/toy_file.py"]
     command += ["--config.total_steps=2", "--config.evaluation.tasks={}", f"--workdir={tmp_path}"]
-    command += [f"--config.distributed.coordinator_address=127.0.0.1:{local.free_port()}"]
     command += ["--config.distributed.num_processes=2"]
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    jobs = [
-        subprocess.Popen(
-            ["timeout", "-s", "KILL", "200", *command, f"--config.distributed.process_id={rank}"],
-            cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [job.communicate()[0] for job in jobs]
+    with local.held_port() as holder:
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        command += [f"--config.distributed.coordinator_address={address}"]
+        jobs = [
+            subprocess.Popen(
+                [*command, f"--config.distributed.process_id={rank}"],
+                cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        outputs = [job.communicate()[0] for job in jobs]
     assert [job.returncode for job in jobs] == [DONE, DONE], outputs
     assert len(losses(tmp_path)) == 2
 
@@ -233,7 +236,7 @@ def test_sigterm_to_one_stops_all_while_features_are_made(tmp_path):
 @pytest.mark.multiprocess
 def test_processes_that_differ_are_named_and_end_with_2(tmp_path):
     write_experiment(tmp_path, toy_config())
-    fault = {"place": "start", "action": "differ", "process": 1}
+    fault = {"place": "start", "action": "differ", "process": 1, "linger": 2}
     ending = run_job(tmp_path / "run", 2, fault=fault)
     assert ending.codes == [BAD_CONFIG, BAD_CONFIG], ending.output
     assert "do not run the same thing" in ending.output

@@ -33,11 +33,11 @@ SETTINGS = {
     "total_steps": STEPS,
     "checkpoint.asynchronous": False,  # a save that was begun before a fault is then complete
     "evaluation.every_steps": 4,
-    "distributed.heartbeat_timeout": 10,
 }
 CONFIG = toy_config(**SETTINGS)
-# Low enough to wait for in a test, too low for a busy machine without a fault.
+# Low enough to wait for in a test, too low for a busy machine without such a fault.
 IMPATIENT = toy_config(**SETTINGS | {"distributed.step_timeout": 5.0})
+ATTENTIVE = toy_config(**SETTINGS | {"distributed.heartbeat_timeout": 10})
 
 pytestmark = pytest.mark.multiprocess
 
@@ -91,10 +91,10 @@ def test_a_killed_process_ends_the_job_and_the_next_start_goes_on(tmp_path, undi
 
 
 def test_a_hanging_process_is_ended_by_the_watchdog(tmp_path):
-    fault = {"action": "hang", "process": 1, "step": 4, "late": 2}
+    fault = {"action": "hang", "process": 1, "step": 4, "late": 2, "linger": 2}
     ending = faulty_job(tmp_path, fault, IMPATIENT)
     report("process 1 hangs (limit 5 s)", ending, 2)
-    # Neither ends before the other one has written down its stacks.
+    # Neither ends before the other one has written down its stacks, nor aborts it by its end.
     assert ending.codes == [WATCHDOG, WATCHDOG], ending.output
     for process in (0, 1):
         text = (tmp_path / f"run-{process}.txt").read_text()
@@ -129,7 +129,8 @@ def preempted(tmp_path, fault, config):
 
 def test_sigterm_to_one_stops_all_and_another_layout_goes_on(tmp_path, undisturbed):
     config = toy_config(**SETTINGS | {"checkpoint.every_steps": 0})
-    ending, step = preempted(tmp_path, PACE | {"step": 1}, config)
+    # Slow: the processes must agree on a step before the last one, however starved they are.
+    ending, step = preempted(tmp_path, PACE | {"step": 1, "pace": 1.0}, config)
     report("SIGTERM to process 1 before its first compilation", ending, step)
     assert 1 <= step < STEPS
     resumes(tmp_path / "run", undisturbed, step, processes=1, devices=4)
@@ -165,7 +166,7 @@ def test_sigterm_in_an_evaluation(tmp_path, undisturbed):
 def test_fault_in_a_step(tmp_path, undisturbed, name, action, process):
     frozen = [process] if action == "stop" else []
     fault = {"action": action, "process": process, "step": 4}
-    config = IMPATIENT if action == "hang" else CONFIG
+    config = {"hang": IMPATIENT, "stop": ATTENTIVE}.get(action, CONFIG)
     ending = faulty_job(tmp_path, fault, config, frozen=frozen)
     report(name, ending, 2)
     assert not {DONE, PREEMPTED} & set(ending.codes), ending.output
@@ -257,7 +258,7 @@ def two_hosts():
 
 @pytest.mark.slow
 def test_lost_link_between_two_hosts(tmp_path, undisturbed, two_hosts):
-    write_experiment(tmp_path, CONFIG)
+    write_experiment(tmp_path, ATTENTIVE)
     workdir = tmp_path / "run"
     environ = {"JAX_COORDINATOR_ADDRESS": "10.77.9.10:8476", "CWCL_NUM_HOSTS": "2"}
     job = Job(workdir, 2, fault={"pace": 0.5}, prefixes=two_hosts, environ=environ)
