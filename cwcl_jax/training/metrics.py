@@ -67,8 +67,11 @@ class TensorBoard:
     def __init__(self, directory: Path, start_step: int):
         from tensorboardX import SummaryWriter
 
-        # It hides its purge step too.
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+        # It hides its purge step too. Files are named after the second of their start: without the
+        # step a second one of the same second would replace the first.
+        self._writer = SummaryWriter(
+            str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step:012d}"
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -60,6 +60,18 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path, monkeypatch):
     assert shown_by_tensorboard(folder) == {"loss": [1, 2, 3, 4, 5, 6], "evaluation/accuracy": [4]}
 
 
+def test_what_two_starts_of_one_second_write_to_tensorboard_stays(tmp_path, monkeypatch):
+    """The loop of a short run, and its evaluation at the end."""
+    monkeypatch.setattr("time.time", lambda: 1_800_000_000.0)
+    config = toy_config(**{"logging.tensorboard": True})
+    for start, values in ((0, {"loss": 0.5}), (2, {"evaluation/accuracy": 0.5})):
+        for writer in make_writers(tmp_path, config, start):
+            writer.write(2, values)
+            writer.close()
+    shown = shown_by_tensorboard(tmp_path / "tensorboard")
+    assert shown == {"loss": [2], "evaluation/accuracy": [2]}
+
+
 def test_weights_and_biases_gets_config_and_values(tmp_path, monkeypatch):
     calls = []
 
