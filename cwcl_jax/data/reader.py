@@ -1,5 +1,6 @@
 """Reads rows with grain's threads: chunks of a few rows each, loaded ahead and in order."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -44,32 +45,38 @@ class ChunkedReader:
         threads = reader_threads(config.threads)
         ahead = max(threads, self._per_batch * max(1, config.prefetch))
 
-        def load_chunk(number: int) -> Any:
-            step, chunk = divmod(int(number), self._per_batch)
-            with self._idle:
-                if not self._open:  # Asked for before the close.
-                    return None
-                self._running += 1
-            try:
-                return load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
-            finally:
-                with self._idle:
-                    self._running -= 1
-                    self._idle.notify_all()
-
-        chunks = grain.MapDataset.range(steps * self._per_batch).map(load_chunk)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._dataset = chunks.to_iter_dataset(options)
+        self._load = load
+        self._chunks = grain.MapDataset.range(steps * self._per_batch)
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         self._iterator: Any = None
-        self._open = False
+        self._opening: object | None = None
         self._running = 0
         self._idle = threading.Condition()
+
+    def _load_chunk(self, opening: object, number: int) -> Any:
+        """One chunk; None for a thread that asks late, after the close of what it was started by.
+
+        Such a thread may not be gone when `start` begins again, and what it would count as read or
+        skipped is counted by the new ones.
+        """
+        step, chunk = divmod(int(number), self._per_batch)
+        with self._idle:
+            if opening is not self._opening:
+                return None
+            self._running += 1
+        try:
+            return self._load(step, np.arange(chunk * self._rows, (chunk + 1) * self._rows))
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
     def start(self, step: int) -> None:
         """Begins (again) at a step; the threads start with the first call of `next_chunks`."""
         self.close()
-        self._open = True
-        self._iterator = iter(self._dataset)
+        self._opening = opening = object()
+        chunks = self._chunks.map(functools.partial(self._load_chunk, opening))
+        self._iterator = iter(chunks.to_iter_dataset(self._options))
         self._iterator.set_state({"next_index": step * self._per_batch})
 
     def next_chunks(self) -> list[Any]:
@@ -79,7 +86,7 @@ class ChunkedReader:
     def close(self) -> None:
         """Ends the threads, the chunks at hand being finished; `start` begins again."""
         with self._idle:
-            self._open = False
+            self._opening = None
             self._idle.wait_for(lambda: self._running == 0)
         if self._iterator is not None:
             self._iterator.close()

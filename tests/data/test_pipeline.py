@@ -8,6 +8,7 @@ import pytest
 
 from cwcl_jax.data.options import DataConfig, ImageInputs, TextInputs
 from cwcl_jax.data.pipeline import TrainBatches, eval_batches, reader_threads, train_batches
+from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter, TooManyBadExamples
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.base import SourceBase
@@ -370,6 +371,21 @@ def test_waiting_is_measured():
     next(batches)
     assert 0 < batches.wait_seconds < time.perf_counter() - start
     batches.close()
+
+
+def test_a_thread_that_comes_late_counts_nothing_for_the_next_start():
+    loaded = []
+    reader = ChunkedReader(
+        lambda step, rows: loaded.append(step), local_size=4, steps=100, config=DataConfig()
+    )
+    reader.start(0)
+    late = reader._opening
+    reader.start(50)  # a thread of the first start has taken its number and not begun yet
+    assert reader._load_chunk(late, 0) is None
+    assert loaded == []
+    reader._load_chunk(reader._opening, 50)
+    assert loaded == [50]
+    reader.close()
 
 
 def test_threads_fit_the_cores():
