@@ -17,8 +17,17 @@ _CACHE = tempfile.TemporaryDirectory(prefix="cwcl_jax_compilation_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the variables above
 
 import tests.typecheck  # noqa: E402, F401  named in pyproject.toml, where it must be loaded already
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples every time, however slow the machine: what fails in one run fails in the next.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")

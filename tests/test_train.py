@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*arguments):
     return subprocess.run(
-        ["timeout", "-s", "KILL", "200", sys.executable, "-m", "cwcl_jax.train", *arguments],
+        ["timeout", "-s", "KILL", "600", sys.executable, "-m", "cwcl_jax.train", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

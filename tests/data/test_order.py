@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cwcl_jax.data.order import GlobalOrder, order_of_source, permute
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(size=st.integers(1, 600), key=st.integers(0, 2**63))
 def test_permute_hits_every_index_once(size, key):
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
@@ -89,7 +89,7 @@ def test_a_part_that_is_asked_for_more_than_it_has_repeats_evenly():
     assert sorted(counts.values()) == [2] * 5 + [3] * 5
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4),
     per_epoch=st.integers(1, 120),

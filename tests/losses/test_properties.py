@@ -12,7 +12,7 @@ from tests.losses import oracle
 # One shape for all examples: a new one costs a compilation.
 N, D = 12, 5
 seeds = st.integers(0, 2**16)
-few = settings(max_examples=8, deadline=None, derandomize=True)
+few = settings(max_examples=8)
 
 
 def arrays(seed):

@@ -213,7 +213,7 @@ sys.exit(run.train(from_json((workdir.parent / "experiment.json").read_text()), 
 def test_killed_run_resumes_bit_for_bit(tmp_path):
     config = toy_config(**{"total_steps": 20, "checkpoint.every_steps": 5})
     (tmp_path / "experiment.json").write_text(to_json(config))
-    command = ["timeout", "-s", "KILL", "200", sys.executable, "-c", _CHILD]
+    command = ["timeout", "-s", "KILL", "600", sys.executable, "-c", _CHILD]
 
     def start(workdir, kill_after):
         return subprocess.run(
