@@ -1,5 +1,6 @@
 """Kept recordings: spoken once, continued when interrupted, refused for another source."""
 
+import os
 import pickle
 
 import numpy as np
@@ -99,6 +100,19 @@ def test_processes_speak_what_is_missing(tmp_path, monkeypatch):
     assert folder.name == f"{source.fingerprint()}-{module._VERSION}"
 
 
+def test_a_terminals_ctrl_c_is_left_to_who_started_the_processes(tmp_path, monkeypatch):
+    watch, groups = module._watch, []
+
+    def watched(workers, *rest):
+        groups.extend(os.getpgid(worker.pid) for worker in workers)
+        watch(workers, *rest)
+
+    monkeypatch.setattr(module, "_watch", watched)
+    module.record(open_source("spoken:commands:test?task=keywords&n=2&voices=test"), tmp_path)
+    assert groups
+    assert os.getpgrp() not in groups
+
+
 def test_bytes_depend_neither_on_the_number_of_processes_nor_on_interruptions(tmp_path):
     # Of the training voices, the breathy ones have noise in them.
     source = open_source("spoken:commands:train?n=300&voices=train")
@@ -112,7 +126,8 @@ def test_bytes_depend_neither_on_the_number_of_processes_nor_on_interruptions(tm
 
 def test_a_failing_process_tells_why(tmp_path):
     line = f"spoken:commands:test?task=keywords&n=2&voices=martian+m1&keep={tmp_path}/kept"
-    with pytest.raises(RuntimeError, match=r"speaking failed.*no voice 'martian"):
+    # A setting that cannot work, and no accident.
+    with pytest.raises(ValueError, match=r"speaking failed.*no voice 'martian"):
         open_source(line)[0]
 
 

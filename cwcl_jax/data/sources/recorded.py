@@ -108,8 +108,9 @@ def record(source: Source, folder: Path, *, processes: int = 0) -> None:
     """Speaks what `folder` lacks, in several processes; other callers on this machine wait.
 
     Raises:
-      ValueError: the folder holds the recordings of another source.
-      RuntimeError: a process failed; its message is included.
+      ValueError: the folder holds the recordings of another source, or nothing can be spoken as
+        asked: no such voice, no espeak-ng.
+      RuntimeError: a process failed in another way; its message is included.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_description(source, folder)
@@ -178,6 +179,7 @@ def _record_in_processes(source: Source, folder: Path, shards: list[int], count:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            process_group=0,  # a terminal's Ctrl-C is for this process, which ends them
         )
         for _ in range(count)
     ]
@@ -208,8 +210,11 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
             break
     for worker in workers:
         if worker.returncode:
-            message = worker.communicate()[1].decode(errors="replace").strip().splitlines()
-            raise RuntimeError(f"speaking failed: {message[-1] if message else worker.returncode}")
+            lines = worker.communicate()[1].decode(errors="replace").strip().splitlines()
+            message = lines[-1] if lines else str(worker.returncode)
+            # Starting again cannot help: the exit code of a run tells these from other failures.
+            settings = message.startswith(("ValueError:", "ImportError:"))
+            raise (ValueError if settings else RuntimeError)(f"speaking failed: {message}")
     seconds = time.perf_counter() - start
     end = "\r" if sys.stderr.isatty() else ""
     print(
