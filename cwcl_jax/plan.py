@@ -60,13 +60,25 @@ def plan(
     devices = jax.devices()[:count]
     if len(devices) < count:
         raise ConfigError(f"--mesh={mesh}: this process has only {len(devices)} devices")
-    config = on_chip(without_files(config), chip)
-    check(config)
+    wanted = config.towers
+    try:
+        config = on_chip(without_files(config), chip)
+        check(config)
+    except ConfigError:
+        raise
+    except ValueError as error:  # an encoder's, about its own settings
+        raise ConfigError(f"config.towers: {error}") from error
     planner = Planner(chip, devices)
     embedded: tuple[str, ...] = ()
     if "embeds=" in config.data.train:
         embedded = inputs.embedded_modalities(planner.estimate(config).blueprint)
     base = planner.estimate(config, embedded)
+    for modality, tower in wanted.items():
+        if tower.attention == "cudnn" and not base.fused[modality]:
+            raise ConfigError(
+                f"config.towers.{modality}.attention='cudnn' cannot run on {chip.name} with "
+                f"{tower.dtype or config.dtype}: {report.CUDNN_WANTS}; leave it at 'auto'"
+            )
     found = compile_for_chip(base) if compile_step else None
     others = changes.variants(base, planner) if variants else ()
     return report.report(base, found, others, efficiency=efficiency)
@@ -116,13 +128,17 @@ def check(config: ExperimentConfig) -> None:
 
 
 def on_chip(config: ExperimentConfig, chip: Chip) -> ExperimentConfig:
-    """The config with what it would decide there: rematerialisation, the columns of a tile."""
+    """The config with what it would decide there: rematerialisation, the columns of a tile.
+
+    Attention is left to the planner's own rule: cuDNN's cannot be traced where there is no cuDNN.
+    """
     from cwcl_jax.planning.towers import has_blocks
 
-    towers = dict(config.towers)
+    towers = {}
     for name, tower in config.towers.items():
-        if chip.is_gpu and has_blocks(tower) and tower.remat == "auto":
-            towers[name] = dataclasses.replace(tower, remat="dots")
+        remat = "dots" if chip.is_gpu and has_blocks(tower) and tower.remat == "auto" else ""
+        attention = "auto" if tower.attention == "cudnn" else tower.attention
+        towers[name] = dataclasses.replace(tower, remat=remat or tower.remat, attention=attention)
     columns = config.loss.block_columns or config.global_batch_size
     loss = dataclasses.replace(config.loss, block_columns=columns)
     return dataclasses.replace(config, towers=towers, loss=loss)

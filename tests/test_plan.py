@@ -14,6 +14,7 @@ from cwcl_jax.config import ConfigError
 from cwcl_jax.plan import plan, without_files
 from cwcl_jax.reproduction.runs import load_experiment
 from tests.planning.wide import wide_config
+from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +78,9 @@ def test_a_place_for_the_plan_is_looked_for_before_planning(tmp_path):
         ({"data.image.size": 100}, r"data\.image\.size=100, but the tower reads 32 x 32"),
         ({"loss.name": "supervised"}, r"needs labels: set --config\.data\.labels"),
         ({"loss.name": "cellclip", "loss.weight_function": "relu"}, r"config\.loss: .*contradicts"),
+        ({"towers.text.preset": "Q"}, r"config\.towers: unknown preset of encoder 'text': 'Q'"),
+        ({"towers.text.encoder": "txt", "towers.text.weights": "x"}, r"config\.towers: .*'text'"),
+        ({"towers.image.pooling": "max"}, r"config\.towers: pooling of a ViT is"),
     ],
 )
 def test_what_training_would_refuse_is_refused(changes, message):
@@ -112,6 +116,33 @@ def test_sizes_that_stand_in_absent_weights_are_asked_for():
 def test_towers_that_train_in_part_are_planned(tune):
     config = wide_config(**{"towers.text.tune": tune})
     assert "device-hours" in plan(config, "a100x4", compile_step=False, variants=False)
+
+
+def test_optimizers_that_name_leaves_are_planned():
+    """Leaves that are not there where a tower is traced alone, with fewer blocks, or stacked."""
+    changes = {
+        "optimizer.layer_decay": 0.9,
+        "optimizer.multipliers": ("towers/image/encoder/.*=0.1", ".*/text/encoder/blocks/2/.*=2"),
+        "optimizer.decay": "towers/text/encoder/.*/kernel",
+        "towers.image.tune": "all",
+    }
+    text = plan(wide_config(**changes), "a100x4", compile_step=False, variants=False)
+    assert "device-hours" in text
+    with pytest.raises(ConfigError, match=r"multipliers entry 'towers/speech/\.\*=1' matches no"):
+        plan(wide_config(**{"optimizer.multipliers": ("towers/speech/.*=1",)}), "a100x4")
+
+
+def test_attention_that_must_be_cudnns_is_planned_without_cudnn():
+    changes = {"towers.text.attention": "cudnn", "dtype": "bfloat16"}
+    text = plan(wide_config(**changes), "a100x4", compile_step=False, variants=False)
+    assert "cuDNN's attention is not taken" not in text
+
+
+@pytest.mark.parametrize(("mesh", "dtype"), [("v5ex4", "bfloat16"), ("a100x4", "float32")])
+def test_attention_that_a_chip_does_not_have_is_refused(mesh, dtype):
+    config = toy_config(**{"towers.text.attention": "cudnn", "dtype": dtype})
+    with pytest.raises(ConfigError, match=r"text\.attention='cudnn' cannot run on .*it wants"):
+        plan(config, mesh, compile_step=False, variants=False)
 
 
 def test_what_does_not_fit_is_said():

@@ -23,6 +23,7 @@ class Chip:
       memory: bytes.
       half: flops of bfloat16 products.
       single: flops of float32 products at JAX's default precision (TF32; one bfloat16 pass).
+      high: flops of float32 products at precision "high" (TF32 again; three passes).
       highest: flops of float32 products at precision "highest" (no tensor cores; six passes).
       bandwidth: bytes/s between memory and chip.
       link: bytes/s that one chip sends to the others of its island.
@@ -37,6 +38,7 @@ class Chip:
     memory: int
     half: float
     single: float
+    high: float
     highest: float
     bandwidth: float
     link: float
@@ -53,16 +55,16 @@ class Chip:
 def _gpu(name, memory, half, single, highest, bandwidth, link, network, source) -> Chip:
     """Nodes of eight with one network card for each GPU, as NVIDIA's DGX machines have them."""
     return Chip(
-        name, memory * _GB, half * _TERA, single * _TERA, highest * _TERA, bandwidth * _GB,
-        link * _GB, 8, network * _GB, True, source,
+        name, memory * _GB, half * _TERA, single * _TERA, single * _TERA, highest * _TERA,
+        bandwidth * _GB, link * _GB, 8, network * _GB, True, source,
     )  # fmt: skip
 
 
 def _tpu(name, memory, half, bandwidth, link, pod, network, source) -> Chip:
-    """A TPU multiplies float32 in bfloat16 passes: one by default, six at precision "highest"."""
+    """A TPU multiplies float32 in bfloat16 passes: one by default, three or six where asked."""
     return Chip(
-        name, memory * _GIB, half * _TERA, half * _TERA, half * _TERA / 6, bandwidth * _GB,
-        link * _GB, pod, network * _GB, False, source,
+        name, memory * _GIB, half * _TERA, half * _TERA, half * _TERA / 3, half * _TERA / 6,
+        bandwidth * _GB, link * _GB, pod, network * _GB, False, source,
     )  # fmt: skip
 
 

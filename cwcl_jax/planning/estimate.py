@@ -17,16 +17,17 @@ from cwcl_jax.losses.make import GATHERED_BYTES
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.planning.chips import Chip
 from cwcl_jax.planning.communication import sent_bytes
-from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch
+from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch, feature_width
 from cwcl_jax.planning.memory import Memory, State, memory, state_bytes
 from cwcl_jax.planning.towers import (
+    ANY_OPTIMIZER,
     TowerNeeds,
     attention_is_fused,
     attention_tokens,
     blocks_are_alike,
     tower_needs,
 )
-from cwcl_jax.planning.work import Work, count_work
+from cwcl_jax.planning.work import PRECISIONS, Work, count_work
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint, make_blueprint
 from cwcl_jax.training.step import GradientFunction
@@ -90,29 +91,52 @@ class Estimate:
         """At another batch, all else equal."""
         return memory(
             self.blueprint, self.state, self.batch, self.needs, self.fused,
-            ring=self._is_ring(global_batch_size), global_batch_size=global_batch_size,
+            ring=self._is_ring(global_batch_size), weights_width=self._weights_width,
+            global_batch_size=global_batch_size,
         )  # fmt: skip
+
+    @functools.cached_property
+    def _weights_width(self) -> int:
+        """Of p, the features that give the weights."""
+        return feature_width(self.blueprint, self.blueprint.config.loss.weights_from)
 
     def _is_ring(self, size: int) -> bool:
         """The loss's own choice of its form, for another batch."""
         config = self.blueprint.config
         if config.loss.form != "auto" or self.devices == 1:
             return "ppermute" in self.work.sent
-        needs_p = config.loss.name not in ("contrastive", "sigmoid")
-        width = config.embed_dim * (2 if needs_p else 1)
-        return size * width * 4 > GATHERED_BYTES
+        # The step hands p to every loss, also to those that do not use it.
+        return size * (config.embed_dim + self._weights_width) * 4 > GATHERED_BYTES
+
+    @property
+    def _fused_tokens(self) -> set[int]:
+        """Scores are known by their size: towers of as many tokens have theirs in one number."""
+        return {attention_tokens(self.blueprint, m) for m, fused in self.fused.items() if fused}
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Of products, by precision, on the chip.
+
+        The traced attention multiplies gradients of its weights in float32, a fused kernel in the
+        type of its arrays.
+        """
+        flops = dict(self.work.flops)
+        narrowed = sum(self.work.score_flops.get(number, 0.0) for number in self._fused_tokens)
+        if narrowed:
+            flops["half"] = flops.get("half", 0.0) + narrowed
+            flops["single"] -= narrowed
+        least = 1e-9 * self.work.total_flops  # less is what rounding leaves
+        return {precision: value for precision, value in flops.items() if value > least}
 
     @property
     def times(self) -> Times:
-        rates = {p: getattr(self.chip, p) for p in ("half", "single", "highest")}
-        # Scores are known by their size: towers of as many tokens have theirs in one number.
-        tokens = {attention_tokens(self.blueprint, m) for m, fused in self.fused.items() if fused}
+        rates = {p: getattr(self.chip, p) for p in PRECISIONS}
         touched = self.work.product_bytes - sum(
-            self.work.score_bytes.get(number, 0.0) for number in tokens
+            self.work.score_bytes.get(number, 0.0) for number in self._fused_tokens
         )
         touched += _OPTIMIZER_TRAFFIC * self.state.params + state_bytes(jax.tree.leaves(self.batch))
         return Times(
-            compute=sum(flops / rates[p] for p, flops in self.work.flops.items()),
+            compute=sum(flops / rates[p] for p, flops in self.flops.items()),
             memory=touched / self.chip.bandwidth,
             network=sum(self.sent.values()) / self.chip.sends(self.devices),
         )
@@ -206,7 +230,8 @@ def _step_work(config: ExperimentConfig, mesh: Any, embedded: Collection[str]) -
         modality: dataclasses.replace(tower, scan_layers=blocks_are_alike(tower))
         for modality, tower in config.towers.items()
     }
-    blueprint = make_blueprint(dataclasses.replace(config, towers=towers), mesh)
+    traced = dataclasses.replace(config, towers=towers, optimizer=ANY_OPTIMIZER)
+    blueprint = make_blueprint(traced, mesh)
     arguments = (
         blueprint.abstract_params,
         blueprint.abstract_locked,
@@ -222,8 +247,7 @@ def _loss_work(blueprint: Blueprint) -> Work:
     loss = make_loss(config.loss, mesh=blueprint.mesh, axes=sharding.BATCH_AXES)
     split = sharding.batch_sharding(blueprint.mesh)
     u, v = config.modalities
-    model = blueprint.model_def.merge(blueprint.abstract)
-    widths = (config.embed_dim, config.embed_dim, model.towers[u].feature_width)
+    widths = (config.embed_dim, config.embed_dim, feature_width(blueprint, u))
     arrays = [
         jax.ShapeDtypeStruct((config.global_batch_size, width), jnp.float32, sharding=split)
         for width in widths

@@ -40,8 +40,7 @@ def inputs_of(
     tower = blueprint.config.towers[modality]
     shapes: dict[str, tuple[tuple[int, ...], Any]]
     if embedded or tower.encoder == "precomputed":
-        model = blueprint.model_def.merge(blueprint.abstract)
-        shapes = {"embeds": ((model.towers[modality].feature_width,), jnp.float32)}
+        shapes = {"embeds": ((feature_width(blueprint, modality),), jnp.float32)}
     else:
         shapes = _raw_shapes(blueprint, modality)
     split = sharding.batch_sharding(blueprint.mesh)
@@ -49,6 +48,11 @@ def inputs_of(
         name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=split)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def feature_width(blueprint: Blueprint, modality: str) -> int:
+    """Width of a tower's features, before its head."""
+    return blueprint.model_def.merge(blueprint.abstract).towers[modality].feature_width
 
 
 def _raw_shapes(blueprint: Blueprint, modality: str) -> dict[str, tuple[tuple[int, ...], Any]]:

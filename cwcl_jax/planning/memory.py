@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.losses.options import WITHOUT_WEIGHTS, LossConfig, resolve
 from cwcl_jax.losses.tiles import Tiling
 from cwcl_jax.planning.inputs import AbstractBatch
 from cwcl_jax.planning.towers import TowerNeeds
@@ -96,6 +96,7 @@ def memory(
     fused: Mapping[str, bool],
     *,
     ring: bool,
+    weights_width: int,
     global_batch_size: int = 0,
 ) -> Memory:
     """The reckoning for a global batch, by default the config's.
@@ -106,6 +107,7 @@ def memory(
       needs: of each tower.
       fused: whether each tower's attention keeps no tokens x tokens arrays.
       ring: whether the loss passes blocks around, rather than gathering all embeds.
+      weights_width: of the features that give the weights.
     """
     config = blueprint.config
     size = global_batch_size or config.global_batch_size
@@ -125,7 +127,7 @@ def memory(
         gradients=state.params * (2 if config.accumulation_steps > 1 else 1),
         activations=activations,
         attention=attention,
-        loss=_loss_bytes(blueprint, size, ring=ring),
+        loss=_loss_bytes(blueprint, size, weights_width, ring=ring),
     )
 
 
@@ -153,21 +155,36 @@ def _passes(
     return max(moments, key=sum)
 
 
-def _loss_bytes(blueprint: Blueprint, size: int, *, ring: bool) -> float:
+def _loss_bytes(blueprint: Blueprint, size: int, weights_width: int, *, ring: bool) -> float:
     """Embeds of the other side, their gradient, and one tile, or all pairs in the dense form."""
-    devices, width = blueprint.mesh.size, blueprint.config.embed_dim
+    config, devices = blueprint.config, blueprint.mesh.size
     own = max(1, round(size / devices))
     columns = own if ring else size
-    loss = blueprint.config.loss
+    loss = config.loss
     if loss.form == "dense":
         pairs = _dense_arrays(loss) * own * columns
     else:
-        # All columns unless told otherwise, as on an accelerator: who plans has a CPU.
-        tiling = Tiling(block_size=loss.block_size, block_columns=loss.block_columns or columns)
+        # As many as the config's whole batch are all columns of any batch: who plans has a CPU,
+        # where 0 means fewer (`plan.on_chip`).
+        limit = loss.block_columns if loss.block_columns < config.global_batch_size else 0
+        tiling = Tiling(block_size=loss.block_size, block_columns=limit or columns)
         pairs = _ARRAYS_OF_A_TILE * math.prod(tiling.tile(own, columns, 4))
     travelling = 4 if ring else 2  # a block, the next one, and the gradients of both
-    values = (3 * own + travelling * columns) * width + pairs
+    values = (2 * own + travelling * columns) * config.embed_dim + own * weights_width + pairs
+    if devices > 1 and loss.form != "dense" and _weights_are_of_pairs(loss):
+        values += (2 if ring else 1) * columns * weights_width
     return 4.0 * values  # u, v, p; what travels; the pairs
+
+
+def _weights_are_of_pairs(loss: LossConfig) -> bool:
+    """Whether a tile makes its weights of p, whose columns then travel too.
+
+    Weights that are affine in the cosine have a closed form, which needs sums over the batch only.
+    """
+    loss = resolve(loss)
+    if loss.name in WITHOUT_WEIGHTS or loss.weight_function in ("uniform", "labels"):
+        return False
+    return loss.duplicates != "negatives" or loss.weight_function not in ("affine", "centred")
 
 
 def _dense_arrays(loss: LossConfig) -> int:

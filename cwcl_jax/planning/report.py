@@ -12,6 +12,9 @@ from cwcl_jax.planning.towers import has_blocks
 from cwcl_jax.training.state import count
 from cwcl_jax.training.summary import format_table, size_text, trained_text
 
+CUDNN_WANTS = (
+    "it wants an NVIDIA GPU, bfloat16 or float16, and head sizes in multiples of 8 up to 128"
+)
 _MEMORY_ROWS = (
     ("params", "trained parameters, float32"),
     ("locked", "locked parameters"),
@@ -118,7 +121,7 @@ def _memory(base: Estimate, compiled: Compiled | None) -> str:
 def _work(base: Estimate, compiled: Compiled | None) -> str:
     work, loss = base.work, base.loss_work
     parts = ", ".join(
-        f"{_amount(flops)}FLOP {_PRECISIONS[precision]}" for precision, flops in work.flops.items()
+        f"{_amount(flops)}FLOP {_PRECISIONS[precision]}" for precision, flops in base.flops.items()
     )
     lines = [
         f"work of one device in a step: {_amount(work.total_flops)}FLOP in matrix products "
@@ -138,6 +141,7 @@ def _work(base: Estimate, compiled: Compiled | None) -> str:
 _PRECISIONS = {
     "half": "bfloat16",
     "single": "float32, default precision",
+    "high": "float32, high",
     "highest": "float32, highest",
 }
 
@@ -204,11 +208,9 @@ def _variants(rows: Sequence[tuple[str, Estimate | ConfigError]]) -> str:
 def _notes(base: Estimate, compiled: Compiled | None) -> str:
     lines = ["GB are 10^9 bytes. Reckoned from traced shapes; nothing was run."]
     for modality, fused in base.fused.items():
-        if base.chip.is_gpu and not fused:
-            lines.append(
-                f"{modality}: cuDNN's attention is not taken: it wants bfloat16 or float16, and "
-                "head sizes in multiples of 8 up to 128"
-            )
+        tower = base.blueprint.config.towers[modality]
+        if base.chip.is_gpu and not fused and tower.attention != "xla":
+            lines.append(f"{modality}: cuDNN's attention is not taken: {CUDNN_WANTS}")
     if compiled:
         devices = "1 device" if base.devices == 1 else f"{base.devices} devices"
         lines.append(f"lowered and compiled for {devices} in {compiled.seconds:.0f} s")

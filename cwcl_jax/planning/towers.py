@@ -17,11 +17,14 @@ from cwcl_jax.planning.graph import trace
 from cwcl_jax.planning.inputs import inputs_of
 from cwcl_jax.planning.kept import Kept, kept_for_backward
 from cwcl_jax.training import sharding
-from cwcl_jax.training.options import MeshConfig
+from cwcl_jax.training.options import MeshConfig, OptimizerConfig
 from cwcl_jax.training.state import Blueprint, make_blueprint
 
 # Traced batch sizes: what a tower needs is linear in the number of examples.
 _FEW, _MORE = 2, 4
+# Of configs whose towers are changed to be traced: the run's own may name leaves (layer_decay,
+# multipliers, decay) that these do not have. No gradient depends on it.
+ANY_OPTIMIZER = OptimizerConfig(weight_decay=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _lone_blueprint(config: ExperimentConfig, modality: str) -> Blueprint:
     stand_in = TowerConfig("precomputed", overrides={"width": config.embed_dim})
     towers = {**config.towers, other: stand_in}
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    shapes = dataclasses.replace(config, towers=towers, mesh=MeshConfig())
+    shapes = dataclasses.replace(config, towers=towers, mesh=MeshConfig(), optimizer=ANY_OPTIMIZER)
     return make_blueprint(shapes, mesh, check_batch=False)
 
 

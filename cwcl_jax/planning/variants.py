@@ -39,7 +39,7 @@ def _changes(base: Estimate) -> Iterator[tuple[str, ExperimentConfig, tuple[str,
             if config.loss.form != form:
                 loss = dataclasses.replace(config.loss, form=form)
                 yield f"loss.form={form}", dataclasses.replace(config, loss=loss), same
-    if config.loss.precision != "high":
+    if config.loss.precision != "default":
         loss = dataclasses.replace(config.loss, precision="default")
         yield "loss.precision=default", dataclasses.replace(config, loss=loss), same
     for chunks in {1, 4 * config.accumulation_steps} - {config.accumulation_steps}:

@@ -18,7 +18,7 @@ from jax.extend import core
 from cwcl_jax.planning.graph import subjaxprs
 from cwcl_jax.planning.scores import scores_in_product
 
-PRECISIONS = ("half", "single", "highest")
+PRECISIONS = ("half", "single", "high", "highest")
 _SENDING = (
     "all_gather",
     "psum_scatter",
@@ -39,10 +39,12 @@ class Work:
     """What one device does in one step, if the devices share the work evenly.
 
     Attributes:
-      flops: of products, by precision: "half", "single" (float32, default), "highest" (float32).
+      flops: of products, by precision: "half", "single" (float32, default), "high", "highest"
+        (float32 too).
       elementwise: elements that all other operations make.
       product_bytes: operands and results of products.
       score_bytes: of these, attention's tokens x tokens arrays, by the number of tokens.
+      score_flops: of the float32 products ("single") that they take part in, by the same number.
       sent: bytes that explicit collectives (those of the loss) send, by kind. A gather that the
         backward pass repeats counts once: the compiler joins the two.
       endless: loops without a known length, counted once.
@@ -53,6 +55,7 @@ class Work:
     elementwise: float = 0.0
     product_bytes: float = 0.0
     score_bytes: dict[int, float] = dataclasses.field(default_factory=_sums)
+    score_flops: dict[int, float] = dataclasses.field(default_factory=_sums)
     sent: dict[str, float] = dataclasses.field(default_factory=_sums)
     endless: int = 0
     gathered: dict[tuple, float] = dataclasses.field(default_factory=_sums)
@@ -116,13 +119,15 @@ def _count_product(equation: Any, times: float, work: Work) -> None:
     left, right = (atom.aval for atom in equation.invars)
     out = equation.outvars[0].aval
     depth = math.prod(left.shape[axis] for axis in contracting)
-    work.flops[_precision(equation, left)] += times * 2 * math.prod(out.shape) * depth
+    flops, precision = times * 2 * math.prod(out.shape) * depth, _precision(equation, left)
+    work.flops[precision] += flops
     scores = scores_in_product(equation)
     for place, aval in enumerate((left, right, out)):
         size = times * math.prod(aval.shape) * aval.dtype.itemsize
         work.product_bytes += size
         if place == scores:
             work.score_bytes[aval.shape[-1]] += size
+            work.score_flops[aval.shape[-1]] += flops if precision == "single" else 0
 
 
 def _count_convolution(equation: Any, times: float, work: Work) -> None:
@@ -140,7 +145,8 @@ def _precision(equation: Any, operand: Any) -> str:
         return "half"
     chosen = equation.params.get("precision")
     first = chosen[0] if isinstance(chosen, tuple) else chosen
-    return "highest" if first == jax.lax.Precision.HIGHEST else "single"
+    named = {jax.lax.Precision.HIGH: "high", jax.lax.Precision.HIGHEST: "highest"}
+    return named.get(first, "single")
 
 
 def _sent_bytes(equation: Any, name: str, devices: int) -> float:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwcl_jax.plan import on_chip
 from cwcl_jax.planning.chips import CHIPS
 from cwcl_jax.planning.compiled import compile_step
 from cwcl_jax.planning.estimate import Planner
@@ -140,6 +141,49 @@ def test_a_dense_loss_holds_arrays_of_all_pairs(devices):
     )
     assert base.largest_batch() < 0.1 * fused.largest_batch()
     assert "(dense)" in report(base, None, (), efficiency=0.5)
+
+
+def of_wide_weights(size, width, **loss):
+    """Embeds of `width` on 4 devices, weights from features of 2048."""
+    config = load_experiment("configs/features_cwcl.py", "both")
+    u = dataclasses.replace(config.towers["u"], overrides={"width": 2048})
+    config = dataclasses.replace(
+        config,
+        towers={**config.towers, "u": u},
+        embed_dim=width,
+        global_batch_size=size,
+        loss=dataclasses.replace(config.loss, **loss),
+    )
+    return Planner(CHIPS["h100"], jax.devices()).estimate(on_chip(config, CHIPS["h100"]))
+
+
+@pytest.mark.parametrize("name", ["cwcl", "contrastive"])
+@pytest.mark.parametrize("size", [2**15, 2**17])
+def test_memory_is_that_of_the_form_that_the_step_takes(size, name):
+    """The step's choice goes by u and p, whose widths differ, whatever the loss makes of p."""
+    base = of_wide_weights(size, 1024, name=name)
+    ring = "ppermute" in base.work.sent
+    assert ring == (size * (1024 + 2048) * 4 > 2**30)
+    form = "ring" if ring else "gathered"
+    assert base.memory.loss == of_wide_weights(size, 1024, name=name, form=form).memory.loss
+
+
+def test_weights_that_are_made_of_pairs_need_the_features_of_all():
+    closed, pairs = (
+        of_wide_weights(2**13, 64, form="gathered", weight_function=function)
+        for function in ("affine", "relu")
+    )
+    features = 4 * 2**13 * 2048
+    assert pairs.memory.loss - closed.memory.loss == features
+    # As the traced program gathers them, of three other devices.
+    sent = pairs.work.sent["all_gather"] - closed.work.sent["all_gather"]
+    assert sent == pytest.approx(features * 3 / 4, rel=0.01)
+
+
+def test_another_batch_is_reckoned_as_if_it_were_the_configs():
+    small, large = (of_wide_weights(size, 64, form="gathered") for size in (2**9, 2**18))
+    assert small.memory_of(2**18) == large.memory
+    assert small.largest_batch() == large.largest_batch()
 
 
 def from_features(**changes):

@@ -62,6 +62,10 @@ def test_scores_of_fused_towers_are_touched_by_no_product(tokens):
     changes = {"dtype": "bfloat16", "towers.image.overrides": VIT | {"depth": 3}}
     base = Planner(CHIPS["h100"], jax.devices()).estimate(text_of(tokens, **changes))
     assert set(base.work.score_bytes) == {tokens, 17}
+    # In half precision all of them: what is left in float32 is the loss.
+    assert base.work.flops["single"] > 0
+    assert set(base.flops) == {"half", "highest"}
+    assert sum(base.flops.values()) == pytest.approx(base.work.total_flops, rel=1e-9)
     touched = base.work.product_bytes - sum(base.work.score_bytes.values())
     touched += 7 * base.state.params + state_bytes(jax.tree.leaves(base.batch))
     assert base.times.memory * base.chip.bandwidth == pytest.approx(touched, rel=1e-9)

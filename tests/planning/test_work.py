@@ -34,10 +34,10 @@ def test_a_product_in_a_loop_counts_as_often_as_the_loop_runs():
 def test_precision_decides_the_class_of_a_product():
     def mixed(a, b):
         half = a.astype(jnp.bfloat16) @ b.astype(jnp.bfloat16)
-        return half, a @ b, jnp.matmul(a, b, precision="highest")
+        return half, a @ b, *(jnp.matmul(a, b, precision=name) for name in ("high", "highest"))
 
     work = count_work(mixed, f32(2, 3), f32(3, 4), devices=1)
-    assert dict(work.flops) == {"half": 48, "single": 48, "highest": 48}
+    assert dict(work.flops) == {"half": 48, "single": 48, "high": 48, "highest": 48}
 
 
 def test_convolutions_count_their_kernel():
