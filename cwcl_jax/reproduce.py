@@ -64,7 +64,11 @@ def reproduce(
         raise ConfigError(f"--figure={unknown[0]}: choose one of 5, 6, 7, 8")
     wanted = [experiments.table(number, scale) for number in tables]
     wanted += [experiments.ablation(kind, scale) for kind in ablations]
-    output.mkdir(parents=True, exist_ok=True)
+    for option, folder in (("output", output), ("runs", runs)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--{option}={folder} cannot be made: {error.strerror}") from error
     maker = Maker(Runner(runs), scale, range(seeds), output)
     sections = [maker.experiment(experiment) for experiment in wanted]
     drawn = {5: maker.figure5, 6: maker.figure6}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cwcl_jax.cli import BAD_CONFIG, DONE
-from cwcl_jax.config import to_json
-from cwcl_jax.reproduce import paper_commands
+from cwcl_jax.config import ConfigError, to_json
+from cwcl_jax.reproduce import paper_commands, reproduce
+from cwcl_jax.reproduction.experiments import Scale
 from cwcl_jax.reproduction.runs import load_experiment
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,15 @@ def test_mistakes_are_one_line():
         assert result.returncode == BAD_CONFIG, result.stderr
         assert message in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["output", "runs"])
+def test_a_folder_that_cannot_be_made_is_named_before_any_run(tmp_path, option):
+    (tmp_path / "file").touch()
+    folders = {"output": tmp_path / "page", "runs": tmp_path / "made"}
+    folders[option] = tmp_path / "file" / "inside"
+    with pytest.raises(ConfigError, match=rf"--{option}=.*inside cannot be made: Not a directory"):
+        reproduce([4], [], [], seeds=1, scale=Scale(), made_by="", **folders)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ class Maker:
                 continue
             folders = self.folders(run[0].run)
             if number == 8:
-                folders = [_other_classes(folder) for folder in folders]
+                folders = [self._other_classes(folder) for folder in folders]
             items[method] = load_items(folders[0])["alignment"]
             numbers[method] = spread(folders, "alignment", "block_diagonality")
         path = draw_matrices(items, self.folder / f"figure{number}.png")
@@ -106,6 +106,25 @@ class Maker:
         )
         title = f"## Alignment (Figure {number})\n\n"
         return title + page.picture(path, self.folder, text)
+
+    def _other_classes(self, folder: Path) -> Path:
+        """The alignment task again with other classes drawn, in a folder of its own."""
+        target = folder / "figure8"
+        tasks = target / "tasks.json"
+        command = ["python", "-m", "cwcl_jax.evaluate", f"--workdir={folder}", f"--tasks={tasks}"]
+        command.append(f"--output={target}")
+        self.runner.commands.append(command)
+        if (target / "results.md").exists():  # written after the values per item
+            return target
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        task = config["evaluation"]["tasks"]["alignment"] | {"seed": 1}
+        target.mkdir(exist_ok=True)
+        tasks.write_text(json.dumps({"alignment": task}), encoding="utf-8")
+        log = target / "reproduce.log"
+        if run_process(command, log):
+            last = (log.read_text(encoding="utf-8").strip() or "no message").splitlines()[-1]
+            raise ConfigError(f"evaluating {folder} with other classes failed: {last}")
+        return target
 
 
 def _falls(curves: Mapping[str, Mapping[str, Mapping[int, Spread]]]) -> str:
@@ -124,24 +143,6 @@ def _padded(experiment: Experiment) -> dict[str, list[Cell | None]]:
     """Rows with None where a method has no number for a column."""
     width = len(experiment.columns)
     return {name: [*row, *[None] * (width - len(row))] for name, row in experiment.rows.items()}
-
-
-def _other_classes(folder: Path) -> Path:
-    """The alignment task again with other classes drawn, in a folder of its own."""
-    target = folder / "figure8"
-    if (target / "items" / "alignment.npz").exists():
-        return target
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    task = config["evaluation"]["tasks"]["alignment"] | {"seed": 1}
-    target.mkdir(exist_ok=True)
-    tasks = target / "tasks.json"
-    tasks.write_text(json.dumps({"alignment": task}), encoding="utf-8")
-    command = ["python", "-m", "cwcl_jax.evaluate", f"--workdir={folder}", f"--tasks={tasks}"]
-    log = target / "reproduce.log"
-    if run_process([*command, f"--output={target}"], log):
-        last = (log.read_text(encoding="utf-8").strip() or "no message").splitlines()[-1]
-        raise ConfigError(f"evaluating {folder} with other classes failed: {last}")
-    return target
 
 
 def similarity_picture(path: Path, scale: Scale, *, scenes: int = 300) -> Path:

@@ -12,7 +12,10 @@ import time
 import pytest
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.reproduction import sections
+from cwcl_jax.reproduction.experiments import Scale
 from cwcl_jax.reproduction.runs import Run, Runner
+from cwcl_jax.reproduction.sections import Maker
 
 
 class Script(Run):
@@ -189,3 +192,32 @@ def test_entries_in_another_order_are_the_same_run(tmp_path):
         Runner(tmp_path, say=lambda text: None).complete(
             Run("a", "configs/x.py", "batch=64,batch=32")
         )
+
+
+def test_other_classes_are_evaluated_once_and_the_page_has_the_command(tmp_path, monkeypatch):
+    task = {"kind": "alignment", "seed": 0}
+    config = {"evaluation": {"tasks": {"alignment": task}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    codes, commands = [1, 0], []
+
+    def evaluate(command, log):
+        commands.append(command)
+        # A stop may come while the values per item are written.
+        (log.parent / "items").mkdir(exist_ok=True)
+        (log.parent / "items" / "alignment.npz").touch()
+        log.touch()
+        code = codes.pop(0)
+        if not code:
+            (log.parent / "results.md").touch()
+        return code
+
+    monkeypatch.setattr(sections, "run_process", evaluate)
+    with pytest.raises(ConfigError, match="with other classes failed"):
+        Maker(Runner(tmp_path), Scale(), [0], tmp_path)._other_classes(tmp_path)
+    for _ in range(2):
+        maker = Maker(Runner(tmp_path), Scale(), [0], tmp_path)
+        assert maker._other_classes(tmp_path) == tmp_path / "figure8"
+        assert maker.runner.commands == commands[:1]
+    assert len(commands) == 2
+    tasks = json.loads((tmp_path / "figure8" / "tasks.json").read_text())
+    assert tasks == {"alignment": task | {"seed": 1}}
