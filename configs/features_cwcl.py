@@ -85,7 +85,11 @@ def widths_of(path: str, names: tuple[str, str]) -> dict[str, Any]:
         missing = [name for name in names if name not in known]
         if missing:
             raise ConfigError(f"data={path} has no array {missing[0]!r}, only {', '.join(known)}")
-        return {name: _shape(archive, name)[-1] for name in names}
+        shapes = {name: _shape(archive, name) for name in names}
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            raise ConfigError(f"data={path}: {name!r} has shape {shape}, not (examples, width)")
+    return {name: shape[-1] for name, shape in shapes.items()}
 
 
 def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
