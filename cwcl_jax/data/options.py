@@ -56,6 +56,7 @@ class TextInputs:
 class SpeechInputs:
     """How a recording becomes `waveform` (int16, samples) and `length` (samples)."""
 
+    # What the speech encoders hear; recordings of any other rate are resampled to it.
     sample_rate: int = 16_000
     max_seconds: float = 10.0
     # Training takes a random window of a recording that is too long; evaluation its beginning.
@@ -67,7 +68,11 @@ class SpeechInputs:
     bucket_window: int = 8
 
     def __post_init__(self):
-        _check(self, sample_rate=(1, _ENDLESS))
+        if self.sample_rate != 16_000:
+            raise ValueError(
+                f"sample_rate={self.sample_rate} must be 16000, which the speech encoders take "
+                "every waveform for; recordings of any rate are resampled to it."
+            )
         if not 1 <= self.sample_rate * self.max_seconds < _ENDLESS:
             raise ValueError(f"max_seconds={self.max_seconds} must be a positive number.")
         if any(seconds <= 0 for seconds in self.buckets) or self.bucket_window < 1:

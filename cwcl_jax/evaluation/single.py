@@ -67,7 +67,9 @@ def rank_classes(
     if len(names) < len(class_names):
         warnings.append("empty or repeated class names were left out.")
     embed = normalise(np.asarray(encode(modality, inputs), np.float32))[:1]
-    filled = [prompts.fill(prompts.load_templates(templates), [name]) for name in names]
+    # The same words as in tasks, so that a class scores the same here and there.
+    chosen = prompts.load_templates(templates)
+    filled = [prompts.fill(chosen, [prompts.readable(name)]) for name in names]
     embeds = encode_sentences(
         [sentence for group in filled for sentence in group],
         encode=encode,

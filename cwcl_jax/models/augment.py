@@ -28,6 +28,17 @@ class SpeechAugment:
     frequency_masks: int = 0
     frequency_mask_bins: int = 10
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.speed < 1:
+            raise ValueError(
+                f"speed={self.speed} must be a share from 0 to below 1: 0.1 is for 90 to 110 %"
+            )
+        if not 0 <= self.time_mask_share <= 1:
+            raise ValueError(f"time_mask_share={self.time_mask_share} must be between 0 and 1")
+        for name in ("gain_db", "time_masks", "frequency_masks", "frequency_mask_bins"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
 
 def augment_waveform(
     samples: Float[Array, "b n"],

@@ -47,6 +47,7 @@ class ConvSpeechConfig(SpeechAugment):
     """"mean+attention" or "mean"."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pooling not in ("mean", "mean+attention"):
             raise ValueError(
                 f"pooling of conv_speech is 'mean' or 'mean+attention', not {self.pooling!r}"

@@ -14,11 +14,17 @@ from cwcl_jax.models.transformer import Execution
 
 
 def masked_frames(
-    inputs: Mapping[str, Any], spec: MelSpec, augment: SpeechAugment, key: jax.Array | None
+    inputs: Mapping[str, Any],
+    spec: MelSpec,
+    augment: SpeechAugment,
+    key: jax.Array | None,
+    *,
+    hear_silence: bool = False,
 ) -> tuple[Float[Array, "b t f"], Bool[Array, "b t"]]:
     """Log-mel frames of {"waveform": (b, n), "length": (b,)}, and which of them are real.
 
     They depend on the samples before `length` only, whatever follows and however long the buffer.
+    With `hear_silence` the buffer is one clip to its end, as Whisper takes it: see `log_mel`.
     """
     keys = (None, None) if key is None else jax.random.split(key, 2)
     waveform = inputs["waveform"]
@@ -26,7 +32,7 @@ def masked_frames(
     samples = jnp.where(valid(length, waveform.shape[1]), to_float(waveform), 0.0)
     samples, length = augment_waveform(samples, length, augment, keys[0])
     frames = valid(-(-length // HOP), frame_count(samples.shape[1]))
-    features = log_mel(samples, frames, spec)
+    features = log_mel(samples, None if hear_silence else frames, spec)
     return mask_spectrum(features, frames, augment, keys[1]), frames
 
 

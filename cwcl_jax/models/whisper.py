@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.augment import SpeechAugment
-from cwcl_jax.models.log_mel import HOP, MelSpec, log_mel, to_float, valid
+from cwcl_jax.models.log_mel import HOP, MelSpec
 from cwcl_jax.models.numerics import activate, dropout
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.speech_frames import FrameConv, masked_frames, only
@@ -90,21 +90,20 @@ class WhisperEncoder(nnx.Module):
     def frames(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> tuple[Float[Array, "b t f"], Bool[Array, "b t"]]:
-        """Normalised log-mel frames, and which of them the encoder may look at."""
+        """Normalised log-mel frames, and which of them are real."""
         samples, limit = inputs["waveform"].shape[1], 2 * self.config.max_positions * HOP
         if samples > limit:
             raise ValueError(
                 f"waveforms have {samples} samples ({samples / 16000:.1f} s), the encoder takes "
                 f"{limit} ({limit / 16000:.1f} s): lower the data's max_seconds"
             )
+        whole = self.config.attend_padding
+        if whole:
+            waveform = jnp.pad(inputs["waveform"], ((0, 0), (0, limit - samples)))
+            inputs = {"waveform": waveform, "length": inputs["length"]}
         spec = MelSpec(bins=self.config.mel_bins)
-        if not self.config.attend_padding:
-            features, frames = masked_frames(inputs, spec, self.config, key)
-            return (features + 4.0) / 4.0, frames
-        waveform = jnp.pad(inputs["waveform"], ((0, 0), (0, limit - samples)))
-        real = valid(jnp.minimum(inputs["length"], samples), limit)
-        features = log_mel(jnp.where(real, to_float(waveform), 0.0), None, spec)
-        return (features + 4.0) / 4.0, jnp.ones(features.shape[:2], bool)
+        features, frames = masked_frames(inputs, spec, self.config, key, hear_silence=whole)
+        return (features + 4.0) / 4.0, frames
 
     def embed(
         self,
@@ -143,10 +142,11 @@ class WhisperEncoder(nnx.Module):
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> Float[Array, "b f"]:
         keys = (None, None) if key is None else jax.random.split(key, 2)
-        tokens, frames = self.tokens(*self.frames(inputs, keys[0]), keys[1])
-        if self.config.attend_padding:  # silence is heard, but not averaged
-            frames = valid(-(-inputs["length"] // (2 * HOP)), tokens.shape[1])
-        return pool(tokens, frames, self.config.pooling)
+        features, real = self.frames(inputs, keys[0])
+        # With `attend_padding` silence is heard, but not averaged.
+        heard = jnp.ones_like(real) if self.config.attend_padding else real
+        tokens, _ = self.tokens(features, heard, keys[1])
+        return pool(tokens, real[:, ::2], self.config.pooling)
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "t d"]:

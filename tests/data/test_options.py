@@ -24,6 +24,7 @@ from tests.data.making import pairs, write_tar
         (ImageInputs, {"eval_resize": -1}, "eval_resize"),
         (TextInputs, {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         (SpeechInputs, {"sample_rate": 0}, "sample_rate"),
+        (SpeechInputs, {"sample_rate": 8_000}, "sample_rate=8000 must be 16000"),
         (SpeechInputs, {"max_seconds": 0.0}, "max_seconds=0.0 must be a positive number"),
         (SpeechInputs, {"max_seconds": float("inf")}, "max_seconds"),
         (SpeechInputs, {"buckets": (-1.0,)}, "buckets"),

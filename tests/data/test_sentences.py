@@ -61,3 +61,19 @@ def test_what_cannot_work_is_an_error_with_its_remedy(folder, tmp_path):
     (tmp_path / "t.tsv").write_text("label\tid\n1\t2\n")
     with pytest.raises(ValueError, match="name it with text="):
         open_source(f"sentences:{tmp_path}/t.tsv")
+
+
+def test_words_are_whole_in_any_alphabet():
+    sentences = [
+        "the caf\u00e9 in the stra\u00dfe",
+        "don\u2019t say \u043f\u0440\u0438\u0432\u0435\u0442 to b2b",
+    ]
+    words = frequent_words(sentences, 20, [])
+    assert words[0] == "the"
+    assert {
+        "caf\u00e9",
+        "stra\u00dfe",
+        "don\u2019t",
+        "\u043f\u0440\u0438\u0432\u0435\u0442",
+    } <= set(words)
+    assert not {"caf", "stra", "don"} & set(words)

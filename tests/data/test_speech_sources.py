@@ -206,3 +206,29 @@ def test_a_broken_line_of_slurp_is_left_out(tmp_path):
     file = tmp_path / "test.jsonl"
     file.write_text("{broken\n" + file.read_text())
     assert len(open_source(f"slurp:{tmp_path}?split=test&unit=sentences")) == 3
+
+
+def test_manifests_of_parts_of_recordings_are_refused(tmp_path):
+    """As NeMo writes them: read from the beginning, they would pair a text with another sound."""
+    file = tmp_path / "m.jsonl"
+    rows = [{"audio_filepath": "1.wav", "text": "a", "offset": start} for start in (0.0, 2.5)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"row 2 begins at offset=2\.5 .*cut the parts"):
+        open_source(f"jsonl:{file}")
+    file.write_text(json.dumps(rows[0]) + "\n")
+    assert len(open_source(f"jsonl:{file}")) == 1
+    # Of pictures an offset says nothing.
+    file.write_text('{"image": "1.jpg", "text": "a", "offset": 3}\n')
+    assert len(open_source(f"jsonl:{file}")) == 1
+
+
+def test_durations_of_other_clips_are_none(tmp_path):
+    (tmp_path / "train.tsv").write_text("path\tsentence\na.mp3\tone\n")
+    (tmp_path / "clip_durations.tsv").write_text("clip\tduration[ms]\nother.mp3\t1500\n")
+    assert open_source(f"common_voice:{tmp_path}").durations is None
+
+
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "train.tsv").write_text("\ufeffpath\tsentence\na.mp3\tone\n", encoding="utf-8")
+    source = open_source(f"common_voice:{tmp_path}")
+    assert source.read(0, ("text",)) == {"id": "a.mp3", "text": "one"}

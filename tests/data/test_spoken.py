@@ -91,3 +91,31 @@ def test_rendered_recordings_are_a_manifest_and_continue(sentences, tmp_path):
     render(source, tmp_path / "out")
     assert open_source(f"jsonl:{manifest}")[0]["audio"] == before
     assert (tmp_path / "out" / "audio" / "00000002.flac").exists()
+
+
+def test_a_folder_of_other_recordings_is_refused(sentences, tmp_path):
+    """Or its recordings would stand beside the texts of this source."""
+    pytest.importorskip("soundfile")
+    out = tmp_path / "out"
+    render(open_source(sentences), out)
+    before = (out / "manifest.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="another source, voices or seed: name another folder"):
+        render(open_source(sentences + "&voices=en-us"), out)
+    assert (out / "manifest.jsonl").read_bytes() == before
+    (out / "fingerprint.txt").unlink()
+    with pytest.raises(ValueError, match="another source"):
+        render(open_source(sentences), out)
+
+
+def test_a_manifest_keeps_the_names_of_classes(sentences, tmp_path):
+    pytest.importorskip("soundfile")
+    kept = open_source(f"jsonl:{render(open_source(sentences), tmp_path / 'out')}")
+    assert kept.class_names == ["on", "time"]
+    assert [kept.read(i, ("label",))["label"] for i in range(2)] == [0, 1]
+
+
+def test_only_spoken_sources_are_rendered(sentences, tmp_path):
+    pytest.importorskip("soundfile")
+    with pytest.raises(ValueError, match="put spoken: before"):
+        render(open_source(sentences.removeprefix("spoken:")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,22 @@ def test_classes_are_ranked_with_their_cosines(tmp_path):
     assert lines[4].split() == ["1", "0.8000", "square"]
 
 
+def test_classes_are_worded_as_in_tasks(tmp_path):
+    """An identifier as words in its prompt, and as it was given in the table."""
+    file = write(tmp_path / "a.wav", np.full(800, 1000, np.int16))
+    model, seen = Analytic(TABLE, WORDS), []
+
+    def encode(modality, inputs):
+        if modality == "text":
+            seen.append(inputs["tokens"])
+        return model(modality, inputs)
+
+    for names in (("big_circle", "square"), ("big circle", "square")):
+        ranked = rank_classes(file, "speech", names, encode=encode, data=DATA)
+        assert set(ranked.names) == set(names)
+    np.testing.assert_array_equal(seen[0], seen[1])
+
+
 @pytest.mark.parametrize(
     ("name", "rate", "channels"), [("a.flac", 44_100, 2), ("a.wav", 8000, 1), ("a.mp3", 48_000, 1)]
 )

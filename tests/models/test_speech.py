@@ -138,3 +138,27 @@ def test_augmented_training_differs_from_evaluation():
     plain = jax.jit(lambda i: model(i))(inputs)
     noisy = jax.jit(lambda i, k: model(i, rngs=nnx.Rngs(dropout=k)))(inputs, jax.random.key(0))
     assert np.abs(np.asarray(plain - noisy)).max() > 1e-3
+
+
+@pytest.mark.parametrize("option", [{"time_masks": 2}, {"noise_db": 10.0}, {"speed": 0.3}])
+def test_whisper_is_augmented_whether_or_not_it_hears_silence(option):
+    for whole in (True, False):
+        definition, leaves = tower("whisper", attend_padding=whole, **option)
+        model, inputs = definition.merge(leaves), waves([8000], 8000)
+        noisy = model(inputs, rngs=nnx.Rngs(dropout=jax.random.key(0)))
+        assert np.abs(np.asarray(model(inputs) - noisy)).max() > 1e-3
+
+
+@pytest.mark.parametrize("encoder", ["conv_speech", "whisper"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"speed": 1.1}, "speed=1.1 must be a share"),
+        ({"speed": -0.1}, "speed=-0.1"),
+        ({"time_mask_share": 10.0}, "time_mask_share=10.0 must be between 0 and 1"),
+        ({"time_masks": -1}, "time_masks=-1 must not be negative"),
+    ],
+)
+def test_strengths_that_mean_something_else_are_refused(encoder, option, message):
+    with pytest.raises(ValueError, match=message):
+        tower(encoder, **option)

@@ -20,6 +20,8 @@ from cwcl_jax.data.sources.tables import open_delimited
 
 _FILES = ("sentences.tsv", "sentences.csv", "sentences.txt")
 _SPLITS = ("train", "test")
+# Letters of any alphabet: of "café" no "caf" is to be spoken.
+_WORD = re.compile(r"(?:[^\W\d_]|['\u2019]){2,}")
 
 
 class Sentences(SourceBase):
@@ -86,9 +88,7 @@ def open_sentences(
 
 def frequent_words(sentences: Sequence[str], count: int, without: Collection[str]) -> list[str]:
     """The most frequent words of at least two letters, the alphabet deciding between equals."""
-    found = Counter(
-        word for sentence in sentences for word in re.findall(r"[a-z']{2,}", sentence.lower())
-    )
+    found = Counter(word for sentence in sentences for word in _WORD.findall(sentence.lower()))
     for word in without:
         found.pop(word, None)
     return sorted(found, key=lambda word: (-found[word], word))[:count]

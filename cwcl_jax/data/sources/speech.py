@@ -69,7 +69,7 @@ def _recordings(
 
 def _read_tsv(file: Path, *needed: str) -> Iterator[dict[str, str]]:
     """Rows by header name; quotation marks are text (Common Voice has lone ones)."""
-    with open(file, newline="", encoding="utf-8", errors="replace") as lines:
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         _require_names(rows.fieldnames or (), needed, f"{file}: the header")
         yield from rows
@@ -97,13 +97,15 @@ def open_common_voice(path: str, *, split: str = "train") -> Recordings:
 
 
 def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """Seconds by row, from the list that newer releases bring; None without it."""
+    """Seconds by row, from the list that newer releases bring; None where it has none of them."""
     if not file.exists():
         return None
     known = {row["clip"]: row["duration[ms]"] for row in _read_tsv(file, "clip", "duration[ms]")}
     # A clip that the list lacks counts as average.
     milliseconds = [float(known.get(row["audio"] or "") or "nan") for row in rows]
     seconds = np.array(milliseconds) / 1000
+    if np.isnan(seconds).all():
+        return None
     return np.where(np.isnan(seconds), np.nanmean(seconds), seconds)
 
 

@@ -74,11 +74,18 @@ def open_spoken(
 
 
 def render(source: Source, folder: str | Path) -> Path:
-    """Writes the recordings of a spoken source as FLAC with a manifest; continues where it was."""
+    """Writes the recordings of a spoken source as FLAC with a manifest; continues where it was.
+
+    Raises:
+      ValueError: the source is not spoken, or the folder holds the recordings of another one.
+    """
     import soundfile
 
+    if not isinstance(source, (Spoken, Recorded)):
+        raise ValueError("Only spoken sources are written: put spoken: before the source line.")
     root = Path(folder)
     (root / "audio").mkdir(parents=True, exist_ok=True)
+    _claim(root, source.fingerprint())
     manifest = root / "manifest.jsonl"
     rows = []
     for index in range(len(source)):
@@ -93,9 +100,28 @@ def render(source: Source, folder: str | Path) -> Path:
             soundfile.write(root / "unfinished.flac", samples, rate)
             (root / "unfinished.flac").replace(root / name)
         row = {"id": example["id"], "audio": name, "text": example.get("text")}
-        rows.append(row | ({"label": example["label"]} if "label" in example else {}))
+        if "label" in example:
+            row["label"] = _label(example["label"], source.class_names)
+        rows.append(row)
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return manifest
+
+
+def _claim(root: Path, fingerprint: str) -> None:
+    """Notes whose recordings a folder holds; a ValueError where they are another source's."""
+    note = root / "fingerprint.txt"
+    there = note.read_text(encoding="utf-8") if note.exists() else ""
+    if there != fingerprint and any((root / "audio").iterdir()):
+        raise ValueError(
+            f"{root} holds recordings of another source, voices or seed: name another folder, or "
+            "delete this one."
+        )
+    note.write_text(fingerprint, encoding="utf-8")
+
+
+def _label(label: int, names: Sequence[str] | None) -> int | str:
+    """As manifests have it: by name, where there are names."""
+    return label if names is None else names[label]
 
 
 if __name__ == "__main__":
@@ -103,4 +129,7 @@ if __name__ == "__main__":
 
     if len(sys.argv) != 3:
         sys.exit("usage: python -m cwcl_jax.data.sources.spoken SOURCE_LINE FOLDER")
-    print(render(open_source(sys.argv[1]), sys.argv[2]))
+    try:
+        print(render(open_source(sys.argv[1]), sys.argv[2]))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -213,7 +213,21 @@ def open_jsonl(
     first = list(islice(rows, 1000))
     columns = list(dict.fromkeys(key for row in first for key in row))
     fields = _named_fields(columns, path, image=image, text=text, audio=audio, label=label)
-    return table_of_rows(chain(first, rows), fields, root or file.parent, hint=_hint(columns))
+    rows = chain(first, rows)
+    if "audio" in fields:
+        rows = _whole_recordings(rows, path)
+    return table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
+
+
+def _whole_recordings(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[Mapping[str, Any]]:
+    """The rows; a ValueError where one means a part of its file, as NeMo's manifests can."""
+    for number, row in enumerate(rows, 1):
+        if row.get("offset"):
+            raise ValueError(
+                f"{path}, row {number} begins at offset={row['offset']} of its recording, but "
+                "recordings are read from their beginning: cut the parts into files of their own."
+            )
+        yield row
 
 
 _USUAL_NAMES = {
