@@ -18,6 +18,8 @@
 --config=configs/speech_cwcl.py:augment=full           also noise, gain and speed
 --config=configs/speech_cwcl.py:paper                  the paper's recipe; needs its data
 --config=configs/speech_cwcl.py:paper,text=bart        with BART fine-tuned on Yahoo answers
+--config=configs/speech_cwcl.py:paper,init=FOLDER      another Whisper, or init=random; data=FOLDER:
+                                                       another Common Voice
 """
 
 from pathlib import Path
@@ -65,10 +67,7 @@ def get_config(argument: str = "") -> ConfigDict:
     _require("augment", options["augment"], tuple(AUGMENT))
     config = defaults(name="speech_cwcl")
     config.loss.weights_from = "text"
-    try:
-        config.loss.update(loss_fields(options["weights"]))
-    except ValueError as error:
-        raise ConfigError(f"weights: {error}") from error
+    config.loss.update(weight_fields(options["weights"]))
     config.loss.name = options["loss"]
     if options["paper"]:
         config.name = "speech_cwcl_paper"
@@ -77,7 +76,7 @@ def get_config(argument: str = "") -> ConfigDict:
         small(config, options)
     lock_towers(config, options["lock"])
     if options["head"]:
-        head_only(config, options["init"])
+        head_only(config, options)
     set_batch(config, options["batch"])
     return config
 
@@ -85,6 +84,17 @@ def get_config(argument: str = "") -> ConfigDict:
 def _require(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
+
+
+def weight_fields(short: str) -> dict[str, Any]:
+    """The settings of a weight function by its short name."""
+    try:
+        fields = loss_fields(short)
+    except ValueError as error:
+        raise ConfigError(f"weights: {error}") from error
+    if "weight_function" not in fields:
+        raise ConfigError(f"weights={short} is a loss and no weight function: write loss={short}")
+    return fields
 
 
 def set_batch(config: Any, batch: int) -> None:
@@ -114,11 +124,25 @@ def lock_towers(config: Any, lock: str) -> None:
     config.towers.speech.tune = "head" if lock in ("speech", "both") else "all"
 
 
-def head_only(config: Any, init: str) -> None:
-    """Only a new head of the speech tower trains, on features that are computed once."""
-    if not init:
+def head_only(config: Any, options: dict[str, Any]) -> None:
+    """Only a new head of the speech tower trains, on features that are computed once.
+
+    With lock=both the text tower has one too.
+    """
+    if not config.towers.speech.weights:
         raise ConfigError("head needs init=WORKDIR, the run whose speech encoder gives features")
+    if options["lock"] not in ("text", "both"):
+        raise ConfigError(
+            f"head trains no encoder, lock={options['lock']} trains the text tower's: leave one of "
+            "them out, or take lock=both for a head on either side"
+        )
+    if options["augment"] not in ("masks", "none"):  # the default need not be taken back
+        raise ConfigError(
+            f"head trains on features of plain recordings, which augment={options['augment']} "
+            "does not reach: leave it out"
+        )
     config.name += "_head"
+    config.data.keep_locked_features = True
     config.towers.speech.tune = "head"
     config.towers.speech.head = "mlp"  # the first run's is linear: this one starts anew
     config.total_steps = 2400

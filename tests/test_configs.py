@@ -170,6 +170,14 @@ def test_features_that_are_missing_are_named(tmp_path):
         load_experiment(FEATURES, f"data={tmp_path}/a.npz")
 
 
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_features_without_a_width_are_an_error(tmp_path, shape):
+    path = tmp_path / "flat.npz"
+    np.savez(path, u=np.zeros(shape), v=np.zeros((5, 7)))
+    with pytest.raises(ConfigError, match=r"'u' has shape \(.*\), not \(examples, width\)"):
+        load_experiment(FEATURES, f"data={path}")
+
+
 @pytest.mark.parametrize(
     ("file", "argument", "message"),
     [

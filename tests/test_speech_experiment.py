@@ -103,6 +103,13 @@ def test_weight_functions_have_short_names():
             config(wrong)
 
 
+@pytest.mark.parametrize("argument", ["head,init=x", "paper,head", "paper,head,init=x"])
+def test_heads_train_on_features_that_are_computed_once(argument):
+    made = config(argument)
+    assert made.data.keep_locked_features
+    assert (made.towers["speech"].tune, made.towers["speech"].head) == ("head", "mlp")
+
+
 def test_the_learning_rate_grows_with_the_batch():
     small, large = config("batch=64"), config("batch=256")
     assert large.global_batch_size == 256
@@ -111,7 +118,17 @@ def test_the_learning_rate_grows_with_the_batch():
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("lock=images", "text, speech, both, none"), ("head", "init=WORKDIR"), ("augment=x", "masks")],
+    [
+        ("lock=images", "text, speech, both, none"),
+        ("augment=x", "masks"),
+        ("weights=contrastive", "write loss=contrastive"),
+        ("weights=sigmoid", "write loss=sigmoid"),
+        ("head", "init=WORKDIR"),
+        ("paper,head,init=random", "init=WORKDIR"),
+        ("head,init=x,lock=none", "lock=both"),
+        ("head,init=x,lock=speech", "lock=both"),
+        ("head,init=x,augment=full", "augment=full does not reach: leave it out"),
+    ],
 )
 def test_wrong_options_name_the_right_ones(argument, message):
     with pytest.raises(ConfigError, match=message):

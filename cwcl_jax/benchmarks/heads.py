@@ -257,12 +257,18 @@ def headline(records: list[dict[str, Any]]) -> list[str]:
 
 
 def read_records(output: Path, settings: str) -> list[dict[str, Any]]:
-    """The heads that an earlier command left.
+    """The heads that an earlier command left. The folder of `output` is made.
 
     Raises:
-      ConfigError: they belong to another config, whose heads cannot stand in one table with these.
+      ConfigError: the file cannot be continued. Heads of another config cannot stand in one table
+        with these.
     """
-    records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
+    try:
+        # Now: a head that has been trained is to find its place.
+        output.parent.mkdir(parents=True, exist_ok=True)
+        records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output={output} cannot be continued: {error}") from error
     if any(record.get("settings") != settings for record in records):
         raise ConfigError(f"{output} holds heads of another config: name another --output")
     return records

@@ -94,6 +94,15 @@ def test_heads_of_another_config_are_not_put_into_one_table(tmp_path):
         read_records(file, "xyz")
 
 
+def test_a_file_that_cannot_be_written_or_continued_is_told_before_any_head(tmp_path):
+    assert read_records(tmp_path / "new" / "heads.json", "abc") == []
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "cut.json").write_text('[{"loss": "aff')
+    for file in (tmp_path / "cut.json", tmp_path / "cut.json" / "heads.json", tmp_path):
+        with pytest.raises(ConfigError, match=r"--output=.* cannot be continued"):
+            read_records(file, "abc")
+
+
 def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
     pytest.importorskip("espeakng_loader")
     pytest.importorskip("soxr")
