@@ -75,6 +75,9 @@ RUN_BY = {
     "tests/benchmarks/test_input.py::test_rates_are_measured_on_real_batches": [
         r"python -m cwcl_jax\.benchmarks\.input.*",
     ],
+    "tests/data/test_spoken.py::test_the_command_writes_the_manifest_that_it_prints": [
+        r"python -m cwcl_jax\.data\.rendering .*",
+    ],
     "tests/test_plan.py::test_command_prints_the_whole_plan": [r"python -m cwcl_jax\.plan .*"],
     "tests/test_reproduce.py::test_paper_scale_prints_the_commands": [
         r"python -m cwcl_jax\.reproduce .*--scale=paper.*",

@@ -86,8 +86,8 @@ class TrainBatches:
         if durations is None:
             raise ValueError(
                 f"data.speech.buckets={options.buckets} needs to know how long the recordings of "
-                f"{config.train!r} are, and this source does not; set data.speech.buckets=(), or "
-                "read spoken sentences with keep=auto."
+                f"{config.train!r} are, and this source does not; set data.speech.buckets=(), give "
+                "a manifest a column duration (seconds), or read spoken sentences with keep=auto."
             )
         return BucketedOrder(
             self._order,

@@ -1,11 +1,14 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.espeak import VARIANTS, VOICES, random_voice
+from cwcl_jax.data.rendering import render
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.data.sources.spoken import render
 
 pytest.importorskip("espeakng_loader")
 
@@ -85,6 +88,7 @@ def test_rendered_recordings_are_a_manifest_and_continue(sentences, tmp_path):
         "turn on the light",
         "what time is it now",
     ]
+    assert all(0.3 < seconds < 3 for seconds in kept.durations)
     before = kept[0]["audio"]
     assert before[:4] == b"fLaC"
     (tmp_path / "out" / "audio" / "00000002.flac").unlink()
@@ -112,6 +116,14 @@ def test_a_manifest_keeps_the_names_of_classes(sentences, tmp_path):
     kept = open_source(f"jsonl:{render(open_source(sentences), tmp_path / 'out')}")
     assert kept.class_names == ["on", "time"]
     assert [kept.read(i, ("label",))["label"] for i in range(2)] == [0, 1]
+
+
+def test_the_command_writes_the_manifest_that_it_prints(sentences, tmp_path):
+    pytest.importorskip("soundfile")
+    command = [sys.executable, "-m", "cwcl_jax.data.rendering", sentences, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(open_source(f"jsonl:{done.stdout.strip()}")) == 2
 
 
 def test_only_spoken_sources_are_rendered(sentences, tmp_path):

@@ -169,6 +169,22 @@ def test_tables_name_their_columns_where_a_field_is_missing(tmp_path, kind):
     assert set(source.lacks) == {"text", "audio", "label"}
 
 
+def test_lengths_of_recordings_are_known_where_a_manifest_lists_them(tmp_path):
+    rows = [{"audio": "a.wav", "duration": 1.5}, {"audio": "b.wav"}, {"audio": "c", "duration": 4}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    manifest = open_source(f"jsonl:{tmp_path}/m.jsonl")
+    assert list(manifest.durations) == [1.5, 2.75, 4.0]  # an unknown one counts as average
+    (tmp_path / "m.csv").write_text("wav,s,bad\na.wav,1.5,one\nb.wav,nan,\nc.wav,4,-2\n")
+    table = open_source(f"csv:{tmp_path}/m.csv?duration=s")
+    assert list(table.durations) == [1.5, 2.75, 4.0]
+    assert open_source(f"csv:{tmp_path}/m.csv").durations is None
+    assert open_source(f"csv:{tmp_path}/m.csv?duration=bad").durations is None
+    # Batches of recordings of like lengths are others where the lengths are.
+    assert table.fingerprint() != open_source(f"csv:{tmp_path}/m.csv").fingerprint()
+    (tmp_path / "v.jsonl").write_text('{"image": "clip.png", "duration": 3}')
+    assert open_source(f"jsonl:{tmp_path}/v.jsonl").durations is None
+
+
 def test_manifests_are_read_row_by_row(tmp_path):
     row = {"image": "i.jpg", "text": "a caption", "more": "x" * 500}
     rows = [json.dumps(row | {"number": number}) for number in range(20_000)]

@@ -11,7 +11,7 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import require
-from cwcl_jax.data.sources.tables import Table, read_json_lines, table_of_rows
+from cwcl_jax.data.sources.tables import Table, read_json_lines, table_of_rows, with_averages
 
 TEN_COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 
@@ -29,19 +29,11 @@ class Recordings(Table):
         roots: Sequence[Path],
         class_names: Sequence[str] | None = None,
         renamed: tuple[str, str] | None = None,
+        durations: np.ndarray | None = None,
     ):
-        super().__init__(columns, root=roots[0], class_names=class_names)
+        super().__init__(columns, root=roots[0], class_names=class_names, durations=durations)
         self.roots = list(roots)
-        self._durations: np.ndarray | None = None
         self.renamed = renamed
-
-    @property
-    def durations(self) -> np.ndarray | None:
-        return self._durations
-
-    def set_durations(self, seconds: np.ndarray | None) -> None:
-        """Seconds of every recording, where a release lists them."""
-        self._durations = seconds
 
     def locate(self, name: str) -> Path:
         names = [name, name.replace(*self.renamed)] if self.renamed else [name]
@@ -57,6 +49,7 @@ def _recordings(
     roots: Sequence[Path],
     classes: Sequence[str] | None = None,
     renamed: tuple[str, str] | None = None,
+    durations: np.ndarray | None = None,
 ) -> Recordings:
     """Recordings of rows; labels are names out of `classes`, which other splits share."""
     table = table_of_rows(rows, {name: name for name in ("id", "audio", "text")}, roots[0])
@@ -64,7 +57,9 @@ def _recordings(
     if classes is not None:
         place = {name: str(number) for number, name in enumerate(classes)}
         columns["label"] = StringColumn(place[row["label"]] for row in rows)
-    return Recordings(columns, roots=roots, class_names=classes, renamed=renamed)
+    return Recordings(
+        columns, roots=roots, class_names=classes, renamed=renamed, durations=durations
+    )
 
 
 def _read_tsv(file: Path, *needed: str) -> Iterator[dict[str, str]]:
@@ -91,9 +86,8 @@ def open_common_voice(path: str, *, split: str = "train") -> Recordings:
         {"id": row.get("path"), "audio": row.get("path"), "text": row.get("sentence")}
         for row in _read_tsv(file, "path", "sentence")
     ]
-    table = _recordings(rows, [Path(path) / "clips"])
-    table.set_durations(_clip_durations(Path(path) / "clip_durations.tsv", rows))
-    return table
+    durations = _clip_durations(Path(path) / "clip_durations.tsv", rows)
+    return _recordings(rows, [Path(path) / "clips"], durations=durations)
 
 
 def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
@@ -102,11 +96,7 @@ def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray
         return None
     known = {row["clip"]: row["duration[ms]"] for row in _read_tsv(file, "clip", "duration[ms]")}
     # A clip that the list lacks counts as average.
-    milliseconds = [float(known.get(row["audio"] or "") or "nan") for row in rows]
-    seconds = np.array(milliseconds) / 1000
-    if np.isnan(seconds).all():
-        return None
-    return np.where(np.isnan(seconds), np.nanmean(seconds), seconds)
+    return with_averages([float(known.get(row["audio"] or "") or "nan") / 1000 for row in rows])
 
 
 def open_slurp(

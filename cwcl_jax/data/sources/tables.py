@@ -2,12 +2,16 @@
 
 import csv
 import difflib
+import hashlib
 import json
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, SourceBase, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
@@ -25,7 +29,8 @@ class Table(SourceBase):
     """Rows with strings; image and audio columns hold paths, relative ones below `root`.
 
     Labels are numbers into `class_names`; several captions stand in one string (`join_captions`).
-    `hint` says, where a field is missing, what would give it.
+    `durations` are the seconds of every recording, where a table or its release lists them. `hint`
+    says, where a field is missing, what would give it.
     """
 
     def __init__(
@@ -34,9 +39,11 @@ class Table(SourceBase):
         *,
         root: str | Path,
         class_names: Sequence[str] | None = None,
+        durations: np.ndarray | None = None,
         hint: str = "",
     ):
         self.columns = dict(columns)
+        self._durations = durations
         self.hint = hint
         self.root = Path(root)
         self._class_names = None if class_names is None else list(class_names)
@@ -45,6 +52,10 @@ class Table(SourceBase):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self._class_names
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        return self._durations
 
     @property
     def lacks(self) -> Mapping[str, str]:
@@ -82,7 +93,10 @@ class Table(SourceBase):
 
     def fingerprint(self) -> str:
         parts = [(name, column.digest_parts()) for name, column in sorted(self.columns.items())]
-        return fingerprint_of("table", self._class_names, parts)
+        # Which examples stand in one batch depends on them.
+        lengths = self._durations
+        seconds = [] if lengths is None else [hashlib.sha256(lengths.tobytes()).hexdigest()]
+        return fingerprint_of("table", self._class_names, parts, *seconds)
 
 
 def join_captions(captions: Sequence[str]) -> str:
@@ -100,6 +114,8 @@ def table_of_rows(
 ) -> Table:
     """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
 
+    "duration" is in seconds; where a row has none it counts as average.
+
     The rows are read one by one. With `named_classes`, labels that are numbers are names too.
     """
     columns = {name: StringColumn() for name in fields}
@@ -109,7 +125,29 @@ def table_of_rows(
     names = None
     if "label" in columns:
         columns["label"], names = _numbered(columns["label"], named_classes)
-    return Table(columns, root=root, class_names=names, hint=hint)
+    durations = None
+    if "duration" in columns:
+        column = columns.pop("duration")
+        durations = with_averages([_seconds(column[row]) for row in range(len(column))])
+    return Table(columns, root=root, class_names=names, durations=durations, hint=hint)
+
+
+def _seconds(text: str | None) -> float:
+    """A length in a table; nan for what is none."""
+    try:
+        seconds = float(text or "nan")
+    except ValueError:
+        return math.nan
+    return seconds if 0 <= seconds < math.inf else math.nan
+
+
+def with_averages(seconds: Sequence[float]) -> np.ndarray | None:
+    """Lengths with the average in place of nan; None where none is known."""
+    lengths = np.array(seconds, np.float64)
+    unknown = np.isnan(lengths)
+    if unknown.all():
+        return None
+    return np.where(unknown, lengths[~unknown].mean(), lengths)
 
 
 def _as_text(value: Any, field: str) -> str | None:
@@ -144,6 +182,7 @@ def open_delimited(
     text: str = "",
     audio: str = "",
     label: str = "",
+    duration: str = "",
     sep: str = "",
     quoting: str = "auto",
     root: str = "",
@@ -172,7 +211,9 @@ def open_delimited(
         rows = _checked_rows(reader, path)
         first = next(rows, None)
         columns = [name for name in reader.fieldnames or [] if name]
-        fields = _named_fields(columns, path, image=image, text=text, audio=audio, label=label)
+        fields = _named_fields(
+            columns, path, image=image, text=text, audio=audio, label=label, duration=duration
+        )
         rows = rows if first is None else chain([first], rows)
         return table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
 
@@ -205,14 +246,20 @@ def open_jsonl(
     text: str = "",
     audio: str = "",
     label: str = "",
+    duration: str = "",
     root: str = "",
 ) -> Table:
-    """Opens `jsonl:/manifest.jsonl?audio=audio_filepath&text=text`, one object a line."""
+    """Opens `jsonl:/manifest.jsonl?audio=audio_filepath&text=text`, one object a line.
+
+    `duration` names the column with the seconds of recordings.
+    """
     file = require_file(path, "The manifest")
     rows = read_json_lines(file)
     first = list(islice(rows, 1000))
     columns = list(dict.fromkeys(key for row in first for key in row))
-    fields = _named_fields(columns, path, image=image, text=text, audio=audio, label=label)
+    fields = _named_fields(
+        columns, path, image=image, text=text, audio=audio, label=label, duration=duration
+    )
     rows = chain(first, rows)
     if "audio" in fields:
         rows = _whole_recordings(rows, path)
@@ -235,6 +282,7 @@ _USUAL_NAMES = {
     "text": ("title", "text", "caption", "captions", "sentence"),
     "audio": ("audio_filepath", "audio", "audio_path", "path", "wav"),
     "label": ("label", "intent", "class"),
+    "duration": ("duration",),
 }
 
 
@@ -253,6 +301,8 @@ def _named_fields(columns: Sequence[str], path: str, **asked: str) -> dict[str, 
         usual = next((u for u in _USUAL_NAMES[field] if u in by_lower), "")
         if name or usual:
             fields[field] = name or (usual if usual in columns else by_lower[usual])
+    if "audio" not in fields:
+        fields.pop("duration", None)
     if not fields:
         raise ValueError(
             f"None of the columns of {path} ({', '.join(columns)}) is known; name them with "
