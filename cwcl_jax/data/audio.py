@@ -49,7 +49,7 @@ def resample(samples: Int16[np.ndarray, " n"], rate: int, wanted: int) -> Int16[
     """The samples at the wanted rate."""
     if rate == wanted:
         return samples
-    return _import("soxr").resample(samples, rate, wanted, quality="HQ")
+    return import_package("soxr").resample(samples, rate, wanted, quality="HQ")
 
 
 def waveform(
@@ -95,7 +95,7 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         return
     if not data:
         raise BadExample("audio empty", "no bytes")
-    soundfile = _import("soundfile")
+    soundfile = import_package("soundfile")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
 
@@ -114,12 +114,13 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         raise BadExample("audio unreadable", getattr(error, "error_string", str(error))) from error
 
 
-def _import(name: str):
+def import_package(name: str):
+    """A package of the extra `speech`; an ImportError that says how to get it."""
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"Reading audio needs the package {name!r}: pip install 'cwcl_jax[speech]'."
+            f"Audio needs the package {name!r}: pip install 'cwcl_jax[speech]'."
         ) from error

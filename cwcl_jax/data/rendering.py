@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cwcl_jax.data.audio import import_package
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.base import Source
@@ -22,10 +23,9 @@ def render(source: Source, folder: str | Path) -> Path:
     Raises:
       ValueError: the source is not spoken, or the folder holds the recordings of another one.
     """
-    import soundfile
-
     if not isinstance(source, (Spoken, Recorded)):
         raise ValueError("Only spoken sources are written: put spoken: before the source line.")
+    soundfile = import_package("soundfile")
     root = Path(folder)
     (root / "audio").mkdir(parents=True, exist_ok=True)
     _claim(root, source.fingerprint())
