@@ -16,36 +16,28 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from cwcl_jax.data.audio import waveform
-from cwcl_jax.data.image import eval_pixels
-from cwcl_jax.data.items import (
-    listed_pictures,
-    listed_recordings,
-    listed_texts,
-    open_picture,
-    open_recording,
-    prepare_each,
-)
-from cwcl_jax.data.text import TextTokenizer, load_tokenizer
+from cwcl_jax.modalities import Modality
+from cwcl_jax.modalities.features import only_features
+from cwcl_jax.modalities.text import TextTokenizer
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.leaves import ModelDef
-from cwcl_jax.pretrained.folder import DESCRIPTION, ModelDescription, load_folder
+from cwcl_jax.pretrained.folder import (
+    DESCRIPTION,
+    ModelDescription,
+    check_code_is_allowed,
+    load_folder,
+)
 
 Audio = str | Path | bytes | tuple[np.ndarray, int]
 Picture = str | Path | bytes | Image.Image | np.ndarray | jax.Array
 
-# What a `process_...` gives to a tower.
-_INPUTS = {
-    "image": ("pixels",),
-    "text": ("tokens", "mask"),
-    "speech": ("waveform", "length"),
-}
-
 
 class Model:
-    """Two towers with the processors of their inputs.
+    """Towers with the preparation of their inputs.
 
-    Every `encode_...` takes one item or a list and gives unit vectors in float32, one row each.
+    `encode_items` takes what a person holds (paths, PIL images, strings, arrays), `encode` takes
+    prepared arrays; both give unit vectors in float32, one row each. `encode_image`, `encode_text`
+    and `encode_speech` are `encode_items` for the tower that reads such items.
     """
 
     def __init__(
@@ -54,14 +46,15 @@ class Model:
         """Build from a definition, its leaves by path, and the description of towers and inputs."""
         self.description = description
         self.leaves = dict(leaves)
-        self._encoders = {
-            modality: _encoder(model_def, modality) for modality in description.towers
-        }
-        self._tokenizer: TextTokenizer | None = None
-        self._check_vocabulary()
+        self._encoders = {name: _encoder(model_def, name) for name in description.towers}
+        for name, tower in description.towers.items():
+            settings = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
+            description.inputs[name].check(
+                settings, options=f"inputs.{name}", overrides=f"towers.{name}", imported=False
+            )
 
     @property
-    def modalities(self) -> tuple[str, ...]:
+    def towers(self) -> tuple[str, ...]:
         """Names of the towers."""
         return tuple(self.description.towers)
 
@@ -70,17 +63,26 @@ class Model:
         """The factor of the cosines in the logits."""
         return float(np.exp(np.asarray(self.leaves["logit_scale"], np.float32)))
 
+    def process(self, tower: str, items: Any) -> dict[str, np.ndarray]:
+        """Returns the arrays that a tower reads, by name, of one item or many.
+
+        Raises:
+          BadExample: an item that cannot be used, by its path or its number in the list.
+        """
+        inputs = self._inputs(tower)
+        return inputs.batch(inputs.listed(items))
+
     def process_image(self, images: Picture | Sequence[Picture]) -> dict[str, np.ndarray]:
         """`pixels` of pictures: paths, encoded bytes, PIL images, or uint8 arrays (y, x, 3).
 
         Raises:
           BadExample: a picture that cannot be decoded, by its path or its number in the list.
         """
-        return self._process("image", listed_pictures(images))
+        return self.process(self._reader_of("image"), images)
 
     def process_text(self, texts: str | Sequence[str]) -> dict[str, np.ndarray]:
         """`tokens` and `mask` of texts."""
-        return self._process("text", listed_texts(texts))
+        return self.process(self._reader_of("text"), texts)
 
     def process_speech(self, recordings: Audio | Sequence[Audio]) -> dict[str, np.ndarray]:
         """`waveform` and `length` of recordings: paths, encoded bytes, or (samples, rate) pairs.
@@ -90,36 +92,57 @@ class Model:
         Raises:
           BadExample: a recording that cannot be decoded, by its path or its number in the list.
         """
-        return self._process("speech", listed_recordings(recordings))
+        return self.process(self._reader_of("speech"), recordings)
 
     def encode_image(
         self, images: Picture | Sequence[Picture], *, batch_size: int = 64
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of pictures."""
-        return self._encode_all("image", listed_pictures(images), batch_size)
+        return self.encode_items(self._reader_of("image"), images, batch_size=batch_size)
 
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int = 256
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of texts."""
-        return self._encode_all("text", listed_texts(texts), batch_size)
+        return self.encode_items(self._reader_of("text"), texts, batch_size=batch_size)
 
     def encode_speech(
         self, recordings: Audio | Sequence[Audio], *, batch_size: int = 32
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of recordings."""
-        return self._encode_all("speech", listed_recordings(recordings), batch_size)
+        return self.encode_items(self._reader_of("speech"), recordings, batch_size=batch_size)
 
-    def encode(self, modality: str, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "b d"]:
-        """Embeds of one batch of arrays, as a `process_...` gives them.
+    def encode_items(
+        self, tower: str, items: Any, *, batch_size: int = 64
+    ) -> Float[np.ndarray, "b d"]:
+        """Embeds of one item or many, as the tower's modality takes them.
 
-        `{"embeds": (b, f)}` are features of the encoder, to which only the head is applied.
+        Raises:
+          BadExample: an item that cannot be used, by its path or its number in the list.
+          ValueError: there is no such tower, or items of another kind.
         """
-        self._check_modality(modality)
-        names = self._input_names(modality)
-        if not ({"embeds"} <= inputs.keys() or set(names) <= inputs.keys()):
+        inputs = self._inputs(tower)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        listed = inputs.listed(items)
+        if not listed:
+            return self._no_rows()
+        return np.concatenate(
+            [
+                self.encode(tower, inputs.batch(listed[i : i + batch_size], first=i))
+                for i in range(0, len(listed), batch_size)
+            ]
+        )
+
+    def encode(self, tower: str, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "b d"]:
+        """Embeds of one batch of arrays by name, as `process` gives them.
+
+        `{"features": (b, f)}` are features of the encoder, to which only the head is applied.
+        """
+        names = self._inputs(tower).arrays()
+        if not (only_features(inputs) or names.keys() <= inputs.keys()):
             raise ValueError(
-                f"the {modality} tower ({self.description.towers[modality].encoder}) reads "
+                f"the {tower} tower ({self.description.towers[tower].encoder}) reads "
                 f"{' and '.join(names)}, not {' and '.join(inputs) or 'nothing'}"
             )
         count = len(next(iter(inputs.values())))
@@ -128,7 +151,7 @@ class Model:
         # Batches grow to a power of two: a new size would be compiled anew.
         rows = np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
         padded = {name: jnp.asarray(np.asarray(array)[rows]) for name, array in inputs.items()}
-        return np.asarray(self._encoders[modality](self.leaves, padded))[:count]
+        return np.asarray(self._encoders[tower](self.leaves, padded))[:count]
 
     def similarity(
         self, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
@@ -139,82 +162,50 @@ class Model:
     @property
     def tokenizer(self) -> TextTokenizer:
         """The text tower's tokenizer."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.description.text)
-        return self._tokenizer
+        inputs: Any = self._inputs(self._reader_of("text"))
+        return inputs.loaded
 
-    def _encode_all(self, modality: str, items: list[Any], batch_size: int) -> np.ndarray:
-        self._check_modality(modality)
-        if self._input_names(modality) == ("embeds",):
+    def _reader_of(self, modality: str) -> str:
+        """The tower that reads a modality."""
+        found = [
+            name for name, inputs in self.description.inputs.items() if inputs.name == modality
+        ]
+        if len(found) != 1:
             raise ValueError(
-                f"the {modality} tower is 'precomputed', it reads embeddings of another encoder: "
-                f'model.encode("{modality}", {{"embeds": array}})'
+                f"{' and '.join(found)} read {modality}: name one, model.encode_items(TOWER, ...)"
+                if found
+                else f"the model has no {modality} tower; it has {' and '.join(self.towers)}"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        if not items:
-            return self._no_rows()
-        starts = range(0, len(items), batch_size)
-        return np.concatenate(
-            [
-                self.encode(modality, self._process(modality, items[i : i + batch_size], first=i))
-                for i in starts
-            ]
-        )
+        return found[0]
 
-    def _process(self, modality: str, items: list[Any], first: int = 0) -> dict[str, np.ndarray]:
-        """Inputs of a tower; `first` is the number of the first item in the caller's list."""
-        description = self.description
-        if modality == "text":
-            return dict(self.tokenizer(items))
-        if modality == "image":
-            pixels = prepare_each(
-                lambda x: eval_pixels(open_picture(x), description.image), items, first
-            )
-            return {"pixels": np.stack(pixels)}
-        clips = prepare_each(
-            lambda x: waveform(open_recording(x), description.speech), items, first
-        )
-        return {name: np.stack([clip[name] for clip in clips]) for name in _INPUTS["speech"]}
-
-    def _input_names(self, modality: str) -> tuple[str, ...]:
-        encoder = self.description.towers[modality].encoder
-        return ("embeds",) if encoder == "precomputed" else _INPUTS[modality]
+    def _inputs(self, tower: str) -> Modality:
+        if tower not in self.description.inputs:
+            raise ValueError(f"the model has no {tower} tower; it has {' and '.join(self.towers)}")
+        return self.description.inputs[tower]
 
     def _no_rows(self) -> np.ndarray:
         return np.zeros((0, self.description.embed_dim), np.float32)
 
-    def _check_modality(self, modality: str) -> None:
-        if modality not in self._encoders:
-            raise ValueError(
-                f"the model has no {modality} tower; it has {' and '.join(self.modalities)}"
-            )
 
-    def _check_vocabulary(self) -> None:
-        tower = self.description.towers.get("text")
-        if tower is None:
-            return
-        settings = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
-        size = getattr(settings, "vocab_size", None)
-        if size is not None and self.tokenizer.vocab_size > size:
-            raise ValueError(
-                f"the tokenizer {self.tokenizer.name!r} has {self.tokenizer.vocab_size} tokens, "
-                f"the text tower's table {size}: name the tokenizer that the tower was trained with"
-            )
-
-
-def _encoder(model_def: ModelDef, modality: str) -> Callable[[Any, Any], jax.Array]:
+def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]:
     @jax.jit
     def encode(leaves: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> jax.Array:
-        return model_def.merge(leaves).towers[modality](inputs)
+        return model_def.merge(leaves).towers[tower](inputs)
 
     return encode
 
 
-def load_model(path: str | Path, *, step: int | None = None) -> Model:
+def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = False) -> Model:
     """Load an exported folder, or a run's workdir at a step (by default its latest checkpoint).
 
+    Args:
+      path: the folder.
+      step: a checkpoint of a run.
+      allow_code: whether modules of the user's that the model names ("module:Class") may be
+        imported, which runs their code.
+
     Raises:
+      PermissionError: the model names such modules, and `allow_code` is False.
       FileNotFoundError: `path` is neither.
       ValueError: a `step` of an exported folder, or a folder whose files do not fit together.
     """
@@ -225,9 +216,10 @@ def load_model(path: str | Path, *, step: int | None = None) -> Model:
                 f"{folder} is an exported model, which has one step: leave out step={step}, or "
                 "give the workdir of the run"
             )
-        description, leaves = load_folder(folder)
+        description, leaves = load_folder(folder, allow_code=allow_code)
         return Model(description.abstract()[0], leaves, description)
     if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
+        check_code_is_allowed(folder / "config.json", allow_code)
         return Model(*load_run(folder, step))
     found = "does not exist" if not folder.exists() else f"holds neither {DESCRIPTION}"
     raise FileNotFoundError(
@@ -251,9 +243,7 @@ def load_run(
         embed_dim=config.embed_dim,
         dtype=config.dtype,
         logit_bias="logit_bias" in blueprint.abstract,
-        image=config.data.image,
-        text=config.data.text,
-        speech=config.data.speech,
+        inputs={tower: config.data.inputs_of(tower) for tower in config.towers},
         origin={"run": config.name, "loss": config.loss.name, "step": restored.step},
     )
     return blueprint.model_def, restored.params | restored.locked, description

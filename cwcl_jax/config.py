@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.losses.options import LossConfig, check_weight_gradient, resolve
+from cwcl_jax.modalities import MODALITIES, Modality, modality_class
+from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training.options import (
     CheckpointConfig,
@@ -50,7 +52,7 @@ class ExperimentConfig:
       accumulation_steps: chunks that the towers run over; the loss still sees the whole batch.
       embed_dim: width of the shared embedding space.
       dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay float32.
-      towers: exactly two, by modality.
+      towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
     """
 
     name: str = "experiment"
@@ -75,11 +77,10 @@ class ExperimentConfig:
         check(self)
 
     @property
-    def modalities(self) -> tuple[str, str]:
-        """(U, V): the modality that gives the weights first, then the other one."""
+    def tower_names(self) -> tuple[str, ...]:
+        """The towers in the loss's order: U, which gives the weights, then V."""
         u = self.loss.weights_from
-        (v,) = [modality for modality in self.towers if modality != u]
-        return u, v
+        return (u, *(tower for tower in self.towers if tower != u))
 
 
 def check(config: ExperimentConfig) -> None:
@@ -117,7 +118,9 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
       **values: fields that differ from their defaults.
     """
     result = ConfigDict()
-    for field in dataclasses.fields(cls):
+    if cls is DataConfig:
+        result.update(to_plain(DataConfig()))
+    for field in dataclasses.fields(cls) if cls is not DataConfig else ():
         if field.default is not dataclasses.MISSING:
             value = field.default
         elif field.default_factory is not dataclasses.MISSING:
@@ -125,7 +128,7 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
         else:
             continue  # a required field: the caller gives it in `values`
         result[field.name] = to_plain(value)
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = [*{**result, **{field.name: 0 for field in dataclasses.fields(cls)}}]
     for name, value in values.items():
         if name not in known:
             raise ConfigError(_unknown(name, known, cls.__name__))
@@ -136,7 +139,9 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
 def to_plain(value: Any) -> Any:
     """Dataclasses and mappings as dicts, all else unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        # How a tower's inputs are made stands beside the other options: config.data.<tower>.
+        return plain | plain.pop("inputs") if isinstance(value, DataConfig) else plain
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     return value
@@ -149,8 +154,35 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
       ConfigError: an unknown field (names the nearest known one), a value of the wrong type, or
         settings that contradict each other.
     """
-    plain = config.to_dict() if isinstance(config, ConfigDict) else config
+    plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    plain["towers"] = _convert(Mapping[str, TowerConfig], plain.get("towers", {}), "config.towers")
+    plain["data"] = _with_inputs(plain.get("data", {}), plain["towers"])
     return _convert(ExperimentConfig, plain, "config")
+
+
+def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
+    """Gathers the options of the towers' inputs, each converted as its tower's modality says."""
+    if not isinstance(data, Mapping):
+        return data
+    own = {field.name for field in dataclasses.fields(DataConfig)} - {"inputs"}
+    kinds = MODALITIES | {name: _modality(name, tower) for name, tower in towers.items()}
+    for name in data:
+        if name not in own and name not in kinds:
+            raise ConfigError(_unknown(name, [*own, *kinds], "config.data"))
+    used = [name for name, kind in kinds.items() if name in towers or kind().field]
+    inputs = {
+        name: _convert(kinds[name], data.get(name, {}), f"config.data.{name}") for name in used
+    }
+    inputs |= {name: inputs[name].fitted(tower.overrides) for name, tower in towers.items()}
+    return {k: v for k, v in data.items() if k in own} | {"inputs": inputs}
+
+
+def _modality(name: str, tower: TowerConfig) -> type[Modality]:
+    """What a tower reads: as it says itself, or as its encoder does."""
+    try:
+        return modality_class(tower.modality or modality_of(tower.encoder))
+    except ValueError as error:
+        raise ConfigError(f"config.towers.{name}.modality: {error}") from error
 
 
 def _unknown(name: str, known: list[str], where: str) -> str:

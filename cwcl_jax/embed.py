@@ -66,7 +66,7 @@ def embed(
     from cwcl_jax.training.stopping import IndependentStop
     from cwcl_jax.training.watchdog import unwatched
 
-    modality = modality or config.modalities[0]
+    modality = modality or config.tower_names[0]
     if modality not in config.towers:
         raise ConfigError(f"--modality={modality}: the towers are {sorted(config.towers)}")
     try:

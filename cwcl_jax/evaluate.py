@@ -242,9 +242,12 @@ def _rank_one(options: Options, encoder: Encoder, config: ExperimentConfig) -> N
     from cwcl_jax.evaluation.single import rank_classes
 
     modality, path = ("speech", options.audio) if options.audio else ("image", options.image)
+    towers = [t for t in config.towers if config.data.inputs_of(t).name == modality]
+    if not towers:
+        raise ConfigError(f"{path}: the model has no {modality} tower, only {list(config.towers)}")
     ranked = rank_classes(
         Path(path),
-        modality,
+        towers[0],
         _typed_classes(options.classes),
         encode=encoder.encode,
         data=config.data,

@@ -40,14 +40,15 @@ def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> 
 
 
 def _export_npz(model: Model, output: Path, dtype: str) -> None:
-    tower = model.description.towers.get("image")
-    if tower is None or tower.encoder != "vit":
-        raise ValueError("format npz holds a ViT image tower, and this model has none")
+    vits = [name for name, tower in model.description.towers.items() if tower.encoder == "vit"]
+    if len(vits) != 1:
+        raise ValueError(f"format npz holds one ViT image tower, and this model has {len(vits)}")
+    tower = model.description.towers[vits[0]]
     if output.suffix != ".npz":
         raise ValueError(f"format npz writes one file: --output={output} must end in .npz")
     output.parent.mkdir(parents=True, exist_ok=True)
     config = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
-    write_augreg_npz(output, config, below(model.leaves, "image"), dtype=dtype)
+    write_augreg_npz(output, config, below(model.leaves, vits[0]), dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,8 +123,8 @@ def check(config: ExperimentConfig) -> None:
     except ValueError as error:
         raise ConfigError(f"config.loss: {error}") from error
     # A tokenizer may lie on a hub or a cluster; in place of its words, the package's few.
-    text = dataclasses.replace(config.data.text, tokenizer="")
-    check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, text=text)))
+    inputs = {name: modality.without_files() for name, modality in config.data.inputs.items()}
+    check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, inputs=inputs)))
 
 
 def on_chip(config: ExperimentConfig, chip: Chip) -> ExperimentConfig:

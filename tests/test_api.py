@@ -9,8 +9,8 @@ from PIL import Image
 
 import cwcl_jax
 from cwcl_jax.api import Model
-from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities import FeatureInputs, ImageInputs, SpeechInputs, TextInputs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch
 from cwcl_jax.pretrained.folder import ModelDescription, save_folder
@@ -31,14 +31,22 @@ SPEECH = TowerConfig(
 )
 
 
+INPUTS = {
+    "image": ImageInputs(size=16),
+    "text": TextInputs(max_tokens=12),
+    "speech": SpeechInputs(max_seconds=0.5),
+}
+
+
 def model(**towers):
     towers = towers or {"image": IMAGE, "text": TEXT}
     description = ModelDescription(
         towers,
         embed_dim=8,
-        image=ImageInputs(size=16),
-        text=TextInputs(max_tokens=12),
-        speech=SpeechInputs(max_seconds=0.5),
+        inputs={
+            name: FeatureInputs(shape=(6,)) if tower.encoder == "precomputed" else INPUTS[name]
+            for name, tower in towers.items()
+        },
     )
     definition, shapes = description.abstract()
     leaves = filled(shapes) | {"logit_scale": jax.numpy.log(10.0)}
@@ -91,8 +99,13 @@ def test_inputs_that_a_tower_cannot_read_are_errors_in_words(tmp_path):
 def test_a_precomputed_tower_takes_arrays_only():
     vectors = TowerConfig("precomputed", overrides={"width": 6})
     two = model(image=vectors, text=TEXT)
-    assert two.encode("image", {"embeds": np.ones((3, 6), np.float32)}).shape == (3, 8)
-    with pytest.raises(ValueError, match=r'precomputed.*model\.encode\("image", \{"embeds": array'):
+    vectors = np.ones((3, 6), np.float32)
+    assert two.encode("image", {"features": vectors}).shape == (3, 8)
+    np.testing.assert_array_equal(
+        two.encode_items("image", list(vectors)), two.encode("image", {"features": vectors})
+    )
+    assert two.encode_items("image", vectors[0]).shape == (1, 8)
+    with pytest.raises(ValueError, match="the model has no image tower"):
         two.encode_image(pictures())
 
 

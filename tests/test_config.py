@@ -94,5 +94,5 @@ def test_config_argument_options():
 
 
 def test_modalities_are_u_then_v():
-    assert toy_config().modalities == ("image", "text")
-    assert toy_config(**{"loss.weights_from": "text"}).modalities == ("text", "image")
+    assert toy_config().tower_names == ("image", "text")
+    assert toy_config(**{"loss.weights_from": "text"}).tower_names == ("text", "image")

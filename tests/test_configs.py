@@ -104,12 +104,19 @@ def shrunk(config: ExperimentConfig) -> ExperimentConfig:
         small = dataclasses.replace(tower, preset="", weights="", overrides=overrides)
         towers[modality], widths[modality] = small, overrides["width"]
     bare = [modality for modality, tower in towers.items() if tower.head == "none"]
-    data = dataclasses.replace(
-        config.data,
-        image=dataclasses.replace(config.data.image, size=32),
-        text=dataclasses.replace(config.data.text, max_tokens=16),
-        speech=dataclasses.replace(config.data.speech, max_seconds=1.0, buckets=()),
-    )
+    small = {
+        "image": {"size": 32},
+        "text": {"max_tokens": 16},
+        "speech": {"max_seconds": 1.0, "buckets": ()},
+        "features": {"shape": ()},
+    }
+    inputs = {
+        name: dataclasses.replace(modality, **small.get(modality.name, {})).fitted(
+            {"width": widths.get(name)}
+        )
+        for name, modality in config.data.inputs.items()
+    }
+    data = dataclasses.replace(config.data, inputs=inputs)
     return dataclasses.replace(
         config,
         towers=towers,
@@ -141,7 +148,7 @@ def made_batch(blueprint) -> dict:
             return np.ones(leaf.shape, bool)
         if name == "length":
             return np.full(leaf.shape, 16_000, np.int32)
-        if name == "embeds":
+        if name == "features":
             return rng.normal(size=leaf.shape).astype(np.float32)
         return rng.integers(0, 60, leaf.shape).astype(leaf.dtype)
 
@@ -158,7 +165,7 @@ def test_features_of_your_own_give_the_widths(tmp_path):
     assert config.towers["profile"].overrides == {"width": 12}
     assert config.towers["compound"].overrides == {"width": 7}
     assert config.embed_dim == 12
-    assert config.modalities == ("profile", "compound")
+    assert config.tower_names == ("profile", "compound")
     assert len(open_source(config.data.train)) == 5
 
 
@@ -207,9 +214,9 @@ def test_batches_of_the_papers_speech_recipe_see_its_twenty_epochs():
 def test_made_features_are_repeatable_and_u_knows_the_classes():
     short, long = open_source("made:train?n=50"), open_source("made:train?n=400")
     for name in ("u", "v"):
-        np.testing.assert_array_equal(short[7]["embeds"][name], long[7]["embeds"][name])
+        np.testing.assert_array_equal(short[7]["features"][name], long[7]["features"][name])
     labels = np.asarray([long[i]["label"] for i in range(400)])
-    u = np.stack([long[i]["embeds"]["u"] for i in range(400)])
+    u = np.stack([long[i]["features"]["u"] for i in range(400)])
     u /= np.linalg.norm(u, axis=1, keepdims=True)
     cosines, same = u @ u.T, labels[:, None] == labels
     off = ~np.eye(400, dtype=bool)

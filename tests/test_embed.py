@@ -6,9 +6,9 @@ import pytest
 from cwcl_jax.cli import DONE, PREEMPTED
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.embeddings import EmbeddingStore
-from cwcl_jax.data.image import eval_pixels
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.embed import embed
+from cwcl_jax.modalities.image import eval_pixels
 from cwcl_jax.training import stopping
 from cwcl_jax.training.embedding import preprocessing, weights_name
 from cwcl_jax.training.encode import imported_encoder
@@ -40,7 +40,7 @@ def test_vectors_are_the_features_of_the_tower(folder):
     for index in (0, 39, 40, 99):
         name, vector = store[index]
         assert name == source[index]["id"]
-        pixels = eval_pixels(source[index]["image"], config.data.image)[None]
+        pixels = eval_pixels(source[index]["image"], config.data.inputs["image"])[None]
         expected = encoder.encode("image", {"pixels": pixels}, output="features")[0]
         np.testing.assert_allclose(vector, expected, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_what_only_training_does_to_inputs_makes_no_vectors_stale():
     varied = toy_config(**{"data.image.flip": True, "data.image.crop_min_area": 0.9})
     made = preprocessing(toy_config(), "image", "features")
     assert preprocessing(varied, "image", "features") == made
-    assert made["inputs"]["size"] == varied.data.image.size
+    assert made["inputs"]["size"] == varied.data.inputs["image"].size
 
 
 def test_embeddings_of_another_source_are_refused(folder, tmp_path):

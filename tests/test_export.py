@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cwcl_jax.api import Model, load_model
-from cwcl_jax.data.options import ImageInputs, TextInputs
 from cwcl_jax.export import export
+from cwcl_jax.modalities import ImageInputs, TextInputs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
 from cwcl_jax.pretrained.folder import save_folder
@@ -29,11 +29,10 @@ TEXT_TOWERS = {
 }
 
 
-def changed(two, **fields):
-    """The same leaves with another description."""
-    return Model(
-        two.description.abstract()[0], two.leaves, dataclasses.replace(two.description, **fields)
-    )
+def changed(two, **inputs):
+    """The same leaves with other inputs."""
+    new = dataclasses.replace(two.description, inputs={**two.description.inputs, **inputs})
+    return Model(two.description.abstract()[0], two.leaves, new)
 
 
 @pytest.mark.parametrize("name", [*TEXT_TOWERS, "without biases"])

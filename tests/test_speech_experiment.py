@@ -245,7 +245,7 @@ def test_another_run_finds_recordings_and_features(cache, default_run):
     del default_run
     made = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     assert any(path.suffix == ".array_record" for path in made)
-    training_source(toy(cache)).read(3, ("audio", "embeds"))
+    training_source(toy(cache)).read(3, ("audio", "features"))
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     changed = {path.name for path in kept if kept[path] != made.get(path)}
     assert not {name for name in changed if not name.endswith("lock")}
@@ -290,6 +290,6 @@ def test_kept_rows_equal_the_encoder_and_are_computed_once(tmp_path):
     again = KeptRows(encoder, sources)
     encoder.encode = counted
     np.testing.assert_allclose(again.encode("text", inputs), expected, atol=1e-6)
-    assert calls == [{"embeds"}]
+    assert calls == [{"features"}]
     again.encode("text", {**inputs, "tokens": tokens[::-1].copy() + 1})
     assert {"tokens", "mask"} in calls

@@ -28,7 +28,6 @@ from jaxtyping import Float, Int
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.order import GlobalOrder
-from cwcl_jax.data.sources import Embedded
 from cwcl_jax.evaluation.tables import Table
 from cwcl_jax.evaluation.tasks import run_tasks
 from cwcl_jax.losses.short_names import loss_fields
@@ -66,7 +65,7 @@ class Features:
 def read_features(config: ExperimentConfig) -> Features:
     """Features of both modalities of `config.data.train`, computed now where they are missing."""
     source = training_source(config)
-    stores = source.stores if isinstance(source, Embedded) else {}
+    stores = {tower: found[0] for tower, found in source.stores.items()}
     if set(stores) != set(config.towers):
         raise ConfigError(
             "heads are compared on features of locked encoders: use a config with both encoders "
@@ -78,7 +77,7 @@ def read_features(config: ExperimentConfig) -> Features:
         width = store.description.shape[0]
         arrays[modality] = np.stack([np.full(width, np.nan) if v is None else v for v in vectors])
     usable = np.all([np.isfinite(array).all(axis=1) for array in arrays.values()], axis=0)
-    u, v = (arrays[modality][usable].astype(np.float32) for modality in config.modalities)
+    u, v = (arrays[modality][usable].astype(np.float32) for modality in config.tower_names)
     return Features(u, v)
 
 
@@ -132,12 +131,12 @@ def nearest_rows(u: Float[np.ndarray, "n k"], wanted: int) -> Int[np.ndarray, "n
 
 def make_chunk(blueprint: Blueprint) -> Chunk:
     """`state, metrics = chunk(state, locked, u, v, rows)`: a scan over steps on given features."""
-    u_name, v_name = blueprint.config.modalities
+    u_name, v_name = blueprint.config.tower_names
     train_step = TrainStep(blueprint)
 
     def chunk(state: TrainState, locked: Leaves, u: Any, v: Any, rows: Any) -> Any:
         def step(state: TrainState, rows: Any) -> tuple[TrainState, Any]:
-            batch = {u_name: {"embeds": u[rows]}, v_name: {"embeds": v[rows]}}
+            batch = {u_name: {"features": u[rows]}, v_name: {"features": v[rows]}}
             return train_step.update(state, locked, batch)
 
         state, metrics = jax.lax.scan(step, state, rows)
@@ -170,7 +169,7 @@ class HeadRuns:
             state, metrics = chunk(state, locked, *self._arrays, jnp.asarray(rows))
         values = {f"train/{name}": float(value) for name, value in metrics.items()}
         self._functions = self._functions or EncodeFunctions(blueprint)
-        encoder = Encoder(self._functions, state.params, locked, config.total_steps)
+        encoder = Encoder(self._functions, state.model_leaves, locked, config.total_steps)
         self._kept = self._kept or KeptRows(encoder, sources)
         self._kept.encoder = encoder
         results = run_tasks(config.evaluation, encode=self._kept.encode, data=config.data)

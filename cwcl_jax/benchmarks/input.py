@@ -25,11 +25,12 @@ from PIL import Image
 from cwcl_jax.data import scenes
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
-from cwcl_jax.data.image import train_pixels
-from cwcl_jax.data.options import DataConfig, ImageInputs
+from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import reader_threads, train_batches
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.tar_index import build_index, load_index
+from cwcl_jax.modalities import ImageInputs
+from cwcl_jax.modalities.image import train_pixels
 
 _INPUTS = ImageInputs(size=224, crop_min_area=0.5, flip=True)
 
@@ -111,7 +112,8 @@ def _rate(batches: Iterator, size: int, seconds: float) -> Rate:
 
 def reading(line: str, threads: int) -> DataConfig:
     """Settings that read a source, pictures as all of these measurements take them."""
-    return DataConfig(train=line, image=_INPUTS, threads=threads)
+    inputs = usual_inputs() | {"image": _INPUTS}
+    return DataConfig(train=line, inputs=inputs, threads=threads)
 
 
 def rate_pipeline(
@@ -165,7 +167,7 @@ def time_to_first_batch(folder: Path, images: list[bytes], shards: int = 1000) -
     for number in range(shards):
         os.link(folder / "first.tar", many / f"{number:05d}.tar")
         load_index(str(many / f"{number:05d}.tar"))
-    config = DataConfig(train=f"tars:{many}/{{00000..{shards - 1:05d}}}.tar", image=_INPUTS)
+    config = reading(f"tars:{many}/{{00000..{shards - 1:05d}}}.tar", threads=0)
     begin = time.perf_counter()
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=256)
     next(batches)

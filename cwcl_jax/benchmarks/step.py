@@ -57,7 +57,8 @@ def made_batch(config: Any, rows: int) -> dict[str, Any]:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    size, length = config.data.image.size, config.data.text.max_tokens
+    inputs = config.data.inputs
+    size, length = inputs["image"].size, inputs["text"].max_tokens
     return {
         "image": {"pixels": rng.integers(0, 256, (rows, size, size, 3), np.uint8)},
         "text": {

@@ -64,8 +64,3 @@ class BucketedOrder:
         if self._order.shuffle:
             places = permute(places, count, self._order.seed, 54, epoch, window)
         return by_length.reshape(count, self._size)[places]
-
-
-def batch_lengths(buckets: Sequence[float], max_seconds: float) -> tuple[float, ...]:
-    """The seconds that a batch may have: the buckets below `max_seconds`, and that."""
-    return (*sorted(b for b in set(buckets) if b < max_seconds), max_seconds)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.processing import Batch, Processor, collect, join, shorten
+from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
@@ -35,7 +35,7 @@ class EvalBatches:
         self,
         source: Source,
         config: DataConfig,
-        modalities: Sequence[str],
+        towers: Sequence[str],
         *,
         batch_size: int,
         process_index: int = 0,
@@ -46,7 +46,7 @@ class EvalBatches:
                 f"batch_size={batch_size} cannot be dealt to {process_count} hosts; use a multiple."
             )
         self.source = source
-        self._processor = Processor(config, modalities, getattr(source, "embedded", ()))
+        self._processor = Processor(config, towers, source.embedded)
         self._fields = self._processor.fields()
         self._told = threading.Event()
         self._size = batch_size
@@ -84,7 +84,7 @@ class EvalBatches:
         """Example numbers, inputs (None where unusable) and examples of some rows of a batch."""
         indices = step * self._size + self._first_row + rows
         loaded = [self._load_one(int(index), counter) for index in indices]
-        self._processor.tokenize([inputs for _, inputs, _ in loaded if inputs is not None])
+        self._processor.finish([inputs for _, inputs, _ in loaded if inputs is not None])
         return loaded
 
     def _load_one(self, index: int, counter: SkipCounter) -> tuple[int, Any, Any]:
@@ -123,9 +123,6 @@ class EvalBatches:
         if some is None:
             some = self._any_usable()
         batch: Batch = join([collect([inputs or some for _, inputs, _ in rows])])
-        # Hosts that share a batch must agree on its shape, which each would find from its own rows.
-        if self._size == self._local and "waveform" in batch.get("speech", ()):
-            batch["speech"] = shorten(batch["speech"], self._config.speech)
         batch["captions"] = [_captions(example.get("text")) for _, _, example in rows]
         batch["index"] = np.array([index for index, _, _ in rows], np.int64)
         batch["valid"] = np.array([inputs is not None for _, inputs, _ in rows])
@@ -143,7 +140,7 @@ class EvalBatches:
         for index in range(len(self.source)):
             inputs = self._load_one(index, counter)[1]
             if inputs is not None:
-                self._processor.tokenize([inputs])
+                self._processor.finish([inputs])
                 return inputs
         raise ValueError(f"No example of the source is usable: {dict(self.skipped)}.")
 
@@ -157,7 +154,7 @@ def _captions(value: str | Sequence[str] | None) -> list[str]:
 def eval_batches(
     source: Source | str,
     config: DataConfig,
-    modalities: Sequence[str],
+    towers: Sequence[str],
     *,
     batch_size: int,
     process_index: int = 0,
@@ -168,7 +165,7 @@ def eval_batches(
     return EvalBatches(
         opened,
         config,
-        modalities,
+        towers,
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,

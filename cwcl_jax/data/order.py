@@ -128,13 +128,3 @@ class GlobalOrder:
             key = (self.seed, epoch, 2 + part, int(number))
             result[chosen] = permute(ranks[chosen], length, *key)
         return result
-
-
-def order_of_source(
-    source: object, length: int, *, per_epoch: int, seed: int, shuffle: bool
-) -> GlobalOrder:
-    """The order of a source; a mixture (with `parts` and `weights`) keeps its shares."""
-    parts = getattr(source, "parts", None)
-    lengths = (length,) if parts is None else tuple(len(part) for part in parts)
-    weights = getattr(source, "weights", None) or lengths
-    return GlobalOrder(lengths, tuple(map(float, weights)), per_epoch or length, seed, shuffle)

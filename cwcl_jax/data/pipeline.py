@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.data.buckets import BucketedOrder, batch_lengths
+from cwcl_jax.data.buckets import BucketedOrder
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
-from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.order import order_of_source
+from cwcl_jax.data.options import DataConfig, features_name
+from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
@@ -37,7 +37,7 @@ class TrainBatches:
     def __init__(
         self,
         config: DataConfig,
-        modalities: Sequence[str],
+        towers: Sequence[str],
         *,
         seed: int,
         global_batch_size: int,
@@ -52,7 +52,7 @@ class TrainBatches:
             )
         self.source = source or open_source(config.train, cache_dir=config.cache_dir)
         length = len(self.source)
-        self._processor = Processor(config, modalities, getattr(self.source, "embedded", ()))
+        self._processor = Processor(config, towers, self.source.embedded)
         self._seed = seed
         self._global_size = global_batch_size
         self._local_size = global_batch_size // process_count
@@ -79,22 +79,24 @@ class TrainBatches:
         self.wait_seconds = 0.0
 
     def _make_buckets(self, config: DataConfig) -> BucketedOrder | None:
-        options = config.speech
-        if not options.buckets or "speech" not in self._processor.raw:
+        tower = self._processor.with_lengths
+        if not tower:
             return None
-        durations = getattr(self.source, "durations", None)
+        modality = self._processor.inputs[tower]
+        durations = self.source.durations
         if durations is None:
             raise ValueError(
-                f"data.speech.buckets={options.buckets} needs to know how long the recordings of "
-                f"{config.train!r} are, and this source does not; set data.speech.buckets=(), give "
-                "a manifest a column duration (seconds), or read spoken sentences with keep=auto."
+                f"data.{tower}.buckets={modality.lengths[:-1]} needs to know how long the examples "
+                f"of {config.train!r} are, and this source does not; set data.{tower}.buckets=(), "
+                "give a manifest a column duration (seconds), or read spoken sentences with "
+                "keep=auto."
             )
         return BucketedOrder(
             self._order,
             durations,
-            lengths=batch_lengths(options.buckets, options.max_seconds),
+            lengths=modality.lengths,
             batch_size=self._global_size,
-            window=options.bucket_window,
+            window=modality.window,
             steps=self.steps_per_epoch,
         )
 
@@ -106,7 +108,7 @@ class TrainBatches:
                 f"{config.examples_per_epoch}, {length} in {config.train!r}) is smaller than "
                 f"global_batch_size={self._global_size}; lower the batch or bring more data."
             )
-        mixed = getattr(self.source, "weights", None) is not None
+        mixed = self.source.weights is not None
         if config.examples_per_epoch > length and not mixed:
             raise ValueError(
                 f"data.examples_per_epoch={config.examples_per_epoch} exceeds the {length} "
@@ -130,34 +132,38 @@ class TrainBatches:
         """Some rows of a batch for `join`: inputs, and example numbers as "index"."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         positions = step_in_epoch * self._global_size + self._first_row + rows
-        seconds = None
+        length = None
         if self._buckets is None:
             indices = self._order.indices(epoch, positions)
         else:
-            indices, seconds = self._buckets.batch(epoch, step_in_epoch)
+            indices, length = self._buckets.batch(epoch, step_in_epoch)
             indices = indices[self._first_row + rows]
         vectors = self._load_vectors(indices)
         if vectors is not None:
             self._counter.add_read(len(indices))
             return vectors | {"index": indices.astype(np.int64)}
         loaded = [
-            self._load_one(epoch, int(position), int(index), seconds)
+            self._load_one(epoch, int(position), int(index), length)
             for position, index in zip(positions, indices, strict=True)
         ]
         self._counter.add_read(len(loaded))
-        self._processor.tokenize([inputs for _, inputs in loaded])
+        self._processor.finish([inputs for _, inputs in loaded])
         return collect([inputs | {"index": np.int64(index)} for index, inputs in loaded])
 
     def _load_vectors(self, indices: np.ndarray) -> Batch | None:
         """The rows as arrays, where the source has nothing but vectors and all are usable."""
-        read = getattr(self.source, "vectors", None)
-        if read is None or self._processor.raw or self._config.labels:
+        if self._processor.raw or self._config.labels:
             return None
-        found = read(indices)
-        return found and {m: {"embeds": found[m]} for m in self._processor.modalities}
+        found = self.source.vectors(indices)
+        if found is None:
+            return None
+        return {
+            tower: {"features": found[features_name(tower, modality)]}
+            for tower, modality in self._processor.inputs.items()
+        }
 
     def _load_one(
-        self, epoch: int, position: int, index: int, seconds: float | None = None
+        self, epoch: int, position: int, index: int, length: float | None = None
     ) -> tuple[int, dict[str, Any]]:
         """The example of a position, or the first usable one of its replacements."""
         fields = self._processor.fields()
@@ -168,7 +174,7 @@ class TrainBatches:
                 name = f"{name} ({example['id']})"
                 # Keyed by the position, not by the host or thread that happens to read it.
                 key = (self._seed, 21, epoch, position)
-                return index, self._processor.train_example(example, *key, seconds=seconds)
+                return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
                 self._counter.add_skipped(name, error)
             index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
@@ -202,7 +208,7 @@ class TrainBatches:
             "shuffle": self._config.shuffle,
             "seed": self._seed,
             "global_batch_size": self._global_size,
-            "modalities": list(self._processor.modalities),
+            "towers": list(self._processor.towers),
             **self._processor.fingerprint(),
         }
 
@@ -214,7 +220,7 @@ class TrainBatches:
 
 def train_batches(
     config: DataConfig,
-    modalities: Sequence[str],
+    towers: Sequence[str],
     *,
     seed: int,
     global_batch_size: int,
@@ -225,10 +231,19 @@ def train_batches(
     """The endless iterator of this host's batches of `source`, by default of `config.train`."""
     return TrainBatches(
         config,
-        modalities,
+        towers,
         seed=seed,
         global_batch_size=global_batch_size,
         process_index=process_index,
         process_count=process_count,
         source=source,
     )
+
+
+def order_of_source(
+    source: Source, length: int, *, per_epoch: int, seed: int, shuffle: bool
+) -> GlobalOrder:
+    """The order of a source; a mixture (with `parts` and `weights`) keeps its shares."""
+    lengths = tuple(len(part) for part in source.parts) or (length,)
+    weights = source.weights or lengths
+    return GlobalOrder(lengths, tuple(map(float, weights)), per_epoch or length, seed, shuffle)

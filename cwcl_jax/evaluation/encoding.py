@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image
 
-from cwcl_jax.data.image import decode_rgb, open_image
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Source
-from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.data.sources.base import Source, SourceAround
+from cwcl_jax.modalities import Modality
 
 Encode = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
 
@@ -33,10 +30,10 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-class View:
+class View(SourceAround):
     """Some examples of a source, in a given order; `crop_border` pixels are cut off pictures.
 
-    Pictures to be cut may have `max_pixels`, as `data.image.max_pixels` has it for all others.
+    `inputs` are the modalities of the towers, one of which knows how to cut.
     """
 
     def __init__(
@@ -44,22 +41,21 @@ class View:
         source: Source,
         indices: Int[np.ndarray, "n"],
         *,
-        max_pixels: int,
+        inputs: Mapping[str, Modality],
         crop_border: int = 0,
     ):
-        self.source = source
+        super().__init__(source)
         self.indices = indices
-        self.max_pixels = max_pixels
         self.crop_border = crop_border
-        self.class_names = source.class_names
-        # Modalities whose embeddings the source brings, in place of raw inputs.
-        self.embedded: Sequence[str] = getattr(source, "embedded", ())
+        self._inputs = inputs
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        whole = self.source.durations
+        return None if whole is None else whole[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._cropped(self.source[int(self.indices[index])])
 
     def read(self, index: int, fields: Collection[str]) -> dict[str, Any]:
         return self._cropped(self.source.read(int(self.indices[index]), fields))
@@ -69,40 +65,35 @@ class View:
         return f"{self.source.fingerprint()}-{chosen}-{self.crop_border}"
 
     def _cropped(self, example: dict[str, Any]) -> dict[str, Any]:
-        if self.crop_border and "image" in example:
-            cut = crop_border(example["image"], self.crop_border, max_pixels=self.max_pixels)
-            example = {**example, "image": cut}
-        return example
-
-
-def crop_border(image: bytes | Image.Image, border: int, *, max_pixels: int) -> Image.Image:
-    """`image` (encoded or opened) without `border` pixels on every side.
-
-    Raises:
-      BadExample: it cannot be read, has more than `max_pixels`, or nothing of it would be left.
-    """
-    opened = open_image(image, max_pixels)
-    width, height = opened.size
-    if min(width, height) <= 2 * border:
-        raise BadExample("image too small", f"{width}x{height}, crop_border={border} leaves none")
-    decode_rgb(opened)  # in place: what cannot be decoded is refused here, and not by crop
-    return opened.crop((border, border, width - border, height - border))
+        if not self.crop_border:
+            return example
+        return example | {
+            inputs.field: inputs.without_border(example[inputs.field], self.crop_border)
+            for inputs in self._inputs.values()
+            if inputs.has_border and inputs.field in example
+        }
 
 
 def encode_sentences(
-    sentences: Sequence[str], *, encode: Encode, data: DataConfig, batch_size: int, clock: Clock
+    sentences: Sequence[str],
+    *,
+    encode: Encode,
+    data: DataConfig,
+    batch_size: int,
+    clock: Clock,
+    tower: str = "text",
 ) -> Float[np.ndarray, "n d"]:
-    """Embeddings of `sentences`; equal sentences are encoded once."""
+    """Embeds of `sentences` by the tower that reads them; equal sentences are encoded once."""
     if not sentences:
         raise ValueError("no sentences to encode: the prompts or captions are empty.")
     place = {sentence: at for at, sentence in enumerate(dict.fromkeys(sentences))}
-    distinct, tokenizer = list(place), load_tokenizer(data.text)
+    distinct, reader = list(place), data.inputs_of(tower)
     parts = []
     for start in range(0, len(distinct), batch_size):
         chosen = distinct[start : start + batch_size]
-        inputs = tokenizer(chosen + chosen[-1:] * (batch_size - len(chosen)))
+        inputs = reader.batch(chosen + chosen[-1:] * (batch_size - len(chosen)))
         begin = time.perf_counter()
-        parts.append(np.asarray(encode("text", inputs), np.float32)[: len(chosen)])
+        parts.append(np.asarray(encode(tower, inputs), np.float32)[: len(chosen)])
         clock.add("encode", begin)
     embeds = np.concatenate(parts)
     return embeds[[place[sentence] for sentence in sentences]]

@@ -19,9 +19,7 @@ from cwcl_jax.evaluation.encoding import (
     encode_sentences,
 )
 from cwcl_jax.evaluation.options import TaskConfig
-
-# One analysis window of the log-mel features; a shorter recording holds no frame of its own.
-_FRAME_SECONDS = 0.025
+from cwcl_jax.modalities.features import only_features
 
 
 @dataclass
@@ -51,7 +49,7 @@ class Runner:
         return self._view(view.source, view.indices[chosen], view.crop_border)
 
     def _view(self, source: Source, indices: Int[np.ndarray, "n"], crop_border: int) -> View:
-        return View(source, indices, max_pixels=self.data.image.max_pixels, crop_border=crop_border)
+        return View(source, indices, inputs=self.data.inputs, crop_border=crop_border)
 
     def labels(self, view: View) -> Int[np.ndarray, "n"]:
         """The labels of all examples, without reading anything else of them."""
@@ -83,7 +81,7 @@ class Runner:
 
     def _embed_items(self, view: View, modality: str, features: str) -> Items:
         batches = eval_batches(view, self.data, (modality,), batch_size=self.batch_size)
-        watched = self._count_short(batches, modality)
+        watched = self._with_remarks(batches, modality)
         items = encode_items(watched, modality, encode=self._encoder(features), clock=self.clock)
         if len(items) < len(view):
             kinds = ", ".join(f"{kind}: {count}" for kind, count in batches.skipped.items())
@@ -122,18 +120,17 @@ class Runner:
             )
         return self.features
 
-    def _count_short(
-        self, batches: Iterable[Mapping[str, Any]], modality: str
+    def _with_remarks(
+        self, batches: Iterable[Mapping[str, Any]], tower: str
     ) -> Iterator[Mapping[str, Any]]:
-        """The batches as they are; warns of recordings shorter than one frame."""
-        frame = round(_FRAME_SECONDS * self.data.speech.sample_rate)
-        short = 0
+        """The batches as they are; warns of what the modality remarks about their items."""
+        counts: dict[str, int] = {}
         for batch in batches:
-            if "waveform" in batch[modality]:
-                short += int(np.sum((batch[modality]["length"] < frame) & batch["valid"]))
+            if not only_features(batch[tower]):
+                remarks = self.data.inputs_of(tower).remarks(batch[tower])
+                for remark, rows in remarks.items():
+                    counts[remark] = counts.get(remark, 0) + int(np.sum(rows & batch["valid"]))
             yield batch
-        if short:
-            self.warn(
-                f"{short} recording(s) are shorter than one frame ({frame} samples); they are "
-                "classified as they are, padded with silence."
-            )
+        for remark, count in counts.items():
+            if count:
+                self.warn(f"{count} {tower} item(s) are {remark}; they take part as they are.")

@@ -1,4 +1,4 @@
-"""One recording or one picture against class names that a person types."""
+"""One recording, picture or other item against class names that a person types."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,19 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cwcl_jax.data.audio import waveform
-from cwcl_jax.data.image import eval_pixels
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.evaluation import prompts
 from cwcl_jax.evaluation.encoding import Clock, Encode, encode_sentences
 from cwcl_jax.evaluation.tables import Table
 from cwcl_jax.evaluation.zero_shot import class_embeds, normalise
-
-_FRAME_SECONDS = 0.025
-# Peak of a recording (of 32767) below which nothing can be heard.
-_SILENCE = 8
-_FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
 
 
 @dataclass(frozen=True)
@@ -43,30 +36,34 @@ class Ranked:
 
 def rank_classes(
     path: Path,
-    modality: str,
+    tower: str,
     class_names: Sequence[str],
     *,
     encode: Encode,
     data: DataConfig,
     templates: str = "name",
 ) -> Ranked:
-    """Ranks `class_names` for the recording or picture in `path`.
+    """Ranks `class_names` for the item in `path`, which `tower` reads.
 
     Raises:
-      ValueError: no classes, an unreadable or empty file, a recording shorter than one frame.
+      ValueError: no classes, or an unreadable or empty file.
     """
     names = list(dict.fromkeys(name.strip() for name in class_names if name.strip()))
     if not names:
         raise ValueError("no class names; give some, separated by commas.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
+    reader = data.inputs_of(tower)
     try:
-        inputs, warnings = _read(path, modality, data)
+        inputs = reader.batch([path])
     except BadExample as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
+    warnings = [
+        f"the item is {remark}." for remark, rows in reader.remarks(inputs).items() if rows.any()
+    ]
     if len(names) < len(class_names):
         warnings.append("empty or repeated class names were left out.")
-    embed = normalise(np.asarray(encode(modality, inputs), np.float32))[:1]
+    embed = normalise(np.asarray(encode(tower, inputs), np.float32))[:1]
     # The same words as in tasks, so that a class scores the same here and there.
     chosen = prompts.load_templates(templates)
     filled = [prompts.fill(chosen, [prompts.readable(name)]) for name in names]
@@ -84,24 +81,3 @@ def rank_classes(
         tuple(float(similar[i]) for i in order),
         tuple(warnings),
     )
-
-
-def _read(path: Path, modality: str, data: DataConfig) -> tuple[dict[str, np.ndarray], list[str]]:
-    if modality == "image":
-        return {"pixels": eval_pixels(path.read_bytes(), data.image)[None]}, []
-    inputs = waveform(path.read_bytes(), data.speech)
-    length, rate = int(inputs["length"]), data.speech.sample_rate
-    if length < _FRAME_SECONDS * rate:
-        raise BadExample(
-            "audio too short", f"{length} samples at {rate} Hz are less than one frame of 25 ms"
-        )
-    warnings = []
-    samples = inputs["waveform"][:length].astype(np.int32)
-    if np.abs(samples).max() < _SILENCE:
-        warnings.append("the recording is silent; the ranking means nothing.")
-    clipped = float(np.mean(np.abs(samples) >= _FULL_SCALE))
-    if clipped > _CLIPPED_SHARE:
-        warnings.append(f"the recording is clipped: {clipped:.0%} of it is at full scale.")
-    if length >= round(data.speech.max_seconds * rate):
-        warnings.append(f"only the first {data.speech.max_seconds:g} s were used.")
-    return {name: np.asarray(value)[None] for name, value in inputs.items()}, warnings

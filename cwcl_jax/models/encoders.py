@@ -1,4 +1,7 @@
-"""The table of encoders: what each name stands for, its presets, and its settings from a preset."""
+"""The table of encoders: what each name stands for, its presets, and its settings from a preset.
+
+An encoder of one's own is named as "module:Class"; see `models.own_encoder`.
+"""
 
 import dataclasses
 import difflib
@@ -9,7 +12,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cwcl_jax.models import bart, bert, conv_speech, precomputed, text, vit, whisper
+from cwcl_jax.extension import is_reference
+from cwcl_jax.models import bart, bert, conv_speech, own_encoder, precomputed, text, vit, whisper
 from cwcl_jax.models.transformer import Execution
 
 
@@ -34,7 +38,7 @@ class EncoderFamily:
     build: Callable[..., Any]
     presets: Mapping[str, Any]
     modality: str
-    """What it reads: "image", "text", "speech", or "any" for embeddings from a file."""
+    """What it reads: the name of a modality."""
 
 
 ENCODERS: dict[str, EncoderFamily] = {
@@ -49,12 +53,20 @@ ENCODERS: dict[str, EncoderFamily] = {
     "conv_speech": EncoderFamily(
         conv_speech.ConvSpeechConfig, conv_speech.ConvSpeech, conv_speech.PRESETS, "speech"
     ),
-    "precomputed": EncoderFamily(precomputed.PrecomputedConfig, precomputed.Precomputed, {}, "any"),
+    "precomputed": EncoderFamily(
+        precomputed.PrecomputedConfig, precomputed.Precomputed, {}, "features"
+    ),
 }
 
 
 def encoder_config(encoder: str, preset: str, overrides: Mapping[str, Any], pooling: str) -> Any:
-    """The encoder's own settings: its preset (or defaults), then the overrides by name."""
+    """The encoder's own settings: its preset (or defaults), then the overrides by name.
+
+    Raises:
+      ValueError: there is no such encoder, preset or setting.
+    """
+    if is_reference(encoder):
+        return own_encoder.settings_of(encoder, preset, overrides, pooling)
     family = encoder_family(encoder)
     values: dict[str, Any] = {}
     if preset:
@@ -74,6 +86,20 @@ def encoder_config(encoder: str, preset: str, overrides: Mapping[str, Any], pool
     return family.config_class(**values)
 
 
+def modality_of(encoder: str) -> str:
+    """The name of the modality that an encoder reads.
+
+    Raises:
+      ValueError: it is not known, as for an encoder of the user's.
+    """
+    if is_reference(encoder):
+        raise ValueError(
+            f"encoder={encoder!r} does not say what it reads: name a built-in modality (such as "
+            "'image'), or 'module:Name' of your own"
+        )
+    return encoder_family(encoder).modality
+
+
 def encoder_family(encoder: str) -> EncoderFamily:
     """The table's row, or an error that names the nearest."""
     if encoder not in ENCODERS:
@@ -81,8 +107,16 @@ def encoder_family(encoder: str) -> EncoderFamily:
     return ENCODERS[encoder]
 
 
-def build_encoder(encoder: str, config: Any, execution: Execution, *, rngs: nnx.Rngs) -> Any:
-    """The module of an encoder."""
+def build_encoder(
+    encoder: str, config: Any, execution: Execution, arrays: Mapping[str, Any], *, rngs: nnx.Rngs
+) -> Any:
+    """The module of an encoder.
+
+    Args:
+      arrays: shape and dtype of one example's inputs by name.
+    """
+    if is_reference(encoder):
+        return own_encoder.OwnEncoder(encoder, config, execution, arrays, rngs=rngs)
     return encoder_family(encoder).build(config, execution, rngs=rngs)
 
 

@@ -1,4 +1,4 @@
-"""An encoder without parameters: its features come from a file, for example `embed.py`'s output."""
+"""An encoder without parameters: its features come from a file."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ class PrecomputedConfig:
     def __post_init__(self) -> None:
         if self.width <= 0:
             raise ValueError(
-                "a 'precomputed' tower needs the width of its embeddings: overrides width=..."
+                "a 'precomputed' tower needs the width of its features: overrides width=..."
             )
 
 
 class Precomputed(nnx.Module):
-    """Encoder of {"embeds": float (b, f)}."""
+    """Encoder of {"features": float (b, f)}."""
 
     def __init__(self, config: PrecomputedConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         del rngs
@@ -41,10 +41,10 @@ class Precomputed(nnx.Module):
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> Float[Array, "b f"]:
         del key
-        embeds = inputs["embeds"]
-        if embeds.shape[-1] != self.config.width:
+        features = inputs["features"]
+        if features.shape[-1] != self.config.width:
             raise ValueError(
-                f"precomputed embeddings have width {embeds.shape[-1]}, the tower expects "
-                f"{self.config.width}: set the tower's overrides width={embeds.shape[-1]}"
+                f"precomputed features have width {features.shape[-1]}, the tower expects "
+                f"{self.config.width}: set the tower's overrides width={features.shape[-1]}"
             )
-        return embeds.astype(self.execution.dtype)
+        return features.astype(self.execution.dtype)

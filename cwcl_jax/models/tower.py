@@ -1,4 +1,4 @@
-"""A tower: the encoder and the head of one modality. Its embeds are always L2-normalised."""
+"""A tower: an encoder and a head over one kind of input. Its embeds are always L2-normalised."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,7 +19,8 @@ class TowerConfig:
     """One tower, as an experiment describes it."""
 
     encoder: str
-    """"vit", "bert", "roberta", "bart", "whisper", "text", "conv_speech" or "precomputed"."""
+    """"vit", "bert", "roberta", "bart", "whisper", "text", "conv_speech", "precomputed", or
+    "module:Class" of your own."""
     preset: str = ""
     """A size by name, for example "ViT-L/16", "tiny", "whisper-small", "MiniLM-L6"."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -39,12 +40,29 @@ class TowerConfig:
     """What a block keeps for the backward pass: "none", "dots", "dots_no_batch" or "full";
     "auto" is "dots" on a GPU, else "none". See `models.transformer.Execution`."""
     attention: str = "auto"
+    modality: str = ""
+    """What it reads: "image", "text", "speech", "features", or "module:Name" of your own; "" is
+    what the encoder reads."""
 
 
 class Tower(nnx.Module):
-    """Encoder, pooling and head of one modality."""
+    """Encoder, pooling and head over one kind of input."""
 
-    def __init__(self, config: TowerConfig, *, embed_dim: int, dtype: str, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: TowerConfig,
+        arrays: Mapping[str, Any],
+        *,
+        embed_dim: int,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Builds a tower.
+
+        Args:
+          config: the tower's settings.
+          arrays: name -> (shape, dtype) of one example's inputs, as the tower's modality says.
+        """
         settings = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
         execution = Execution(
             dtype=jnp.dtype(config.dtype or dtype),
@@ -52,8 +70,8 @@ class Tower(nnx.Module):
             remat=config.remat,
             attention=config.attention,
         )
-        self.encoder_name = config.encoder
-        self.encoder = build_encoder(config.encoder, settings, execution, rngs=rngs)
+        self.reads_features = "features" in arrays
+        self.encoder = build_encoder(config.encoder, settings, execution, arrays, rngs=rngs)
         width = self.encoder.feature_width
         self.head = nnx.data(make_head(config.head, width, embed_dim, execution, rngs=rngs))
 
@@ -67,10 +85,11 @@ class Tower(nnx.Module):
     ) -> Float[Array, "b f"]:
         """Pooled encoder output. Dropout is active only with `rngs`, whose stream is `dropout`.
 
-        Inputs {"embeds": (b, f)} are features that this encoder gave before: they stand for it.
+        Inputs {"features": (b, f)} are what this encoder gave before and stand for it, unless
+        features are what the encoder reads.
         """
-        if "embeds" in inputs and self.encoder_name != "precomputed":
-            return inputs["embeds"]
+        if "features" in inputs and not self.reads_features:
+            return inputs["features"]
         key = None if rngs is None else rngs.dropout()
         return self.encoder(inputs, key)
 

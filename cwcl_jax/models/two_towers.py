@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +11,7 @@ from cwcl_jax.models.tower import Tower, TowerConfig
 
 
 class TwoTowers(nnx.Module):
-    """The towers by modality, the stored log of the inverse temperature, and an optional bias."""
+    """The towers by name, the stored log of the inverse temperature, and an optional bias."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class TwoTowers(nnx.Module):
 
 def build_two_towers(
     towers: Mapping[str, TowerConfig],
+    arrays: Mapping[str, Mapping[str, Any]],
     *,
     embed_dim: int,
     inverse_temperature: float,
@@ -35,15 +37,20 @@ def build_two_towers(
     dtype: str,
     rngs: nnx.Rngs,
 ) -> TwoTowers:
-    """Build both towers. Under `nnx.eval_shape` nothing is allocated."""
+    """Builds the towers. Under `nnx.eval_shape` nothing is allocated.
+
+    Args:
+      towers: settings by the tower's name.
+      arrays: by tower, name -> (shape, dtype) of one example's inputs.
+    """
     if len(towers) != 2:
         raise ValueError(f"a model has two towers, got {len(towers)}: {', '.join(towers)}")
     if inverse_temperature <= 0:
         raise ValueError(f"inverse_temperature must be positive, got {inverse_temperature}")
     built = {}
-    for modality, config in towers.items():
+    for name, config in towers.items():
         try:
-            built[modality] = Tower(config, embed_dim=embed_dim, dtype=dtype, rngs=rngs)
+            built[name] = Tower(config, arrays[name], embed_dim=embed_dim, dtype=dtype, rngs=rngs)
         except ValueError as error:
-            raise ValueError(f"tower {modality!r}: {error}") from error
+            raise ValueError(f"tower {name!r}: {error}") from error
     return TwoTowers(built, inverse_temperature=inverse_temperature, logit_bias=logit_bias)

@@ -188,10 +188,10 @@ class Planner:
             embedded=tuple(embedded),
             state=state,
             batch=abstract_batch(blueprint, embedded),
-            needs={m: self._needs_of(blueprint, m, embedded) for m in config.modalities},
+            needs={m: self._needs_of(blueprint, m, embedded) for m in config.tower_names},
             fused={
                 m: attention_is_fused(blueprint, m, chip_has_it=self.chip.is_gpu)
-                for m in config.modalities
+                for m in config.tower_names
             },
             work=work,
             loss_work=_loss_work(blueprint),
@@ -246,7 +246,7 @@ def _loss_work(blueprint: Blueprint) -> Work:
     config = blueprint.config
     loss = make_loss(config.loss, mesh=blueprint.mesh, axes=sharding.BATCH_AXES)
     split = sharding.batch_sharding(blueprint.mesh)
-    u, v = config.modalities
+    u, v = config.tower_names
     widths = (config.embed_dim, config.embed_dim, feature_width(blueprint, u))
     arrays = [
         jax.ShapeDtypeStruct((config.global_batch_size, width), jnp.float32, sharding=split)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cwcl_jax.data.options import reads_features
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint
 
@@ -24,7 +25,7 @@ def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> Abst
     config = blueprint.config
     batch: AbstractBatch = {
         modality: inputs_of(blueprint, modality, config.global_batch_size, modality in embedded)
-        for modality in config.modalities
+        for modality in config.tower_names
     }
     if config.data.labels:
         split = sharding.batch_sharding(blueprint.mesh)
@@ -37,12 +38,14 @@ def inputs_of(
     blueprint: Blueprint, modality: str, examples: int, embedded: bool
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The inputs of one tower for a number of examples."""
-    tower = blueprint.config.towers[modality]
     shapes: dict[str, tuple[tuple[int, ...], Any]]
-    if embedded or tower.encoder == "precomputed":
-        shapes = {"embeds": ((feature_width(blueprint, modality),), jnp.float32)}
+    if embedded:
+        shapes = {"features": ((feature_width(blueprint, modality),), jnp.float32)}
     else:
-        shapes = _raw_shapes(blueprint, modality)
+        shapes = {
+            name: (spec.shape, jnp.dtype(spec.dtype))
+            for name, spec in blueprint.config.data.inputs_of(modality).arrays().items()
+        }
     split = sharding.batch_sharding(blueprint.mesh)
     return {
         name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=split)
@@ -55,23 +58,12 @@ def feature_width(blueprint: Blueprint, modality: str) -> int:
     return blueprint.model_def.merge(blueprint.abstract).towers[modality].feature_width
 
 
-def _raw_shapes(blueprint: Blueprint, modality: str) -> dict[str, tuple[tuple[int, ...], Any]]:
-    data = blueprint.config.data
-    if modality == "image":
-        return {"pixels": ((data.image.size, data.image.size, 3), jnp.uint8)}
-    if modality == "text":
-        tokens = (data.text.max_tokens,)
-        return {"tokens": (tokens, jnp.int32), "mask": (tokens, jnp.bool_)}
-    samples = round(data.speech.sample_rate * data.speech.max_seconds)
-    return {"waveform": ((samples,), jnp.int16), "length": ((), jnp.int32)}
-
-
 def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
     """Modalities whose features the training data already holds: `embeds=` in its source line."""
     config = blueprint.config
     if "embeds=" not in config.data.train:
         return ()
-    return tuple(m for m in config.modalities if blueprint.features_are_locked(m))
+    return tuple(m for m in config.tower_names if blueprint.features_are_locked(m))
 
 
 def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
@@ -79,8 +71,8 @@ def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
     given = embedded_modalities(blueprint)
     return tuple(
         modality
-        for modality in blueprint.config.modalities
+        for modality in blueprint.config.tower_names
         if blueprint.features_are_locked(modality)
         and modality not in given
-        and blueprint.config.towers[modality].encoder != "precomputed"
+        and not reads_features(blueprint.config.data.inputs_of(modality))
     )

@@ -118,7 +118,7 @@ def memory(
     if config.accumulation_steps > 1:
         # GradCache keeps locked features and all embeds over both passes.
         features = sum(
-            needs[m].features for m in config.modalities if blueprint.features_are_locked(m)
+            needs[m].features for m in config.tower_names if blueprint.features_are_locked(m)
         )
         activations += on_device * (features + 4 * 4 * config.embed_dim)
     return Memory(

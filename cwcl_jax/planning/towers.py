@@ -11,7 +11,7 @@ from flax import nnx
 
 from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.models.attention import cudnn_takes
-from cwcl_jax.models.encoders import encoder_config, encoder_family
+from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.planning.graph import trace
 from cwcl_jax.planning.inputs import inputs_of
@@ -205,11 +205,11 @@ def attention_tokens(blueprint: Blueprint, modality: str) -> int:
     settings = _settings(blueprint.config, modality)
     if not has_blocks(tower):
         return 0
-    reads = encoder_family(tower.encoder).modality
-    if reads == "image":
+    arrays = data.inputs_of(modality).arrays()
+    if "pixels" in arrays:
         return settings.tokens
-    if reads == "text":
-        return data.text.max_tokens
-    if settings.attend_padding:
+    if "tokens" in arrays:
+        return arrays["tokens"].shape[0]
+    if getattr(settings, "attend_padding", False):
         return settings.max_positions
-    return round(data.speech.max_seconds * 50)
+    return arrays["waveform"].shape[0] // 320

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.data.text import load_tokenizer
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.folder import ModelDescription, below
 from cwcl_jax.pretrained.writers import write_safetensors
@@ -83,7 +82,8 @@ def write_dual_encoder(
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "preprocessor_config.json", _image_processor(description))
-    load_tokenizer(description.text).save(folder)
+    text_inputs: Any = description.inputs["text"]
+    text_inputs.loaded.save(folder)
     plain = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
     write_safetensors(folder / "model.safetensors", plain, metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
@@ -217,14 +217,15 @@ def _text(description: ModelDescription, leaves: Arrays) -> tuple[dict[str, Any]
 
 
 def _image_processor(description: ModelDescription) -> dict[str, Any]:
-    """As `data.image.eval_pixels`, but for parts of a pixel: the shorter side resized, then cut."""
+    """As `eval_pixels`, but for parts of a pixel: the shorter side resized, then cut."""
     settings = _settings(description, "image")
+    inputs: Any = description.inputs["image"]
     size = settings.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": max(description.image.eval_resize, size)},
+        "size": {"shortest_edge": max(inputs.eval_resize, size)},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},

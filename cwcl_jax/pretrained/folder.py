@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
-from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.extension import is_reference
+from cwcl_jax.modalities import Modality, modality_class
+from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
@@ -27,7 +28,8 @@ from cwcl_jax.pretrained.writers import write_safetensors
 
 DESCRIPTION = "cwcl_jax.json"
 WEIGHTS = "model.safetensors"
-_FORMAT = 1
+# 1: inputs by modality (image, text, speech); 2: inputs by tower.
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,8 @@ class ModelDescription:
     embed_dim: int
     dtype: str = "float32"
     logit_bias: bool = False
-    image: ImageInputs = dataclasses.field(default_factory=ImageInputs)
-    text: TextInputs = dataclasses.field(default_factory=TextInputs)
-    speech: SpeechInputs = dataclasses.field(default_factory=SpeechInputs)
+    inputs: Mapping[str, Modality] = dataclasses.field(default_factory=dict)
+    """How the inputs of each tower are made."""
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Where it came from: the run, its step, the sources of its towers."""
 
@@ -50,6 +51,7 @@ class ModelDescription:
             nnx.eval_shape(
                 lambda: build_two_towers(
                     self.towers,
+                    {tower: self.inputs[tower].arrays() for tower in self.towers},
                     embed_dim=self.embed_dim,
                     inverse_temperature=1.0,
                     logit_bias=0.0 if self.logit_bias else None,
@@ -63,35 +65,32 @@ class ModelDescription:
 def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str, Any]) -> None:
     """Write a model; the description comes last, so that a folder with one is whole.
 
-    A tokenizer from anywhere but the package itself is written with it. What belongs to the machine
-    of the training, the kernel of attention, is left to the machine that loads.
+    Files that the inputs need, such as a tokenizer, are written with it. What belongs to the
+    machine of the training, the kernel of attention, is left to the machine that loads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = description.text
-    if text.tokenizer and reads_tokens(description):
-        load_tokenizer(text).save(folder / "tokenizer")
-        text = dataclasses.replace(text, tokenizer="tokenizer/tokenizer.json")
+    inputs = {name: x.packed(folder, name) for name, x in description.inputs.items()}
     towers = {
         modality: dataclasses.replace(tower, attention="auto")
         for modality, tower in description.towers.items()
     }
     write_safetensors(folder / WEIGHTS, leaves, metadata={"format": "np"})
-    written = dataclasses.replace(description, text=text, towers=towers)
+    written = dataclasses.replace(description, inputs=inputs, towers=towers)
     content = {"format": _FORMAT} | dataclasses.asdict(written)
     partial = folder / f"{DESCRIPTION}.partial"
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(partial, folder / DESCRIPTION)
 
 
-def reads_tokens(description: ModelDescription) -> bool:
-    """Whether a tower needs the tokenizer."""
-    tower = description.towers.get("text")
-    return tower is not None and tower.encoder != "precomputed"
+def load_folder(
+    folder: Path, *, allow_code: bool = False
+) -> tuple[ModelDescription, dict[str, jax.Array]]:
+    """Read what `save_folder` wrote: description and leaves, on the default device.
 
-
-def load_folder(folder: Path) -> tuple[ModelDescription, dict[str, jax.Array]]:
-    """Read what `save_folder` wrote: description and leaves, on the default device."""
-    description = read_description(folder)
+    Raises:
+      PermissionError: the model names modules of a user's, and `allow_code` is False.
+    """
+    description = read_description(folder, allow_code=allow_code)
     _, abstract = description.abstract()
     weights = open_weights(folder / WEIGHTS)
     wrong = [
@@ -118,26 +117,53 @@ def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
 
 
-def read_description(folder: Path) -> ModelDescription:
-    """The description of an exported folder, with the tokenizer's path made whole."""
+def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescription:
+    """The description of an exported folder, with the whole paths of its files.
+
+    Raises:
+      PermissionError: the model names modules of a user's, and `allow_code` is False.
+    """
     path = folder / DESCRIPTION
     try:
         content = json.loads(path.read_text())
         version = content.pop("format")
         towers = {name: TowerConfig(**fields) for name, fields in content.pop("towers").items()}
-        text = TextInputs(**_with_tuples(content.pop("text")))
-        image = ImageInputs(**_with_tuples(content.pop("image")))
-        speech = SpeechInputs(**_with_tuples(content.pop("speech")))
-        description = ModelDescription(
-            towers=towers, image=image, text=text, speech=speech, **content
-        )
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a description of a model: {error!r}") from error
-    if version != _FORMAT:
+    if version not in (1, _FORMAT):
         raise ValueError(f"{path}: format {version}, this version reads {_FORMAT}: update cwcl_jax")
-    if text.tokenizer and (folder / text.tokenizer).exists():
-        text = dataclasses.replace(text, tokenizer=str(folder / text.tokenizer))
-    return dataclasses.replace(description, text=text)
+    check_code_is_allowed(path, allow_code)
+    try:
+        kinds = {n: modality_class(t.modality or modality_of(t.encoder)) for n, t in towers.items()}
+        if version == 1:
+            by_modality = {name: content.pop(name) for name in ("image", "text", "speech")}
+            given = {name: by_modality.get(kind.name, {}) for name, kind in kinds.items()}
+        else:
+            given = content.pop("inputs")
+        inputs = {
+            name: kind(**_with_tuples(given[name])).fitted(towers[name].overrides).unpacked(folder)
+            for name, kind in kinds.items()
+        }
+        return ModelDescription(towers=towers, inputs=inputs, **content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: not a description of a model: {error!r}") from error
+
+
+def check_code_is_allowed(file: Path, allow_code: bool) -> None:
+    """Raises PermissionError where a file's towers name modules that would be imported."""
+    towers = json.loads(file.read_text(encoding="utf-8")).get("towers", {})
+    named = [
+        tower[field]
+        for tower in towers.values()
+        for field in ("modality", "encoder")
+        if is_reference(tower.get(field, ""))
+    ]
+    if named and not allow_code:
+        raise PermissionError(
+            f"{file} names code that is not part of this package: {', '.join(sorted(set(named)))}. "
+            "Loading it would import and run these modules; where you trust them, say "
+            "allow_code=True"
+        )
 
 
 def below(leaves: Mapping[str, Any], modality: str) -> dict[str, np.ndarray]:

@@ -119,10 +119,12 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _of_own_export(folder: Path, encoder: str) -> dict[str, Any]:
-    tower = read_description(folder).towers.get(ENCODERS[encoder].modality)
-    if tower is None or tower.encoder != encoder:
-        return {}
-    return _lasting(encoder_config(encoder, tower.preset, tower.overrides, tower.pooling))
+    found = [
+        _lasting(encoder_config(encoder, tower.preset, tower.overrides, tower.pooling))
+        for tower in read_description(folder, allow_code=True).towers.values()
+        if tower.encoder == encoder
+    ]
+    return found[0] if found and all(settings == found[0] for settings in found) else {}
 
 
 def _lasting(settings: Any) -> dict[str, Any]:

@@ -60,19 +60,12 @@ def write_onnx(folder: Path, description: ModelDescription, leaves: Mapping[str,
     (folder / DESCRIPTION).with_suffix(".onnx.json").write_text(content + "\n")
 
 
-def _inputs(description: ModelDescription, modality: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _inputs(description: ModelDescription, tower: str) -> dict[str, jax.ShapeDtypeStruct]:
     """A tower's inputs with a symbolic batch."""
     from jax import export
 
     (batch,) = export.symbolic_shape("batch")
-    size, tokens = description.image.size, description.text.max_tokens
-    samples = round(description.speech.sample_rate * description.speech.max_seconds)
-    known: dict[str, dict[str, Any]] = {
-        "image": {"pixels": ((size, size, 3), jnp.uint8)},
-        "text": {"tokens": ((tokens,), jnp.int32), "mask": ((tokens,), jnp.bool_)},
-        "speech": {"waveform": ((samples,), jnp.int16), "length": ((), jnp.int32)},
-    }
     return {
-        name: jax.ShapeDtypeStruct((batch, *shape), dtype)
-        for name, (shape, dtype) in known[modality].items()
+        name: jax.ShapeDtypeStruct((batch, *spec.shape), jnp.dtype(spec.dtype))
+        for name, spec in description.inputs[tower].arrays().items()
     }

@@ -56,7 +56,7 @@ class Checkpoints:
         self.wait()
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
-            {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}},
+            _checkpointables(state),
             custom_metadata={"data": data_state},
             force=True,
         )
@@ -80,19 +80,22 @@ class Checkpoints:
           FileNotFoundError: no such step.
           ConfigError: the checkpoint is damaged, or holds other leaves than the settings want.
         """
-        rest = {"step": target.step, "opt_state": target.opt_state}
-        loaded = self._load(step, {"params": target.params, "rest": rest})
+        loaded = self._load(step, _checkpointables(target))
         metadata: Any = self._checkpointer.metadata(step).custom_metadata
         if not metadata or "data" not in metadata:
             raise self._damaged(step, "the position of the data is missing")
-        return TrainState(params=loaded["params"], **loaded["rest"]), metadata["data"]
+        statistics = loaded.get("statistics", {})
+        state = TrainState(params=loaded["params"], **loaded["rest"], statistics=statistics)
+        return state, metadata["data"]
 
-    def restore_params(self, step: int, target: dict[str, Any]) -> dict[str, Any]:
-        """Only the trained leaves of `step`, into ShapeDtypeStructs with shardings.
+    def restore_model(self, step: int, target: TrainState) -> dict[str, Any]:
+        """Only the leaves of the model at `step`, into ShapeDtypeStructs with shardings.
 
         Raises as `restore` does.
         """
-        return self._load(step, {"params": target})["params"]
+        wanted = {k: v for k, v in _checkpointables(target).items() if k != "rest"}
+        loaded = self._load(step, wanted)
+        return {**loaded["params"], **loaded.get("statistics", {})}
 
     def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
         if step not in self.steps:
@@ -131,6 +134,12 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _checkpointables(state: TrainState) -> dict[str, Any]:
+    """The parts of a checkpoint. Most models have no statistics: their checkpoints name none."""
+    parts = {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
+    return parts | ({"statistics": state.statistics} if state.statistics else {})
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

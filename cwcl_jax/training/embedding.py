@@ -7,7 +7,6 @@ decides its inputs, and the source; anything else is refused as stale.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,11 +15,10 @@ import jax
 import numpy as np
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, to_plain
-from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
-from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
+from cwcl_jax.data.options import DataConfig, reads_features
 from cwcl_jax.data.pipeline import eval_batches
 from cwcl_jax.data.sources import Source, Subset
-from cwcl_jax.data.text import load_tokenizer
 from cwcl_jax.training import coordination
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
@@ -30,8 +28,6 @@ OUTPUTS = ("features", "embeds")
 
 # Fields of a tower's settings that decide how it computes, but not what.
 _NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
-# Settings of inputs that only training's batches follow: vectors are made as in evaluation.
-_TRAINING_ONLY = ("crop_min_area", "flip", "random_crop")
 
 
 def describe(
@@ -81,15 +77,12 @@ def weights_name(
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
     """All but the weights that decides a vector: inputs, architecture, compute type, output."""
     tower = {k: v for k, v in to_plain(config.towers[modality]).items() if k not in _NO_INFLUENCE}
-    inputs = dataclasses.asdict(getattr(config.data, modality))
-    made = {
+    return {
         "output": output,
         "tower": tower | {"dtype": tower["dtype"] or config.dtype},
-        "inputs": {k: v for k, v in inputs.items() if k not in _TRAINING_ONLY},
+        # Vectors are made as in evaluation.
+        "inputs": config.data.inputs_of(modality).fingerprint(training=False),
     }
-    if modality == "text":
-        made["tokenizer"] = load_tokenizer(config.data.text).fingerprint()
-    return made
 
 
 def embed_source(
@@ -165,24 +158,44 @@ def _arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray | Mapping)}
 
 
-def check_embeddings(blueprint: Blueprint, source: Any, sources: Mapping[str, TowerSource]) -> None:
-    """Raises ConfigError where a run reads embeddings that its own tower would not give."""
-    stores = getattr(source, "stores", {})
-    for modality, store in stores.items():
-        tower = blueprint.config.towers.get(modality)
-        if tower is None or tower.encoder == "precomputed":
+def check_features(
+    blueprint: Blueprint, source: Source, sources: Mapping[str, TowerSource]
+) -> None:
+    """Raises ConfigError where a run reads features that its own tower would not give."""
+    config = blueprint.config
+    for tower in config.towers:
+        if not from_cache(config, tower, source):
             continue
-        if not blueprint.features_are_locked(modality):
+        stores = source.stores.get(tower, ())
+        if not stores:
             raise ConfigError(
-                f"config.data.train reads {modality} embeddings from {store.folder}, but the "
-                f"{modality} tower trains: set config.towers.{modality}.tune to 'none' or 'head', "
-                "or leave out embeds="
+                f"config.data.train gives features for the tower {tower!r}, but nothing says that "
+                f"its encoder {config.towers[tower].encoder!r} made them: set "
+                f"config.towers.{tower}.encoder='precomputed' to take them as inputs, or make them "
+                "with python -m cwcl_jax.embed"
             )
-        try:
-            store.description.require(
-                store.folder,
-                weights=weights_name(blueprint, sources, modality, 0),
-                preprocessing=preprocessing(blueprint.config, modality, "features"),
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        for store in stores:
+            _check_store(blueprint, tower, store, sources)
+
+
+def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
+    """Whether the source gives features that stand for a tower's raw inputs."""
+    return tower in source.embedded and not reads_features(config.data.inputs_of(tower))
+
+
+def _check_store(
+    blueprint: Blueprint, tower: str, store: EmbeddingStore, sources: Mapping[str, TowerSource]
+) -> None:
+    if not blueprint.features_are_locked(tower):
+        raise ConfigError(
+            f"config.data.train reads {tower} features from {store.folder}, but the {tower} tower "
+            f"trains: set config.towers.{tower}.tune to 'none' or 'head', or leave out embeds="
+        )
+    try:
+        store.description.require(
+            store.folder,
+            weights=weights_name(blueprint, sources, tower, 0),
+            preprocessing=preprocessing(blueprint.config, tower, "features"),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.options import MeshConfig
@@ -28,7 +29,7 @@ from cwcl_jax.training.workdir import check_same_sources, load_config, read_json
 
 
 class EncodeFunctions:
-    """Compiled encoders of a blueprint's towers; one per modality, kept between evaluations."""
+    """Compiled encoders of a blueprint's towers, kept between evaluations."""
 
     def __init__(self, blueprint: Blueprint):
         self.blueprint = blueprint
@@ -89,7 +90,8 @@ class Encoder:
           inputs: that tower's inputs, each (b, ...), whole on every process.
         """
         self.on_batch()
-        inputs = _without_padding(inputs)
+        if not only_features(inputs):
+            inputs = self.blueprint.config.data.inputs_of(modality).trim(inputs)
         size = len(next(iter(inputs.values())))
         padding = -size % self.mesh.size
         padded = {name: _pad(np.asarray(array), padding) for name, array in inputs.items()}
@@ -110,15 +112,6 @@ class Encoder:
         return float(np.exp(np.asarray(leaves["logit_scale"])))
 
 
-def _without_padding(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Sentences cut to the longest of them, in steps of 8 tokens so that few programs arise."""
-    if "mask" not in inputs:
-        return inputs
-    used = np.flatnonzero(np.asarray(inputs["mask"]).any(axis=0))
-    length = -(-(int(used[-1]) + 1 if len(used) else 1) // 8) * 8
-    return {name: np.asarray(array)[:, :length] for name, array in inputs.items()}
-
-
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
     """The last row again, `rows` times."""
     return np.concatenate([array, np.repeat(array[-1:], rows, axis=0)]) if rows else array
@@ -126,7 +119,11 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The model of a run at a step; the blueprint's config has the sizes of towers' files."""
+    """The model of a run at a step; the blueprint's config has the sizes of towers' files.
+
+    Attributes:
+      params: the leaves that a run changes: trained ones and running statistics.
+    """
 
     blueprint: Blueprint
     params: Leaves
@@ -151,7 +148,7 @@ def restore(
         found = checkpoints.latest_step if step is None else step
         if found is None:
             raise ConfigError(f"{workdir} holds no checkpoint; train it first")
-        params = checkpoints.restore_params(found, blueprint.abstract_params)
+        params = checkpoints.restore_model(found, blueprint.abstract_state())
     locked, sources = locked_leaves(blueprint)
     check_same_sources(workdir, sources, config)
     return Restored(blueprint, params, locked, found)
@@ -169,7 +166,7 @@ def load_encoder(
 def tower_sources(workdir: Path) -> dict[str, TowerSource]:
     """Where the weights of a run's towers came from."""
     return {
-        modality: TowerSource(record["source"], record["sha256"])
+        modality: TowerSource(record["source"], record["sha256"], record.get("code", ""))
         for modality, record in read_json(workdir / "towers.json").items()
     }
 
@@ -180,7 +177,7 @@ def imported_encoder(
     """The model of a config before any training, with the weights that it imports."""
     blueprint = make_blueprint(config, _encoding_mesh(config, devices), check_batch=False)
     state, locked, sources = initialise(blueprint)
-    return Encoder(EncodeFunctions(blueprint), state.params, locked, 0), sources
+    return Encoder(EncodeFunctions(blueprint), state.model_leaves, locked, 0), sources
 
 
 def _encoding_mesh(config: ExperimentConfig, devices: Sequence[Any] | None) -> Mesh:

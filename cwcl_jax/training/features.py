@@ -16,24 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
-from cwcl_jax.data.options import cache_home
-from cwcl_jax.data.processing import usable_captions
-from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.options import cache_home, reads_features
 from cwcl_jax.data.sources import Embedded, Source, open_source
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
-from cwcl_jax.training.embedding import describe, embed_source
+from cwcl_jax.training.embedding import describe, embed_source, from_cache
 from cwcl_jax.training.encode import Encoder, imported_encoder
 from cwcl_jax.training.state import make_blueprint
 
 _BATCH = 256
 _SHARD = 8192
-# Whether examples have several captions is a matter of the source: a few of them tell.
-_LOOKED_AT = 100
 
 
 def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda: None) -> Source:
@@ -47,11 +42,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
       FileNotFoundError, ValueError: the data cannot be read.
     """
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
-    embedded = [
-        modality
-        for modality in getattr(source, "embedded", ())
-        if modality in config.towers and config.towers[modality].encoder != "precomputed"
-    ]
+    embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
     _check_repeatable(config, embedded, source, "embeds=")
     if not config.data.keep_locked_features:
         return source
@@ -59,11 +50,11 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         config, sharding.make_mesh(config.mesh, jax.local_devices()), check_batch=False
     )
     locked = [
-        modality
-        for modality, tower in config.towers.items()
-        if blueprint.features_are_locked(modality)
-        and tower.encoder != "precomputed"
-        and modality not in getattr(source, "embedded", ())
+        tower
+        for tower in config.towers
+        if blueprint.features_are_locked(tower)
+        and not reads_features(config.data.inputs_of(tower))
+        and tower not in source.embedded
     ]
     if not locked:
         return source
@@ -71,10 +62,10 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     check_inputs(blueprint.config)
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
-    for modality in locked:
+    for tower in locked:
         description = describe(
-            encoder, sources, source, modality, output="features", dtype="float32",
-            width=encoder.width(modality, "features"), shard_size=_SHARD,
+            encoder, sources, source, tower, output="features", dtype="float32",
+            width=encoder.width(tower, "features"), shard_size=_SHARD,
         )  # fmt: skip
         folders.append(_keep(config, encoder, source, description, beat))
     return Embedded(source, folders)
@@ -86,46 +77,15 @@ def cache_folder(config: ExperimentConfig) -> Path:
 
 
 def _check_repeatable(
-    config: ExperimentConfig, modalities: Sequence[str], source: Source, asked: str
+    config: ExperimentConfig, towers: Sequence[str], source: Source, asked: str
 ) -> None:
-    """Raises ConfigError where the inputs of a modality vary, but one vector stands for them."""
-    image, speech = config.data.image, config.data.speech
-    varied = ""
-    if "image" in modalities and (image.crop_min_area or image.flip):
-        varied = (
-            f"config.data.image.crop_min_area={image.crop_min_area} and flip={image.flip} change "
-            "the pictures; set them to 0 and False"
-        )
-    elif "speech" in modalities and speech.random_crop and _may_be_cut(config, source):
-        varied = (
-            "config.data.speech.random_crop=True changes the windows of recordings longer than "
-            f"max_seconds={speech.max_seconds}; set it to False"
-        )
-    elif "text" in modalities and (found := _with_several_captions(source)):
-        varied = f"{found}, of which every epoch takes another one; keep one caption an example"
-    if varied:
-        raise ConfigError(
-            f"{asked} needs inputs that are the same in every epoch, but {varied}, or do without "
-            f"{asked}"
-        )
-
-
-def _may_be_cut(config: ExperimentConfig, source: Source) -> bool:
-    durations = getattr(source, "durations", None)
-    return durations is None or bool(durations.max() > config.data.speech.max_seconds)
-
-
-def _with_several_captions(source: Source) -> str:
-    """Which example has several captions, out of some spread over the source; "" if none."""
-    for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int):
-        try:
-            example = source.read(int(index), ("text",))
-            captions = usable_captions(example.get("text") or "")
-        except BadExample:
-            continue
-        if len(set(captions)) > 1:
-            return f"{example['id']} has {len(captions)} captions"
-    return ""
+    """Raises ConfigError where a tower's inputs vary, but one vector stands for them."""
+    for tower in towers:
+        if varied := config.data.inputs_of(tower).varies(source):
+            raise ConfigError(
+                f"{asked} needs inputs that are the same in every epoch, but config.data.{tower}: "
+                f"{varied}, or do without {asked}"
+            )
 
 
 def _keep(

@@ -19,6 +19,7 @@ class Batches(Protocol):
     """What the training data gives; see `cwcl_jax.data.pipeline.train_batches`."""
 
     steps_per_epoch: int
+    source: Any
 
     def __next__(self) -> dict[str, Any]: ...
 
@@ -33,7 +34,7 @@ class Batches(Protocol):
 
 class DeviceBatch(NamedTuple):
     """Attributes:
-    arrays: global arrays by modality.
+    arrays: global arrays by tower.
     index: this process's example numbers.
     data_state: the position after this batch, to be saved with the step that used it.
     """

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training.embedding import preprocessing, weights_name
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.features import cache_folder
@@ -58,7 +59,7 @@ class KeptRows:
         self, modality: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
     ) -> np.ndarray:
         """As `Encoder.encode`."""
-        if modality not in self._rows or "embeds" in inputs:
+        if modality not in self._rows or only_features(inputs):
             return self.encoder.encode(modality, inputs, output=output)
         rows, keys = self._rows[modality], _keys(inputs)
         if any(key not in rows for key in keys):
@@ -68,7 +69,7 @@ class KeptRows:
         features = np.stack([rows[key] for key in keys])
         if output == "features":
             return features
-        return self.encoder.encode(modality, {"embeds": features})
+        return self.encoder.encode(modality, {"features": features})
 
     def save(self) -> None:
         """Writes what is new."""

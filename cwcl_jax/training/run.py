@@ -24,7 +24,7 @@ from cwcl_jax.training.distributed import (
     compiler_flags,
     is_primary,
 )
-from cwcl_jax.training.embedding import check_embeddings
+from cwcl_jax.training.embedding import check_features
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.features import training_source
@@ -95,7 +95,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             check_same_sources(workdir, sources, config)
-            check_embeddings(blueprint, getattr(batches, "source", None), sources)
+            check_features(blueprint, batches.source, sources)
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
@@ -148,7 +148,7 @@ def _open_batches(
     try:
         batches = train_batches(
             config.data,
-            config.modalities,
+            config.tower_names,
             seed=config.seed,
             global_batch_size=config.global_batch_size,
             process_index=jax.process_index(),
@@ -229,7 +229,7 @@ class _Fit:
         functions = EncodeFunctions(self._blueprint)
 
         def evaluate(state: TrainState, step: int) -> dict[str, float]:
-            encoder = Encoder(functions, state.params, locked, step)
+            encoder = Encoder(functions, state.model_leaves, locked, step)
             encoder.on_batch = _between_batches(stop.requested, self._watchdog)
             return self._evaluator.run(encoder)
 
@@ -286,7 +286,7 @@ def _finish(
     watchdog: Watchdog,
 ) -> bool:
     """Evaluates the end of the run, writes and prints the results; False if stopped before."""
-    encoder = Encoder(EncodeFunctions(blueprint), state.params, locked, int(state.step))
+    encoder = Encoder(EncodeFunctions(blueprint), state.model_leaves, locked, int(state.step))
     encoder.on_batch = _between_batches(stop.requested, watchdog)
     config = blueprint.config
     with watchdog.phase("evaluation", "after the last step"):

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.extension import import_named, is_reference, source_hash
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.tower import TowerConfig
@@ -37,19 +38,33 @@ class TrainState:
     step: steps done, int32 scalar.
     params: trained leaves, float32.
     opt_state: optax state over `params`.
+    statistics: running means and variances of encoders that train (BatchNorm); often none.
     """
 
     step: Any
     params: Leaves
     opt_state: Any
+    statistics: Leaves = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_leaves(self) -> Leaves:
+        """All leaves of the model that are not locked."""
+        return {**self.params, **self.statistics}
 
 
 @dataclasses.dataclass(frozen=True)
 class TowerSource:
-    """Where a tower's weights came from: a path or "initialised", and the file's sha256."""
+    """Where a tower came from.
+
+    Attributes:
+      source: path of the weights, or "initialised".
+      sha256: of the weights' file.
+      code: names and hashes of the user's classes that the tower is made of.
+    """
 
     source: str
     sha256: str
+    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +90,20 @@ class Blueprint:
         return {path: leaf for path, leaf in self.abstract.items() if path in self.trained}
 
     @property
+    def abstract_statistics(self) -> Leaves:
+        """Running statistics that the step changes: those of encoders that train."""
+        changing = tuple(
+            f"towers/{tower}/encoder/"
+            for tower in self.config.towers
+            if not self.features_are_locked(tower)
+        )
+        paths = [path for path in self.model_def.statistics if path.startswith(changing)]
+        return {path: self.abstract[path] for path in sorted(paths)}
+
+    @property
     def abstract_locked(self) -> Leaves:
-        return {path: leaf for path, leaf in self.abstract.items() if path not in self.trained}
+        changing = {*self.trained, *self.abstract_statistics}
+        return {path: leaf for path, leaf in self.abstract.items() if path not in changing}
 
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(
@@ -88,11 +115,12 @@ class Blueprint:
         params = self.abstract_params
         opt_state = jax.eval_shape(self.optimizer().init, params)
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        return _with_shardings(self.mesh, TrainState(step, params, opt_state))
+        state = TrainState(step, params, opt_state, self.abstract_statistics)
+        return _with_shardings(self.mesh, state)
 
-    def features_are_locked(self, modality: str) -> bool:
+    def features_are_locked(self, tower: str) -> bool:
         """Whether nothing before the head of this tower trains."""
-        tower = f"towers/{modality}/"
+        tower = f"towers/{tower}/"
         return not any(
             path.startswith(tower) and not path.startswith(tower + "head/") for path in self.trained
         )
@@ -102,6 +130,7 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
     """The two towers and the logit scale, freshly initialised."""
     return build_two_towers(
         config.towers,
+        {tower: config.data.inputs_of(tower).arrays() for tower in config.towers},
         embed_dim=config.embed_dim,
         inverse_temperature=config.temperature.initial,
         logit_bias=config.temperature.bias if config.loss.name == "sigmoid" else None,
@@ -125,7 +154,8 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
     config = _with_sizes_of_files(config)
     try:
         model_def, abstract = split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
-        decisions = decide(abstract, config.towers)
+        fixed = model_def.statistics | model_def.constants
+        decisions = decide([path for path in abstract if path not in fixed], config.towers)
     except ValueError as error:
         raise ConfigError(f"config.towers: {error}") from error
     trained = frozenset(
@@ -209,7 +239,8 @@ def initialise(blueprint: Blueprint) -> tuple[TrainState, Leaves, dict[str, Towe
     )(params)
     locked = {path: leaves[path] for path in blueprint.abstract_locked}
     step = sharding.put_leaf(blueprint.mesh, np.zeros((), np.int32))
-    return TrainState(step, params, opt_state), locked, sources
+    statistics = {path: leaves[path] for path in blueprint.abstract_statistics}
+    return TrainState(step, params, opt_state, statistics), locked, sources
 
 
 def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:
@@ -222,13 +253,19 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
     sources = {}
     for modality, tower in blueprint.config.towers.items():
         if not tower.weights:
-            sources[modality] = TowerSource("initialised", "")
+            sources[modality] = TowerSource("initialised", "", code_of(tower))
             continue
         with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
         imported |= result.leaves
-        sources[modality] = TowerSource(result.source, result.sha256)
+        sources[modality] = TowerSource(result.source, result.sha256, code_of(tower))
     return imported, sources
+
+
+def code_of(tower: TowerConfig) -> str:
+    """Names and hashes of the user's classes that a tower is made of; "" without any."""
+    named = [name for name in (tower.modality, tower.encoder) if is_reference(name)]
+    return ", ".join(f"{name} {source_hash(import_named(name, 'class'))}" for name in named)
 
 
 def locked_leaves(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:

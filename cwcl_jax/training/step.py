@@ -33,7 +33,7 @@ Labels = jax.Array | None
 
 _NORM_EPSILON = 1e-12
 _SCALARS = ("logit_scale", "logit_bias")
-# Beside the modalities' embeds: the normalised features of U.
+# Beside the towers' embeds: the normalised features of U.
 _P = "weights_from"
 
 
@@ -78,14 +78,17 @@ class TrainStep:
     def update(self, state: TrainState, locked: Leaves, batch: Batch) -> tuple[TrainState, Metrics]:
         """The step as a function to be traced, for programs of several steps."""
         self.traces += 1
-        gradients, metrics = self._gradients(state.params, locked, batch, state.step)
+        gradients, metrics, statistics = self._gradients(
+            state.params, {**locked, **state.statistics}, batch, state.step
+        )
         updates, opt_state = self._optimizer.update(gradients, state.opt_state, state.params)
         params = self._clamp(optax.apply_updates(state.params, updates))
         metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        statistics = {path: statistics[path] for path in state.statistics}
+        return TrainState(state.step + 1, params, opt_state, statistics), metrics
 
     def _clamp(self, params: Any) -> Leaves:
         maximum = self._blueprint.config.temperature.maximum
@@ -104,16 +107,16 @@ class GradientFunction:
     def __init__(self, blueprint: Blueprint):
         config = blueprint.config
         self._blueprint = blueprint
-        self._u, self._v = config.modalities
+        self._u, self._v = config.tower_names
         self._loss = make_loss(config.loss, mesh=blueprint.mesh, axes=sharding.BATCH_AXES)
         self._locked_encoders = [
-            modality for modality in config.towers if blueprint.features_are_locked(modality)
+            tower for tower in config.towers if blueprint.features_are_locked(tower)
         ]
         # What the gradient of the loss is pulled back through.
         self._tuned = [
-            modality
-            for modality in config.towers
-            if any(path.startswith(f"towers/{modality}/") for path in blueprint.trained)
+            tower
+            for tower in config.towers
+            if any(path.startswith(f"towers/{tower}/") for path in blueprint.trained)
         ]
         self._detached = resolve(config.loss).detach_weights
         if not self._detached and self._u not in self._locked_encoders:
@@ -122,15 +125,16 @@ class GradientFunction:
 
     def __call__(
         self, params: Leaves, locked: Leaves, batch: Batch, step: jax.Array
-    ) -> tuple[Leaves, Metrics]:
-        """Gradients (flat dict like `params`) and metrics.
+    ) -> tuple[Leaves, Metrics, Leaves]:
+        """Returns gradients (flat dict like `params`), metrics, and new running statistics.
 
         Args:
-          batch: by modality, arrays of shape (b, ...); "label", (b,), where the loss needs it;
+          locked: all other leaves, running statistics among them.
+          batch: by tower, arrays of shape (b, ...); "label", (b,), where the loss needs it;
             other entries are ignored.
           step: folded into the key of dropout.
         """
-        inputs = {modality: batch[modality] for modality in (self._u, self._v)}
+        inputs = {tower: batch[tower] for tower in (self._u, self._v)}
         key = jax.random.fold_in(self._key, step)
         chunks = self._blueprint.config.accumulation_steps
         labels = batch.get("label")
@@ -140,14 +144,16 @@ class GradientFunction:
 
     def _direct(
         self, params: Leaves, locked: Leaves, inputs: Batch, labels: Labels, key: jax.Array
-    ) -> tuple[Leaves, Metrics]:
+    ) -> tuple[Leaves, Metrics, Leaves]:
         features = self._locked_features(params, locked, inputs)
 
-        def objective(params: Leaves) -> tuple[jax.Array, Metrics]:
-            embeds = self._embed(params, locked, inputs, features, key)
-            return self._loss_of({**locked, **params}, embeds, labels)
+        def objective(params: Leaves) -> tuple[jax.Array, tuple[Metrics, Leaves]]:
+            embeds, statistics = self._embed(params, locked, inputs, features, key)
+            loss, metrics = self._loss_of({**locked, **params}, embeds, labels)
+            return loss, (metrics, statistics)
 
-        return jax.grad(objective, has_aux=True)(params)
+        gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(params)
+        return gradients, metrics, statistics
 
     def _cached(
         self,
@@ -157,7 +163,7 @@ class GradientFunction:
         labels: Labels,
         key: jax.Array,
         chunks: int,
-    ) -> tuple[Leaves, Metrics]:
+    ) -> tuple[Leaves, Metrics, Leaves]:
         mesh = self._blueprint.mesh
         keys = jax.random.split(key, chunks)
         chunked = split_chunks(mesh, inputs, chunks)
@@ -167,8 +173,10 @@ class GradientFunction:
             features = self._locked_features(params, locked, inputs)
             return None, (features, self._embed(params, locked, inputs, features, key))
 
-        _, (features, embeds) = jax.lax.scan(embed_chunk, None, (chunked, keys))
+        _, (features, (embeds, statistics)) = jax.lax.scan(embed_chunk, None, (chunked, keys))
         embeds = join_chunks(mesh, embeds)
+        # A running average is linear in what it averages: the chunks' mean is the batch's update.
+        statistics = {path: jnp.mean(leaf, axis=0) for path, leaf in statistics.items()}
 
         scalars = {name: params[name] for name in _SCALARS if name in params}
         tuned = {name: embeds[name] for name in self._tuned}
@@ -184,7 +192,7 @@ class GradientFunction:
             inputs, features, key, cotangents = chunk
 
             def tuned_embeds(params: Leaves) -> Leaves:
-                embeds = self._embed(params, locked, inputs, features, key)
+                embeds, _ = self._embed(params, locked, inputs, features, key)
                 return {name: embeds[name] for name in self._tuned}
 
             _, vjp = jax.vjp(tuned_embeds, params)
@@ -194,7 +202,7 @@ class GradientFunction:
         zeros = jax.tree.map(jnp.zeros_like, params)
         cotangents = split_chunks(mesh, from_embeds, chunks)
         gradients, _ = jax.lax.scan(pull_back, zeros, (chunked, features, keys, cotangents))
-        return {**gradients, **from_scalars}, metrics
+        return {**gradients, **from_scalars}, metrics, statistics
 
     def _locked_features(
         self, params: Leaves, locked: Leaves, inputs: Batch
@@ -205,8 +213,8 @@ class GradientFunction:
         leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
         model = self._blueprint.model_def.merge(leaves)
         return {
-            modality: jax.lax.stop_gradient(model.towers[modality].features(inputs[modality]))
-            for modality in self._locked_encoders
+            tower: jax.lax.stop_gradient(model.towers[tower].features(inputs[tower]))
+            for tower in self._locked_encoders
         }
 
     def _embed(
@@ -216,20 +224,20 @@ class GradientFunction:
         inputs: Batch,
         locked_features: Mapping[str, jax.Array],
         key: jax.Array,
-    ) -> dict[str, jax.Array]:
-        """Embeds of both modalities, and p."""
+    ) -> tuple[dict[str, jax.Array], Leaves]:
+        """Embeds of the towers and p, and the running statistics after them."""
         leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
-        model = self._blueprint.model_def.merge(leaves)
+        definition = self._blueprint.model_def
+        model = definition.merge(leaves, key)
         features = dict(locked_features)
-        for number, modality in enumerate((self._u, self._v)):
-            if modality not in features:
+        for number, tower in enumerate((self._u, self._v)):
+            if tower not in features:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
-                features[modality] = model.towers[modality].features(inputs[modality], rngs=rngs)
-        embeds = {
-            modality: model.towers[modality].project(features[modality]) for modality in features
-        }
+                features[tower] = model.towers[tower].features(inputs[tower], rngs=rngs)
+        embeds = {tower: model.towers[tower].project(features[tower]) for tower in features}
         p = normalise(features[self._u])
-        return embeds | {_P: jax.lax.stop_gradient(p) if self._detached else p}
+        embeds[_P] = jax.lax.stop_gradient(p) if self._detached else p
+        return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
 
     def _loss_of(
         self, leaves: Leaves, embeds: Mapping[str, jax.Array], labels: Labels

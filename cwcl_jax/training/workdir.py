@@ -189,6 +189,12 @@ def check_same_sources(
                 f"(sha256 {source.sha256[:12]}) now; restore the file, give another --workdir, "
                 "or set --config.checkpoint.accept_changes=True"
             )
+        if old.get("code", "") != source.code:
+            raise ConfigError(
+                f"the code of the {modality} tower changed since the run in {workdir} began: "
+                f"{old.get('code') or 'none'} then, {source.code or 'none'} now; restore it, give "
+                "another --workdir, or set --config.checkpoint.accept_changes=True"
+            )
 
 
 def check_same_data(
@@ -198,12 +204,25 @@ def check_same_data(
     path = workdir / "data.json"
     if not path.exists() or config.checkpoint.accept_changes:
         return
-    changed = changed_fields(read_json(path), json.loads(json.dumps(fingerprint)), "data")
+    old = _of_today(read_json(path))
+    changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")
     if changed:
         raise ConfigError(
             f"the training data changed since the run in {workdir} began ({', '.join(changed)}); "
             "restore it, give another --workdir, or set --config.checkpoint.accept_changes=True"
         )
+
+
+def _of_today(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version wrote, which told the inputs by modality, in today's form."""
+    if "modalities" not in fingerprint:
+        return dict(fingerprint)
+    old = dict(fingerprint)
+    towers = old.pop("modalities")
+    inputs = {tower: old.pop(tower) for tower in towers if tower in old}
+    if "tokenizer" in old:
+        inputs["text"]["vocabulary"] = old.pop("tokenizer")
+    return old | {"towers": towers, "inputs": inputs}
 
 
 def write_records(

@@ -169,7 +169,7 @@ def test_heads_take_the_steps_of_the_train_step():
     found, _ = make_chunk(blueprint)(state, locked, *map(jnp.asarray, (u, v, rows)))
     step = TrainStep(blueprint)
     for chosen in rows:
-        batch = {"image": {"embeds": u[chosen]}, "text": {"embeds": v[chosen]}}
+        batch = {"image": {"features": u[chosen]}, "text": {"features": v[chosen]}}
         state, _ = step(state, locked, sharding.put_batch(blueprint.mesh, batch))
     assert int(found.step) == 3
     for path, value in state.params.items():

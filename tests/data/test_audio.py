@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from cwcl_jax.data.audio import as_int16, resample, waveform
+from cwcl_jax.data.audio import as_int16, resample
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.options import SpeechInputs
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities import SpeechInputs
+from cwcl_jax.modalities.speech import waveform
 from tests.data.making import sound, tone
 
 soundfile = pytest.importorskip("soundfile")

@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
-from cwcl_jax.data.buckets import BucketedOrder, batch_lengths
-from cwcl_jax.data.options import DataConfig, SpeechInputs
+from cwcl_jax.data.buckets import BucketedOrder
+from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.pipeline import TrainBatches, eval_batches
-from cwcl_jax.data.sources.base import SourceBase
+from cwcl_jax.data.sources.base import Source
+from cwcl_jax.modalities import SpeechInputs
 
 SPEECH = SpeechInputs(max_seconds=0.4, buckets=(0.1, 0.2), bucket_window=3, random_crop=False)
-CONFIG = DataConfig(train="memory", speech=SPEECH, threads=2)
+CONFIG = DataConfig(train="memory", inputs={"speech": SPEECH}, threads=2)
 
 
-class Waves(SourceBase):
+class Waves(Source):
     """Recordings whose first sample is their number."""
 
     def __init__(self, count=50, known=True):
@@ -109,6 +110,7 @@ def test_evaluation_batches_are_as_long_as_they_need():
 
 
 def test_lengths_are_the_buckets_below_the_largest_and_that():
-    assert batch_lengths((2.0, 1.0, 9.0), 3.0) == (1.0, 2.0, 3.0)
+    inputs = SpeechInputs(buckets=(2.0, 1.0, 9.0), max_seconds=3.0)
+    assert inputs.lengths == (1.0, 2.0, 3.0)
     with pytest.raises(ValueError, match="positive seconds"):
         SpeechInputs(buckets=(0.0,))

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
-from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import eval_batches, train_batches
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
@@ -129,7 +129,7 @@ def test_training_reads_vectors_instead_of_pictures(tmp_path, monkeypatch):
     config = DataConfig(train=f"{LINE}&embeds={tmp_path}", threads=1)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=10)
     batch = next(batches)
-    np.testing.assert_array_equal(batch["image"]["embeds"], VECTORS[batch["index"]])
+    np.testing.assert_array_equal(batch["image"]["features"], VECTORS[batch["index"]])
     plain = train_batches(DataConfig(train=LINE), ("text",), seed=0, global_batch_size=10)
     expected = next(plain)
     np.testing.assert_array_equal(batch["text"]["tokens"], expected["text"]["tokens"])
@@ -143,7 +143,7 @@ def test_examples_that_could_not_be_embedded_are_skipped(tmp_path):
     valid[7] = False
     _write(tmp_path, valid=valid)
     source = open_source(f"{LINE}&embeds={tmp_path}")
-    with pytest.raises(BadExample, match="embeds missing"):
+    with pytest.raises(BadExample, match="features missing"):
         source[7]
     batches = list(eval_batches(source, DataConfig(threads=1), ("image",), batch_size=25))
     assert np.flatnonzero(~np.concatenate([b["valid"] for b in batches])).tolist() == [7]
@@ -161,9 +161,10 @@ def test_vectors_alone_are_a_source(tmp_path):
     source = open_source(f"embeddings:{tmp_path}")
     assert source.embedded == ("image",)
     (batch,) = eval_batches(source, DataConfig(threads=1), ("image",), batch_size=COUNT)
-    np.testing.assert_array_equal(batch["image"]["embeds"], VECTORS)
-    with pytest.raises(ValueError, match="no embeddings of the modality 'profile'"):
-        eval_batches(source, DataConfig(), ("profile",), batch_size=5)
+    np.testing.assert_array_equal(batch["image"]["features"], VECTORS)
+    config = DataConfig(inputs={"profile": FeatureInputs()})
+    with pytest.raises(ValueError, match="no features for the tower 'profile'"):
+        eval_batches(source, config, ("profile",), batch_size=5)
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
@@ -179,17 +180,18 @@ def test_features_of_users_keep_their_shape(tmp_path, kind):
     source = open_source(f"arrays:{tmp_path}/f.{kind}")
     assert set(source.embedded) == {"profile", "image"}
     assert source[2]["label"] == 2
-    np.testing.assert_array_equal(source[2]["embeds"]["profile"], profiles[2])
+    np.testing.assert_array_equal(source[2]["features"]["profile"], profiles[2])
     with pytest.raises(BadExample, match="not finite"):
         source[5]
     if kind == "npz":
         assert (source[2]["id"], source[2]["text"]) == ("c", "treatment 2")
-        config = DataConfig(train=f"arrays:{tmp_path}/f.npz", threads=1)
+        inputs = usual_inputs() | {"profile": FeatureInputs()}
+        config = DataConfig(train=f"arrays:{tmp_path}/f.npz", threads=1, inputs=inputs)
         batches = train_batches(config, ("profile", "text"), seed=0, global_batch_size=4)
         batch = next(batches)
-        np.testing.assert_array_equal(batch["profile"]["embeds"], profiles[batch["index"]])
+        np.testing.assert_array_equal(batch["profile"]["features"], profiles[batch["index"]])
         # The reader runs ahead, perhaps into the next epoch: how often it met the bad one is open.
-        assert set(batches.skipped) <= {"embeds not finite"}
+        assert set(batches.skipped) <= {"features not finite"}
         batches.close()
 
 
@@ -239,14 +241,14 @@ def test_many_at_once_give_the_batches_of_one_by_one(vector_source, monkeypatch)
     # Two epochs, so that the unusable one comes up, in one of the two chunks of a batch.
     monkeypatch.setattr("cwcl_jax.data.pipeline._VECTOR_CHUNK", 5)
     fast, skipped = _batches(vector_source, 10)
-    assert skipped.keys() <= {"embeds not finite", "embeds missing"}
+    assert skipped.keys() <= {"features not finite", "features missing"}
     assert skipped
     monkeypatch.setattr(type(vector_source), "vectors", lambda *_: None)
     slow, _ = _batches(vector_source, 10)
     for a, b in zip(fast, slow, strict=True):
         np.testing.assert_array_equal(a["index"], b["index"])
-        np.testing.assert_array_equal(a["image"]["embeds"], b["image"]["embeds"])
-        np.testing.assert_array_equal(a["image"]["embeds"], VECTORS[a["index"]])
+        np.testing.assert_array_equal(a["image"]["features"], b["image"]["features"])
+        np.testing.assert_array_equal(a["image"]["features"], VECTORS[a["index"]])
 
 
 def test_training_refuses_ids_that_do_not_belong(tmp_path):

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
-from cwcl_jax.data.options import DataConfig, TextInputs
+from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.modalities import TextInputs
 
 
 def _batch(train: str, labels: str, modalities=("text",), size=32):
-    config = DataConfig(train=train, labels=labels, threads=1, text=TextInputs(max_tokens=16))
+    inputs = usual_inputs() | {"text": TextInputs(max_tokens=16)}
+    config = DataConfig(train=train, labels=labels, threads=1, inputs=inputs)
     batches = train_batches(config, modalities, seed=0, global_batch_size=size)
     batch = next(batches)
     batches.close()

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from cwcl_jax.config import ConfigError, defaults, from_config_dict
-from cwcl_jax.data.options import DataConfig, ImageInputs, SpeechInputs, TextInputs, cache_home
+from cwcl_jax.data.options import DataConfig, cache_home
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.recorded import default_folder
 from cwcl_jax.data.sources.tar_index import load_index
+from cwcl_jax.modalities import ImageInputs, SpeechInputs, TextInputs
 from tests.data.making import pairs, write_tar
 
 

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwcl_jax.data.order import GlobalOrder, order_of_source, permute
+from cwcl_jax.data.order import GlobalOrder, permute
+from cwcl_jax.data.pipeline import order_of_source
+from cwcl_jax.data.sources import Source
 
 
 @settings(max_examples=60)
@@ -134,5 +136,5 @@ def test_a_million_positions_need_no_list():
 
 @pytest.mark.parametrize(("per_epoch", "expected"), [(0, 5), (3, 3)])
 def test_zero_examples_per_epoch_means_all(per_epoch, expected):
-    order = order_of_source(object(), 5, per_epoch=per_epoch, seed=0, shuffle=True)
+    order = order_of_source(Source(), 5, per_epoch=per_epoch, seed=0, shuffle=True)
     assert order.per_epoch == expected

@@ -6,24 +6,27 @@ import time
 import numpy as np
 import pytest
 
-from cwcl_jax.data.options import DataConfig, ImageInputs, TextInputs
+from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import TrainBatches, eval_batches, reader_threads, train_batches
 from cwcl_jax.data.reader import ChunkedReader
 from cwcl_jax.data.skipping import BadExample, SkipCounter, TooManyBadExamples
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.data.sources.base import SourceBase
+from cwcl_jax.data.sources.base import Source
+from cwcl_jax.modalities import ImageInputs, TextInputs
 from tests.data.making import jpeg, pairs, write_tar
 
 IMAGE_TEXT = ("image", "text")
 SMALL = DataConfig(
     train="scenes:train?n=50&size=32",
-    image=ImageInputs(size=24, crop_min_area=0.5, flip=True),
-    text=TextInputs(max_tokens=16),
+    inputs={
+        "image": ImageInputs(size=24, crop_min_area=0.5, flip=True),
+        "text": TextInputs(max_tokens=16),
+    },
     threads=2,
 )
 
 
-class Numbers(SourceBase):
+class Numbers(Source):
     """Texts that are their index; those in `bad` cannot be read."""
 
     def __init__(self, count: int, bad=(), captions: int = 1):
@@ -176,7 +179,11 @@ def test_the_same_order_continues_on_another_number_of_hosts():
 def test_captions_are_chosen_alike_whatever_happens_to_the_pictures():
     line = "scenes:train?n=50&size=32&captions=4"
     plain = DataConfig(train=line, threads=1)
-    cropped = DataConfig(train=line, image=ImageInputs(size=24, crop_min_area=0.1), threads=1)
+    cropped = DataConfig(
+        train=line,
+        inputs=usual_inputs() | {"image": ImageInputs(size=24, crop_min_area=0.1)},
+        threads=1,
+    )
     both = [train_batches(c, IMAGE_TEXT, seed=0, global_batch_size=25) for c in (plain, cropped)]
     first, second = (next(batches)["text"]["tokens"] for batches in both)
     for batches in both:
@@ -303,7 +310,7 @@ def test_every_kind_of_damage_in_a_tar_is_skipped_and_counted(tmp_path):
     (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 2])
     config = DataConfig(
         train=f"tars:{tmp_path}/{{0..1}}.tar",
-        image=ImageInputs(size=16, max_pixels=50_000),
+        inputs=usual_inputs() | {"image": ImageInputs(size=16, max_pixels=50_000)},
         max_skipped_share=0.9,
         threads=2,
     )

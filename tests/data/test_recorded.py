@@ -10,13 +10,13 @@ from cwcl_jax.data.espeak import VOICE_SETS
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources import recorded as module
-from cwcl_jax.data.sources.base import SourceBase
+from cwcl_jax.data.sources.base import Source
 
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("soxr")
 
 
-class Tones(SourceBase):
+class Tones(Source):
     """Tones of known lengths in place of speech; every fifth one cannot be spoken."""
 
     def __init__(self, count=10):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from cwcl_jax.data import captions, scenes
-from cwcl_jax.data.options import TextInputs
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.scenes import _VERSION
-from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.modalities import TextInputs
+from cwcl_jax.modalities.text import load_tokenizer
 
 # Table 3 of the paper.
 TEMPLATES = (

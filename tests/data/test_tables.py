@@ -165,7 +165,7 @@ def test_tables_name_their_columns_where_a_field_is_missing(tmp_path, kind):
     source = open_source(f"{kind}:{tmp_path}/p")
     with pytest.raises(ValueError, match=r"has no text; .* text= .*\(it has filepath, KAPTION\)"):
         require_fields(source, ("image", "text"), "line")
-    require_fields(source, ("image", "embeds"), "line")
+    require_fields(source, ("image", "features"), "line")
     assert set(source.lacks) == {"text", "audio", "label"}
 
 

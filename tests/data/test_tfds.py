@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwcl_jax.data.image import eval_pixels
-from cwcl_jax.data.options import ImageInputs
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.modalities import ImageInputs
+from cwcl_jax.modalities.image import eval_pixels
 from tests.data.making import encoded, jpeg, pixels, tone
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,20 +6,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cwcl_jax.data.options import DataConfig, ImageInputs, SpeechInputs, TextInputs
-from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.sources import Source
+from cwcl_jax.modalities import ImageInputs, SpeechInputs, TextInputs
 
 SIZE = 16
 RATE = 16_000
 DATA = DataConfig(
-    image=ImageInputs(size=SIZE),
-    text=TextInputs(max_tokens=24),
-    speech=SpeechInputs(max_seconds=0.1),
+    inputs={
+        "image": ImageInputs(size=SIZE),
+        "text": TextInputs(max_tokens=24),
+        "speech": SpeechInputs(max_seconds=0.1),
+    },
     threads=1,
 )
 
 
-class Memory:
+class Memory(Source):
     """Examples by one number each: the grey value of a picture, or the level of a recording."""
 
     def __init__(
@@ -37,9 +40,6 @@ class Memory:
 
     def __len__(self) -> int:
         return len(self.values)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.read(index, ("image", "audio", "text", "label"))
 
     def read(self, index: int, fields: Collection[str]) -> dict[str, Any]:
         value = self.values[index]
@@ -66,7 +66,7 @@ class Analytic:
         self.table = np.asarray(table, np.float32)
         self.shapes: set[tuple] = set()
         self.calls = 0
-        tokenizer = load_tokenizer(DATA.text)
+        tokenizer = DATA.inputs["text"].loaded
         self.words = {}
         for word, vector in words.items():
             tokens = tokenizer([word])

@@ -266,10 +266,10 @@ def test_precomputed_tower_normalises_what_it_is_given():
     embeds = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
     expected = embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
     np.testing.assert_allclose(
-        run(model.towers["image"], {"embeds": jnp.asarray(embeds)}), expected, atol=1e-6
+        run(model.towers["image"], {"features": jnp.asarray(embeds)}), expected, atol=1e-6
     )
     with pytest.raises(ValueError, match="width 4, the tower expects 5"):
-        model.towers["image"]({"embeds": jnp.zeros((3, 4))})
+        model.towers["image"]({"features": jnp.zeros((3, 4))})
 
 
 def test_fused_attention_is_asked_for_only_where_it_can_exist():

@@ -5,7 +5,7 @@ import pytest
 
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
-from cwcl_jax.data.sources import Embedded, SourceBase, open_source
+from cwcl_jax.data.sources import Embedded, Source, open_source
 from cwcl_jax.training.features import _check_repeatable, cache_folder, training_source
 from tests.data.making import jpeg, write_tar
 from tests.training.toy import toy_config
@@ -79,7 +79,7 @@ def test_one_caption_an_example_is_kept(tmp_path):
         assert cache_folder(config).is_dir()
 
 
-class Recordings(SourceBase):
+class Recordings(Source):
     def __init__(self, *seconds: float):
         self.seconds = seconds
 

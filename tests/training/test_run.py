@@ -42,7 +42,7 @@ def saved_params(workdir, config):
     blueprint = make_blueprint(config, sharding.make_mesh(MeshConfig()))
     with Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         return jax.device_get(
-            checkpoints.restore_params(config.total_steps, blueprint.abstract_params)
+            checkpoints.restore_model(config.total_steps, blueprint.abstract_state())
         )
 
 

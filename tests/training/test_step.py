@@ -29,7 +29,7 @@ def setup(changes=None, *, devices=1, fsdp=1):
 def host_batches(config, count):
     batches = train_batches(
         config.data,
-        config.modalities,
+        config.tower_names,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         process_index=0,

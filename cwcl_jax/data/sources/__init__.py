@@ -9,7 +9,6 @@ from cwcl_jax.data.sources.arrays import open_arrays
 from cwcl_jax.data.sources.base import (
     Example,
     Source,
-    SourceBase,
     SourceLine,
     call_with_options,
     parse_source_line,
@@ -34,6 +33,7 @@ from cwcl_jax.data.sources.subset import Subset
 from cwcl_jax.data.sources.tables import open_delimited, open_jsonl
 from cwcl_jax.data.sources.tars import open_clip_benchmark, open_tars
 from cwcl_jax.data.sources.tfds import open_tfds
+from cwcl_jax.extension import import_named
 
 __all__ = [
     "SOURCE_KINDS",
@@ -41,7 +41,6 @@ __all__ = [
     "Example",
     "Mixture",
     "Source",
-    "SourceBase",
     "Subset",
     "open_source",
 ]
@@ -104,12 +103,7 @@ def _weight(line: SourceLine) -> float | None:
 
 
 def _open_one(line: SourceLine, cache_dir: str) -> Source:
-    if line.kind not in SOURCE_KINDS:
-        close = difflib.get_close_matches(line.kind, SOURCE_KINDS, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"There is no source of kind {line.kind!r}.{hint} Kinds: {', '.join(SOURCE_KINDS)}."
-        )
+    line, opener = _opener(line)
     # The one place where `~` becomes the user's folder: no shell expands it inside a source line.
     options = {
         key: os.path.expanduser(value)
@@ -117,7 +111,6 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
         if key not in ("weight", "embeds")
     }
     plain = SourceLine(line.kind, os.path.expanduser(line.path), options)
-    opener = SOURCE_KINDS[line.kind]
     if line.kind == "spoken":
         source = _open_spoken(plain, cache_dir)
     else:
@@ -128,6 +121,22 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
     if not folders:
         return source
     return Embedded(source, [os.path.expanduser(folder) for folder in folders.split(",")])
+
+
+def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
+    """The function that opens a line; `module:name:PATH` names one of the user's own."""
+    if line.kind in SOURCE_KINDS:
+        return line, SOURCE_KINDS[line.kind]
+    name, colon, path = line.path.partition(":")
+    if colon and name.isidentifier():
+        own = f"{line.kind}:{name}"
+        return SourceLine(own, path, line.options), import_named(own, "source")
+    close = difflib.get_close_matches(line.kind, SOURCE_KINDS, 1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"There is no source of kind {line.kind!r}.{hint} Kinds: {', '.join(SOURCE_KINDS)}, or "
+        "module:function:PATH for one of your own."
+    )
 
 
 def _open_spoken(line: SourceLine, cache_dir: str) -> Source:

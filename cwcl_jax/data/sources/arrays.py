@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import NO_CLASSES, Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.files import require_file
 from cwcl_jax.data.sources.texts import clean
 
 _ID, _LABEL, _TEXT = ("id", "ids"), ("label", "labels"), ("text", "captions")
 
 
-class Arrays(SourceBase):
+class Arrays(Source):
     """Rows of arrays of equal length."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, name: str):
@@ -59,11 +59,11 @@ class Arrays(SourceBase):
     def read(self, index: int, fields: Collection[str]) -> Example:
         name = str(index) if self._ids is None else str(self._ids[index])
         example: Example = {"id": name}
-        if "embeds" in fields:
+        if "features" in fields:
             vectors = {m: np.asarray(a[index], np.float32) for m, a in self.features.items()}
             if not all(np.isfinite(vector).all() for vector in vectors.values()):
-                raise BadExample("embeds not finite", name)
-            example["embeds"] = vectors
+                raise BadExample("features not finite", name)
+            example["features"] = vectors
         if self._labels is not None and "label" in fields:
             example["label"] = int(self._labels[index])
         if self._texts is not None and "text" in fields:

@@ -3,7 +3,7 @@
 `kind:path?option=value&option=value`, several joined by `::`. A source is a random-access list of
 examples, picklable and without jax. An example is a dict with an "id" and any of "image" (encoded
 bytes or a PIL image), "text" (one caption or a list of them), "audio" (encoded bytes or a pair of
-int16 samples and rate), "label" (an integer) and "embeds" (modality -> vector).
+int16 samples and rate), "label" (an integer) and "features" (name -> vector).
 """
 
 import difflib
@@ -11,54 +11,60 @@ import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 
 Example = dict[str, Any]
-ALL_FIELDS = ("image", "text", "audio", "label", "embeds")
+ALL_FIELDS = ("image", "text", "audio", "label", "features")
 NO_CLASSES = (
     "has no classes; choose a source with classes, or data.labels='text' for equal captions"
 )
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A random-access list of examples."""
+class Source:
+    """A random-access list of examples: all that the rest of the package asks of a source.
 
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        """Class names in label order, where examples have labels."""
-        ...
+    A source of one's own derives from it and defines `__len__`, `read` and `fingerprint`.
 
-    def __len__(self) -> int: ...
+    Attributes:
+      class_names: class names in label order, where examples have labels.
+      durations: length of every example (float64; seconds of recordings), where known without
+        reading.
+      embedded: names of the features that come with the examples.
+      stores: feature caches (`data.embeddings.EmbeddingStore`) by name, which know their encoder.
+      parts: the parts of a mixture, in order; () for any other source.
+      weights: the share of each part of a mixture; None for shares by length.
+    """
 
-    def __getitem__(self, index: int) -> Example: ...
+    class_names: Sequence[str] | None = None
+    durations: np.ndarray | None = None
+    embedded: Sequence[str] = ()
+    stores: Mapping[str, Sequence[Any]] = MappingProxyType({})
+    parts: Sequence["Source"] = ()
+    weights: Sequence[float] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def read(self, index: int, fields: Collection[str]) -> Example:
-        """The example with at least `id`, and only the work that `fields` needs."""
-        ...
+        """Returns the example with at least `id`, and only the work that `fields` needs.
+
+        Raises:
+          BadExample: a field of it cannot be read. The example is counted and skipped.
+        """
+        raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Changes when the examples, or their order, change."""
-        ...
+        """Returns a text that changes when the examples, or their order, change."""
+        raise NotImplementedError
 
-
-class SourceBase:
-    """Indexing with everything, and no classes: what most sources share."""
-
-    # Modalities whose embeddings come with the examples, so that no raw input is needed.
-    embedded: tuple[str, ...] = ()
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        return None
-
-    @property
-    def durations(self) -> np.ndarray | None:
-        """Seconds of every recording (float64), where they are known without reading it."""
-        return None
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{type(self).__name__} has {len(self)} examples; asked for {index}")
+        return self.read(index, ALL_FIELDS)
 
     @property
     def lacks(self) -> Mapping[str, str]:
@@ -69,7 +75,7 @@ class SourceBase:
         return {} if self.class_names is not None else {"label": NO_CLASSES}
 
     def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
-        """Embeddings of many examples at once, modality -> float32 (len(indices), ...).
+        """Returns features of many examples at once, name -> float32 (len(indices), ...).
 
         None where there is no faster way than `read`, or where an example of them is unusable, of
         which `read` then says why.
@@ -77,16 +83,38 @@ class SourceBase:
         del indices
         return None
 
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{type(self).__name__} has {len(self)} examples; asked for {index}")
-        return self.read(index, ALL_FIELDS)
+
+class SourceAround(Source):
+    """A source that changes something of another one, `source`, and passes on all else."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        return self.source.class_names
+
+    @property
+    def durations(self) -> np.ndarray | None:
+        return self.source.durations
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        return self.source.lacks
+
+    @property
+    def embedded(self) -> Sequence[str]:
+        return self.source.embedded
+
+    @property
+    def stores(self) -> Mapping[str, Sequence[Any]]:
+        return self.source.stores
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.source)
 
     def read(self, index: int, fields: Collection[str]) -> Example:
-        raise NotImplementedError
+        return self.source.read(index, fields)
 
 
 @dataclass(frozen=True)
@@ -166,9 +194,8 @@ def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
 
 def require_fields(source: Source, fields: Collection[str], name: str) -> None:
     """Raises ValueError where no example of the source has one of the fields."""
-    lacks: Mapping[str, str] = getattr(source, "lacks", {})
-    for field in sorted(set(fields) & set(lacks)):
-        raise ValueError(f"{name!r} {lacks[field]}.")
+    for field in sorted(set(fields) & set(source.lacks)):
+        raise ValueError(f"{name!r} {source.lacks[field]}.")
 
 
 def fingerprint_of(*parts: object) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cwcl_jax.data import commands
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 
 # Part of the fingerprint: raise it when the grammar changes.
 _VERSION = 1
@@ -18,7 +18,7 @@ _DEFAULT_LENGTH = {"train": 12_000}
 
 
 @dataclass(frozen=True)
-class Commands(SourceBase):
+class Commands(Source):
     """Sentences of a split; labelled when `task` is a classification task."""
 
     split: str

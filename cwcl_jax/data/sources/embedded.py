@@ -6,45 +6,42 @@ import numpy as np
 
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import (
+    Example,
+    Source,
+    SourceAround,
+    fingerprint_of,
+)
 
 
-class Embedded(SourceBase):
-    """A source whose examples carry "embeds"; the modalities of the folders need no raw inputs.
+class Embedded(SourceAround):
+    """A source whose examples carry "features"; the towers of the folders need no raw inputs.
 
     Refuses folders that were made from another source, by its fingerprint.
     """
 
     def __init__(self, source: Source, folders: Sequence[str]):
-        self.source = source
-        self.stores: dict[str, EmbeddingStore] = {}
+        super().__init__(source)
+        self._stores: dict[str, EmbeddingStore] = {}
         for folder in folders:
             store = EmbeddingStore(folder)
             expected = source.fingerprint()
             store.description.require(folder, source=expected, count=len(source))
-            self.stores[store.description.modality] = store
-        self.embedded = tuple(self.stores)
+            self._stores[store.description.modality] = store
 
     @property
-    def class_names(self) -> Sequence[str] | None:
-        return self.source.class_names
+    def embedded(self) -> Sequence[str]:
+        return tuple(dict.fromkeys([*self.source.embedded, *self._stores]))
 
     @property
-    def lacks(self) -> Mapping[str, str]:
-        return getattr(self.source, "lacks", {})
-
-    @property
-    def durations(self) -> np.ndarray | None:
-        return getattr(self.source, "durations", None)
-
-    def __len__(self) -> int:
-        return len(self.source)
+    def stores(self) -> Mapping[str, Sequence[EmbeddingStore]]:
+        return {**self.source.stores, **{name: [store] for name, store in self._stores.items()}}
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         example = self.source.read(index, fields)
-        if "embeds" in fields:
-            example["embeds"] = {}
-            for modality, store in self.stores.items():
+        if "features" in fields:
+            found = dict(example.get("features") or {})
+            for name_of_tower, store in self._stores.items():
                 name, vector = store[index]
                 if name != example["id"]:
                     raise ValueError(
@@ -52,31 +49,35 @@ class Embedded(SourceBase):
                         f"example is {example['id']!r}: make the embeddings again."
                     )
                 if vector is None:
-                    raise BadExample("embeds missing", f"{name} was unusable when it was embedded")
-                example["embeds"][modality] = vector
+                    raise BadExample(
+                        "features missing", f"{name} was unusable when it was embedded"
+                    )
+                found[name_of_tower] = vector
+            example["features"] = found
         return example
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
         ids = [self.source.read(int(index), ())["id"] for index in indices]
-        found = {}
-        for modality, store in self.stores.items():
+        found = dict(self.source.vectors(indices) or {})
+        for tower, store in self._stores.items():
             names, rows = store.rows(indices)
             if rows is None or names != ids:
                 return None
-            found[modality] = rows
-        return found
+            found[tower] = rows
+        return found if set(found) >= set(self.embedded) else None
 
     def fingerprint(self) -> str:
-        made = [(m, store.description.to_json()) for m, store in sorted(self.stores.items())]
+        made = [(m, store.description.to_json()) for m, store in sorted(self._stores.items())]
         return fingerprint_of("embedded", self.source.fingerprint(), made)
 
 
-class EmbeddingsOnly(SourceBase):
+class EmbeddingsOnly(Source):
     """The vectors of one folder, without the examples they came from."""
 
     def __init__(self, store: EmbeddingStore):
         self.store = store
         self.embedded = (store.description.modality,)
+        self.stores = {store.description.modality: [store]}
 
     def __len__(self) -> int:
         return len(self.store)
@@ -85,8 +86,8 @@ class EmbeddingsOnly(SourceBase):
         del fields
         name, vector = self.store[index]
         if vector is None:
-            raise BadExample("embeds missing", f"{name} was unusable when it was embedded")
-        return {"id": name, "embeds": {self.store.description.modality: vector}}
+            raise BadExample("features missing", f"{name} was unusable when it was embedded")
+        return {"id": name, "features": {self.store.description.modality: vector}}
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
         _, rows = self.store.rows(indices)

@@ -3,20 +3,20 @@
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 
 
-class Mixture(SourceBase):
+class Mixture(Source):
     """The concatenation of `parts`; `weights` are shares of the examples, None = by length."""
 
     def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None):
         self.parts = list(parts)
         self.weights = None if weights is None else [float(w) for w in weights]
-        embedded = [set(getattr(part, "embedded", ())) for part in parts]
-        self.embedded = tuple(sorted(set.intersection(*embedded)))
+        self.embedded = tuple(sorted(set.intersection(*(set(part.embedded) for part in parts))))
         self.starts = [0, *accumulate(len(part) for part in parts)]
 
     @property
@@ -29,7 +29,7 @@ class Mixture(SourceBase):
     def lacks(self) -> Mapping[str, str]:
         found: dict[str, str] = {}
         for part in self.parts:
-            found |= getattr(part, "lacks", {})
+            found |= part.lacks
         # Numbers that stand for other classes in another part are no labels of the whole.
         if self.class_names is None and any(part.class_names for part in self.parts):
             found["label"] = "has parts of different classes; data.labels='text' may do"
@@ -37,9 +37,17 @@ class Mixture(SourceBase):
 
     @property
     def durations(self) -> np.ndarray | None:
-        found = [getattr(part, "durations", None) for part in self.parts]
+        found = [part.durations for part in self.parts]
         known = [durations for durations in found if durations is not None]
         return np.concatenate(known) if len(known) == len(found) else None
+
+    @property
+    def stores(self) -> Mapping[str, Sequence[Any]]:
+        """Of the names that every part has a cache for: others are of unknown origin somewhere."""
+        known = set.intersection(*(set(part.stores) for part in self.parts))
+        return {
+            name: [store for part in self.parts for store in part.stores[name]] for name in known
+        }
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -47,6 +55,20 @@ class Mixture(SourceBase):
     def read(self, index: int, fields: Collection[str]) -> Example:
         part = bisect_right(self.starts, index) - 1
         return self.parts[part].read(index - self.starts[part], fields)
+
+    def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
+        owner = np.searchsorted(self.starts, indices, side="right") - 1
+        places, found = [], []
+        for part in np.unique(owner):
+            places.append(np.flatnonzero(owner == part))
+            rows = self.parts[part].vectors(indices[places[-1]] - self.starts[part])
+            if rows is None:
+                return None
+            found.append(rows)
+        back = np.argsort(np.concatenate(places))
+        return {
+            name: np.concatenate([rows[name] for rows in found])[back] for name in self.embedded
+        }
 
     def fingerprint(self) -> str:
         return fingerprint_of("mixture", self.weights, *(part.fingerprint() for part in self.parts))

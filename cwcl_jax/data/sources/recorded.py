@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from jaxtyping import Float64, Int16, Int64
 from cwcl_jax.data.audio import resample
 from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Example, Source, SourceBase
+from cwcl_jax.data.sources.base import Example, Source, SourceAround
 
 RATE = 16_000
 _SHARD = 256
@@ -36,29 +36,17 @@ _VERSION = 2  # 1: not the same bytes every time
 _AUDIBLE = 30  # of 32767
 
 
-class Recorded(SourceBase):
+class Recorded(SourceAround):
     """The examples of a spoken source, with recordings from `folder`.
 
     Opening it costs nothing: what is missing is spoken when a recording or a length is first asked.
     """
 
     def __init__(self, source: Source, folder: str | Path):
-        self.source = source
+        super().__init__(source)
         self.folder = Path(folder)
-        self.embedded = tuple(getattr(source, "embedded", ()))
         self._lock = threading.Lock()
         self._shards: list[tuple[np.ndarray, Int64[np.ndarray, " n"]]] = []
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        return self.source.class_names
-
-    @property
-    def lacks(self) -> Mapping[str, str]:
-        return getattr(self.source, "lacks", {})
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         if "audio" not in fields:

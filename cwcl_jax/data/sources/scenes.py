@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from cwcl_jax.data import captions, scenes
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 
 # Part of the fingerprint: raise it when a drawing or a caption changes.
 _VERSION = 1
@@ -23,7 +23,7 @@ _CLASSES = {
 
 
 @dataclass(frozen=True)
-class Scenes(SourceBase):
+class Scenes(Source):
     """Scenes of one stream; labelled and of one object when `task` is a classification task."""
 
     task: str

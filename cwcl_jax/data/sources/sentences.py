@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cwcl_jax.data.order import permute
-from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import require
 from cwcl_jax.data.sources.tables import open_delimited
@@ -24,7 +24,7 @@ _SPLITS = ("train", "test")
 _WORD = re.compile(r"(?:[^\W\d_]|['\u2019]){2,}")
 
 
-class Sentences(SourceBase):
+class Sentences(Source):
     """A fixed list of sentences, without labels."""
 
     def __init__(self, sentences: Sequence[str], name: str):

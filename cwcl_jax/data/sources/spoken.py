@@ -10,31 +10,27 @@ from collections.abc import Collection, Mapping, Sequence
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.espeak import VOICE_SETS, VOICES, random_voice, speak
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
 from cwcl_jax.data.sources.recorded import Recorded, default_folder
 
 
-class Spoken(SourceBase):
+class Spoken(SourceAround):
     """The examples of `source`, each with its first caption that holds any text as "audio"."""
 
     def __init__(self, source: Source, *, voices: Sequence[str] = VOICES, seed: int = 0):
-        self.source = source
+        super().__init__(source)
         self.voices = tuple(voices)
         self.seed = seed
-        self.embedded = tuple(getattr(source, "embedded", ()))
 
     @property
-    def class_names(self) -> Sequence[str] | None:
-        return self.source.class_names
+    def durations(self) -> None:
+        """How long a voice takes for a text is not known before it spoke."""
 
     @property
     def lacks(self) -> Mapping[str, str]:
-        lacks = dict(getattr(self.source, "lacks", {}))
+        lacks = dict(self.source.lacks)
         lacks.pop("audio", None)
         return lacks | ({"audio": lacks["text"]} if "text" in lacks else {})
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         if "audio" not in fields:

@@ -4,28 +4,19 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from cwcl_jax.data.sources.base import Example, Source, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
 
 
-class Subset(SourceBase):
+class Subset(SourceAround):
     """The examples of `source` at `indices`, in that order."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
-        self.source = source
+        super().__init__(source)
         self.indices = indices
-        self.embedded = tuple(getattr(source, "embedded", ()))
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        return self.source.class_names
-
-    @property
-    def lacks(self) -> Mapping[str, str]:
-        return getattr(self.source, "lacks", {})
 
     @property
     def durations(self) -> np.ndarray | None:
-        whole = getattr(self.source, "durations", None)
+        whole = self.source.durations
         return None if whole is None else whole[np.asarray(self.indices, np.int64)]
 
     def __len__(self) -> int:
@@ -33,6 +24,9 @@ class Subset(SourceBase):
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         return self.source.read(int(self.indices[index]), fields)
+
+    def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
+        return self.source.vectors(np.asarray(self.indices, np.int64)[indices])
 
     def fingerprint(self) -> str:
         # A range prints as its bounds; other sequences must print whole.

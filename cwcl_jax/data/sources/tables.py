@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.data.sources.base import NO_CLASSES, Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import read_bytes, require_file
 from cwcl_jax.data.sources.texts import captions_of
@@ -25,7 +25,7 @@ _FILE_FIELDS = ("image", "audio")
 _NEXT_CAPTION = "\x1e"
 
 
-class Table(SourceBase):
+class Table(Source):
     """Rows with strings; image and audio columns hold paths, relative ones below `root`.
 
     Labels are numbers into `class_names`; several captions stand in one string (`join_captions`).

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import NO_CLASSES, Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.tar_index import TarIndex, load_index
 from cwcl_jax.data.sources.texts import captions_of, lines_of, text_of_bytes
@@ -45,7 +45,7 @@ def _open_file(path: str, size: int, mtime: int) -> _OpenFile:
     return _OpenFile(path)
 
 
-class Tars(SourceBase):
+class Tars(Source):
     """Samples of several tars one after another.
 
     `text` names where captions come from: "txt" (the text member), "lines" (one caption a line of

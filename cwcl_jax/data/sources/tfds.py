@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.audio import as_int16
-from cwcl_jax.data.sources.base import Example, SourceBase, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 
 _RATE = 16_000
 _FIELDS = ("image", "text", "audio", "label")
 
 
-class TfdsSource(SourceBase):
+class TfdsSource(Source):
     """One split of a prepared TFDS data set; `keys` maps fields to feature names (`a/b` nests)."""
 
     def __init__(self, data: Any, keys: dict[str, str], *, name: str, rate: int, classes: Any):

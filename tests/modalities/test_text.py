@@ -6,12 +6,12 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from cwcl_jax.data.captions import TOKENIZER_FILE
-from cwcl_jax.data.options import TextInputs
-from cwcl_jax.data.text import load_tokenizer, tokenize
+from cwcl_jax.modalities import TextInputs
+from cwcl_jax.modalities.text import load_tokenizer
 
 
 def test_captions_are_padded_on_the_right_to_one_length():
-    made = tokenize(["a red circle", "", "A Red circle "], TextInputs(max_tokens=8))
+    made = TextInputs(max_tokens=8).batch(["a red circle", "", "A Red circle "])
     assert made["tokens"].shape == made["mask"].shape == (3, 8)
     assert (made["tokens"].dtype, made["mask"].dtype) == (np.int32, np.bool_)
     assert made["mask"].sum(axis=1).tolist() == [5, 2, 5]

@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.image import (
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities import ImageInputs
+from cwcl_jax.modalities.image import (
     decode_rgb,
     eval_pixels,
     open_image,
     random_crop_box,
     train_pixels,
 )
-from cwcl_jax.data.options import ImageInputs
-from cwcl_jax.data.skipping import BadExample
 from tests.data.making import encoded, jpeg, pixels
 
 SQUARE = pixels(3, 32, 32)

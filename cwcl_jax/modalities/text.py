@@ -1,18 +1,22 @@
 """Captions to token ids of one fixed length, with an attention mask."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
 from cwcl_jax.data.captions import TOKENIZER_FILE
+from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.installed import inside_package
-from cwcl_jax.data.options import TextInputs
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 
 _SETTINGS = "tokenizer_config.json"
 # What the special tokens are called where a file does not say so.
@@ -22,6 +26,149 @@ _USUAL = {
     "bos_token": ("[BOS]", "[CLS]", "<s>"),
     "eos_token": ("[EOS]", "[SEP]", "</s>"),
 }
+# Whether examples have several captions is a matter of the source: a few of them tell.
+_LOOKED_AT = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInputs(Modality):
+    """How a caption becomes `tokens` (int32) and `mask` (bool), both (max_tokens,).
+
+    A tower whose source has several captions for an example reads another one in each epoch of
+    training, and the first one in evaluation.
+    """
+
+    name: ClassVar[str] = "text"
+    stream: ClassVar[int] = 2
+
+    field: str = "text"
+    # "" = the package's own small tokenizer; otherwise a folder, a tokenizer.json or a hub name.
+    tokenizer: str = ""
+    max_tokens: int = 32
+
+    def __post_init__(self):
+        check_ranges(self, max_tokens=(1, ENDLESS))
+
+    @property
+    def loaded(self) -> "TextTokenizer":
+        """The tokenizer, read once for equal options.
+
+        Raises:
+          ValueError: it cannot be read.
+        """
+        return _loaded(self, _changed_at(self.tokenizer))
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        shape = (self.max_tokens,)
+        return {"tokens": ArraySpec(shape, "int32"), "mask": ArraySpec(shape, "bool")}
+
+    def prepare(self, value: Any, draws: Draws | None = None) -> str:
+        captions = usable_captions(value)
+        return captions[0] if draws is None else draws.pick(captions)
+
+    def finish(self, prepared: Sequence[str]) -> Sequence[Mapping[str, np.ndarray]]:
+        made = self.loaded(prepared)
+        return [{name: array[row] for name, array in made.items()} for row in range(len(prepared))]
+
+    def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
+        return dict(self.loaded(self.listed(items)))
+
+    def listed(self, items: Any) -> list[str]:
+        """Returns one text or many as a list; a tuple of two is two texts, not a pair."""
+        listed = [items] if isinstance(items, str) else list(items)
+        for number, text in enumerate(listed):
+            if not isinstance(text, str):
+                raise ValueError(f"item {number} of the texts is {text!r}, which is no string")
+        return listed
+
+    def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Cuts sentences to the longest of them, in steps of 8 tokens so that programs are few."""
+        used = np.flatnonzero(np.asarray(arrays["mask"]).any(axis=0))
+        length = -(-(int(used[-1]) + 1 if len(used) else 1) // 8) * 8
+        return {name: np.asarray(array)[:, :length] for name, array in arrays.items()}
+
+    def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
+        return super().fingerprint(training=training) | {"vocabulary": self.loaded.fingerprint()}
+
+    def varies(self, source: Any) -> str:
+        found = with_several_captions(source, self.field)
+        if not found:
+            return ""
+        return f"{found}, of which every epoch takes another one; keep one caption an example"
+
+    def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
+        positions = getattr(settings, "max_tokens", self.max_tokens)
+        if self.max_tokens > positions:
+            raise ValueError(
+                f"{options}.max_tokens={self.max_tokens} exceeds the {positions} positions of the "
+                f"text tower: lower it, or raise max_tokens in {overrides}"
+            )
+        rows, size = getattr(settings, "vocab_size", None), self.loaded.vocab_size
+        # An id beyond the table would be clamped to its last row without a word; far fewer ids than
+        # a pretrained table has rows mean another tokenizer, whose ids stand for other words.
+        if rows is not None and (size > rows or (imported and size < rows // 2)):
+            raise ValueError(
+                f"the tokenizer {options}.tokenizer={self.tokenizer!r} has {size} tokens, the text "
+                f"tower's table {rows}: they do not belong together; name the tower's own "
+                f"tokenizer, or set vocab_size={size} in {overrides} for one from scratch"
+            )
+
+    def without_files(self) -> "TextInputs":
+        """Takes the package's own few words in place of a tokenizer that lies elsewhere."""
+        return dataclasses.replace(self, tokenizer="")
+
+    def packed(self, folder: Path, tower: str) -> "TextInputs":
+        """Writes the tokenizer into the export, unless it is the package's own."""
+        if not self.tokenizer:
+            return self
+        inside = "tokenizer" if tower == self.name else f"tokenizer-{tower}"
+        self.loaded.save(folder / inside)
+        return dataclasses.replace(self, tokenizer=f"{inside}/tokenizer.json")
+
+    def unpacked(self, folder: Path) -> "TextInputs":
+        if not self.tokenizer or not (folder / self.tokenizer).exists():
+            return self
+        return dataclasses.replace(self, tokenizer=str(folder / self.tokenizer))
+
+
+def usable_captions(value: Any) -> list[str]:
+    """Returns the captions of an example that hold any text.
+
+    Raises:
+      BadExample: there is none.
+    """
+    options = [value] if isinstance(value, str) else value
+    usable = [text.strip() for text in options if text and text.strip()]
+    if not usable:
+        raise BadExample("text empty")
+    return usable
+
+
+def with_several_captions(source: Any, field: str) -> str:
+    """Names an example with several captions, out of some spread over the source; "" if none."""
+    for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int):
+        try:
+            example = source.read(int(index), (field,))
+            captions = usable_captions(example.get(field) or "")
+        except BadExample:
+            continue
+        if len(set(captions)) > 1:
+            return f"{example['id']} has {len(captions)} captions"
+    return ""
+
+
+def _changed_at(tokenizer: str) -> float:
+    """When a tokenizer's file was changed last: a changed one is read anew."""
+    try:
+        return Path(tokenizer).stat().st_mtime if tokenizer else 0.0
+    except OSError:
+        return 0.0
+
+
+@functools.lru_cache(8)
+def _loaded(inputs: TextInputs, changed_at: float) -> "TextTokenizer":
+    del changed_at
+    return load_tokenizer(inputs)
 
 
 class TextTokenizer:
@@ -108,7 +255,7 @@ def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if inputs.max_tokens < 3:
         raise ValueError(
-            f"data.text.max_tokens={inputs.max_tokens} leaves no room for a word between the "
+            f"max_tokens={inputs.max_tokens} leaves no room for a word between the "
             "begin and end tokens; use 3 or more."
         )
     name = inputs.tokenizer or str(TOKENIZER_FILE)
@@ -123,7 +270,7 @@ def _inside_package(spec: str) -> Path:
     try:
         return inside_package(spec)
     except FileNotFoundError as error:
-        raise ValueError(f"data.text.tokenizer='installed:{spec}': {error}") from error
+        raise ValueError(f"tokenizer='installed:{spec}': {error}") from error
 
 
 def _from_file(name: str) -> tuple[Any, dict[str, str]]:
@@ -136,7 +283,7 @@ def _from_file(name: str) -> tuple[Any, dict[str, str]]:
         named = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     except Exception as error:  # the library raises no narrower one
         raise ValueError(
-            f"data.text.tokenizer={name!r} (with {_SETTINGS} beside it) cannot be read: {error}"
+            f"tokenizer={name!r} (with {_SETTINGS} beside it) cannot be read: {error}"
         ) from error
     # A token is written with its flags, or alone.
     tokens = {
@@ -156,21 +303,14 @@ def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No tokenizer could be read from data.text.tokenizer={name!r}: give a folder with "
+            f"No tokenizer could be read from tokenizer={name!r}: give a folder with "
             f"tokenizer.json, such a file itself, or a hub name that can be reached ({error})."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
             f"The tokenizer {name!r} has no fast form (tokenizer.json); save one with transformers "
-            "and name its folder in data.text.tokenizer."
+            "and name its folder as the tokenizer."
         )
     special = tokenizer.special_tokens_map
     return backend, {key: str(token) for key, token in special.items() if key.endswith("_token")}
-
-
-def tokenize(
-    captions: Sequence[str], inputs: TextInputs
-) -> dict[str, Int32[np.ndarray, "b s"] | Bool[np.ndarray, "b s"]]:
-    """Tokens and mask of a few captions; load the tokenizer once for many."""
-    return load_tokenizer(inputs)(captions)

@@ -6,38 +6,30 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
-from cwcl_jax.data.image import eval_pixels
-from cwcl_jax.data.items import (
-    listed_pictures,
-    listed_recordings,
-    listed_texts,
-    open_picture,
-    open_recording,
-    prepare_each,
-)
-from cwcl_jax.data.options import ImageInputs
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities import ImageInputs, SpeechInputs, TextInputs
+from cwcl_jax.modalities.image import eval_pixels, open_picture
+from cwcl_jax.modalities.speech import open_recording
 
 TONE = 0.3 * np.sin(np.arange(800) * 0.2).astype(np.float32)
 INTEGERS = np.rint(TONE * 32767).astype(np.int16)
 
 
 def test_a_tuple_is_many_items_unless_it_is_samples_and_their_rate():
-    assert listed_texts(("a star", "two stars")) == ["a star", "two stars"]
-    assert listed_texts("a star") == ["a star"]
-    assert listed_pictures(("a.png", "b.png")) == ["a.png", "b.png"]
-    assert listed_recordings(("a.wav", "b.wav")) == ["a.wav", "b.wav"]
-    assert len(listed_recordings((TONE, 16000))) == 1
-    assert len(listed_recordings(((TONE, 16000), (TONE, np.int64(8000))))) == 2
+    assert TextInputs().listed(("a star", "two stars")) == ["a star", "two stars"]
+    assert TextInputs().listed("a star") == ["a star"]
+    assert ImageInputs().listed(("a.png", "b.png")) == ["a.png", "b.png"]
+    assert SpeechInputs().listed(("a.wav", "b.wav")) == ["a.wav", "b.wav"]
+    assert len(SpeechInputs().listed((TONE, 16000))) == 1
+    assert len(SpeechInputs().listed(((TONE, 16000), (TONE, np.int64(8000))))) == 2
 
 
 def test_arrays_of_pictures_are_numpys_or_jaxs():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
     for array in (pixels, jnp.asarray(pixels)):
-        assert len(listed_pictures(array[0])) == 1
-        for one, expected in zip(listed_pictures(array), pixels, strict=True):
+        assert len(ImageInputs().listed(array[0])) == 1
+        for one, expected in zip(ImageInputs().listed(array), pixels, strict=True):
             np.testing.assert_array_equal(np.asarray(open_picture(one)), expected)
     np.testing.assert_array_equal(np.asarray(open_picture(jnp.asarray(pixels[1]))), pixels[1])
 
@@ -84,7 +76,7 @@ def test_samples_that_would_become_another_sound_are_refused(samples, message):
 
 def test_items_of_other_kinds_are_refused_in_words():
     with pytest.raises(ValueError, match="item 1 of the texts is None"):
-        listed_texts(["a star", None])
+        TextInputs().listed(["a star", None])
     with pytest.raises(ValueError, match=r"a picture is a path.* not int"):
         open_picture(3)
     with pytest.raises(ValueError, match=r"a recording is a path.* not ndarray"):
@@ -96,20 +88,18 @@ def test_items_of_other_kinds_are_refused_in_words():
 def test_an_error_names_the_path_or_the_number_of_the_item(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
 
-    def prepare(item):
-        return eval_pixels(open_picture(item), ImageInputs(size=8))
-
+    inputs = ImageInputs(size=8)
     with pytest.raises(BadExample, match=r"image unreadable: .*bad\.png: none of JPEG") as caught:
-        prepare_each(prepare, [tmp_path / "bad.png"], 0)
+        inputs.batch([tmp_path / "bad.png"], first=0)
     assert caught.value.kind == "image unreadable"
     good = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(BadExample, match="item 65: none of JPEG"):
-        prepare_each(prepare, [good, b"no picture"], 64)
+        inputs.batch([good, b"no picture"], first=64)
     with pytest.raises(ValueError, match="item 1: an image array is uint8"):
-        prepare_each(prepare, [good, good[..., 0]], 0)
+        inputs.batch([good, good[..., 0]], first=0)
     cut = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
         cut, "JPEG"
     )
     with pytest.raises(BadExample, match=r"image unreadable: item 0: .*truncated"):
-        prepare_each(prepare, [Image.open(io.BytesIO(cut.getvalue()[:2000]))], 0)
+        inputs.batch([Image.open(io.BytesIO(cut.getvalue()[:2000]))], first=0)

@@ -4,17 +4,20 @@ Training: a random resized crop and a flip, where the options ask for them. Eval
 side resized, the centre cut out. Normalisation to a tower's range happens on the device.
 """
 
+import dataclasses
 import io
 import math
 import struct
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.options import ImageInputs
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 
 _BICUBIC = Image.Resampling.BICUBIC
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
@@ -35,6 +38,113 @@ _DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
 )  # fmt: skip
 Box = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInputs(Modality):
+    """How a picture becomes `pixels`: uint8, (size, size, 3). Towers normalise on the device.
+
+    A person hands in paths, encoded bytes, PIL images or uint8 arrays (y, x, 3).
+    """
+
+    name: ClassVar[str] = "image"
+    stream: ClassVar[int] = 1
+    training_only: ClassVar[tuple[str, ...]] = ("crop_min_area", "flip")
+    has_border: ClassVar[bool] = True
+
+    field: str = "image"
+    size: int = 64
+    # Smallest share of the picture that a random training crop covers; 0 = no random crop.
+    crop_min_area: float = 0.0
+    flip: bool = False
+    # Larger pictures are skipped and counted before any of their pixels are decoded.
+    max_pixels: int = 64_000_000
+    # Shorter side before the central crop (256 for ImageNet at 224); 0 = `size`.
+    eval_resize: int = 0
+
+    def __post_init__(self):
+        check_ranges(self, size=(1, ENDLESS), crop_min_area=(0, 1), max_pixels=(1, ENDLESS))
+        if self.eval_resize and self.eval_resize < self.size:
+            raise ValueError(
+                f"eval_resize={self.eval_resize} leaves nothing to cut size={self.size} out of; "
+                "make it at least size, or 0 for size itself."
+            )
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        return {"pixels": ArraySpec((self.size, self.size, 3), "uint8")}
+
+    def prepare(self, value: Any, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        made = eval_pixels(value, self) if draws is None else train_pixels(value, self, draws)
+        return {"pixels": made}
+
+    def listed(self, items: Any) -> list[Any]:
+        """Returns one picture or many, an array of pictures too, as a list."""
+        if hasattr(items, "__array__") and not isinstance(items, Image.Image):
+            items = np.asarray(items)
+            return [items] if items.ndim == 3 else list(items)
+        if isinstance(items, (str, bytes, Path, Image.Image)):
+            return [items]
+        return list(items)
+
+    def opened(self, item: Any) -> bytes | Image.Image:
+        return open_picture(item)
+
+    def varies(self, source: Any) -> str:
+        if not (self.crop_min_area or self.flip):
+            return ""
+        return (
+            f"crop_min_area={self.crop_min_area} and flip={self.flip} change the pictures; set "
+            "them to 0 and False"
+        )
+
+    def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
+        expected = getattr(settings, "image_size", self.size)
+        if self.size != expected:
+            raise ValueError(
+                f"{options}.size={self.size}, but the tower reads {expected} x {expected}: set "
+                f"--{options}.size={expected}, or image_size={self.size} in {overrides} (an "
+                "imported position grid is resampled)"
+            )
+
+    def without_border(self, value: Any, pixels: int) -> Image.Image:
+        """Returns a picture without `pixels` on every side.
+
+        Raises:
+          BadExample: it cannot be read, is too large, or nothing of it would be left.
+        """
+        opened = open_image(value, self.max_pixels)
+        width, height = opened.size
+        if min(width, height) <= 2 * pixels:
+            raise BadExample(
+                "image too small", f"{width}x{height}, crop_border={pixels} leaves none"
+            )
+        decode_rgb(opened)  # in place: what cannot be decoded is refused here, and not by crop
+        return opened.crop((pixels, pixels, width - pixels, height - pixels))
+
+
+def open_picture(item: Any) -> bytes | Image.Image:
+    """Encoded bytes, or a picture that is not the caller's own."""
+    if isinstance(item, (str, Path)):
+        return Path(item).read_bytes()
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, Image.Image):
+        try:
+            # Of a JPEG that is not decoded yet, the caller would be left with a thumbnail.
+            return item.copy()
+        except OSError as error:
+            raise BadExample("image unreadable", str(error)) from error
+    if not hasattr(item, "__array__"):
+        raise ValueError(
+            "a picture is a path, encoded bytes, a PIL image or a uint8 array (y, x, 3), not "
+            f"{type(item).__name__}"
+        )
+    array = np.asarray(item)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise ValueError(
+            f"an image array is uint8 (y, x, 3), not {array.dtype} {array.shape}: convert it"
+        )
+    return Image.fromarray(array)
 
 
 def train_pixels(
@@ -79,7 +189,7 @@ def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
         raise BadExample("image unreadable", str(error)) from error
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise BadExample("image too large", f"{pixels} pixels, data.image.max_pixels={max_pixels}")
+        raise BadExample("image too large", f"{pixels} pixels, max_pixels={max_pixels}")
     return image
 
 

@@ -1,0 +1,214 @@
+"""What a modality is: everything that the rest of the package may ask about one kind of input.
+
+A modality is a frozen dataclass. Its fields are its options, which a config sets as
+`config.data.<tower>`; its methods are all that is known about this kind of input. The data
+pipeline, the checks, the feature cache, `embed`, `evaluate`, `plan`, `export` and `load_model` ask
+these methods and know no modality by name. A modality of one's own:
+
+    @dataclasses.dataclass(frozen=True)
+    class Eeg(Modality):
+        field: str = "eeg"
+        channels: int = 8
+        samples: int = 256
+
+        def arrays(self):
+            return {"signal": ArraySpec((self.channels, self.samples), "float32")}
+
+        def prepare(self, value, draws=None):
+            return {"signal": np.asarray(value, np.float32)}
+
+named in a config as `modality="my_module:Eeg"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.skipping import BadExample
+
+ENDLESS = math.inf
+
+
+class ArraySpec(NamedTuple):
+    """Shape and dtype of one array of one example, without the batch axis."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Modality:
+    """One kind of input. A subclass gives `arrays` and `prepare`; all else has a default.
+
+    Attributes:
+      field: the field of a source's example that holds the raw value.
+      name: what the built-in modality is called in a config; "" for one of the user's.
+      stream: sets the random draws of this modality apart from those of others.
+      training_only: options that only training follows, such as random crops.
+      has_border: whether `without_border` can cut something off.
+    """
+
+    name: ClassVar[str] = ""
+    stream: ClassVar[int] = 0
+    training_only: ClassVar[tuple[str, ...]] = ()
+    has_border: ClassVar[bool] = False
+
+    field: str = ""
+
+    # What every modality must say.
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Returns the arrays of one example by name, as `prepare` and `finish` make them."""
+        raise NotImplementedError(f"{type(self).__name__} must define arrays()")
+
+    def prepare(self, value: Any, draws: Draws | None = None) -> Any:
+        """Turns the raw value of one example into its arrays by name.
+
+        Args:
+          value: what the source gives in `field`.
+          draws: random numbers of this example for training; None means no randomness.
+
+        Raises:
+          BadExample: the value cannot be used. The example is counted and skipped.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define prepare()")
+
+    # What most modalities need not change.
+
+    def finish(self, prepared: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
+        """Turns what `prepare` gave for several examples into arrays, in one call for all."""
+        return prepared
+
+    def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
+        """Makes the arrays of items that a person holds, stacked; see `opened`.
+
+        Args:
+          first: the number of the first item, for error messages.
+
+        Raises:
+          BadExample, ValueError: an item that cannot be used, by its path or its number.
+        """
+        finished = self.finish(each(lambda item: self.prepare(self.opened(item)), items, first))
+        return {name: np.stack([row[name] for row in finished]) for name in finished[0]}
+
+    def listed(self, items: Any) -> list[Any]:
+        """Returns one item or many as a list."""
+        return list(items) if isinstance(items, (list, tuple)) else [items]
+
+    def opened(self, item: Any) -> Any:
+        """Turns an item that a person holds (a path, an array, ...) into what `prepare` takes."""
+        return item
+
+    def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Cuts off padding that no row of a batch needs, to one of a few lengths."""
+        return arrays
+
+    def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
+        """Returns all that decides the arrays; with `training=False` only what evaluation uses."""
+        made = dataclasses.asdict(self)
+        if self.field == type(self).__dataclass_fields__["field"].default:
+            del made["field"]  # the usual field decides nothing that the source does not
+        return {k: v for k, v in made.items() if training or k not in self.training_only}
+
+    def varies(self, source: Any) -> str:
+        """Says why inputs differ from epoch to epoch, and the remedy; "" where they do not.
+
+        Features of a locked encoder may be kept only where inputs stay the same.
+
+        Args:
+          source: the training data.
+        """
+        del source
+        return ""
+
+    def fitted(self, overrides: Mapping[str, Any]) -> "Modality":
+        """Returns the inputs with what the encoder's own settings decide about them."""
+        del overrides
+        return self
+
+    def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
+        """Raises ValueError where an encoder cannot read these inputs.
+
+        Args:
+          settings: the encoder's own settings.
+          options: path of this modality's options, for error messages.
+          overrides: path of the encoder's settings, for error messages.
+          imported: whether the encoder's weights come from a file.
+        """
+        del settings, options, overrides, imported
+
+    def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns what a reader of results should know of some items.
+
+        Returns:
+          What these items are ("silent", ...) -> which rows are so, bool (b,).
+        """
+        del arrays
+        return {}
+
+    def without_border(self, value: Any, pixels: int) -> Any:
+        """Returns a raw value without `pixels` on every side, where there is such a border."""
+        del value, pixels
+        raise ValueError(f"{type(self).__name__} inputs have no border: leave out crop_border")
+
+    # Lengths, where batches of several lengths are worth it.
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """The lengths that a batch may have, ascending, in the source's unit; () for one length."""
+        return ()
+
+    @property
+    def window(self) -> int:
+        """Batches that are sorted by length together."""
+        return 1
+
+    def at_length(self, length: float) -> "Modality":
+        """Returns the same modality for batches of another length."""
+        raise NotImplementedError(f"{type(self).__name__} has one length only: {length}")
+
+    # Files.
+
+    def without_files(self) -> "Modality":
+        """Returns the inputs as they can be planned where none of their files is at hand."""
+        return self
+
+    def packed(self, folder: Path, tower: str) -> "Modality":
+        """Writes files that the inputs need into an export; returns options that name these."""
+        del folder, tower
+        return self
+
+    def unpacked(self, folder: Path) -> "Modality":
+        """Returns the options of an export with its files' whole paths."""
+        del folder
+        return self
+
+
+def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
+    """Raises ValueError where a number is outside its range, ends included."""
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if not low <= value <= high:
+            wanted = f"at least {low}" if high == ENDLESS else f"between {low} and {high}"
+            raise ValueError(f"{name}={value} must be {wanted}.")
+
+
+def each(function: Callable[[Any], Any], items: Sequence[Any], first: int) -> list[Any]:
+    """Applies `function` to every item; an error names the path, or the number from `first`."""
+    results = []
+    for number, item in enumerate(items, first):
+        name = str(item) if isinstance(item, (str, Path)) else f"item {number}"
+        try:
+            results.append(function(item))
+        except BadExample as error:
+            raise BadExample(error.kind, f"{name}: {error.detail}") from error
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return results

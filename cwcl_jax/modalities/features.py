@@ -1,0 +1,53 @@
+"""Features that some encoder gave before: one array of numbers for each example, of any shape."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.modalities.base import ArraySpec, Modality
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureInputs(Modality):
+    """How a stored vector becomes `features`: float32, of the shape that the source has.
+
+    Which of the source's arrays a tower reads is its own name, or `field`. `shape` is needed only
+    by an encoder of the user's; "precomputed" knows its width.
+    """
+
+    name: ClassVar[str] = "features"
+    stream: ClassVar[int] = 4
+
+    field: str = ""
+    shape: tuple[int, ...] = ()
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        return {"features": ArraySpec(self.shape, "float32")}
+
+    def prepare(self, value: Any, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        del draws
+        return {"features": np.asarray(value, np.float32)}
+
+    def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
+        return {"features": np.stack([np.asarray(item, np.float32) for item in items])}
+
+    def listed(self, items: Any) -> list[Any]:
+        """Returns one vector or many as a list."""
+        array = np.asarray(items)
+        return [array] if array.ndim == max(1, len(self.shape)) else list(array)
+
+    def fitted(self, overrides: Mapping[str, Any]) -> "FeatureInputs":
+        """Takes the shape from an encoder that knows the width of its features."""
+        width = overrides.get("width")
+        return self if self.shape or not width else dataclasses.replace(self, shape=(width,))
+
+    def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
+        return {}  # the source's fingerprint says all
+
+
+def only_features(arrays: Mapping[str, Any]) -> bool:
+    """Whether a batch holds features in place of raw inputs."""
+    return set(arrays) == {"features"}

@@ -1,0 +1,248 @@
+"""Recordings to int16 waveforms of one rate and one length, with the true length beside them.
+
+Decoding by soundfile (WAV, FLAC, MP3, OGG), resampling by soxr; log-mel features are made on the
+device.
+"""
+
+import dataclasses
+import io
+import numbers
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Int16
+
+from cwcl_jax.data.audio import as_int16, import_package, resample
+from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality
+
+Audio = bytes | tuple[np.ndarray, int]
+# What the resampling filter sees of a recording beyond the ends of a window.
+_EDGE_SECONDS = 0.25
+# Floats of a recording that was normalised a little carelessly are still below this.
+_LOUDEST = 2.0
+# Peak of a recording (of 32767) below which nothing can be heard.
+_SILENCE = 8
+_FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
+# One analysis window of the log-mel features; a shorter recording holds no frame of its own.
+FRAME_SECONDS = 0.025
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeechInputs(Modality):
+    """How a recording becomes `waveform` (int16, samples) and `length` (int32, samples).
+
+    A person hands in paths, encoded bytes or pairs (samples, rate); samples are int16, or floats
+    in [-1, 1], of one channel (n,) or several (n, channels).
+    """
+
+    name: ClassVar[str] = "speech"
+    stream: ClassVar[int] = 3
+    training_only: ClassVar[tuple[str, ...]] = ("random_crop",)
+
+    field: str = "audio"
+    # What the speech encoders hear; recordings of any other rate are resampled to it.
+    sample_rate: int = 16_000
+    max_seconds: float = 10.0
+    # Training takes a random window of a recording that is too long; evaluation its beginning.
+    random_crop: bool = True
+    # Seconds, ascending: batches of similar lengths, padded to one of these or to max_seconds;
+    # () pads every batch to max_seconds. Needs a source that knows how long its recordings are.
+    buckets: tuple[float, ...] = ()
+    # Batches that are sorted by length together.
+    bucket_window: int = 8
+
+    def __post_init__(self):
+        if self.sample_rate != 16_000:
+            raise ValueError(
+                f"sample_rate={self.sample_rate} must be 16000, which the speech encoders take "
+                "every waveform for; recordings of any rate are resampled to it."
+            )
+        if not 1 <= self.sample_rate * self.max_seconds < ENDLESS:
+            raise ValueError(f"max_seconds={self.max_seconds} must be a positive number.")
+        if any(seconds <= 0 for seconds in self.buckets) or self.bucket_window < 1:
+            raise ValueError(
+                f"buckets={self.buckets} must be positive seconds, and bucket_window="
+                f"{self.bucket_window} at least 1."
+            )
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        samples = round(self.sample_rate * self.max_seconds)
+        return {"waveform": ArraySpec((samples,), "int16"), "length": ArraySpec((), "int32")}
+
+    def prepare(self, value: Any, draws: Draws | None = None) -> dict[str, np.ndarray]:
+        return waveform(value, self, draws)
+
+    def listed(self, items: Any) -> list[Any]:
+        """Returns one recording or many as a list."""
+        if isinstance(items, (str, bytes, Path)) or _is_pair(items):
+            return [items]
+        return list(items)
+
+    def opened(self, item: Any) -> Audio:
+        return open_recording(item)
+
+    def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Cuts waveforms to the shortest of the options' lengths that holds them all."""
+        longest = int(np.asarray(arrays["length"]).max())
+        for seconds in self._all_lengths:
+            samples = round(seconds * self.sample_rate)
+            if samples >= longest:
+                return {**arrays, "waveform": arrays["waveform"][:, :samples]}
+        return arrays
+
+    def varies(self, source: Any) -> str:
+        durations = source.durations
+        fits = durations is not None and bool(durations.max() <= self.max_seconds)
+        if not self.random_crop or fits:
+            return ""
+        return (
+            "random_crop=True changes the windows of recordings longer than "
+            f"max_seconds={self.max_seconds}; set it to False"
+        )
+
+    def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Names recordings that hold little to hear, or are longer than what is heard of them."""
+        frame = round(FRAME_SECONDS * self.sample_rate)
+        limit = round(self.max_seconds * self.sample_rate)
+        length = np.asarray(arrays["length"])
+        loudness = np.abs(np.asarray(arrays["waveform"]).astype(np.int32))
+        clipped = np.sum(loudness >= _FULL_SCALE, axis=1) > _CLIPPED_SHARE * length
+        return {
+            f"shorter than one frame ({frame} samples), padded with silence": length < frame,
+            "silent": loudness.max(axis=1) < _SILENCE,
+            f"clipped: more than {_CLIPPED_SHARE:.0%} of the samples at full scale": clipped,
+            f"at least {self.max_seconds:g} s long (max_seconds), of which no more is heard": length
+            >= limit,
+        }
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        return self._all_lengths if self.buckets else ()
+
+    @property
+    def _all_lengths(self) -> tuple[float, ...]:
+        """The seconds that a batch may have: the buckets below `max_seconds`, and that."""
+        shorter = sorted(b for b in set(self.buckets) if b < self.max_seconds)
+        return (*shorter, self.max_seconds)
+
+    @property
+    def window(self) -> int:
+        return self.bucket_window
+
+    def at_length(self, length: float) -> "SpeechInputs":
+        return dataclasses.replace(self, max_seconds=length)
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether it is (samples, rate), and not a tuple of recordings."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], numbers.Real)
+
+
+def waveform(
+    data: Audio, inputs: SpeechInputs, draws: Draws | None = None
+) -> dict[str, np.ndarray]:
+    """`waveform` (int16, max_seconds long, zeros at its end) and `length` of one recording.
+
+    With `draws`, a recording that is too long gives a random window, otherwise its beginning. No
+    more than the window is decoded: hours cost what seconds cost.
+    """
+    limit = round(inputs.sample_rate * inputs.max_seconds)
+    samples = _window(data, inputs, limit, draws if inputs.random_crop else None)
+    if len(samples) == 0:
+        raise BadExample("audio empty", "no samples")
+    padded = np.zeros(limit, np.int16)
+    padded[: len(samples)] = samples
+    return {"waveform": padded, "length": np.asarray(len(samples), np.int32)}
+
+
+def _window(
+    data: Audio, inputs: SpeechInputs, limit: int, draws: Draws | None
+) -> Int16[np.ndarray, " n"]:
+    """At most `limit` samples at the wanted rate."""
+    with _opened(data) as (frames, rate, read):
+        needed = -(-limit * rate // inputs.sample_rate)
+        start = draws.below(frames - needed + 1) if draws and frames > needed else 0
+        edge = int(_EDGE_SECONDS * rate) if rate != inputs.sample_rate else 0
+        before = min(start, edge)
+        samples = read(start - before, before + needed + edge)
+    if start and len(samples) < before + needed:
+        # The file claims more than it holds (a broken end, a stream of unknown length).
+        return _window(data, inputs, limit, None)
+    skipped = round(before * inputs.sample_rate / rate)
+    return resample(samples, rate, inputs.sample_rate)[skipped : skipped + limit]
+
+
+@contextmanager
+def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.ndarray]]]:
+    """Samples in all, their rate, and `read(first, count)`: int16, fewer where they end before."""
+    if isinstance(data, tuple):
+        samples, rate = data
+        yield len(samples), rate, lambda first, count: samples[first : first + count]
+        return
+    if not data:
+        raise BadExample("audio empty", "no bytes")
+    soundfile = import_package("soundfile")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+
+            def read(first: int, count: int) -> np.ndarray:
+                if first:
+                    try:
+                        file.seek(first)
+                    except RuntimeError:  # beyond what the file really holds
+                        return np.zeros(0, np.int16)
+                # As floats: libsndfile neither scales those of a file to integers nor clips them.
+                return as_int16(file.read(count, dtype="float32", always_2d=True))
+
+            yield file.frames, file.samplerate, read
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        # soundfile's message names the buffer by its address; the reason stands beside it.
+        raise BadExample("audio unreadable", getattr(error, "error_string", str(error))) from error
+
+
+def open_recording(item: Any) -> bytes | tuple[np.ndarray, int]:
+    """Encoded bytes, or samples (int16, one channel) and their rate."""
+    if isinstance(item, (str, Path)):
+        return Path(item).read_bytes()
+    if isinstance(item, bytes):
+        return item
+    if not _is_pair(item):
+        raise ValueError(
+            "a recording is a path, encoded bytes or a pair (samples, rate), not "
+            f"{type(item).__name__}"
+        )
+    samples, rate = np.asarray(item[0]), int(item[1])
+    if rate < 1:
+        raise ValueError(f"a recording's rate is a number of samples a second, not {item[1]}")
+    _check_samples(samples)
+    floats = samples.dtype.kind == "f"
+    if samples.ndim == 2:
+        samples = samples.mean(axis=1)
+    if floats:
+        samples = np.clip(samples.astype(np.float32), -1, 1) * 32767
+    return np.rint(samples).astype(np.int16), rate
+
+
+def _check_samples(samples: np.ndarray) -> None:
+    """Raises ValueError for samples that would become other sounds than the caller's."""
+    if samples.dtype != np.int16 and samples.dtype.kind != "f":
+        raise ValueError(
+            f"samples are int16 or floats in [-1, 1], not {samples.dtype}: convert them"
+        )
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[1] > samples.shape[0]):
+        raise ValueError(
+            f"samples are (n,) or (n, channels), not {samples.shape}: channels come last, "
+            "transpose them"
+        )
+    if samples.dtype.kind == "f" and samples.size:
+        peak = np.abs(samples).max()
+        if not peak <= _LOUDEST:  # which NaN is not either
+            raise ValueError(
+                f"samples reach {peak:g}: floats are finite and in [-1, 1]; divide those that "
+                "stand for 16 bits by 32768"
+            )

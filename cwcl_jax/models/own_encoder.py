@@ -1,0 +1,129 @@
+"""An encoder of the user's: `encoder="my_module:MyEncoder"`.
+
+A class of flax.nnx, or of flax.linen:
+
+    class MyEncoder(nnx.Module):
+        def __init__(self, width: int = 64, *, rngs: nnx.Rngs): ...
+        def __call__(self, inputs):             # name -> (b, ...), as the modality says
+            return ...                          # features (b, f)
+
+The config's `overrides` are its arguments. Where it has arguments of these names, it also gets
+`dtype`, the compute type, and `arrays`, name -> (shape, dtype) of one example's inputs. BatchNorm's
+running statistics and Dropout are the run's business; see `models.leaves`.
+"""
+
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+from jaxtyping import Array, Float
+
+from cwcl_jax.extension import import_named
+from cwcl_jax.models.transformer import Execution
+
+_GIVEN = ("rngs", "dtype", "arrays")
+
+
+def settings_of(encoder: str, preset: str, overrides: Mapping[str, Any], pooling: str) -> Any:
+    """The overrides as attributes, after checking that the class takes them.
+
+    Raises:
+      ValueError: the class cannot be imported or is no module, or takes no such argument.
+    """
+    kind = _class_of(encoder)
+    for name, value in (("preset", preset), ("pooling", pooling)):
+        if value:
+            raise ValueError(f"encoder {encoder!r} is your own and has no {name}: leave it out")
+    parameters = inspect.signature(kind).parameters.values()
+    known = [p.name for p in parameters if p.name not in (*_GIVEN, "parent", "name")]
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in overrides:
+        if name not in known and not anything:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"encoder {encoder!r} takes no argument {name!r}; {hint}it takes: "
+                f"{', '.join(known) or 'none'}"
+            )
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    return types.SimpleNamespace(**plain)
+
+
+def _class_of(encoder: str) -> Any:
+    kind = import_named(encoder, "encoder")
+    if not (isinstance(kind, type) and issubclass(kind, (nnx.Module, linen.Module))):
+        raise ValueError(f"encoder {encoder!r} is no class of flax.nnx or flax.linen modules")
+    return kind
+
+
+class OwnEncoder(nnx.Module):
+    """Holds the user's module, and checks what it gives."""
+
+    def __init__(
+        self,
+        encoder: str,
+        settings: Any,
+        execution: Execution,
+        arrays: Mapping[str, Any],
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if execution.scan_layers or execution.remat not in ("auto", "none"):
+            raise ValueError(
+                f"encoder {encoder!r} is your own: scan_layers and remat are for the built-in ones"
+            )
+        kind = _class_of(encoder)
+        parameters = inspect.signature(kind).parameters
+        possible = {"rngs": rngs, "dtype": execution.dtype, "arrays": dict(arrays)}
+        given = {name: value for name, value in possible.items() if name in parameters}
+        sample = {
+            name: jnp.zeros((2, *shape), jnp.dtype(dtype))
+            for name, (shape, dtype) in arrays.items()
+        }
+        try:
+            if issubclass(kind, linen.Module):
+                module = nnx.bridge.ToNNX(kind(**vars(settings), **given), rngs=rngs)
+                self.module = nnx.bridge.lazy_init(module, sample)
+            else:
+                self.module = kind(**vars(settings), **given)
+        except TypeError as error:
+            raise ValueError(f"encoder {encoder!r} cannot be built: {error}") from error
+        self.takes_key = "key" in inspect.signature(kind.__call__).parameters
+        self.feature_width = _width(encoder, self, sample)
+
+    def __call__(
+        self, inputs: Mapping[str, Any], key: jax.Array | None = None
+    ) -> Float[Array, "b f"]:
+        # Without a key nothing is random, and BatchNorm uses what it has averaged.
+        if key is None:
+            self.module.eval()
+        else:
+            self.module.train()
+        call: Callable[..., Any] = self.module
+        return call(inputs, key=key) if self.takes_key else call(inputs)
+
+
+def _width(encoder: str, module: OwnEncoder, sample: Mapping[str, Any]) -> int:
+    """Width of the features, found from shapes alone."""
+    graphdef, state = nnx.split(module)
+    try:
+        made = jax.eval_shape(lambda s, x: nnx.merge(graphdef, s)(x), state, sample)
+    except Exception as error:
+        shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in sample.items()}
+        raise ValueError(
+            f"encoder {encoder!r} fails on inputs {shapes}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, jax.ShapeDtypeStruct) or made.ndim != 2 or made.shape[0] != 2:
+        found = getattr(made, "shape", type(made).__name__)
+        raise ValueError(
+            f"encoder {encoder!r} must give features of shape (b, f), one row for each example; "
+            f"for b=2 it gives {found}"
+        )
+    if not jnp.issubdtype(made.dtype, jnp.floating):
+        raise ValueError(f"encoder {encoder!r} must give floating-point features, not {made.dtype}")
+    return int(made.shape[1])
