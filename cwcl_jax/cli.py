@@ -47,7 +47,14 @@ def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
         raise ConfigError(f"--config={path}: {error.__cause__ or error}") from error
     if not is_config:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {flag.value!r}")
+    _make_importable(Path(path).resolve().parent)
     return from_config_dict(flag.value)
+
+
+def _make_importable(folder: Path) -> None:
+    """Lets a config name modules that lie beside its file, as "module:Class"."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _check_is_file(path: str) -> None:
