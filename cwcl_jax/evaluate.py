@@ -201,6 +201,7 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         encode=kept.encode,
         data=config.data,
         features=partial(kept.encode, output="features"),
+        weights_from=config.loss.weights_from,
     )
     if is_primary():
         _write(options, config, results, others, kept.encoder.step)

@@ -28,7 +28,12 @@ if __name__ == "__main__":
     _ABLATION = flags.DEFINE_list("ablation", [], "weights, speech_weights, batch.")
     _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
     _SEEDS = flags.DEFINE_integer(
-        "seeds", 3, "Seeds 0, 1, ... of every run.", lower_bound=1, upper_bound=10
+        # Below the seed of the run that others start from.
+        "seeds",
+        3,
+        "Seeds 0, 1, ... of every run.",
+        lower_bound=1,
+        upper_bound=1000,
     )
     _STEPS = flags.DEFINE_integer(
         "steps", 0, "Steps of every run; 0 = the config's.", lower_bound=0

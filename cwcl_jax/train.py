@@ -14,7 +14,7 @@ from cwcl_jax.config import ConfigError
 _CONFIG = cli.define_config_flag()
 flags.declare_key_flag("config")  # so that --help shows it
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; by default runs/<config>-<loss>."
+    "workdir", None, "Folder of the run; by default runs/ and the config's name and argument."
 )
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     """Resolves the flags and trains, alone or as one process of a job."""
     del argv
     config = cli.resolve_config(_CONFIG)
-    workdir = _WORKDIR.value or f"runs/{config.name}-{config.loss.name}"
+    workdir = _WORKDIR.value or f"runs/{config.name}"
     if "://" in workdir:
         raise ConfigError(
             f"--workdir={workdir}: a bucket must be mounted (gcsfuse, Filestore, NFS); give the "

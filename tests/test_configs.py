@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import os
 import re
 from pathlib import Path
@@ -33,6 +34,7 @@ LIT, SPEECH, FEATURES = "configs/lit_cwcl.py", "configs/speech_cwcl.py", "config
 VARIANTS = [
     (LIT, ""),
     (LIT, "loss=contrastive"),
+    (LIT, "projection=trained"),
     (LIT, "paper"),
     (LIT, "paper,text=bert"),
     ("configs/scenes_pretrain.py", ""),
@@ -44,11 +46,12 @@ VARIANTS = [
     (SPEECH, "lock=none"),
     (SPEECH, "batch=64"),
     (SPEECH, "head,init=runs/first"),
+    (SPEECH, "head,init=runs/first,projection=trained"),
     (SPEECH, "paper"),
     (SPEECH, "paper,text=bart"),
     (FEATURES, ""),
     (FEATURES, "loss=cellclip"),
-    (FEATURES, "both,weights=relu"),
+    (FEATURES, "projection=trained,weights=relu2"),
 ]
 # Whose step differs in more than numbers; the others are the same program.
 STEPS = [v for v in VARIANTS if v[1] not in ("loss=contrastive", "batch=64", "weights=relu2")]
@@ -193,11 +196,81 @@ def test_features_without_a_width_are_an_error(tmp_path, shape):
         ("configs/scenes_pretrain.py", "loss=cwcl", "takes no argument"),
         (FEATURES, "u=profile,v=compound", "u and v name arrays of data=FILE"),
         (FEATURES, "test=held_out.npz", "name data"),
+        *((file, "loss=relu2", "other option: weights=relu2") for file in (LIT, SPEECH, FEATURES)),
+        *((file, "loss=uniform", "weights=uniform") for file in (LIT, SPEECH, FEATURES)),
+        *((file, "weights=sigmoid", "option: loss=sigmoid") for file in (LIT, SPEECH, FEATURES)),
+        *((file, "weights=cubic", "no loss is called") for file in (LIT, SPEECH, FEATURES)),
+        (LIT, "loss=contrastive,weights=relu2", "loss=contrastive has no weights or its own"),
+        *((file, "projection=yes", "use one of trained, none") for file in (LIT, SPEECH, FEATURES)),
     ],
 )
 def test_arguments_that_would_do_nothing_are_errors(file, argument, message):
     with pytest.raises(ConfigError, match=message):
         load_experiment(file, argument)
+
+
+@pytest.mark.parametrize("file", [LIT, SPEECH, FEATURES])
+def test_weights_mean_the_same_in_every_config(file):
+    for short, field, value in (
+        ("relu", "weight_power", 2.0),
+        ("relu4", "weight_power", 4.0),
+        ("exp0.2", "weight_temperature", 0.2),
+        ("uniform", "weight_offdiagonal", 1.0),
+        ("uniform0.53", "weight_offdiagonal", 0.53),
+        ("calibrated_relu0.3", "target_diagonal", 0.3),
+    ):
+        loss = load_experiment(file, f"weights={short}").loss
+        assert (loss.name, getattr(loss, field)) == ("cwcl", value)
+        assert loss.weight_function == short.rstrip("0123456789.")
+    assert load_experiment(file, "loss=contrastive").loss.name == "contrastive"
+
+
+@pytest.mark.parametrize(
+    ("file", "argument", "head", "tune"),
+    [
+        (LIT, "", "none", "none"),
+        (LIT, "projection=trained", "linear", "head"),
+        (LIT, "paper", "linear", "head"),
+        (LIT, "paper,projection=none", "none", "none"),
+        (SPEECH, "", "none", "none"),
+        (SPEECH, "projection=trained", "linear", "head"),
+        (SPEECH, "lock=both", "linear", "head"),
+        (SPEECH, "lock=none,projection=trained", "linear", "all"),
+        (SPEECH, "lock=speech", "none", "all"),
+        (SPEECH, "head,init=x,projection=trained", "linear", "head"),
+        (SPEECH, "paper", "linear", "head"),
+        (SPEECH, "paper,lock=none", "linear", "all"),
+        (SPEECH, "paper,projection=none", "none", "none"),
+        (FEATURES, "", "none", "none"),
+        (FEATURES, "projection=trained", "linear", "head"),
+    ],
+)
+def test_the_projection_of_the_side_that_gives_the_weights(file, argument, head, tune):
+    config = load_experiment(file, argument)
+    tower = config.towers[config.loss.weights_from]
+    assert (tower.head, tower.tune) == (head, tune)
+
+
+def test_runs_are_named_after_their_config_and_argument():
+    """By default into the folder of this name: what tells two commands apart stands in it."""
+    names = [load_experiment(*variant).name for variant in VARIANTS]
+    assert len(set(names)) == len(VARIANTS)
+    assert load_experiment(SPEECH, "lock=both").name == "speech_cwcl-lock-both"
+    # Neither the order of the entries nor a default that is written out makes another name.
+    assert (
+        load_experiment(SPEECH, "batch=64,weights=exp0.1").name
+        == "speech_cwcl-weights-exp0.1-batch-64"
+    )
+    assert load_experiment(SPEECH, "weights=exp0.1,loss=cwcl,batch=64").name.endswith("-batch-64")
+    assert load_experiment(SPEECH, "init=/a/b c").name == "speech_cwcl-init-a-b-c"
+
+
+def test_another_batch_keeps_the_examples_of_training_and_warmup():
+    base, small = load_experiment(SPEECH), load_experiment(SPEECH, "batch=32")
+    for value in ("total_steps", "optimizer.warmup_steps"):
+        before, after = (operator.attrgetter(value)(config) for config in (base, small))
+        assert after == 4 * before
+    assert small.optimizer.learning_rate == pytest.approx(base.optimizer.learning_rate / 4)
 
 
 def test_batches_of_the_papers_speech_recipe_see_its_twenty_epochs():

@@ -86,7 +86,7 @@ RUN_BY = {
         r"python -m cwcl_jax\.reproduce .*",
     ],
     "tests/test_configs.py::test_takes_a_step_at_toy_size": [
-        r"python -m cwcl_jax\.train --config=configs/(features|speech)_cwcl\.py\S*"
+        r"python -m cwcl_jax\.train --config=configs/(lit|features|speech)_cwcl\.py\S*"
         r"( --workdir=\S+)?",
     ],
 }

@@ -92,17 +92,6 @@ def test_locking_follows_table_6(argument, text, speech):
     assert (towers["text"].tune, towers["speech"].tune) == (text, speech)
 
 
-def test_weight_functions_have_short_names():
-    loss = config("weights=relu4").loss
-    assert (loss.name, loss.weight_function, loss.weight_power) == ("cwcl", "relu", 4.0)
-    assert config("weights=exp0.2").loss.weight_temperature == 0.2
-    assert config("weights=uniform0.53").loss.weight_offdiagonal == 0.53
-    assert config("loss=contrastive").loss.name == "contrastive"
-    for wrong in ("weights=cubic", "weights=affine2"):
-        with pytest.raises(ConfigError, match="no loss is called"):
-            config(wrong)
-
-
 @pytest.mark.parametrize("argument", ["head,init=x", "paper,head", "paper,head,init=x"])
 def test_heads_train_on_features_that_are_computed_once(argument):
     made = config(argument)
@@ -121,13 +110,13 @@ def test_the_learning_rate_grows_with_the_batch():
     [
         ("lock=images", "text, speech, both, none"),
         ("augment=x", "masks"),
-        ("weights=contrastive", "write loss=contrastive"),
-        ("weights=sigmoid", "write loss=sigmoid"),
+        ("lock=both,projection=none", "leave projection=none out"),
         ("head", "init=WORKDIR"),
         ("paper,head,init=random", "init=WORKDIR"),
-        ("head,init=x,lock=none", "lock=both"),
-        ("head,init=x,lock=speech", "lock=both"),
+        ("head,init=x,lock=none", "leave lock=none out"),
+        ("head,init=x,lock=both", "projection=trained"),
         ("head,init=x,augment=full", "augment=full does not reach: leave it out"),
+        ("lock=speech,augment=full", "augment=full does not reach: leave it out"),
     ],
 )
 def test_wrong_options_name_the_right_ones(argument, message):
@@ -260,6 +249,20 @@ def test_features_that_vary_between_epochs_are_not_kept(cache):
     flipped = config(**{"data.image.flip": True})
     with pytest.raises(ConfigError, match="same in every epoch"):
         features_module._check_repeatable(flipped, ["image"], source, "embeds=")
+
+
+@pytest.mark.parametrize("argument", ["lock=speech", "lock=both", "head,init=x"])
+def test_recordings_longer_than_the_window_do_not_stop_a_locked_speech_encoder(cache, argument):
+    """Their features are of the beginning; without a locked encoder the window is drawn."""
+    shorter = {"data.speech.max_seconds": 1.5, "towers.speech.weights": ""}
+    made = toy(cache, argument, **shorter)
+    source = training_source(made)
+    assert "speech" in source.embedded
+    assert source.durations.max() > 1.5
+    assert toy(cache, **shorter).data.speech.random_crop
+    drawn = toy(cache, argument, **shorter, **{"data.speech.random_crop": True})
+    with pytest.raises(ConfigError, match=r"config\.data\.speech\.random_crop=True changes"):
+        training_source(drawn)
 
 
 def test_sentences_are_cut_to_the_longest_without_changing_their_embeds(cache):

@@ -4,9 +4,12 @@
         --losses=contrastive,affine,uniform0.53,relu2 --seeds=3 --output=heads.json
 
 The features of the training data and of the test items are computed once and kept; then a head
-takes seconds. All losses see the same batches. `--group=4` fills batches with groups of near
-duplicates: every example is joined by three random ones of its ten nearest in text space (in
-groups above eleven, by all of its nearest).
+takes seconds. All losses see the same batches. `--projections=trained,none` compares heads with and
+without a linear projection on the side that gives the weights, `--batches` batch sizes with as many
+examples and the learning rate in proportion, `--steps` lengths of the training; the warm-up keeps
+its share of the steps. `--group=4` fills batches with groups of near duplicates: every example is
+joined by three random ones of its ten nearest in text space (in groups above eleven, by all of its
+nearest).
 """
 
 from __future__ import annotations
@@ -15,244 +18,96 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Float, Int
 
 from cwcl_jax import cli
+from cwcl_jax.benchmarks.head_runs import Head, HeadRuns, check_batch
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
-from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.evaluation.tables import Table
-from cwcl_jax.evaluation.tasks import run_tasks
-from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.reproduction.measures import Spread, difference
-from cwcl_jax.training import sharding
-from cwcl_jax.training.encode import EncodeFunctions, Encoder
-from cwcl_jax.training.features import training_source
-from cwcl_jax.training.kept_rows import KeptRows
-from cwcl_jax.training.state import Blueprint, Leaves, TrainState, initialise, make_blueprint
-from cwcl_jax.training.step import TrainStep
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
     flags.declare_key_flag("config")
     _LOSSES = flags.DEFINE_list("losses", ["contrastive", "affine"], "Short names, see losses.")
     _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of heads and order.", lower_bound=1)
+    _PROJECTIONS = flags.DEFINE_list("projections", [], "trained, none; by default the config's.")
     _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes, learning rate in proportion.")
+    _STEPS = flags.DEFINE_list("steps", [], "Steps of a head; by default the config's examples.")
     _GROUP = flags.DEFINE_integer("group", 1, "Near duplicates that come together.", lower_bound=1)
+    _BASELINE = flags.DEFINE_string("baseline", "contrastive", "The loss that gains are over.")
     _OUTPUT = flags.DEFINE_string("output", "heads.json", "File of all results; it is continued.")
-
-_CHUNK = 100
-_NEAREST = 10
-Rows = Int[np.ndarray, "steps b"]
-Chunk = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """The training data after both encoders."""
-
-    u: Float[np.ndarray, "n k"]
-    v: Float[np.ndarray, "n f"]
-
-
-def read_features(config: ExperimentConfig) -> Features:
-    """Features of both modalities of `config.data.train`, computed now where they are missing."""
-    source = training_source(config)
-    stores = {tower: found[0] for tower, found in source.stores.items()}
-    if set(stores) != set(config.towers):
-        raise ConfigError(
-            "heads are compared on features of locked encoders: use a config with both encoders "
-            "locked and data.keep_locked_features=True, such as speech_cwcl.py:head,init=RUN"
-        )
-    arrays = {}
-    for modality, store in stores.items():
-        vectors = [store[i][1] for i in range(len(store))]
-        width = store.description.shape[0]
-        arrays[modality] = np.stack([np.full(width, np.nan) if v is None else v for v in vectors])
-    usable = np.all([np.isfinite(array).all(axis=1) for array in arrays.values()], axis=0)
-    u, v = (arrays[modality][usable].astype(np.float32) for modality in config.tower_names)
-    return Features(u, v)
-
-
-def batches(features: Features, config: ExperimentConfig, *, group: int) -> Iterator[Rows]:
-    """Rows of the training data, some steps at a time; a function of the seed alone."""
-    count, size = len(features.u), config.global_batch_size
-    check_batch(count, size, group)
-    anchors = size // group
-    order = GlobalOrder((count,), (float(count),), count, config.seed)
-    nearest = nearest_rows(features.u, _neighbours(group)) if group > 1 else None
-    per_epoch = count // anchors
-    for first in range(0, config.total_steps, _CHUNK):
-        chosen = []
-        for step in range(first, min(first + _CHUNK, config.total_steps)):
-            epoch, place = divmod(step, per_epoch)
-            rows = order.indices(epoch, np.arange(place * anchors, (place + 1) * anchors))
-            if nearest is not None:
-                draws = np.random.default_rng((config.seed, step))
-                picked = draws.permuted(nearest[rows], axis=1)[:, : group - 1]
-                rows = np.concatenate([rows[:, None], picked], axis=1).ravel()
-            chosen.append(rows)
-        yield np.stack(chosen)
-
-
-def check_batch(count: int, size: int, group: int) -> None:
-    """Raises ConfigError unless batches of `size` can be made of `count` rows."""
-    if size % group:
-        raise ConfigError(f"--group={group} does not divide the batch of {size}")
-    least = max(size // group, _neighbours(group) + 1 if group > 1 else 1)
-    if count < least:
-        raise ConfigError(
-            f"a batch of {size} in groups of {group} needs {least} rows, the training data has "
-            f"{count}: lower --batches or --group"
-        )
-
-
-def _neighbours(group: int) -> int:
-    return max(_NEAREST, group - 1)
-
-
-def nearest_rows(u: Float[np.ndarray, "n k"], wanted: int) -> Int[np.ndarray, "n {wanted}"]:
-    """The nearest other rows by cosine."""
-    unit = u / np.linalg.norm(u, axis=1, keepdims=True)
-    found = []
-    for first in range(0, len(unit), 1024):
-        cosine = unit[first : first + 1024] @ unit.T
-        cosine[np.arange(len(cosine)), first + np.arange(len(cosine))] = -2
-        found.append(np.argpartition(-cosine, wanted, axis=1)[:, :wanted])
-    return np.concatenate(found)
-
-
-def make_chunk(blueprint: Blueprint) -> Chunk:
-    """`state, metrics = chunk(state, locked, u, v, rows)`: a scan over steps on given features."""
-    u_name, v_name = blueprint.config.tower_names
-    train_step = TrainStep(blueprint)
-
-    def chunk(state: TrainState, locked: Leaves, u: Any, v: Any, rows: Any) -> Any:
-        def step(state: TrainState, rows: Any) -> tuple[TrainState, Any]:
-            batch = {u_name: {"features": u[rows]}, v_name: {"features": v[rows]}}
-            return train_step.update(state, locked, batch)
-
-        state, metrics = jax.lax.scan(step, state, rows)
-        return state, {name: values[-1] for name, values in metrics.items()}
-
-    return jax.jit(chunk)
-
-
-class HeadRuns:
-    """Trains and evaluates heads for one config; features and programs are shared."""
-
-    def __init__(self, config: ExperimentConfig, *, group: int = 1):
-        self.config = config
-        self.group = group
-        self.features = read_features(config)
-        self._arrays = jax.device_put((self.features.u, self.features.v))
-        self._mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
-        self._chunks: dict[Any, Chunk] = {}
-        self._functions: EncodeFunctions | None = None
-        self._kept: KeptRows | None = None
-
-    def run(self, short: str, seed: int, batch: int) -> dict[str, float]:
-        """Metrics of one head, with the last step's diagnostics as `train/NAME`."""
-        config = variant(self.config, short, seed, batch)
-        blueprint = make_blueprint(config, self._mesh)
-        state, locked, sources = initialise(blueprint)
-        chunk = self._chunks.setdefault((short, batch), make_chunk(blueprint))
-        metrics: Mapping[str, Any] = {}
-        for rows in batches(self.features, config, group=self.group):
-            state, metrics = chunk(state, locked, *self._arrays, jnp.asarray(rows))
-        values = {f"train/{name}": float(value) for name, value in metrics.items()}
-        self._functions = self._functions or EncodeFunctions(blueprint)
-        encoder = Encoder(self._functions, state.model_leaves, locked, config.total_steps)
-        self._kept = self._kept or KeptRows(encoder, sources)
-        self._kept.encoder = encoder
-        results = run_tasks(config.evaluation, encode=self._kept.encode, data=config.data)
-        self._kept.save()
-        return values | {name: v for result in results for name, v in result.flat().items()}
-
-
-def variant(config: ExperimentConfig, short: str, seed: int, batch: int) -> ExperimentConfig:
-    """The config with another loss, seed and batch (learning rate in proportion, same samples).
-
-    Raises:
-      ConfigError: there is no such loss, or no such batch.
-    """
-    if batch < 1:
-        raise ConfigError(f"--batches={batch}: a batch has at least one pair")
-    try:
-        loss = dataclasses.replace(config.loss, **loss_fields(short))
-    except ValueError as error:
-        raise ConfigError(f"--losses={short}: {error}") from error
-    factor = batch / config.global_batch_size
-    rate = config.optimizer.learning_rate * factor
-    tasks = {
-        name: dataclasses.replace(task, bootstrap=0)
-        for name, task in config.evaluation.tasks.items()
-    }
-    return dataclasses.replace(
-        config,
-        seed=seed,
-        global_batch_size=batch,
-        total_steps=max(1, round(config.total_steps / factor)),
-        loss=loss,
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
-        evaluation=dataclasses.replace(config.evaluation, tasks=tasks),
-    )
 
 
 def compare(
     records: list[dict[str, Any]], metrics: list[str], baseline: str = "contrastive"
 ) -> Table:
-    """Means over seeds, and differences to the baseline with the same seed and batch."""
-    settings = list(dict.fromkeys((r["loss"], r["batch"], r["group"]) for r in records))
-    columns = [_column(records, metrics, setting, baseline) for setting in settings]
-    header = ("", *(_label(*setting) for setting in settings))
-    rows = zip(("seeds", *metrics), *columns, strict=True)
-    note = f"In brackets: minus {baseline} with the same seeds, 95 % interval over seeds (t)."
+    """Means over seeds by loss, and differences to the baseline, equal in all but the loss."""
+    heads = [Head(**record["head"]) for record in records]
+    losses = list(dict.fromkeys(head.loss for head in heads))
+    rest = list(dict.fromkeys(dataclasses.replace(head, loss="") for head in heads))
+    values: dict[Head, dict[int, Mapping[str, float]]] = {}
+    for record, head in zip(records, heads, strict=True):
+        values.setdefault(head, {})[record["seed"]] = record["metrics"]
+    rows = []
+    for metric, other in itertools.product(metrics, rest):
+        by_loss = [values.get(dataclasses.replace(other, loss=loss), {}) for loss in losses]
+        base = values.get(dataclasses.replace(other, loss=baseline), {})
+        cells = [_cell(own, {} if own is base else base, metric) for own in by_loss]
+        rows.append((metric, *_words(other), _counts(by_loss), *cells))
+    header = ("", "projection", "batch", "steps", "seeds", *losses)
+    note = f"In brackets: minus {baseline} with the same seeds, and half its 95 % interval (t)."
     return Table("heads on one trunk", header, tuple(rows), (note,))
 
 
-def _label(loss: str, batch: int, group: int) -> str:
-    return f"{loss}, {batch}" + f" in groups of {group}" * (group > 1)
+def _words(head: Head) -> tuple[str, str, str]:
+    groups = f" in groups of {head.group}" * (head.group > 1)
+    return head.projection, f"{head.batch}{groups}", str(head.steps)
 
 
-def _column(
-    records: list[dict[str, Any]], metrics: list[str], setting: tuple[str, int, int], baseline: str
-) -> list[str]:
-    """The number of seeds, then every metric, of one loss and batch."""
-    loss, batch, group = setting
-    own = {r["seed"]: r["metrics"] for r in records if _is(r, loss, batch, group)}
-    base = {r["seed"]: r["metrics"] for r in records if _is(r, baseline, batch, group)}
-    common = sorted(set(own) & set(base)) if loss != baseline else []
-    cells = [str(len(own))]
-    for metric in metrics:
-        cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
-        if len(common) > 1:
-            pairs = [Spread(tuple(100 * r[s][metric] for s in common)) for r in (base, own)]
-            gain = difference(*pairs)
-            low, high = gain.interval or (gain.mean, gain.mean)
-            told = f"{low:+.1f} to {high:+.1f}" if gain.interval else "in every seed"
-            cell += f" ({gain.mean:+.1f}: {told})"
-        cells.append(cell)
-    return cells
+def _counts(by_loss: Sequence[Mapping[int, Any]]) -> str:
+    """How many seeds every loss has, once where all have as many."""
+    counts = [str(len(seeds)) for seeds in by_loss]
+    return counts[0] if len(set(counts)) == 1 else "/".join(counts)
 
 
-def _is(record: Mapping[str, Any], loss: str, batch: int, group: int) -> bool:
-    return (record["loss"], record["batch"], record["group"]) == (loss, batch, group)
+def _cell(
+    own: Mapping[int, Mapping[str, float]], base: Mapping[int, Mapping[str, float]], metric: str
+) -> str:
+    """A metric's mean over seeds, and its gain over the baseline's seeds."""
+    if not own:
+        return ""
+    cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
+    common = sorted(set(own) & set(base))
+    if len(common) < 2:
+        return cell
+    gain = difference(*(Spread(tuple(100 * r[s][metric] for s in common)) for r in (base, own)))
+    told = f"± {gain.half:.1f}" if gain.interval else "in every seed"
+    return f"{cell} ({gain.mean:+.1f} {told})"
+
+
+_SHOWN = (
+    *("top1", "top5", "top1_general", "_R@1", "_R@10"),
+    "structure_between_modalities",
+    "structure_kept_by_projection",
+    "neighbours_kept_by_projection",
+)
 
 
 def headline(records: list[dict[str, Any]]) -> list[str]:
-    """The metrics that the table shows."""
-    wanted = ("top1", "top5", "top1_general", "_R@1", "_R@10", "structure_correlation")
-    names = records[0]["metrics"]
-    return [n for n in names if not n.startswith("train/") and "text_top" not in n
-            and any(n.endswith(end) for end in wanted)]  # fmt: skip
+    """The metrics that the table shows; of the texts' own accuracies only the first choice."""
+    return [
+        name
+        for name in records[0]["metrics"]
+        if not name.startswith("train/")
+        and name.endswith(_SHOWN)
+        and not ("/text_top" in name and "top5" in name)
+    ]
 
 
 def read_records(output: Path, settings: str) -> list[dict[str, Any]]:
@@ -273,37 +128,64 @@ def read_records(output: Path, settings: str) -> list[dict[str, Any]]:
     return records
 
 
+def wanted_heads(
+    config: ExperimentConfig,
+    losses: Sequence[str],
+    *,
+    projections: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    steps: Sequence[int] = (),
+    group: int = 1,
+) -> list[Head]:
+    """Every combination; what is empty leaves the config's, of which examples and not steps."""
+    bare = config.towers[config.loss.weights_from].head == "none"
+    examples = config.total_steps * config.global_batch_size
+    return [
+        Head(loss, projection, batch, group, length)
+        for projection in projections or ["none" if bare else "trained"]
+        for batch in batches or [config.global_batch_size]
+        for length in steps or [max(1, round(examples / max(batch, 1)))]
+        for loss in losses
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Runs what is missing in the output file, and prints the table."""
     del argv
     config = cli.resolve_config(_CONFIG)
-    sizes = cli.whole_numbers("batches", _BATCHES.value) or [config.global_batch_size]
-    for batch, short in itertools.product(sizes, _LOSSES.value):
-        variant(config, short, 0, batch)  # what cannot be, before anything is trained
+    heads = wanted_heads(
+        config,
+        _LOSSES.value,
+        projections=_PROJECTIONS.value,
+        batches=cli.whole_numbers("batches", _BATCHES.value),
+        steps=cli.whole_numbers("steps", _STEPS.value),
+        group=_GROUP.value,
+    )
+    for head in heads:
+        head.variant(config, 0)  # what cannot be, before anything is trained
     output, settings = Path(_OUTPUT.value), config_hash(config)
     records = read_records(output, settings)
-    done = {(r["loss"], r["batch"], r["group"], r["seed"]) for r in records}
+    done = {(Head(**record["head"]), record["seed"]) for record in records}
     runs: HeadRuns | None = None
-    for seed, batch, short in itertools.product(range(_SEEDS.value), sizes, _LOSSES.value):
-        if (short, batch, _GROUP.value, seed) in done:
+    for seed, head in itertools.product(range(_SEEDS.value), heads):
+        if (head, seed) in done:
             continue
-        runs = runs or _runs(config, sizes)
+        runs = runs or _runs(config, heads)
         start = time.perf_counter()
-        metrics = runs.run(short, seed, batch)
-        record = {"loss": short, "batch": batch, "group": _GROUP.value, "seed": seed}
-        records.append(record | {"settings": settings, "metrics": metrics})
+        record = {"head": dataclasses.asdict(head), "seed": seed, "settings": settings}
+        records.append(record | {"metrics": runs.run(head, seed)})
         temporary = output.with_suffix(".unfinished")
         temporary.write_text(json.dumps(records, indent=1))
         temporary.replace(output)
-        print(f"{short} batch {batch} seed {seed}: {time.perf_counter() - start:.0f} s")
-    print(compare(records, headline(records)).text())
+        print(f"{head} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(compare(records, headline(records), _BASELINE.value).text())
     return cli.DONE
 
 
-def _runs(config: ExperimentConfig, sizes: list[int]) -> HeadRuns:
-    runs = HeadRuns(config, group=_GROUP.value)
-    for size in sizes:
-        check_batch(len(runs.features.u), size, _GROUP.value)
+def _runs(config: ExperimentConfig, heads: Sequence[Head]) -> HeadRuns:
+    runs = HeadRuns(config)
+    for batch, group in {(head.batch, head.group) for head in heads}:
+        check_batch(len(runs.features.u), batch, group)
     return runs
 
 

@@ -1,7 +1,11 @@
 """How well two modalities are aligned: CWCL Figures 3, 7 and 8 as matrix and as numbers.
 
 Beside the block diagonal: the modality gap (Liang et al. 2022), alignment and uniformity
-(Wang & Isola 2020), and the correlation of the similarities within either modality.
+(Wang & Isola 2020), and two numbers about structure, the similarities among the items of one side:
+
+    structure_between_modalities   of u and v: do both sides call the same pairs of items alike?
+    structure_kept_by_projection   of p and u: does the projection of the side that gives the
+                                   weights leave alone what its encoder calls alike?
 """
 
 import csv
@@ -66,7 +70,8 @@ def pair_metrics(
 
     modality_gap: distance of the two centroids; alignment: mean squared distance of pairs;
     uniformity_u, uniformity_v: log mean exp(-2 squared distance) within a modality;
-    structure_correlation: of the cosines within u and within v, over pairs i < j.
+    structure_between_modalities: Pearson's correlation of the cosines within u and those within
+    v, over pairs i < j.
     The last three come from at most `sample` pairs.
     """
     u, v = normalise(u).astype(np.float64), normalise(v).astype(np.float64)
@@ -84,8 +89,54 @@ def pair_metrics(
     metrics["uniformity_v"] = _uniformity(v_cosines[upper])
     if u_cosines[upper].std() > 0 and v_cosines[upper].std() > 0:
         correlation = np.corrcoef(u_cosines[upper], v_cosines[upper])[0, 1]
-        metrics["structure_correlation"] = float(correlation)
+        metrics["structure_between_modalities"] = float(correlation)
     return metrics
+
+
+def kept_by_projection(
+    p: Float[np.ndarray, "n f"],
+    u: Float[np.ndarray, "n d"],
+    *,
+    neighbours: int = 10,
+    sample: int = 2048,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How much of the similarities among the rows of `p` is left among those of `u`.
+
+    structure_kept_by_projection: Spearman's correlation of the cosines within p and within u, over
+    pairs i < j; 1 where there is no projection.
+    neighbours_kept_by_projection: of the `neighbours` nearest of an item in p (all others, where
+    there are fewer) the share that is among as many nearest in u, mean over items.
+
+    Args:
+      p: what the locked encoder gives.
+      u: the same items, projected.
+      sample: at most so many items, drawn with `seed`.
+    """
+    from scipy import stats  # here: it takes a second, and few commands need it
+
+    chosen = np.random.default_rng(seed).permutation(len(p))[:sample]
+    # Of ties the lower index comes first, and float32 is not to decide what is a tie.
+    p_cosines, u_cosines = (
+        np.round(x @ x.T, 6) for x in (normalise(y[chosen]).astype(np.float64) for y in (p, u))
+    )
+    upper = np.triu_indices(len(chosen), 1)
+    if len(chosen) < 3 or not (p_cosines[upper].std() and u_cosines[upper].std()):
+        return {}
+    near_p, near_u = (_nearest(cosines, neighbours) for cosines in (p_cosines, u_cosines))
+    shares = [np.isin(a, b).mean() for a, b in zip(near_p, near_u, strict=True)]
+    return {
+        "structure_kept_by_projection": float(
+            stats.spearmanr(p_cosines[upper], u_cosines[upper]).statistic
+        ),
+        "neighbours_kept_by_projection": float(np.mean(shares)),
+    }
+
+
+def _nearest(cosines: Float[np.ndarray, "n n"], count: int) -> Int[np.ndarray, "n k"]:
+    """The nearest other items of every item."""
+    others = np.where(np.eye(len(cosines), dtype=bool), -np.inf, cosines)
+    return np.argsort(-others, axis=1, kind="stable")[:, : min(count, len(cosines) - 1)]
 
 
 def _uniformity(cosines: Float[np.ndarray, "p"]) -> float:

@@ -2,8 +2,14 @@
 
 import numpy as np
 
-from cwcl_jax.evaluation.alignment import block_diagonality, choose_items, pair_metrics
-from cwcl_jax.evaluation.classification import classified_items
+from cwcl_jax.evaluation.alignment import (
+    block_diagonality,
+    choose_items,
+    kept_by_projection,
+    pair_metrics,
+)
+from cwcl_jax.evaluation.classification import candidates, classified_items
+from cwcl_jax.evaluation.encoding import Items
 from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.evaluation.prompts import readable
 from cwcl_jax.evaluation.results import TaskResult
@@ -30,6 +36,7 @@ def run_alignment(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
     for key, value in pair_metrics(u, v, seed=task.seed).items():
         renamed = key.replace("uniformity_u", f"uniformity_{task.modality}")
         metrics[renamed.replace("uniformity_v", "uniformity_text")] = value
+    metrics |= _projected(task, items, runner)
     return TaskResult(
         name=name,
         kind=task.kind,
@@ -47,3 +54,17 @@ def run_alignment(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
         warnings=tuple(runner.warnings),
         seconds=dict(runner.clock.seconds),
     )
+
+
+def _projected(task: TaskConfig, items: Items, runner: Runner) -> dict[str, float]:
+    """Of the side that gives the weights; nothing where it is unknown, or none of the two."""
+    if runner.features is None or runner.weights_from not in (task.modality, "text"):
+        return {}
+    if runner.weights_from == "text":
+        # Items that say the same count once: that they stay alike is no merit of the projection.
+        sentences = list(dict.fromkeys(group[0] for group in items.captions))
+        p, u = runner.sentences(sentences, features="features"), runner.sentences(sentences)
+    else:
+        view, _ = candidates(task, runner)
+        p, u = runner.items(view, task.modality, features="features").embeds, items.embeds
+    return kept_by_projection(p, u, seed=task.seed)

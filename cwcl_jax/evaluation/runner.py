@@ -30,11 +30,12 @@ class Runner:
     data: DataConfig
     batch_size: int = 256
     features: Encode | None = None  # like encode, before the projection head
+    weights_from: str = ""  # the modality that gives the loss its weights, where one does
     clock: Clock = field(default_factory=Clock)
     warnings: list[str] = field(default_factory=list)
     # What earlier tasks of the same evaluation have embedded: items, and single sentences.
     known_items: dict[Any, tuple[Items, list[str]]] = field(default_factory=dict)
-    known_sentences: dict[str, np.ndarray] = field(default_factory=dict)
+    known_sentences: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     def open(self, line: str, task: TaskConfig, *, option: str = "source") -> View:
         """The source that `line` names, cut to `task.max_items`."""
@@ -91,19 +92,22 @@ class Runner:
             )
         return items
 
-    def sentences(self, sentences: Sequence[str]) -> Float[np.ndarray, "n d"]:
+    def sentences(
+        self, sentences: Sequence[str], *, features: str = "embeds"
+    ) -> Float[np.ndarray, "n d"]:
         """Embeddings of `sentences` by the text tower."""
-        new = [s for s in dict.fromkeys(sentences) if s not in self.known_sentences]
+        known = self.known_sentences
+        new = [s for s in dict.fromkeys(sentences) if (features, s) not in known]
         if new or not sentences:
             embeds = encode_sentences(
                 new,
-                encode=self.encode,
+                encode=self._encoder(features),
                 data=self.data,
                 batch_size=self.batch_size,
                 clock=self.clock,
             )
-            self.known_sentences.update(zip(new, embeds, strict=True))
-        return np.stack([self.known_sentences[sentence] for sentence in sentences])
+            known.update(zip([(features, s) for s in new], embeds, strict=True))
+        return np.stack([known[features, sentence] for sentence in sentences])
 
     def warn(self, message: str) -> None:
         """Adds a warning, once."""

@@ -32,6 +32,7 @@ def run_task(
     data: DataConfig,
     batch_size: int = 256,
     features: Encode | None = None,
+    weights_from: str = "",
     earlier: Runner | None = None,
 ) -> TaskResult:
     """One task with one encoder.
@@ -43,9 +44,11 @@ def run_task(
       data: how pictures, sentences and recordings become inputs.
       batch_size: examples per call.
       features: like `encode`, before the projection head; for probes that ask for it.
+      weights_from: the modality that gives the loss its weights; with `features` alignment also
+        says what its projection keeps.
       earlier: of another task with the same encoder, whose embeddings are used again.
     """
-    runner = Runner(encode, data, batch_size, features)
+    runner = Runner(encode, data, batch_size, features, weights_from)
     if earlier is not None:
         runner.known_items = earlier.known_items
         runner.known_sentences = earlier.known_sentences
@@ -65,9 +68,10 @@ def run_tasks(
     encode: Encode,
     data: DataConfig,
     features: Encode | None = None,
+    weights_from: str = "",
 ) -> list[TaskResult]:
     """All tasks of `config`, in its order."""
-    shared = Runner(encode, data, config.batch_size, features)
+    shared = Runner(encode, data, config.batch_size, features, weights_from)
     return [
         run_task(
             name,
@@ -76,6 +80,7 @@ def run_tasks(
             data=data,
             batch_size=config.batch_size,
             features=features,
+            weights_from=weights_from,
             earlier=shared,
         )
         for name, task in config.tasks.items()

@@ -2,7 +2,7 @@
 
 Every leaf gets exactly one decision from its tower's `tune`:
 
-    all      the encoder and the head
+    all      the encoder and the head, but for tables that the encoder's family has fixed
     none     nothing: a locked tower
     head     the head; the encoder is locked
     last:K   the top K blocks, everything after them (final norm, pooling), and the head
@@ -21,6 +21,8 @@ from cwcl_jax.models.tower import TowerConfig
 _TOWER_PATH = re.compile(r"towers/([^/]+)/(.+)")
 _BLOCK_PATH = re.compile(r"encoder/blocks/(\d+)/.*")
 _STACKED_PATH = re.compile(r"encoder/blocks/[a-z].*")
+# Whisper's positions are a fixed table of sines: no setting but a regex that names them trains it.
+_FIXED = {"whisper": "encoder/position_embedding"}
 _AFTER_BLOCKS = re.compile(r"(encoder/(norm|pooler|pooling)|head)/.*")
 LOGIT_PATHS = ("logit_scale", "logit_bias")
 
@@ -41,17 +43,18 @@ def decide(paths: Iterable[str], towers: Mapping[str, TowerConfig]) -> dict[str,
             )
     for modality, names in below.items():
         try:
-            trained = _trained(names, towers[modality].tune)
+            trained = _trained(names, towers[modality])
         except ValueError as error:
             raise ValueError(f"towers.{modality}.tune: {error}") from error
         decisions.update({f"towers/{modality}/{name}": name in trained for name in names})
     return decisions
 
 
-def _trained(names: list[str], tune: str) -> set[str]:
+def _trained(names: list[str], tower: TowerConfig) -> set[str]:
     """The trained ones among the paths of one tower."""
+    tune = tower.tune
     if tune == "all":
-        return set(names)
+        return set(names) - {_FIXED.get(tower.encoder)}
     if tune == "none":
         return set()
     if tune == "head":

@@ -49,7 +49,7 @@ class Evaluator:
             write_report(
                 results,
                 self._workdir,
-                model=f"{self._config.name}-{self._config.loss.name}",
+                model=self._config.name,
                 pretrained=f"step {encoder.step}",
                 baselines_file=baselines,
             )
@@ -76,6 +76,7 @@ class Evaluator:
             encode=kept.encode,
             data=self._config.data,
             features=partial(kept.encode, output="features"),
+            weights_from=self._config.loss.weights_from,
         )
         kept.save()
         return results

@@ -44,7 +44,9 @@ class OptimizerConfig:
       rsqrt_timescale: steps over which "rsqrt" keeps about the peak.
       muon_momentum: of "muon".
       weight_decay: decoupled, applied as `learning_rate * weight_decay * parameter`.
-      decay: regular expression of the leaves that decay (full match on the path).
+      decay: regular expression of the leaves that decay (full match on the path). By default
+        kernels and the embeddings of tokens, types and positions, in every tower; no biases, norms
+        or scalars, nor the class token. As in OpenCLIP, whose rule is two dimensions or more.
       clip_norm: global gradient norm; 0 switches clipping off.
       multipliers: "regex=factor" entries for the learning rate; the first match counts.
       layer_decay: factor per layer below the top of a tuned tower, 1.0 for none.
@@ -61,7 +63,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     muon_momentum: float = 0.95
     weight_decay: float = 1e-4
-    decay: str = r".*/(kernel|embedding)"
+    decay: str = r".*/(kernel|\w*embedding)"
     clip_norm: float = 1.0
     multipliers: tuple[str, ...] = ()
     layer_decay: float = 1.0

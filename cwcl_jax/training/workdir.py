@@ -41,6 +41,7 @@ from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.
 _FREE = (
+    "config.name",
     "config.checkpoint.",
     "config.logging.",
     "config.mesh.",

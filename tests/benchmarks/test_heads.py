@@ -7,20 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwcl_jax.benchmarks.heads import (
+from cwcl_jax.benchmarks.head_runs import (
     Features,
+    Head,
     HeadRuns,
     batches,
     check_batch,
-    compare,
-    headline,
     make_chunk,
     nearest_rows,
-    read_records,
-    variant,
 )
+from cwcl_jax.benchmarks.heads import compare, headline, read_records, wanted_heads
 from cwcl_jax.config import ConfigError
-from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.state import initialise, make_blueprint
@@ -35,6 +32,12 @@ def grouped_features():
     centres = np.repeat(rng.normal(size=(20, 16)), 12, axis=0)
     u = (centres + 0.01 * rng.normal(size=centres.shape)).astype(np.float32)
     return Features(u, u)
+
+
+def variant(settings, loss, seed, batch, **more):
+    """The config of one head, of as many examples as the config's."""
+    (head,) = wanted_heads(settings, [loss], batches=[batch], **more)
+    return head.variant(settings, seed)
 
 
 def test_nearest_rows_are_the_other_members_of_a_group():
@@ -64,25 +67,51 @@ def test_a_variant_keeps_the_number_of_samples_and_the_rate_per_sample():
     small = variant(base, "exp0.2", 3, base.global_batch_size // 4)
     assert small.total_steps == 4 * base.total_steps
     assert small.optimizer.learning_rate == pytest.approx(base.optimizer.learning_rate / 4)
+    assert small.optimizer.warmup_steps == 4 * base.optimizer.warmup_steps
     assert (small.loss.weight_function, small.loss.weight_temperature) == ("exp", 0.2)
     assert small.seed == 3
     assert all(task.bootstrap == 0 for task in small.evaluation.tasks.values())
-    assert loss_fields("contrastive") == {"name": "contrastive"}
+
+
+def test_a_length_of_its_own_keeps_the_share_of_the_warmup():
+    base = config("head,init=x")
+    short = variant(base, "affine", 0, 20, steps=[base.total_steps // 10])
+    assert (short.global_batch_size, short.total_steps) == (20, base.total_steps // 10)
+    assert short.optimizer.warmup_steps == base.optimizer.warmup_steps // 10
+
+
+def test_the_projection_is_that_of_the_side_that_gives_the_weights():
+    made = {
+        projection: variant(config("head,init=x"), "affine", 0, 20, projections=[projection])
+        for projection in ("trained", "none")
+    }
+    assert made["none"] == variant(config("head,init=x"), "affine", 0, 20)
+    found = made["trained"].towers
+    assert (found["text"].head, found["text"].tune) == ("linear", "head")
+    assert found["speech"] == made["none"].towers["speech"]
+    assert found == config("head,init=x,projection=trained").towers
 
 
 def test_the_table_pairs_seeds_and_gives_intervals():
-    def record(loss, seed, value):
+    def record(loss, seed, value, **more):
+        head = {"loss": loss, "projection": "none", "batch": 8, "group": 1, "steps": 5} | more
         metrics = {"a/top1": value, "train/loss": 1.0}
-        return {"loss": loss, "batch": 8, "group": 1, "seed": seed, "metrics": metrics}
+        return {"head": head, "seed": seed, "metrics": metrics}
 
     records = [record("contrastive", s, 0.2 + 0.1 * s) for s in range(3)]
     records += [record("affine", s, 0.22 + 0.1 * s) for s in range(3)]
     assert headline(records) == ["a/top1"]
     shown = compare(records, ["a/top1"]).text()
     # The gain is the same for every seed: it has no interval although the values spread.
-    assert "32.0 (+2.0: in every seed)" in shown
+    assert "32.0 (+2.0 in every seed)" in shown
     records[-1]["metrics"]["a/top1"] += 0.01
-    assert "32.3 (+2.3: +0.9 to +3.8)" in compare(records, ["a/top1"]).text()
+    assert "32.3 (+2.3 ± 1.4)" in compare(records, ["a/top1"]).text()
+    assert "30.0 (-2.3 ± 1.4)" in compare(records, ["a/top1"], "affine").text()
+    # Another length is another row: nothing there is compared with the first one's.
+    records += [record("affine", s, 0.5, steps=50) for s in range(3)]
+    rows = compare(records, ["a/top1"]).rows
+    assert rows[0][:5] == ("a/top1", "none", "8", "5", "3")
+    assert rows[1][3:] == ("50", "0/3", "", "50.0")
 
 
 def test_heads_of_another_config_are_not_put_into_one_table(tmp_path):
@@ -109,15 +138,21 @@ def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
     settings = toy(
         tmp_path, "head,init=x", **{"towers.speech.weights": "", "optimizer.learning_rate": 1e-2}
     )
-    tasks = {"keywords": settings.evaluation.tasks["keywords"]}
+    tasks = {name: settings.evaluation.tasks[name] for name in ("keywords", "alignment")}
     settings = replace(settings, evaluation=replace(settings.evaluation, tasks=tasks))
     runs = HeadRuns(settings)
-    first = runs.run("affine", 0, 8)
+    affine = Head("affine", "none", 8, 1, 6)
+    first = runs.run(affine, 0)
     assert first["keywords/top1"] >= 0
     assert first["train/effective_positives"] > 1
-    assert runs.run("affine", 0, 8) == first
-    other = runs.run("contrastive", 0, 8)
+    assert first["alignment/structure_kept_by_projection"] == pytest.approx(1)
+    assert runs.run(affine, 0) == first
+    other = runs.run(replace(affine, loss="contrastive"), 0)
     assert other["train/loss"] != first["train/loss"]
+    bent = runs.run(replace(affine, projection="trained"), 0)
+    assert 0 < bent["alignment/structure_kept_by_projection"] < 0.999
+    assert 0 < bent["alignment/neighbours_kept_by_projection"] < 1
+    assert runs.run(affine, 0) == first
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -150,12 +185,24 @@ def test_a_batch_that_the_rows_cannot_fill_is_an_error(count, size, group, messa
         ("calibrated2", 8, "--losses=calibrated2: target_diagonal=2.0 must lie between"),
         ("exp0", 8, "--losses=exp0: weight_temperature=0.0 must be positive"),
         ("foo", 8, "--losses=foo: no loss is called"),
-        ("affine", 0, "--batches=0: a batch has at least one pair"),
+        ("affine", 0, "--batches=0: at least 1"),
     ],
 )
 def test_a_loss_or_batch_that_cannot_be_is_an_error(short, batch, message):
     with pytest.raises(ConfigError, match=message):
         variant(config("head,init=x"), short, 0, batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": [0]}, "--steps=0: at least 1"),
+        ({"projections": ["linear"]}, "--projections='linear' is not known; use one of trained"),
+    ],
+)
+def test_a_length_or_projection_that_cannot_be_is_an_error(options, message):
+    with pytest.raises(ConfigError, match=message):
+        variant(config("head,init=x"), "affine", 0, 8, **options)
 
 
 def test_heads_take_the_steps_of_the_train_step():

@@ -4,10 +4,12 @@ import csv
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from cwcl_jax.evaluation.alignment import (
     block_diagonality,
     choose_items,
+    kept_by_projection,
     pair_metrics,
     write_matrix,
 )
@@ -40,7 +42,7 @@ def test_identical_modalities_have_no_gap_and_the_same_structure():
     numbers = pair_metrics(x, 3 * x)
     assert numbers["modality_gap"] == pytest.approx(0, abs=1e-6)
     assert numbers["alignment"] == pytest.approx(0, abs=1e-6)
-    assert numbers["structure_correlation"] == pytest.approx(1)
+    assert numbers["structure_between_modalities"] == pytest.approx(1)
     assert numbers["uniformity_u"] == pytest.approx(numbers["uniformity_v"])
 
 
@@ -58,6 +60,40 @@ def test_pair_metrics_equal_their_definitions():
             np.exp(-2 * np.sum((x[i] - x[j]) ** 2)) for i in range(30) for j in range(i + 1, 30)
         ]
         assert numbers[name] == pytest.approx(np.log(np.mean(kernel)), rel=1e-5)
+
+
+def test_what_a_projection_keeps_equals_counting_pair_by_pair():
+    rng = np.random.default_rng(4)
+    p, u = rng.normal(size=(20, 6)), rng.normal(size=(20, 3))
+    u[:, :3] += 2 * p[:, :3]
+
+    def cosine(x, i, j):
+        return x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
+
+    def nearest(x, i):
+        return set(sorted((j for j in range(20) if j != i), key=lambda j: -cosine(x, i, j))[:4])
+
+    pairs = [(i, j) for i in range(20) for j in range(i + 1, 20)]
+    ranks = [stats.rankdata([cosine(x, i, j) for i, j in pairs]) for x in (p, u)]
+    shared = [len(nearest(p, i) & nearest(u, i)) / 4 for i in range(20)]
+    found = kept_by_projection(p.astype(np.float32), u.astype(np.float32), neighbours=4)
+    expected = np.corrcoef(*ranks)[0, 1]
+    assert found["structure_kept_by_projection"] == pytest.approx(expected, abs=1e-6)
+    assert found["neighbours_kept_by_projection"] == pytest.approx(np.mean(shared))
+    assert 0.2 < expected < 0.9
+
+
+def test_rotations_keep_the_structure_and_noise_does_not():
+    rng = np.random.default_rng(5)
+    p = rng.normal(size=(300, 16)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
+    kept = kept_by_projection(p, 3 * p @ rotation)
+    assert kept["structure_kept_by_projection"] == pytest.approx(1, abs=1e-5)
+    assert kept["neighbours_kept_by_projection"] > 0.999
+    lost = kept_by_projection(p, rng.normal(size=(300, 16)).astype(np.float32))
+    assert abs(lost["structure_kept_by_projection"]) < 0.05
+    assert lost["neighbours_kept_by_projection"] < 0.1
+    assert kept_by_projection(p, np.ones((300, 4), np.float32)) == {}  # all pairs are alike
 
 
 def test_chosen_items_are_sorted_by_class_equal_in_number_and_repeatable():

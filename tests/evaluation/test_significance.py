@@ -94,12 +94,11 @@ def test_holm_correction_is_monotone_and_that_of_the_textbook():
     assert holm([0.9, 0.9]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 10])
+@pytest.mark.parametrize("seeds", [2, 3, 11, 40])
 def test_interval_over_seeds_is_that_of_students_t(seeds):
     values = np.random.default_rng(3).normal(0.6, 0.01, seeds)
     mean, interval = seed_interval(values.tolist())
     scale = values.std(ddof=1) / np.sqrt(seeds)
-    # The quantiles are tabled to three decimals.
-    np.testing.assert_allclose(interval, t.interval(0.95, seeds - 1, mean, scale), atol=1e-5)
-    with pytest.raises(ValueError, match="needs 2 to 10"):
+    np.testing.assert_allclose(interval, t.interval(0.95, seeds - 1, mean, scale), rtol=1e-9)
+    with pytest.raises(ValueError, match="needs at least 2"):
         seed_interval([0.5])

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
 from cwcl_jax.evaluation.tasks import run_task, run_tasks
@@ -149,6 +150,28 @@ def test_alignment_of_the_analytic_model(monkeypatch):
     assert result.items["matrix"].shape == (9, 9)
     assert result.items["matrix_classes"].tolist() == ["circle"] * 3 + ["square"] * 3 + ["star"] * 3
     np.testing.assert_allclose(result.items["matrix"], np.kron(np.eye(3), np.ones((3, 3))))
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_alignment_tells_what_the_projection_of_the_weights_side_keeps(monkeypatch, side):
+    """The projection parts the first two classes and brings the last two together."""
+    source = Memory([0, 1, 2, 0, 1, 2], labels=[0, 1, 2, 0, 1, 2], texts=SHAPES * 2)
+    source.class_names = SHAPES
+    give_sources(monkeypatch, x=source)
+    before = np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 0.6, 0.8]])
+    after = np.array([[1, 0, 0], [0, 1, 0], [0, 0.6, 0.8]])
+    features, embeds = (
+        Analytic(table(*x), dict(zip(SHAPES, x, strict=True))) for x in (before, after)
+    )
+    task = TaskConfig(kind="alignment", source="memory:x", classes=3, items_per_class=2)
+    found = run(task, embeds, features=features, weights_from=side).metrics
+    # Of a sentence that two items have it counts once.
+    rows = [0, 1, 2, 0, 1, 2] if side == "image" else [0, 1, 2]
+    cosines = [np.round(x[rows] @ x[rows].T, 6) for x in (before, after)]
+    pairs = np.triu_indices(len(rows), 1)
+    expected = stats.spearmanr(*(c[pairs] for c in cosines)).statistic
+    assert found["structure_kept_by_projection"] == pytest.approx(expected)
+    assert "structure_kept_by_projection" not in run(task, embeds, features=features).metrics
 
 
 def test_probe_learns_classes_that_have_no_words(monkeypatch):

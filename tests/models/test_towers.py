@@ -230,6 +230,14 @@ def test_every_leaf_has_one_decision(tune, trained):
     assert sum(d for p, d in decisions.items() if p.startswith("towers/text")) == trained
 
 
+@pytest.mark.parametrize(("tune", "trained"), [("all", False), (".*", True)])
+def test_whispers_positions_are_fixed_unless_a_regex_names_them(tune, trained):
+    configs = {"speech": TowerConfig("whisper", preset="tiny", tune=tune)}
+    names = ["encoder/position_embedding", "encoder/conv1/kernel", "head/projection/kernel"]
+    decisions = decide([f"towers/speech/{name}" for name in names], configs)
+    assert list(decisions.values()) == [trained, True, True]
+
+
 def test_locking_errors_name_tower_and_remedy():
     configs = towers(text={"tune": "last:9"})
     paths = paths_of(configs)

@@ -145,7 +145,7 @@ def test_a_dense_loss_holds_arrays_of_all_pairs(devices):
 
 def of_wide_weights(size, width, **loss):
     """Embeds of `width` on 4 devices, weights from features of 2048."""
-    config = load_experiment("configs/features_cwcl.py", "both")
+    config = load_experiment("configs/features_cwcl.py", "projection=trained")
     u = dataclasses.replace(config.towers["u"], overrides={"width": 2048})
     config = dataclasses.replace(
         config,

@@ -147,7 +147,11 @@ def test_what_a_table_varies_wins_over_the_command_line():
     for row in (made.rows["CL"], made.rows["CWCL"]):
         configs = [load_experiment(cell.run.file, cell.run.argument) for cell in row]
         assert [config.global_batch_size for config in configs] == [32, 64, 128]
-        assert {config.loss.weight_function for config in configs} == {"relu"}
+    losses = [
+        load_experiment(row[0].run.file, row[0].run.argument).loss for row in made.rows.values()
+    ]
+    assert [loss.name for loss in losses] == ["contrastive", "cwcl"]
+    assert losses[1].weight_function == "relu"
     for cell in experiments.table(6, Scale(speech="lock=speech")).rows["CWCL"]:
         locks = [x for x in cell.run.argument.split(",") if x.startswith("lock=")]
         assert cell.run.name.startswith(f"speech-lock-{locks[-1].removeprefix('lock=')}-")
@@ -158,6 +162,10 @@ def test_what_rows_leave_to_the_config_cannot_be_set():
         Scale(scenes="loss=cellclip")
     with pytest.raises(ConfigError, match="--speech=init=x: Table 5"):
         experiments.table(5, Scale(speech="init=x"))
+    with pytest.raises(ConfigError, match="leave projection=none out"):
+        experiments.table(6, Scale(speech="projection=none"))
+    with pytest.raises(ConfigError, match="--scenes=weights=relu2: the ablation compares"):
+        experiments.ablation("weights", Scale(scenes="weights=relu2"))
     with pytest.raises(ConfigError, match="leave weights out"):
         experiments.ablation("speech_weights", Scale(speech="batch=64,weights=relu2"))
 

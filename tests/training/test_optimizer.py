@@ -17,6 +17,9 @@ from cwcl_jax.training.options import OptimizerConfig
 
 PATHS = [
     "towers/text/encoder/token_embedding/embedding",
+    "towers/text/encoder/position_embedding/embedding",
+    "towers/image/encoder/position_embedding",
+    "towers/image/encoder/class_token",
     "towers/text/encoder/blocks/0/mlp/kernel",
     "towers/text/encoder/blocks/0/mlp/bias",
     "towers/text/encoder/blocks/1/mlp/kernel",
@@ -46,10 +49,11 @@ def test_schedules_after_the_warmup():
     assert at(300, schedule="rsqrt", rsqrt_timescale=100) == pytest.approx(0.5, abs=1e-6)
 
 
-def test_decay_reaches_kernels_and_embeddings_only():
+def test_decay_reaches_kernels_and_embeddings_of_all_towers_only():
     mask = decay_mask(OptimizerConfig(), PATHS)
     assert sorted(path for path in PATHS if not mask[path]) == [
         "logit_scale",
+        "towers/image/encoder/class_token",
         "towers/text/encoder/blocks/0/mlp/bias",
         "towers/text/encoder/norm/scale",
     ]
