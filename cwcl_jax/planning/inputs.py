@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from cwcl_jax.training.state import Blueprint
 
 # By modality the inputs of its tower by name; "label" is one array.
 AbstractBatch = dict[str, Any]
+# Name of an input -> shape of one example, type.
+_Shapes = dict[str, tuple[tuple[int, ...], Any]]
 
 
 def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> AbstractBatch:
@@ -22,41 +25,25 @@ def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> Abst
       embedded: modalities of which the data gives features in place of raw inputs.
     """
     config = blueprint.config
-    batch: AbstractBatch = {
-        modality: inputs_of(blueprint, modality, config.global_batch_size, modality in embedded)
-        for modality in config.modalities
-    }
+    examples, split = config.global_batch_size, sharding.batch_sharding(blueprint.mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=split)
+
+    batch: AbstractBatch = {}
+    for modality, tower in config.towers.items():
+        if modality in embedded or tower.encoder == "precomputed":
+            shapes: _Shapes = {"embeds": ((feature_width(blueprint, modality),), jnp.float32)}
+        else:
+            shapes = _raw_shapes(config.data, modality)
+        batch[modality] = {name: array(*of) for name, of in shapes.items()}
     if config.data.labels:
-        split = sharding.batch_sharding(blueprint.mesh)
-        shape = (config.global_batch_size,)
-        batch["label"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+        batch["label"] = array((), jnp.int32)
     return batch
 
 
-def inputs_of(
-    blueprint: Blueprint, modality: str, examples: int, embedded: bool
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The inputs of one tower for a number of examples."""
-    tower = blueprint.config.towers[modality]
-    shapes: dict[str, tuple[tuple[int, ...], Any]]
-    if embedded or tower.encoder == "precomputed":
-        shapes = {"embeds": ((feature_width(blueprint, modality),), jnp.float32)}
-    else:
-        shapes = _raw_shapes(blueprint, modality)
-    split = sharding.batch_sharding(blueprint.mesh)
-    return {
-        name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=split)
-        for name, (shape, dtype) in shapes.items()
-    }
-
-
-def feature_width(blueprint: Blueprint, modality: str) -> int:
-    """Width of a tower's features, before its head."""
-    return blueprint.model_def.merge(blueprint.abstract).towers[modality].feature_width
-
-
-def _raw_shapes(blueprint: Blueprint, modality: str) -> dict[str, tuple[tuple[int, ...], Any]]:
-    data = blueprint.config.data
+def _raw_shapes(data: Any, modality: str) -> _Shapes:
+    """What the pipeline makes of one example of a modality."""
     if modality == "image":
         return {"pixels": ((data.image.size, data.image.size, 3), jnp.uint8)}
     if modality == "text":
@@ -64,6 +51,11 @@ def _raw_shapes(blueprint: Blueprint, modality: str) -> dict[str, tuple[tuple[in
         return {"tokens": (tokens, jnp.int32), "mask": (tokens, jnp.bool_)}
     samples = round(data.speech.sample_rate * data.speech.max_seconds)
     return {"waveform": ((samples,), jnp.int16), "length": ((), jnp.int32)}
+
+
+def feature_width(blueprint: Blueprint, modality: str) -> int:
+    """Width of a tower's features, before its head."""
+    return blueprint.model_def.merge(blueprint.abstract).towers[modality].feature_width
 
 
 def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
@@ -83,4 +75,11 @@ def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
         if blueprint.features_are_locked(modality)
         and modality not in given
         and blueprint.config.towers[modality].encoder != "precomputed"
+    )
+
+
+def device_bytes(leaves: Iterable[Any]) -> int:
+    """Bytes of one device's shards of abstract leaves."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
     )
