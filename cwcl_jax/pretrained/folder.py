@@ -6,7 +6,6 @@ a source of weights for a tower of another run.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flax import nnx
 
 from cwcl_jax.data.options import ImageInputs, SpeechInputs, TextInputs
 from cwcl_jax.data.text import load_tokenizer
+from cwcl_jax.files import replacing
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
@@ -78,9 +78,8 @@ def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str
     write_safetensors(folder / WEIGHTS, leaves, metadata={"format": "np"})
     written = dataclasses.replace(description, text=text, towers=towers)
     content = {"format": _FORMAT} | dataclasses.asdict(written)
-    partial = folder / f"{DESCRIPTION}.partial"
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, folder / DESCRIPTION)
+    with replacing(folder / DESCRIPTION) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def reads_tokens(description: ModelDescription) -> bool:
