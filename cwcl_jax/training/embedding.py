@@ -26,8 +26,6 @@ from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 
-OUTPUTS = ("features", "embeds")
-
 # Fields of a tower's settings that decide how it computes, but not what.
 _NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
 # Settings of inputs that only training's batches follow: vectors are made as in evaluation.
