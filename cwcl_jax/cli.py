@@ -13,12 +13,15 @@ from ml_collections import config_flags
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
 
-# Exit codes, the same for every entry file and known to the launchers.
-DONE = 0
-FAILED = 1
-BAD_CONFIG = 2
-WATCHDOG = 43
-PREEMPTED = 75
+# Entry files name the exit codes by this module.
+from cwcl_jax.exit_codes import (  # noqa: F401
+    BAD_CONFIG,
+    DONE,
+    FAILED,
+    PREEMPTED,
+    WATCHDOG,
+    exit_code,
+)
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -73,15 +76,6 @@ def whole_numbers(flag: str, values: Sequence[str]) -> list[int]:
         return [int(value) for value in values]
     except ValueError as error:
         raise ConfigError(f"--{flag}={','.join(values)}: numbers separated by commas") from error
-
-
-def exit_code(error: BaseException) -> int:
-    """Of a process that an exception ends."""
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
-    if isinstance(error, TimeoutError):
-        return WATCHDOG
-    return BAD_CONFIG if isinstance(error, ConfigError) else FAILED
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -1,10 +1,12 @@
 """Says what a run needs before anything is rented: `python -m cwcl_jax.plan --mesh=a100x4 ...`.
 
 `--mesh=a100x4` names a chip and a number of devices. The config's model, optimizer and train step
-are built for that many devices without data, weights or memory; the step is compiled, never run: by
-XLA's own compiler for the chip where it is installed (extra `plan`). Printed are parameters, bytes
-on a device, flops, traffic, the time at the chip's peaks, the largest batch that fits, and what
-changes with other settings. Chips: a100-40, a100-80, h100, h200, v4, v5e, v5p, v6e.
+are built for that many devices without data, weights or memory. Printed are parameters, state on
+a device, flops and the time at the chip's peaks. XLA's own compiler for the chip, where it is
+installed (extra `plan`), compiles the step, which is never run, and says what it needs and sends;
+a few compilations more find the largest batch that fits (`--nosearch` leaves them out), one for
+each setting what that would change (`--variants`). Chips: a100-40, a100-80, h100, h200, v4, v5e,
+v5p, v6e.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from absl import flags
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.planning.chips import Chip
 
 if __name__ == "__main__":
     _CONFIG = cli.define_config_flag()
     flags.declare_key_flag("config")  # so that --help shows it
     _MESH = flags.DEFINE_string("mesh", "", "Chip and number of devices, for example a100x4.")
-    _COMPILE = flags.DEFINE_bool("compile", True, "Compile the step; without: shapes only.")
-    _VARIANTS = flags.DEFINE_bool("variants", True, "Also say what other settings would change.")
+    _COMPILE = flags.DEFINE_bool("compile", True, "Compile the step; without: work and state only.")
+    _SEARCH = flags.DEFINE_bool("search", True, "Compile more batches to find the largest one.")
+    _VARIANTS = flags.DEFINE_bool("variants", False, "Also say what other settings would change.")
     _EFFICIENCY = flags.DEFINE_float(
         "efficiency", 0.5, "Share of the roofline that a real run is taken to reach."
     )
@@ -38,50 +40,46 @@ def plan(
     mesh: str,
     *,
     compile_step: bool = True,
-    variants: bool = True,
+    search: bool = True,
+    variants: bool = False,
     efficiency: float = 0.5,
 ) -> str:
-    """The plan as text. The process must have as many devices as `mesh` says, of any kind.
+    """The plan as text. Without the chip's compiler, the process needs `mesh`'s number of devices.
+
+    Args:
+      search: also look for the largest batch.
+      variants: also say what other settings would change.
+      efficiency: share of the roofline that a real run is taken to reach.
 
     Raises:
       ConfigError: an unknown chip, or a config that cannot run on such a mesh.
     """
-    import jax
-
     from cwcl_jax.planning import inputs, report
     from cwcl_jax.planning import variants as changes
     from cwcl_jax.planning.chips import parse_mesh
-    from cwcl_jax.planning.compiled import compile_for_chip
     from cwcl_jax.planning.estimate import Planner
 
     if not 0 < efficiency <= 1:
         raise ConfigError(f"--efficiency={efficiency}: a share between 0 and 1")
-    chip, count = parse_mesh(mesh)
-    devices = jax.devices()[:count]
-    if len(devices) < count:
-        raise ConfigError(f"--mesh={mesh}: this process has only {len(devices)} devices")
-    wanted = config.towers
+    planner = Planner(*parse_mesh(mesh), compile_step=compile_step)
     try:
-        config = on_chip(without_files(config), chip)
+        config = without_files(config)
         check(config)
+        embedded: tuple[str, ...] = ()
+        if "embeds=" in config.data.train:
+            embedded = inputs.embedded_modalities(planner.blueprint(config))
+        base = planner.estimate(config, embedded)
     except ConfigError:
         raise
     except ValueError as error:  # an encoder's, about its own settings
         raise ConfigError(f"config.towers: {error}") from error
-    planner = Planner(chip, devices)
-    embedded: tuple[str, ...] = ()
-    if "embeds=" in config.data.train:
-        embedded = inputs.embedded_modalities(planner.estimate(config).blueprint)
-    base = planner.estimate(config, embedded)
-    for modality, tower in wanted.items():
-        if tower.attention == "cudnn" and not base.fused[modality]:
-            raise ConfigError(
-                f"config.towers.{modality}.attention='cudnn' cannot run on {chip.name} with "
-                f"{tower.dtype or config.dtype}: {report.CUDNN_WANTS}; leave it at 'auto'"
-            )
-    found = compile_for_chip(base) if compile_step else None
-    others = changes.variants(base, planner) if variants else ()
-    return report.report(base, found, others, efficiency=efficiency)
+    return report.report(
+        base,
+        changes.variants(base, planner) if variants else (),
+        efficiency=efficiency,
+        largest_batch=planner.largest_batch(base) if search and not planner.missing else None,
+        missing=planner.missing,
+    )
 
 
 def without_files(config: ExperimentConfig) -> ExperimentConfig:
@@ -127,23 +125,6 @@ def check(config: ExperimentConfig) -> None:
     check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, inputs=inputs)))
 
 
-def on_chip(config: ExperimentConfig, chip: Chip) -> ExperimentConfig:
-    """The config with what it would decide there: rematerialisation, the columns of a tile.
-
-    Attention is left to the planner's own rule: cuDNN's cannot be traced where there is no cuDNN.
-    """
-    from cwcl_jax.planning.towers import has_blocks
-
-    towers = {}
-    for name, tower in config.towers.items():
-        remat = "dots" if chip.is_gpu and has_blocks(tower) and tower.remat == "auto" else ""
-        attention = "auto" if tower.attention == "cudnn" else tower.attention
-        towers[name] = dataclasses.replace(tower, remat=remat or tower.remat, attention=attention)
-    columns = config.loss.block_columns or config.global_batch_size
-    loss = dataclasses.replace(config.loss, block_columns=columns)
-    return dataclasses.replace(config, towers=towers, loss=loss)
-
-
 def virtual_devices(count: int) -> None:
     """Makes this process one of `count` CPU devices; before JAX has looked for any."""
     import jax
@@ -170,6 +151,7 @@ def main(argv: list[str]) -> int:
         config,
         _MESH.value,
         compile_step=_COMPILE.value,
+        search=_SEARCH.value,
         variants=_VARIANTS.value,
         efficiency=_EFFICIENCY.value,
     )

@@ -152,7 +152,7 @@ def test_what_is_not_a_model_is_an_error_with_a_remedy(tmp_path):
 
 def test_a_tokenizer_with_too_many_tokens_is_refused():
     small = TowerConfig("text", "tiny", dict(TEXT.overrides) | {"vocab_size": 10})
-    with pytest.raises(ValueError, match=r"tokenizer 'scenes' has \d+ tokens.*table 10"):
+    with pytest.raises(ValueError, match=r"tokenizer='' has \d+ tokens.*table 10"):
         model(image=IMAGE, text=small)
 
 

@@ -72,8 +72,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any] | None:
     """One process's part of a measurement; the result on process 0."""
     import jax
 
+    from cwcl_jax.planning.collectives import traffic
     from cwcl_jax.training import sharding
-    from cwcl_jax.training.collectives import traffic
     from cwcl_jax.training.distributed import initialize, is_primary
     from cwcl_jax.training.options import DistributedConfig
     from cwcl_jax.training.state import initialise, make_blueprint

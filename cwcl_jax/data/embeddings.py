@@ -7,7 +7,6 @@ interrupted run continues with those that are missing.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Int64
+
+from cwcl_jax.files import replacing
 
 _VERSION = 1
 _DESCRIPTION = "description.json"
@@ -114,9 +115,8 @@ class EmbeddingWriter:
             there = EmbeddingDescription.read(folder)
             there.require(folder, **json.loads(description.to_json(), object_hook=_no_version))
         else:
-            temporary = file.with_suffix(f".{os.getpid()}.{process_index}")
-            temporary.write_text(description.to_json())
-            temporary.replace(file)
+            with replacing(file) as partial:
+                partial.write_text(description.to_json())
 
     def pending(self) -> list[range]:
         """Rows of the files of this host that do not exist yet."""
@@ -137,17 +137,16 @@ class EmbeddingWriter:
                 f"{self.description.shape}."
             )
         path = self.description.shard_path(self.folder, rows.start // self.description.shard_size)
-        temporary = path.with_suffix(".unfinished")
-        # One record a group: reads are at random, and floats hardly compress.
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         stored = np.asarray(vectors).astype(_DTYPES[self.description.dtype])
-        for number, name in enumerate(ids):
-            # File names that are no UTF-8 hold lone surrogates.
-            key = name.encode("utf-8", "surrogateescape")
-            body = stored[number].tobytes() if valid is None or valid[number] else b""
-            writer.write(len(key).to_bytes(4, "little") + key + body)
-        writer.close()
-        temporary.replace(path)
+        with replacing(path) as partial:
+            # One record a group: reads are at random, and floats hardly compress.
+            writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
+            for number, name in enumerate(ids):
+                # File names that are no UTF-8 hold lone surrogates.
+                key = name.encode("utf-8", "surrogateescape")
+                body = stored[number].tobytes() if valid is None or valid[number] else b""
+                writer.write(len(key).to_bytes(4, "little") + key + body)
+            writer.close()
 
     def is_complete(self) -> bool:
         """Whether the files of all hosts exist."""

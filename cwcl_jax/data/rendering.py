@@ -15,6 +15,7 @@ from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.recorded import Recorded
 from cwcl_jax.data.sources.spoken import Spoken
+from cwcl_jax.files import replacing
 
 
 def render(source: Source, folder: str | Path) -> Path:
@@ -40,8 +41,8 @@ def render(source: Source, folder: str | Path) -> Path:
             continue
         if "audio" in example:
             samples, rate = example["audio"]
-            soundfile.write(root / "unfinished.flac", samples, rate)
-            (root / "unfinished.flac").replace(root / name)
+            with replacing(root / name) as partial:
+                soundfile.write(partial, samples, rate, format="FLAC")
         row = {"id": example["id"], "audio": name, "text": example.get("text")}
         row["duration"] = soundfile.info(root / name).duration
         if "label" in example:

@@ -4,13 +4,12 @@ Both resample items (or groups of items that belong together, such as the captio
 the recordings of a speaker); neither says anything about other seeds of training.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
-from scipy import special
+from scipy import stats
 
 from cwcl_jax.evaluation.options import TaskConfig
 
@@ -46,10 +45,20 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of `values`; whole `groups` are drawn when given."""
     sums, counts = _by_group(values, groups)
-    means = _resampled_means(sums[None], counts, resamples, seed)[0]
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+    if len(sums) == 1:
+        mean = float(sums[0] / counts[0])
+        return mean, mean
+    found = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        n_resamples=resamples,
+        batch=max(1, _CHUNK // len(sums)),
+        paired=True,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def bootstrap_intervals(
@@ -106,15 +115,10 @@ def paired_test(
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value: the items that just one run gets right are fair coins."""
-    n, k = only_a + only_b, min(only_a, only_b)
+    n = only_a + only_b
     if n == 0:
         return 1.0
-    log_half = n * math.log(2.0)
-    tail = sum(
-        math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - log_half)
-        for i in range(k + 1)
-    )
-    return min(1.0, 2.0 * tail)
+    return float(stats.binomtest(only_a, n).pvalue)
 
 
 def _by_group(
@@ -128,18 +132,6 @@ def _by_group(
         return values, np.ones(len(values))
     number = np.unique(groups, return_inverse=True)[1]
     return np.bincount(number, weights=values), np.bincount(number).astype(np.float64)
-
-
-def _resampled_means(
-    sums: Float[np.ndarray, "v g"], counts: Float[np.ndarray, "g"], resamples: int, seed: int
-) -> Float[np.ndarray, "v r"]:
-    rng = np.random.default_rng(seed)
-    n, parts = len(counts), []
-    at_once = max(1, _CHUNK // n)
-    for start in range(0, resamples, at_once):
-        drawn = rng.integers(0, n, (min(at_once, resamples - start), n))
-        parts.append(sums[:, drawn].sum(axis=2) / counts[drawn].sum(axis=1)[None])
-    return np.concatenate(parts, axis=1)
 
 
 def _sign_flip(
@@ -173,10 +165,6 @@ def seed_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """Mean over two or more training seeds and its 95 % interval (Student's t)."""
     if len(values) < 2:
         raise ValueError(f"{len(values)} seeds: an interval over seeds needs at least 2.")
-    mean = float(np.mean(values))
-    half = (
-        float(special.stdtrit(len(values) - 1, 0.975))
-        * float(np.std(values, ddof=1))
-        / math.sqrt(len(values))
-    )
+    mean, scale = float(np.mean(values)), float(stats.sem(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * scale
     return mean, (mean - half, mean + half)

@@ -103,7 +103,10 @@ class TextInputs(Modality):
                 f"{options}.max_tokens={self.max_tokens} exceeds the {positions} positions of the "
                 f"text tower: lower it, or raise max_tokens in {overrides}"
             )
-        rows, size = getattr(settings, "vocab_size", None), self.loaded.vocab_size
+        try:
+            rows, size = getattr(settings, "vocab_size", None), self.loaded.vocab_size
+        except ValueError as error:
+            raise ValueError(f"{options}: {error}") from error
         # An id beyond the table would be clamped to its last row without a word; far fewer ids than
         # a pretrained table has rows mean another tokenizer, whose ids stand for other words.
         if rows is not None and (size > rows or (imported and size < rows // 2)):

@@ -10,11 +10,8 @@ Every leaf gets exactly one decision from its tower's `tune`:
              `encoder/blocks/1[01]/.*,head/.*`
 """
 
-import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from cwcl_jax.models.tower import TowerConfig
 
@@ -87,68 +84,3 @@ def _top_blocks(names: list[str], tune: str) -> set[str]:
         raise ValueError(f"K of last:K is a number from 0 to {depth} (the depth), not {count!r}")
     top = {name for name, index in blocks.items() if index >= depth - int(count)}
     return top | {name for name in names if _AFTER_BLOCKS.fullmatch(name)}
-
-
-@dataclasses.dataclass(frozen=True)
-class PartSummary:
-    """One row of the table that is printed at start and saved."""
-
-    modality: str
-    part: str
-    """"encoder" or "head", or the name of a leaf that belongs to no tower."""
-    kind: str
-    """The encoder with its preset, or the kind of head."""
-    source: str
-    """The weights' name, or "from scratch"."""
-    state: str
-    """"locked", "tuned" or "partly tuned"."""
-    parameters: int
-    trained: int
-    dtype: str
-    bytes: int
-
-
-def describe(
-    leaves: Mapping[str, Any], decisions: Mapping[str, bool], towers: Mapping[str, TowerConfig]
-) -> list[PartSummary]:
-    """Rows for the start table: each tower's encoder and head, then the leaves of the logits."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path in leaves:
-        match = _TOWER_PATH.fullmatch(path)
-        key = (match[1], match[2].split("/", 1)[0]) if match else ("", path)
-        groups.setdefault(key, []).append(path)
-    for modality in towers:  # a tower without parameters still deserves its row
-        groups.setdefault((modality, "encoder"), [])
-    order = {modality: i for i, modality in enumerate(towers)}
-    ordered = sorted(groups, key=lambda group: (order.get(group[0], len(order)), group[1]))
-    return [_summary(key, groups[key], leaves, decisions, towers.get(key[0])) for key in ordered]
-
-
-def _summary(
-    group: tuple[str, str],
-    paths: list[str],
-    leaves: Mapping[str, Any],
-    decisions: Mapping[str, bool],
-    tower: TowerConfig | None,
-) -> PartSummary:
-    sizes = {path: math.prod(leaves[path].shape) for path in paths}
-    trained = sum(size for path, size in sizes.items() if decisions[path])
-    total = sum(sizes.values())
-    kind, source = "", ""
-    if tower is not None and group[1] == "encoder":
-        kind = f"{tower.encoder} {tower.preset}".strip()
-        source = tower.weights or "from scratch"
-    elif tower is not None:
-        kind = tower.head
-    states = {0: "locked", total: "tuned"}
-    return PartSummary(
-        modality=group[0],
-        part=group[1],
-        kind=kind,
-        source=source,
-        state="locked" if not trained else states.get(trained, "partly tuned"),
-        parameters=total,
-        trained=trained,
-        dtype=", ".join(sorted({str(leaves[path].dtype) for path in paths})),
-        bytes=sum(sizes[path] * leaves[path].dtype.itemsize for path in paths),
-    )

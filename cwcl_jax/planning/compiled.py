@@ -1,27 +1,24 @@
-"""The real train step, compiled and never run: what XLA says of it.
-
-By the chip's own compiler where it is installed, else for as many virtual CPU devices.
-"""
+"""The real train step, compiled and never run: what XLA says of it, and the largest batch."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
-from cwcl_jax.planning.estimate import Estimate
-from cwcl_jax.planning.hlo import product_flops
-from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch
-from cwcl_jax.planning.targets import chip_devices, compiler_options, cudnn_assumed
-from cwcl_jax.planning.towers import has_blocks
-from cwcl_jax.training import sharding
-from cwcl_jax.training.collectives import Traffic, traffic
-from cwcl_jax.training.state import Blueprint, make_blueprint
+from cwcl_jax.planning.collectives import Traffic, traffic
+from cwcl_jax.planning.inputs import AbstractBatch
+from cwcl_jax.training.state import Blueprint
 from cwcl_jax.training.step import TrainStep
+
+# Points that a search for the largest batch may compile beside the config's own.
+_MOST_TRIES = 4
+# A batch that needs this share of what is there is large enough.
+_ENOUGH = 0.98
+# No batch of more times the one that fits is tried.
+_MOST = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,70 +26,71 @@ class Compiled:
     """XLA's figures for one device.
 
     Attributes:
-      own: whether the chip's own compiler says so, and not the CPU's.
-      argument_bytes: state, locked leaves and one batch.
-      temporary_bytes: the most that is allocated besides, during a step.
-      cost_flops: of its cost analysis, which counts the body of a loop once.
-      product_flops: of matrix products with loops counted as often as they run; 0 where they are
-        calls of a library.
+      arguments: bytes of state, locked leaves and one batch.
+      temporary: the most bytes that are allocated besides, during a step.
       traffic: collectives by kind.
       seconds: that lowering and compiling took.
-      refused: why the chip's own compiler did not take the step, where the CPU's stands in for it.
     """
 
-    own: bool
-    argument_bytes: int
-    temporary_bytes: int
-    cost_flops: float
-    product_flops: float
+    arguments: int
+    temporary: int
     traffic: dict[str, Traffic]
     seconds: float
-    refused: str = ""
 
-
-def compile_for_chip(base: Estimate) -> Compiled:
-    """Compiles the step of an estimate."""
-    config = base.blueprint.config
-    devices = chip_devices(base.chip, base.devices)
-    if devices is None:
-        return compile_step(base.blueprint, base.batch)
-    # What the model would find out by trying, on the device.
-    towers = {}
-    for modality, tower in config.towers.items():
-        fused = base.fused[modality] and has_blocks(tower)
-        towers[modality] = dataclasses.replace(tower, attention="cudnn" if fused else "xla")
-    config = dataclasses.replace(config, towers=towers)
-    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh, devices))
-    batch, options = abstract_batch(blueprint, base.embedded), compiler_options(base.chip)
-    with cudnn_assumed() if any(base.fused.values()) else contextlib.nullcontext():
-        try:
-            return compile_step(blueprint, batch, own=True, options=options)
-        except jax.errors.JaxRuntimeError as error:  # a TPU's refuses what has no room
-            refused = str(error).splitlines()[0]
-    return dataclasses.replace(compile_step(base.blueprint, base.batch), refused=refused)
+    @property
+    def sent(self) -> float:
+        """Bytes that the device sends in a step."""
+        return sum(kind.sent_bytes for kind in self.traffic.values())
 
 
 def compile_step(
-    blueprint: Blueprint,
-    batch: AbstractBatch,
-    *,
-    own: bool = False,
-    options: Mapping[str, Any] | None = None,
+    blueprint: Blueprint, batch: AbstractBatch, options: Mapping[str, Any] | None = None
 ) -> Compiled:
-    """Compiles the step for the blueprint's mesh."""
+    """Compiles the step for the blueprint's mesh, with options of the compiler."""
     start = time.perf_counter()
     compiled = TrainStep(blueprint).lower(batch).compile(dict(options or {}))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    costs = compiled.cost_analysis() or {}
-    costs = costs[0] if isinstance(costs, list) else costs
-    text = compiled.as_text()
     return Compiled(
-        own=own,
-        argument_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        cost_flops=float(costs.get("flops", 0.0)),
-        product_flops=product_flops(text),
-        traffic=traffic(text),
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        traffic=traffic(compiled.as_text()),
         seconds=seconds,
     )
+
+
+def largest_batch(
+    bytes_of: Callable[[int], float], start: int, need: float, *, step: int, limit: float
+) -> int:
+    """The largest multiple of `step` that was found to fit, 0 if none was.
+
+    Memory is nearly linear in the batch: a line through two batches names a third, which is tried
+    too, until one uses 98 % of the limit.
+
+    Args:
+      bytes_of: compiles a batch and says what it needs; infinite where the compiler refuses it.
+      start: a batch of which it is known: it needs `need`.
+      limit: bytes.
+    """
+    needs = {start: need}
+    guess = start // 2 // step * step or 2 * start
+    for _ in range(_MOST_TRIES):
+        needs[guess] = bytes_of(guess)
+        best = max((size for size in needs if needs[size] <= limit), default=0)
+        too_large = min((size for size in needs if needs[size] > limit), default=_MOST * best)
+        if best and needs[best] >= _ENOUGH * limit:
+            break
+        guess = min(max(_on_line(needs, step, limit), best + step), too_large - step)
+        if guess in needs or guess < step:
+            break
+    return max((size for size in needs if needs[size] <= limit), default=0)
+
+
+def _on_line(needs: Mapping[int, float], step: int, limit: float) -> int:
+    """Where a line through the two batches nearest the limit meets it, a little below."""
+    finite = [size for size in needs if math.isfinite(needs[size])]
+    if len(finite) < 2:
+        return min(needs) // 2 // step * step
+    low, high = sorted(sorted(finite, key=lambda size: abs(needs[size] - limit))[:2])
+    slope = max((needs[high] - needs[low]) / (high - low), 1.0)
+    return int(low + (0.995 * limit - needs[low]) / slope) // step * step

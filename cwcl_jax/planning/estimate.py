@@ -1,32 +1,19 @@
-"""One config on one mesh of chips, reckoned without compiling: memory, work, traffic, time."""
+"""One config on one mesh of chips: counted work, state, and what the chip's compiler says."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from cwcl_jax.config import ExperimentConfig, to_json, to_plain
-from cwcl_jax.losses import make_loss
-from cwcl_jax.losses.make import GATHERED_BYTES
-from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.planning.chips import Chip
-from cwcl_jax.planning.communication import sent_bytes
-from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch, feature_width
-from cwcl_jax.planning.memory import Memory, State, memory, state_bytes
-from cwcl_jax.planning.towers import (
-    ANY_OPTIMIZER,
-    TowerNeeds,
-    attention_is_fused,
-    attention_tokens,
-    blocks_are_alike,
-    tower_needs,
-)
+from cwcl_jax.planning.compiled import Compiled, compile_step, largest_batch
+from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch, device_bytes
+from cwcl_jax.planning.targets import NoCompiler, as_on, chip_devices, compiler_options
 from cwcl_jax.planning.work import PRECISIONS, Work, count_work
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint, make_blueprint
@@ -36,6 +23,12 @@ from cwcl_jax.training.step import GradientFunction
 USABLE_MEMORY = 0.9
 # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
 _OPTIMIZER_TRAFFIC = 7
+# Batches on a device besides the step's own and those of `data.prefetch`: of a step that was
+# dispatched ahead.
+_BATCHES_AHEAD = 1
+CUDNN_WANTS = (
+    "it wants an NVIDIA GPU, bfloat16 or float16, and head sizes in multiples of 8 up to 128"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,210 +55,153 @@ class Estimate:
     """What a step of a config needs on each device.
 
     Attributes:
-      work: of the whole step; `loss_work` of the loss and its gradient alone.
-      sent: bytes by purpose.
-      fused: by modality, whether attention runs in a fused kernel.
+      embedded: modalities of which the data gives features.
+      work: counted, of the whole step.
+      compiled: by the chip's own compiler; None where it was not asked, or refused.
+      refused: what it says where it does not take the step.
     """
 
     blueprint: Blueprint
     chip: Chip
     embedded: tuple[str, ...]
-    state: State
     batch: AbstractBatch
-    needs: dict[str, TowerNeeds]
-    fused: dict[str, bool]
     work: Work
-    loss_work: Work
-    sent: dict[str, float]
+    compiled: Compiled | None
+    refused: str
 
     @property
     def devices(self) -> int:
         return self.blueprint.mesh.size
 
-    @functools.cached_property
-    def memory(self) -> Memory:
-        """At the config's batch."""
-        return self.memory_of(self.blueprint.config.global_batch_size)
-
-    def memory_of(self, global_batch_size: int) -> Memory:
-        """At another batch, all else equal."""
-        return memory(
-            self.blueprint, self.state, self.batch, self.needs, self.fused,
-            ring=self._is_ring(global_batch_size), weights_width=self._weights_width,
-            global_batch_size=global_batch_size,
-        )  # fmt: skip
-
-    @functools.cached_property
-    def _weights_width(self) -> int:
-        """Of p, the features that give the weights."""
-        return feature_width(self.blueprint, self.blueprint.config.loss.weights_from)
-
-    def _is_ring(self, size: int) -> bool:
-        """The loss's own choice of its form, for another batch."""
-        config = self.blueprint.config
-        if config.loss.form != "auto" or self.devices == 1:
-            return "ppermute" in self.work.sent
-        # The step hands p to every loss, also to those that do not use it.
-        return size * (config.embed_dim + self._weights_width) * 4 > GATHERED_BYTES
+    @property
+    def state(self) -> dict[str, int]:
+        """Bytes that lie on a device between steps, by what they are; exact."""
+        return {
+            "trained parameters, float32": device_bytes(self.blueprint.abstract_params.values()),
+            "locked parameters": device_bytes(self.blueprint.abstract_locked.values()),
+            "optimizer state": device_bytes(
+                jax.tree.leaves(self.blueprint.abstract_state().opt_state)
+            ),
+        }
 
     @property
-    def _fused_tokens(self) -> set[int]:
-        """Scores are known by their size: towers of as many tokens have theirs in one number."""
-        return {attention_tokens(self.blueprint, m) for m, fused in self.fused.items() if fused}
+    def sent_ahead(self) -> int:
+        """Bytes of the batches that wait on a device beside the step's own."""
+        batches = self.blueprint.config.data.prefetch + _BATCHES_AHEAD
+        return batches * device_bytes(jax.tree.leaves(self.batch))
 
     @property
-    def flops(self) -> dict[str, float]:
-        """Of products, by precision, on the chip.
+    def bytes(self) -> float:
+        """What a device needs at the peak of a step; infinite where the compiler says too much."""
+        if self.compiled is None:
+            return float("inf")
+        return self.compiled.arguments + self.compiled.temporary + self.sent_ahead
 
-        The traced attention multiplies gradients of its weights in float32, a fused kernel in the
-        type of its arrays.
-        """
-        flops = dict(self.work.flops)
-        narrowed = sum(self.work.score_flops.get(number, 0.0) for number in self._fused_tokens)
-        if narrowed:
-            flops["half"] = flops.get("half", 0.0) + narrowed
-            flops["single"] -= narrowed
-        least = 1e-9 * self.work.total_flops  # less is what rounding leaves
-        return {precision: value for precision, value in flops.items() if value > least}
+    @property
+    def limit(self) -> float:
+        """Bytes of a device that a run may use."""
+        return USABLE_MEMORY * self.chip.memory
 
     @property
     def times(self) -> Times:
-        rates = {p: getattr(self.chip, p) for p in PRECISIONS}
-        touched = self.work.product_bytes - sum(
-            self.work.score_bytes.get(number, 0.0) for number in self._fused_tokens
-        )
-        touched += _OPTIMIZER_TRAFFIC * self.state.params + state_bytes(jax.tree.leaves(self.batch))
+        rates = {precision: getattr(self.chip, precision) for precision in PRECISIONS}
+        params = device_bytes(self.blueprint.abstract_params.values())
+        touched = self.work.touched + device_bytes(jax.tree.leaves(self.batch))
+        sent = self.compiled.sent if self.compiled else 0.0
         return Times(
-            compute=sum(flops / rates[p] for p, flops in self.flops.items()),
-            memory=touched / self.chip.bandwidth,
-            network=sum(self.sent.values()) / self.chip.sends(self.devices),
+            compute=sum(flops / rates[name] for name, flops in self.work.flops.items()),
+            memory=(touched + _OPTIMIZER_TRAFFIC * params) / self.chip.bandwidth,
+            network=sent / self.chip.sends(self.devices),
         )
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total <= USABLE_MEMORY * self.chip.memory
-
-    def largest_batch(self) -> int:
-        """The largest global batch that fits, 0 if none does."""
-        step = self.devices * self.blueprint.config.accumulation_steps
-        limit = USABLE_MEMORY * self.chip.memory
-
-        def fits(k: int) -> bool:
-            return self.memory_of(k * step).total <= limit
-
-        if not fits(1):
-            return 0
-        low, high = 1, 2
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * step
 
 
 class Planner:
-    """Reckons configs on one mesh; what two of them share is traced once."""
+    """Estimates of configs on one mesh.
 
-    def __init__(self, chip: Chip, devices: list[Any]):
+    Attributes:
+      missing: why nothing can be compiled for it, "" where it can.
+    """
+
+    def __init__(self, chip: Chip, count: int, *, compile_step: bool = True):
         self.chip = chip
-        self.devices = devices
-        self._blueprints: dict[str, tuple[Blueprint, State]] = {}
-        self._needs: dict[str, TowerNeeds] = {}
+        self.missing = "" if compile_step else "left out by --nocompile"
+        self._devices: list[Any] = jax.devices()[:count]
+        if compile_step:
+            try:
+                self._devices = chip_devices(chip, count)
+            except NoCompiler as error:
+                self.missing = str(error)
+        if len(self._devices) < count:
+            raise ConfigError(f"this process has {len(self._devices)} devices, not {count}")
+
+    def blueprint(self, config: ExperimentConfig) -> Blueprint:
+        """The static side of a run on this mesh."""
+        return make_blueprint(config, sharding.make_mesh(config.mesh, self._devices))
 
     def estimate(self, config: ExperimentConfig, embedded: Collection[str] = ()) -> Estimate:
-        """The reckoning of a config.
+        """The estimate of a config.
 
         Raises:
           ConfigError: the config cannot run on such a mesh.
         """
-        mesh = sharding.make_mesh(config.mesh, self.devices)
-        blueprint, state = self._blueprint(config, mesh)
-        work = _step_work(config, mesh, embedded)
-        return Estimate(
-            blueprint=blueprint,
-            chip=self.chip,
-            embedded=tuple(embedded),
-            state=state,
-            batch=abstract_batch(blueprint, embedded),
-            needs={m: self._needs_of(blueprint, m, embedded) for m in config.tower_names},
-            fused={
-                m: attention_is_fused(blueprint, m, chip_has_it=self.chip.is_gpu)
-                for m in config.tower_names
-            },
-            work=work,
-            loss_work=_loss_work(blueprint),
-            sent=sent_bytes(blueprint, work, is_gpu=self.chip.is_gpu),
+        blueprint = self.blueprint(config)
+        batch = abstract_batch(blueprint, embedded)
+        compiled, refused = None, ""
+        with as_on(self.chip):
+            work = self._work(blueprint, batch)
+            if not self.missing:
+                try:
+                    compiled = compile_step(blueprint, batch, compiler_options(self.chip))
+                except jax.errors.JaxRuntimeError as error:  # a TPU's refuses what has no room
+                    refused = str(error).splitlines()[0]
+        return Estimate(blueprint, self.chip, tuple(embedded), batch, work, compiled, refused)
+
+    def _work(self, blueprint: Blueprint, batch: AbstractBatch) -> Work:
+        config, reason = blueprint.config, None
+        asked = any(tower.attention == "cudnn" for tower in config.towers.values())
+        try:
+            work = step_work(blueprint, batch)
+        except (NotImplementedError, ValueError) as error:  # JAX's, about what cuDNN takes
+            if not asked:
+                raise
+            reason = error
+        else:
+            if self.chip.is_gpu or not asked:
+                return work
+        raise ConfigError(
+            f"attention='cudnn' cannot run on {self.chip.name} with dtype={config.dtype!r}: "
+            f"{CUDNN_WANTS}; leave config.towers.<modality>.attention at 'auto'"
+        ) from reason
+
+    def largest_batch(self, base: Estimate) -> int:
+        """The largest global batch that fits, all else equal, from a few compilations."""
+        config = base.blueprint.config
+
+        def bytes_of(size: int) -> float:
+            changed = dataclasses.replace(config, global_batch_size=size)
+            return self.estimate(changed, base.embedded).bytes
+
+        step = base.devices * config.accumulation_steps
+        return largest_batch(
+            bytes_of, config.global_batch_size, base.bytes, step=step, limit=base.limit
         )
 
-    def _blueprint(self, config: ExperimentConfig, mesh: Any) -> tuple[Blueprint, State]:
-        """Shapes of the state; batch, chunks and the loss's form do not enter them."""
-        shapes = dataclasses.replace(
-            config,
-            global_batch_size=mesh.size,
-            accumulation_steps=1,
-            loss=LossConfig(name=config.loss.name, weights_from=config.loss.weights_from),
-        )
-        key = to_json(shapes)
-        if key not in self._blueprints:
-            made = make_blueprint(shapes, mesh)
-            self._blueprints[key] = made, State.of(made)
-        made, state = self._blueprints[key]
-        return dataclasses.replace(made, config=config), state
 
-    def _needs_of(
-        self, blueprint: Blueprint, modality: str, embedded: Collection[str]
-    ) -> TowerNeeds:
-        config = blueprint.config
-        parts = (config.towers[modality], config.data, config.dtype, config.embed_dim)
-        key = json.dumps([modality, modality in embedded, *map(to_plain, parts)], default=str)
-        if key not in self._needs:
-            self._needs[key] = tower_needs(config, modality, embedded)
-        return self._needs[key]
-
-
-def _step_work(config: ExperimentConfig, mesh: Any, embedded: Collection[str]) -> Work:
-    """Gradients of the whole step; blocks as a loop, which is the same work and traced faster."""
-    towers = {
-        modality: dataclasses.replace(tower, scan_layers=blocks_are_alike(tower))
-        for modality, tower in config.towers.items()
-    }
-    traced = dataclasses.replace(config, towers=towers, optimizer=ANY_OPTIMIZER)
-    blueprint = make_blueprint(traced, mesh)
+def step_work(blueprint: Blueprint, batch: AbstractBatch) -> Work:
+    """Work of one device: gradients of its share of the batch, and the optimizer's products."""
     arguments = (
         blueprint.abstract_params,
         blueprint.abstract_locked,
-        abstract_batch(blueprint, embedded),
+        batch,
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    return count_work(GradientFunction(blueprint), *arguments, devices=mesh.size)
-
-
-def _loss_work(blueprint: Blueprint) -> Work:
-    """The loss alone: value and the gradients that the step asks for."""
-    config = blueprint.config
-    loss = make_loss(config.loss, mesh=blueprint.mesh, axes=sharding.BATCH_AXES)
-    split = sharding.batch_sharding(blueprint.mesh)
-    u, v = config.tower_names
-    widths = (config.embed_dim, config.embed_dim, feature_width(blueprint, u))
-    arrays = [
-        jax.ShapeDtypeStruct((config.global_batch_size, width), jnp.float32, sharding=split)
-        for width in widths
-    ]
-    trained = tuple(
-        number
-        for number, modality in enumerate((u, v))
-        if any(path.startswith(f"towers/{modality}/") for path in blueprint.trained)
-    )
-
-    def gradient(u: Any, v: Any, p: Any) -> Any:
-        scale = jnp.zeros((), jnp.float32)
-        labels = jnp.arange(u.shape[0], dtype=jnp.int32) if config.data.labels else None
-        bias = scale if config.loss.name == "sigmoid" else None
-
-        def value(u: Any, v: Any) -> Any:
-            return loss(u, v, p, scale, logit_bias=bias, labels=labels)[0]
-
-        return jax.grad(value, trained)(u, v)
-
-    return count_work(gradient, *arrays, devices=blueprint.mesh.size)
+    work = count_work(GradientFunction(blueprint), *arguments, devices=blueprint.mesh.size)
+    state = blueprint.abstract_state()
+    update = count_work(
+        blueprint.optimizer().update, state.params, state.opt_state, state.params,
+        devices=blueprint.mesh.shape["fsdp"],
+    )  # fmt: skip
+    for precision, flops in update.flops.items():
+        work.add_product(flops, precision, 0.0)
+    work.touched += update.touched
+    return work

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from cwcl_jax.data.options import reads_features
+from cwcl_jax.modalities import ArraySpec
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint
 
-# By modality the inputs of its tower by name; "label" is one array.
+# By tower its inputs by name; "label" is one array.
 AbstractBatch = dict[str, Any]
 
 
@@ -20,37 +22,23 @@ def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> Abst
     """The global batch, split over the mesh.
 
     Args:
-      embedded: modalities of which the data gives features in place of raw inputs.
+      embedded: towers for which the data gives features in place of raw inputs.
     """
     config = blueprint.config
-    batch: AbstractBatch = {
-        modality: inputs_of(blueprint, modality, config.global_batch_size, modality in embedded)
-        for modality in config.tower_names
-    }
+    examples, split = config.global_batch_size, sharding.batch_sharding(blueprint.mesh)
+
+    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((examples, *shape), jnp.dtype(dtype), sharding=split)
+
+    batch: AbstractBatch = {}
+    for tower in config.towers:
+        arrays = config.data.inputs_of(tower).arrays()
+        if tower in embedded:
+            arrays = {"features": ArraySpec((feature_width(blueprint, tower),), "float32")}
+        batch[tower] = {name: array(spec.shape, spec.dtype) for name, spec in arrays.items()}
     if config.data.labels:
-        split = sharding.batch_sharding(blueprint.mesh)
-        shape = (config.global_batch_size,)
-        batch["label"] = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+        batch["label"] = array((), "int32")
     return batch
-
-
-def inputs_of(
-    blueprint: Blueprint, modality: str, examples: int, embedded: bool
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The inputs of one tower for a number of examples."""
-    shapes: dict[str, tuple[tuple[int, ...], Any]]
-    if embedded:
-        shapes = {"features": ((feature_width(blueprint, modality),), jnp.float32)}
-    else:
-        shapes = {
-            name: (spec.shape, jnp.dtype(spec.dtype))
-            for name, spec in blueprint.config.data.inputs_of(modality).arrays().items()
-        }
-    split = sharding.batch_sharding(blueprint.mesh)
-    return {
-        name: jax.ShapeDtypeStruct((examples, *shape), dtype, sharding=split)
-        for name, (shape, dtype) in shapes.items()
-    }
 
 
 def feature_width(blueprint: Blueprint, modality: str) -> int:
@@ -75,4 +63,11 @@ def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
         if blueprint.features_are_locked(modality)
         and modality not in given
         and not reads_features(blueprint.config.data.inputs_of(modality))
+    )
+
+
+def device_bytes(leaves: Iterable[Any]) -> int:
+    """Bytes of one device's shards of abstract leaves."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
     )

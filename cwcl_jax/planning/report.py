@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from cwcl_jax.config import ConfigError
-from cwcl_jax.planning.compiled import Compiled
-from cwcl_jax.planning.estimate import USABLE_MEMORY, Estimate
-from cwcl_jax.planning.memory import Memory
-from cwcl_jax.planning.towers import has_blocks
+from cwcl_jax.planning.estimate import CUDNN_WANTS, USABLE_MEMORY, Estimate
 from cwcl_jax.training.state import count
 from cwcl_jax.training.summary import format_table, size_text, trained_text
 
-CUDNN_WANTS = (
-    "it wants an NVIDIA GPU, bfloat16 or float16, and head sizes in multiples of 8 up to 128"
-)
-_MEMORY_ROWS = (
-    ("params", "trained parameters, float32"),
-    ("locked", "locked parameters"),
-    ("optimizer", "optimizer state"),
-    ("batches", "input batches, with those sent ahead"),
-    ("gradients", "gradients"),
-    ("activations", "activations of one chunk"),
-    ("attention", "attention weights, where not fused"),
-    ("loss", "loss: embeds of others, tiles"),
-)
+_PRECISIONS = {
+    "half": "bfloat16",
+    "single": "float32, default precision",
+    "high": "float32, high",
+    "highest": "float32, highest",
+}
 
 
 def report(
     base: Estimate,
-    compiled: Compiled | None,
-    others: Iterable[tuple[str, Estimate | ConfigError]],
+    others: Iterable[tuple[str, Estimate | ConfigError]] = (),
     *,
     efficiency: float,
+    largest_batch: int | None = None,
+    missing: str = "",
 ) -> str:
-    """All sections."""
-    parts = [_heading(base), _towers(base), _memory(base, compiled), _work(base, compiled)]
-    parts += [_traffic(base, compiled), _time(base, efficiency)]
+    """All sections.
+
+    Args:
+      others: what other settings would change.
+      largest_batch: None where it was not asked for.
+      missing: why nothing was compiled.
+    """
+    parts = [_heading(base), _towers(base), _memory(base, largest_batch, missing), _work(base)]
+    parts += [_traffic(base), _time(base, efficiency)]
     rows = list(others)
-    if rows:
-        parts.append(_variants(rows))
-    return "\n\n".join([*parts, _notes(base, compiled)])
+    return "\n\n".join(part for part in [*parts, _variants(rows), _notes(base)] if part)
 
 
 def _heading(base: Estimate) -> str:
@@ -64,7 +59,7 @@ def _form(base: Estimate) -> str:
         return form
     if base.devices == 1:
         return "one device"
-    return "ring" if "ppermute" in base.work.sent else "gathered"
+    return "ring" if "ppermute" in base.work.operations else "gathered"
 
 
 def _towers(base: Estimate) -> str:
@@ -74,85 +69,57 @@ def _towers(base: Estimate) -> str:
         prefix = f"towers/{modality}/"
         leaves = {p: a for p, a in blueprint.abstract.items() if p.startswith(prefix)}
         trained = {p: a for p, a in leaves.items() if p in blueprint.trained}
-        attention = "fused" if base.fused[modality] else "XLA"
-        attention = attention if has_blocks(tower) else "none"
-        rows.append(
-            (
-                modality,
-                f"{tower.encoder} {tower.preset}".strip(),
-                f"{count(leaves)[0]:,}",
-                trained_text(count(leaves)[0], count(trained)[0]),
-                "precomputed" if modality in base.embedded else attention,
-            )
-        )
-    return format_table(("tower", "encoder", "parameters", "trained", "attention"), rows)
+        encoder = f"{tower.encoder} {tower.preset}".strip()
+        encoder += " (precomputed)" if modality in base.embedded else ""
+        parameters = count(leaves)[0]
+        told = trained_text(parameters, count(trained)[0])
+        rows.append((modality, encoder, f"{parameters:,}", told))
+    return format_table(("tower", "encoder", "parameters", "trained"), rows)
 
 
-def _memory(base: Estimate, compiled: Compiled | None) -> str:
-    memory, limit = base.memory, base.chip.memory
-    rows = [(text, _gb(getattr(memory, name))) for name, text in _MEMORY_ROWS]
-    rows.append(("peak (gradients or loss, whichever is more)", _gb(memory.total)))
-    lines = [format_table(("bytes on one device, reckoned", "GB"), rows)]
-    if compiled:
-        whose = f"XLA for {base.chip.name}" if compiled.own else "XLA for CPUs"
-        caveat = (
-            "one batch of input among the arguments"
-            if compiled.own
-            else "attention is not fused there and bfloat16 is computed in float32, so a GPU or "
-            "TPU needs far less; pip install 'cwcl_jax[plan]' brings the chips' own compilers"
-        )
+def _memory(base: Estimate, largest_batch: int | None, missing: str) -> str:
+    rows = [(name, _gb(size)) for name, size in base.state.items()]
+    rows.append(("batches of input sent ahead", _gb(base.sent_ahead)))
+    if base.compiled:
+        batch = base.compiled.arguments - sum(base.state.values())
+        rows.append(("batch of the step", _gb(batch)))
+        rows.append((f"temporary, says XLA for {base.chip.name}", _gb(base.compiled.temporary)))
+        rows.append(("at the peak", _gb(base.bytes)))
+    lines = [format_table(("bytes on one device", "GB"), rows)]
+    share = f"in {USABLE_MEMORY:.0%} of {_gb(base.chip.memory)} GB"
+    if missing:
         lines.append(
-            f"{whose}, of the compiled step: {_gb(compiled.argument_bytes)} GB arguments, "
-            f"{_gb(compiled.temporary_bytes)} GB temporary ({caveat})"
+            f"activations, gradients, traffic and the largest batch: not known; they are read from "
+            f"the step compiled for {base.chip.name}: {missing}"
         )
-        if compiled.refused:
-            lines.append(f"XLA for {base.chip.name} does not take the step: {compiled.refused}")
-    told = compiled.argument_bytes + compiled.temporary_bytes if compiled and compiled.own else 0
-    refused = bool(compiled and "RESOURCE_EXHAUSTED" in compiled.refused)
-    fits = base.fits and told <= USABLE_MEMORY * limit and not refused
-    verdict = "fits" if fits else "DOES NOT FIT"
-    lines.append(
-        f"{verdict} in {USABLE_MEMORY:.0%} of {_gb(limit)} GB; largest global batch that fits, "
-        f"reckoned: {base.largest_batch():,}"
-    )
+    else:
+        fits = "fits" if base.bytes <= base.limit else "DOES NOT FIT"
+        lines.append(f"{fits} {share}")
+    if base.refused:
+        lines.append(f"XLA for {base.chip.name} does not take the step: {base.refused}")
+    if largest_batch is not None:
+        lines.append(f"largest global batch that was found to fit: {largest_batch:,}")
     return "\n".join(lines)
 
 
-def _work(base: Estimate, compiled: Compiled | None) -> str:
-    work, loss = base.work, base.loss_work
-    parts = ", ".join(
-        f"{_amount(flops)}FLOP {_PRECISIONS[precision]}" for precision, flops in base.flops.items()
+def _work(base: Estimate) -> str:
+    flops = base.work.flops
+    parts = ", ".join(f"{_amount(flops[p])}FLOP {t}" for p, t in _PRECISIONS.items() if p in flops)
+    line = (
+        f"work of one device in a step: {_amount(base.work.total_flops)}FLOP in matrix products "
+        f"({parts})"
     )
-    lines = [
-        f"work of one device in a step: {_amount(work.total_flops)}FLOP in matrix products "
-        f"({parts}); of these the loss {_amount(loss.total_flops)}FLOP"
+    endless = base.work.operations["while"]
+    return line + (f"\n{endless} loops of unknown length are counted once" if endless else "")
+
+
+def _traffic(base: Estimate) -> str:
+    if not base.compiled:
+        return ""
+    rows = [
+        (kind, f"{found.count:,}", _gb(found.sent_bytes))
+        for kind, found in base.compiled.traffic.items()
     ]
-    if work.endless:
-        lines.append(f"{work.endless} loops of unknown length are counted once")
-    if compiled and compiled.product_flops:
-        lines.append(
-            f"compiled: {_amount(compiled.product_flops)}FLOP in matrix products with loops "
-            f"counted as often as they run; XLA's cost analysis, which counts each loop's body "
-            f"once: {_amount(compiled.cost_flops)}FLOP"
-        )
-    return "\n".join(lines)
-
-
-_PRECISIONS = {
-    "half": "bfloat16",
-    "single": "float32, default precision",
-    "high": "float32, high",
-    "highest": "float32, highest",
-}
-
-
-def _traffic(base: Estimate, compiled: Compiled | None) -> str:
-    rows = [(f"reckoned: {purpose}", "", _gb(sent)) for purpose, sent in base.sent.items()]
-    if compiled:
-        rows += [
-            (f"compiled: {kind}", f"{found.count:,}", _gb(found.sent_bytes))
-            for kind, found in compiled.traffic.items()
-        ]
     if not rows:
         return "nothing is sent between devices"
     return format_table(("sent by one device in a step", "operations", "GB"), rows)
@@ -176,44 +143,40 @@ def _time(base: Estimate, efficiency: float) -> str:
             )
         )
     header = ("time", "one step", "examples/s", "hours of the run", "device-hours")
+    network = f"network {times.network:.3g} s" if base.compiled else "network not known"
     return (
         format_table(header, rows)
-        + f"\nlimits: compute {times.compute:.3g} s, memory {times.memory:.3g} s, network "
-        f"{times.network:.3g} s; {times.limit} decides"
+        + f"\nlimits: compute {times.compute:.3g} s, memory {times.memory:.3g} s, {network}; "
+        f"{times.limit} decides"
     )
 
 
-def _variants(rows: Sequence[tuple[str, Estimate | ConfigError]]) -> str:
+def _variants(rows: list[tuple[str, Estimate | ConfigError]]) -> str:
     cells = []
     for name, found in rows:
         if isinstance(found, ConfigError):
-            cells.append((name, "cannot be", "", "", "", "", str(found).split(";")[0][:60]))
+            cells.append((name, str(found).split(";")[0][:60], "", "", ""))
             continue
-        memory: Memory = found.memory
-        cells.append(
-            (
-                name,
-                _gb(memory.total),
-                _gb(memory.activations + memory.attention),
-                _amount(found.work.total_flops).strip(),
-                _gb(sum(found.sent.values())),
-                f"{found.times.roofline:.3g} ({found.times.limit})",
-                f"{found.largest_batch():,}",
-            )
-        )
-    header = ("what changes", "GB", "activations", "FLOP", "GB sent", "s a step", "largest batch")
-    return format_table(header, cells)
+        peak, sent = "?", "?"
+        if found.compiled:
+            peak, sent = _gb(found.bytes), _gb(found.compiled.sent)
+        elif found.refused:
+            peak = "refused"
+        flops = _amount(found.work.total_flops).strip()
+        seconds = f"{found.times.roofline:.3g} ({found.times.limit})"
+        cells.append((name, peak, flops, sent, seconds))
+    header = ("what changes", "GB", "FLOP", "GB sent", "s a step")
+    return format_table(header, cells) if cells else ""
 
 
-def _notes(base: Estimate, compiled: Compiled | None) -> str:
-    lines = ["GB are 10^9 bytes. Reckoned from traced shapes; nothing was run."]
-    for modality, fused in base.fused.items():
-        tower = base.blueprint.config.towers[modality]
-        if base.chip.is_gpu and not fused and tower.attention != "xla":
-            lines.append(f"{modality}: cuDNN's attention is not taken: {CUDNN_WANTS}")
-    if compiled:
-        devices = "1 device" if base.devices == 1 else f"{base.devices} devices"
-        lines.append(f"lowered and compiled for {devices} in {compiled.seconds:.0f} s")
+def _notes(base: Estimate) -> str:
+    lines = ["GB are 10^9 bytes. Nothing was run."]
+    if base.chip.is_gpu and (fused := base.work.fused_attentions):
+        lines.append(f"attention is cuDNN's in {fused} places of the forward passes")
+    elif base.chip.is_gpu:
+        lines.append(f"cuDNN's attention is not taken: {CUDNN_WANTS}")
+    if base.compiled:
+        lines.append(f"lowered and compiled in {base.compiled.seconds:.0f} s")
     return "\n".join(lines)
 
 

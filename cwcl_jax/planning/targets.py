@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from cwcl_jax.planning.chips import Chip
 
 # What XLA's cost model asks of a GPU (NVIDIA's architecture white papers): multiprocessors,
@@ -33,33 +35,41 @@ _TPUS = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
+class NoCompiler(Exception):
+    """Why nothing can be compiled for a chip here: its plugin is missing, or has no such shape."""
+
+
 def compiler_options(chip: Chip) -> dict[str, Any]:
     """Of `compile`, for a chip that is not there."""
     return dict(_GPU_OPTIONS) if chip.is_gpu else {}
 
 
-def chip_devices(chip: Chip, count: int) -> list[Any] | None:
-    """So many devices to compile for; None where the plugin is missing or has no such shape."""
+def chip_devices(chip: Chip, count: int) -> list[Any]:
+    """So many devices to compile for.
+
+    Raises:
+      NoCompiler: the plugin is not installed, or has no such shape.
+    """
     from jax.experimental import topologies
 
+    platform, name, options = "tpu", "", {}
+    if chip.is_gpu:
+        each = min(count, chip.island)
+        if count % each:
+            raise NoCompiler(f"more than {each} of them come in whole nodes of {each}")
+        platform, name = "cuda", chip.name
+        options["topology"] = f"1x{count // each}x{each}"
+        options["target_config"] = _gpu_description(chip)
+    else:
+        shapes = _TPUS[chip.name]
+        if count not in shapes:
+            raise NoCompiler(f"its slices have {', '.join(map(str, shapes))} chips")
+        _prepare_libtpu(chip, count)
+        name = f"{chip.name}:{shapes[count]}"
     try:
-        if chip.is_gpu:
-            each = min(count, chip.island)
-            if count % each:
-                return None
-            made = topologies.get_topology_desc(
-                chip.name,
-                "cuda",
-                topology=f"1x{count // each}x{each}",
-                target_config=_gpu_description(chip),
-            )
-        else:
-            if count not in _TPUS[chip.name]:
-                return None
-            _prepare_libtpu(chip, count)
-            made = topologies.get_topology_desc(f"{chip.name}:{_TPUS[chip.name][count]}", "tpu")
-    except (NotImplementedError, RuntimeError):
-        return None
+        made = topologies.get_topology_desc(name, platform, **options)
+    except (NotImplementedError, RuntimeError) as error:
+        raise NoCompiler("its compiler comes with pip install 'cwcl_jax[plan]'") from error
     return list(made.devices)
 
 
@@ -103,14 +113,24 @@ device_description_str: "{chip.name}"
 
 
 @contextlib.contextmanager
-def cudnn_assumed() -> Iterator[None]:
-    """Lets JAX trace cuDNN's attention without cuDNN: it asks for the version, and nothing else."""
-    from jax._src.cudnn import fused_attention_stablehlo as module
+def as_on(chip: Chip) -> Iterator[None]:
+    """Lets the model decide as it would there: attention, rematerialisation, tiles of the loss.
 
-    asked = module.check_cudnn_version
+    It asks JAX for the backend's name, JAX asks cuDNN for its version, and the model tries whether
+    the kernel compiles.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    from cwcl_jax.models import attention
+
     major, minor, patch = _CUDNN
-    module.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
-    try:
+    answers: dict[tuple[Any, str], Any] = {
+        (jax, "default_backend"): "gpu" if chip.is_gpu else "tpu",
+        (cudnn, "check_cudnn_version"): 10_000 * major + 100 * minor + patch,
+        (attention, "_cudnn_compiles"): chip.is_gpu,
+    }
+    with contextlib.ExitStack() as stack:
+        for (module, name), answer in answers.items():
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, lambda *_, answer=answer: answer)
         yield
-    finally:
-        module.check_cudnn_version = asked

@@ -32,8 +32,10 @@ def _changes(base: Estimate) -> Iterator[tuple[str, ExperimentConfig, tuple[str,
     if count > 1 and config.mesh.fsdp != fsdp and count % fsdp == 0:
         mesh = MeshConfig(fsdp=fsdp)
         yield f"mesh.fsdp={fsdp}", dataclasses.replace(config, mesh=mesh), same
-    if rematerialised := _rematerialised(base):
-        yield "remat=full in tuned towers", rematerialised, same
+    if towers := _tuned_towers(base):
+        changed = {m: dataclasses.replace(config.towers[m], remat="full") for m in towers}
+        towers = {**config.towers, **changed}
+        yield "remat=full in tuned towers", dataclasses.replace(config, towers=towers), same
     if count > 1:
         for form in ("gathered", "ring"):
             if config.loss.form != form:
@@ -48,16 +50,12 @@ def _changes(base: Estimate) -> Iterator[tuple[str, ExperimentConfig, tuple[str,
             yield name, dataclasses.replace(config, accumulation_steps=chunks), same
 
 
-def _rematerialised(base: Estimate) -> ExperimentConfig | None:
-    """The config with rematerialisation in every tower that trains and can have it."""
-    config = base.blueprint.config
-    towers = {
-        modality: dataclasses.replace(tower, remat="full")
-        for modality, tower in config.towers.items()
+def _tuned_towers(base: Estimate) -> list[str]:
+    """Towers whose blocks train and keep more than their inputs."""
+    return [
+        modality
+        for modality, tower in base.blueprint.config.towers.items()
         if not base.blueprint.features_are_locked(modality)
         and tower.remat != "full"
         and tower.encoder not in ("conv_speech", "precomputed")
-    }
-    if not towers:
-        return None
-    return dataclasses.replace(config, towers={**config.towers, **towers})
+    ]

@@ -6,7 +6,6 @@ a source of weights for a tower of another run.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from cwcl_jax.extension import is_reference
+from cwcl_jax.files import replacing
 from cwcl_jax.modalities import Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.leaves import ModelDef, split
@@ -77,9 +77,8 @@ def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str
     write_safetensors(folder / WEIGHTS, leaves, metadata={"format": "np"})
     written = dataclasses.replace(description, inputs=inputs, towers=towers)
     content = {"format": _FORMAT} | dataclasses.asdict(written)
-    partial = folder / f"{DESCRIPTION}.partial"
-    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, folder / DESCRIPTION)
+    with replacing(folder / DESCRIPTION) as partial:
+        partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def load_folder(

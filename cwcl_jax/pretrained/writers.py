@@ -1,13 +1,14 @@
 """Write safetensors files array by array: nothing is held twice, and a file is whole or absent."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from cwcl_jax.files import replacing
 
 _NAMES = {
     np.dtype(np.float64): "F64",
@@ -39,10 +40,8 @@ def write_safetensors(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name in sorted(arrays):
             file.write(np.ascontiguousarray(arrays[name]).tobytes())
-    os.replace(partial, path)

@@ -25,8 +25,8 @@ from typing import NoReturn
 
 import jax
 
-from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError
+from cwcl_jax.exit_codes import BAD_CONFIG
 from cwcl_jax.training.coordination import barrier, gather, hosts_service, part
 from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.process_logs import ProcessLog, open_process_log

@@ -24,8 +24,6 @@ from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 
-OUTPUTS = ("features", "embeds")
-
 # Fields of a tower's settings that decide how it computes, but not what.
 _NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
 

@@ -7,12 +7,9 @@ the vectors, so another run with the same encoder and data finds it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -21,6 +18,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import cache_home, reads_features
 from cwcl_jax.data.sources import Embedded, Source, open_source
+from cwcl_jax.files import locked
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.embedding import describe, embed_source, from_cache
@@ -99,7 +97,8 @@ def _keep(
     name = hashlib.sha256(description.to_json().encode()).hexdigest()[:16]
     folder = cache_folder(config) / f"{description.modality}-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock"), beat):
+    # Whoever holds the lock is watched by a watchdog of its own.
+    with locked(folder.with_suffix(".lock"), waiting=beat):
         writer = EmbeddingWriter(folder, description)
         if not writer.is_complete():
             print(f"features of the locked {description.modality} encoder, once, into {folder}")
@@ -109,19 +108,6 @@ def _keep(
                 output="features", batch_size=_BATCH, progress=_report, stop=lambda step: False,
             )  # fmt: skip
     return str(folder)
-
-
-@contextmanager
-def _locked(file: Path, beat: Callable[[], None]) -> Iterator[None]:
-    with open(file, "w") as handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                beat()  # whoever holds it is watched by a watchdog of its own
-                time.sleep(0.5)
-        yield
 
 
 def _report(done: int, total: int, seconds: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cwcl_jax.files import replacing
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training.embedding import preprocessing, weights_name
 from cwcl_jax.training.encode import Encoder
@@ -76,14 +76,10 @@ class KeptRows:
         for modality in self._changed:
             file, rows = self._files[modality], self._rows[modality]
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Runs that share the cache may save at the same time: the last one's file stays.
-            temporary = file.with_suffix(f".{uuid.uuid4().hex[:12]}.npz")
             keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _KEY_BYTES)
-            try:
-                np.savez(temporary, keys=keys, features=np.stack(list(rows.values())))
-                temporary.replace(file)
-            finally:
-                temporary.unlink(missing_ok=True)
+            # Runs that share the cache may save at the same time: the last one's file stays.
+            with replacing(file) as partial, partial.open("wb") as handle:
+                np.savez(handle, keys=keys, features=np.stack(list(rows.values())))
         self._changed.clear()
 
 

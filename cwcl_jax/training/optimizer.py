@@ -13,8 +13,6 @@ from optax import contrib
 
 from cwcl_jax.training.options import OptimizerConfig
 
-Params = dict[str, jax.Array]
-
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then the named schedule."""

@@ -10,10 +10,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from cwcl_jax.cli import DONE, PREEMPTED
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Source
+from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs

@@ -77,11 +77,6 @@ def leaf_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
     return NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape["fsdp"]))
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """`leaf_sharding` of every leaf of a tree of arrays or ShapeDtypeStructs."""
-    return jax.tree.map(lambda leaf: leaf_sharding(mesh, leaf), tree)
-
-
 def whole(mesh: Mesh, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Leaves as a model uses them: gathered where they are split.
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cwcl_jax.cli import WATCHDOG
+from cwcl_jax.exit_codes import WATCHDOG
 from cwcl_jax.training.options import DistributedConfig
 
 PHASES = ("startup", "first_step", "step", "evaluation", "saving", "embedding", "shutdown")

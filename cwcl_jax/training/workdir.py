@@ -14,15 +14,12 @@ lock              held by the run that is using the folder
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
-import os
 import platform
-import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ from cwcl_jax.config import (
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.files import InUse, locked, replacing
 from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.
@@ -72,9 +70,8 @@ _PACKAGES = (
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -114,25 +111,16 @@ def only_user(workdir: Path) -> Iterator[None]:
     """
     make_folder(workdir)
     path = workdir / "lock"
-    try:
-        file = path.open("a+", encoding="utf-8")
-    except PermissionError as error:
-        raise ConfigError(f"{path} cannot be written; give another --workdir") from error
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
+            stack.enter_context(locked(path))
+        except PermissionError as error:
+            raise ConfigError(f"{path} cannot be written; give another --workdir") from error
+        except InUse as error:
             raise ConfigError(
-                f"another run is using {workdir} ({file.read().strip()}); wait for its end, stop "
-                "it, or give another --workdir"
+                f"another run is using {workdir} ({error}); wait for its end, stop it, or give "
+                "another --workdir"
             ) from error
-        except OSError:  # a file system without locks: as it was without this check
-            pass
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
         yield
 
 

@@ -94,7 +94,7 @@ def test_the_order_continues_exactly_from_a_state():
     made.close()
     np.testing.assert_array_equal(again["index"], whole[11]["index"])
     np.testing.assert_array_equal(again["speech"]["waveform"], whole[11]["speech"]["waveform"])
-    assert made.fingerprint()["speech"]["buckets"] == (0.1, 0.2)
+    assert made.fingerprint()["inputs"]["speech"]["buckets"] == (0.1, 0.2)
 
 
 def test_a_source_without_lengths_is_refused_with_the_remedy():
@@ -106,7 +106,10 @@ def test_evaluation_batches_are_as_long_as_they_need():
     source = Waves(10)
     source.lengths[:5] = 1000
     made = list(eval_batches(source, CONFIG, ("speech",), batch_size=5))
-    assert [b["speech"]["waveform"].shape[1] for b in made] == [1600, 6400]
+    trimmed = [SPEECH.trim(b["speech"])["waveform"] for b in made]
+    assert [waveform.shape[1] for waveform in trimmed] == [1600, 6400]
+    for batch, waveform in zip(made, trimmed, strict=True):
+        assert not batch["speech"]["waveform"][:, waveform.shape[1] :].any()
 
 
 def test_lengths_are_the_buckets_below_the_largest_and_that():

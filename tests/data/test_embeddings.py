@@ -11,6 +11,7 @@ from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import eval_batches, train_batches
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.modalities import FeatureInputs
 
 LINE = "scenes:train?n=50"
 COUNT, DIM = 50, 6

@@ -339,7 +339,9 @@ def test_mixtures_keep_their_shares_in_every_epoch():
 def test_the_fingerprint_changes_with_what_decides_the_batches():
     def made(**changes):
         options = {"seed": 0, "global_batch_size": 10}
-        config = DataConfig(**{**SMALL.__dict__, **changes.pop("config", {})})
+        options_of_data = changes.pop("config", {})
+        inputs = {**SMALL.inputs, **options_of_data.pop("inputs", {})}
+        config = DataConfig(**{**SMALL.__dict__, **options_of_data, "inputs": inputs})
         batches = train_batches(config, IMAGE_TEXT, **{**options, **changes})
         return json.dumps(batches.fingerprint(), sort_keys=True)
 
@@ -350,8 +352,8 @@ def test_the_fingerprint_changes_with_what_decides_the_batches():
         made(config={"train": "scenes:train?n=49&size=32"}),
         made(config={"examples_per_epoch": 20}),
         made(config={"shuffle": False}),
-        made(config={"image": ImageInputs(size=24)}),
-        made(config={"text": TextInputs(max_tokens=15)}),
+        made(config={"inputs": {"image": ImageInputs(size=24)}}),
+        made(config={"inputs": {"text": TextInputs(max_tokens=15)}}),
     ]
     assert len(set(variants)) == len(variants)
     # How it is read does not matter, nor how many hosts read it.
@@ -367,7 +369,7 @@ def test_a_batch_that_cannot_be_made_is_refused_with_the_option():
     too_many = DataConfig(**{**SMALL.__dict__, "examples_per_epoch": 51})
     with pytest.raises(ValueError, match="exceeds the 50"):
         train_batches(too_many, IMAGE_TEXT, seed=0, global_batch_size=5)
-    with pytest.raises(ValueError, match="modality 'smell'"):
+    with pytest.raises(ValueError, match="no inputs for 'smell'; known: image, text"):
         train_batches(SMALL, ("image", "smell"), seed=0, global_batch_size=5)
 
 

@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities import ImageInputs, SpeechInputs, TextInputs

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from cwcl_jax.models.leaves import split
-from cwcl_jax.models.locking import decide, describe
+from cwcl_jax.models.locking import decide
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
@@ -253,16 +253,6 @@ def test_locking_errors_name_tower_and_remedy():
     paths = paths_of(scanned)
     with pytest.raises(ValueError, match="scan_layers=False"):
         decide(paths, scanned)
-
-
-def test_description_counts_every_parameter_once():
-    configs = towers(text={"tune": "head"})
-    definition, leaves = abstract_two(configs)
-    rows = describe(leaves, decide(definition.paths, configs), configs)
-    assert sum(row.parameters for row in rows) == sum(leaf.size for leaf in leaves.values())
-    states = {(row.modality, row.part): row.state for row in rows}
-    assert states[("image", "encoder")] == states[("text", "encoder")] == "locked"
-    assert states[("text", "head")] == "tuned"
 
 
 def test_precomputed_tower_normalises_what_it_is_given():

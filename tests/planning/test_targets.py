@@ -15,13 +15,11 @@ import sys
 
 import pytest
 
-from cwcl_jax.plan import on_chip
 from cwcl_jax.planning.chips import CHIPS
-from cwcl_jax.planning.compiled import compile_for_chip
 from cwcl_jax.planning.estimate import Planner
+from cwcl_jax.planning.inputs import device_bytes
 from cwcl_jax.planning.report import report
-from cwcl_jax.planning.targets import chip_devices
-from cwcl_jax.reproduction.runs import load_experiment
+from cwcl_jax.planning.targets import NoCompiler, chip_devices
 from tests.planning.wide import wide_config
 
 ON_GPU = pytest.mark.skipif(
@@ -40,101 +38,96 @@ BIG = {
 
 
 def compiled(chip, devices, **changes):
-    import jax
-
-    config = on_chip(wide_config(**changes), CHIPS[chip])
-    base = Planner(CHIPS[chip], jax.devices()[:devices]).estimate(config)
-    return base, compile_for_chip(base)
+    return Planner(CHIPS[chip], devices).estimate(wide_config(**changes))
 
 
-def reckoned(base):
-    memory = base.memory
-    return memory.gradients + memory.activations + memory.attention + memory.loss
+def trained_bytes(base):
+    return device_bytes(base.blueprint.abstract_params.values())
 
 
 @ON_GPU
-def test_memory_of_a_gpu_is_what_was_reckoned():
+@pytest.mark.parametrize("chip", ["a100-80", "h100"])
+def test_a_gpu_compiles_the_step_with_its_own_attention(chip):
     """Masked text of 77 tokens in bfloat16, so with cuDNN's attention and its blind token."""
-    base, found = compiled("a100-80", 4, **BIG)
-    assert found.own
-    memory = base.memory
-    assert found.argument_bytes > memory.params + memory.locked + memory.optimizer
-    assert found.temporary_bytes == pytest.approx(reckoned(base), rel=0.15)
-
-
-@ON_GPU
-def test_an_h100s_schedule_pays_memory_for_overlap():
-    """XLA computes again early there, so that sums between devices are hidden behind it."""
-    base, found = compiled("h100", 4, **BIG)
-    assert reckoned(base) < found.temporary_bytes < 1.6 * reckoned(base)
-    base, found = compiled("h100", 4, **BIG, accumulation_steps=4)
-    assert found.temporary_bytes == pytest.approx(reckoned(base), rel=0.2)
-
-
-@ON_GPU
-@pytest.mark.parametrize("name", ["cwcl", "contrastive", "sigmoid"])
-@pytest.mark.parametrize("devices", [1, 4])
-def test_a_dense_loss_holds_what_was_reckoned(devices, name):
-    """Of features, so that the loss outweighs the towers."""
-    import jax
-
-    config = load_experiment("configs/features_cwcl.py", f"loss={name}")
-    loss = dataclasses.replace(config.loss, form="dense")
-    config = dataclasses.replace(config, loss=loss, global_batch_size=8192)
-    chip = CHIPS["a100-80"]
-    base = Planner(chip, jax.devices()[:devices]).estimate(on_chip(config, chip))
-    found = compile_for_chip(base)
-    assert found.own
-    # The compiler fuses one array more or less, by its choice for the size.
-    assert found.temporary_bytes == pytest.approx(reckoned(base), rel=0.4)
+    base = compiled(chip, 4, **BIG)
+    found = base.compiled
+    batch = device_bytes(base.batch[m][name] for m in base.batch for name in base.batch[m])
+    assert found.arguments == pytest.approx(sum(base.state.values()) + batch, rel=0.01)
+    assert base.work.fused_attentions == BLOCKS["depth"] + 2
+    # Korthikanti et al. 2022, section 4.1: 34 bytes per token and width in a block; the
+    # rematerialisation of what is elementwise keeps a third, a schedule for overlap some more.
+    tokens = BIG["global_batch_size"] // 4 * BLOCKS["max_tokens"]
+    published = 34 * tokens * BLOCKS["width"] * BLOCKS["depth"]
+    assert 0.3 * published < found.temporary < 1.2 * published
 
 
 @ON_GPU
 def test_left_to_itself_the_compiler_keeps_more():
     """Why `remat` is "dots" on a GPU."""
-    dots = compiled("a100-80", 4, **BIG)[1].temporary_bytes
-    none = compiled("a100-80", 4, **BIG, **{"towers.text.remat": "none"})[1].temporary_bytes
+    dots = compiled("a100-80", 4, **BIG).compiled.temporary
+    none = compiled("a100-80", 4, **BIG, **{"towers.text.remat": "none"}).compiled.temporary
     assert none > 1.4 * dots
 
 
 @ON_GPU
 @pytest.mark.parametrize("changes", [{}, {"accumulation_steps": 2}, {"mesh.fsdp": 4}])
-def test_bytes_sent_between_gpus_are_those_reckoned(changes):
-    base, found = compiled("a100-80", 4, **BIG, **changes)
-    sent = {kind: traffic.sent_bytes for kind, traffic in found.traffic.items()}
-    assert sent["all-reduce"] == pytest.approx(base.sent["gradients"], rel=0.1)
+def test_gradients_are_sent_once_between_gpus(changes):
+    """Also of an accumulated batch: the sum over devices moves out of the loop over chunks."""
+    base = compiled("a100-80", 4, **BIG, **changes)
+    sent = {kind: traffic.sent_bytes for kind, traffic in base.compiled.traffic.items()}
     assert set(sent) <= {"all-reduce", "all-gather", "reduce-scatter"}
-    # Leaves are gathered in the type of the products, at most as often as reckoned.
-    assert sum(sent.values()) <= 1.1 * sum(base.sent.values())
+    if not base.blueprint.config.mesh.fsdp > 1:
+        whole = 2 * 3 / 4 * trained_bytes(base)
+        assert 0.45 * whole < sent["all-reduce"] < 1.1 * whole  # in bfloat16, or float32
+
+
+@ON_GPU
+def test_the_largest_batch_fits_and_a_little_more_does_not():
+    planner = Planner(dataclasses.replace(CHIPS["a100-80"], memory=4 * 10**9), 1)
+    small = {"towers.text.overrides": BLOCKS | {"depth": 1}, "global_batch_size": 64}
+    base = planner.estimate(wide_config(**BIG | small))
+    largest = planner.largest_batch(base)
+    config = base.blueprint.config
+    below, above = (
+        planner.estimate(dataclasses.replace(config, global_batch_size=size)).bytes
+        for size in (largest, round(1.04 * largest))
+    )
+    assert below <= base.limit < above
 
 
 @ON_TPU
 def test_a_tpu_compiles_the_step():
-    base, found = compiled("v5e", 4, **BIG)
-    assert found.own
-    memory = base.memory
-    assert found.argument_bytes > memory.params + memory.locked + memory.optimizer
-    assert found.temporary_bytes < memory.total
-    assert found.traffic["all-reduce"].sent_bytes == pytest.approx(base.sent["gradients"], rel=0.1)
+    base = compiled("v5e", 4, **BIG)
+    assert base.compiled.arguments > sum(base.state.values())
+    assert base.compiled.traffic["all-reduce"].sent_bytes > 0.7 * trained_bytes(base)
+    assert "temporary, says XLA for v5e" in report(base, efficiency=0.5)
 
 
 @ON_TPU
 def test_what_a_tpus_compiler_refuses_is_said():
-    base, found = compiled("v5e", 4, **BIG | {"global_batch_size": 65_536})
-    assert not found.own
-    assert "RESOURCE_EXHAUSTED" in found.refused
-    assert "DOES NOT FIT" in report(base, found, (), efficiency=0.5)
+    base = compiled("v5e", 4, **BIG | {"global_batch_size": 65_536})
+    assert base.compiled is None
+    assert "RESOURCE_EXHAUSTED" in base.refused
+    assert "DOES NOT FIT" in report(base, efficiency=0.5)
 
 
 @ON_TPU
 def test_there_are_no_slices_of_three_chips():
-    assert chip_devices(CHIPS["v5e"], 3) is None
+    with pytest.raises(NoCompiler, match="slices have 1, 4, 8"):
+        chip_devices(CHIPS["v5e"], 3)
 
 
 @ON_GPU
 def test_more_than_a_node_comes_in_whole_nodes():
-    assert len(chip_devices(CHIPS["h100"], 16) or []) == 16
-    assert chip_devices(CHIPS["h100"], 12) is None
+    assert len(chip_devices(CHIPS["h100"], 16)) == 16
+    with pytest.raises(NoCompiler, match="whole nodes of 8"):
+        chip_devices(CHIPS["h100"], 12)
+
+
+def test_a_missing_compiler_is_named():
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        with pytest.raises(NoCompiler, match=r"pip install 'cwcl_jax\[plan\]'"):
+            chip_devices(CHIPS["h100"], 4)
 
 
 @ON_TPU
@@ -145,7 +138,7 @@ def test_two_plans_at_once_both_find_the_compiler():
 import sys
 from cwcl_jax.planning.chips import CHIPS
 from cwcl_jax.planning.targets import chip_devices
-print(len(chip_devices(CHIPS["v5e"], 4) or ()), flush=True)
+print(len(chip_devices(CHIPS["v5e"], 4)), flush=True)
 sys.stdin.read()
 """
     environ = {k: v for k, v in os.environ.items() if k != "ALLOW_MULTIPLE_LIBTPU_LOAD"}

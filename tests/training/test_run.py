@@ -423,7 +423,7 @@ def test_a_request_to_stop_is_obeyed_while_features_are_made(tmp_path, monkeypat
         ({"towers.text.overrides.vocab_size": 100}, r"tokens, the text tower's table 100"),
         (
             {"data.text.tokenizer": "/nowhere/tokenizer"},
-            r"data\.text\.tokenizer='/nowhere",
+            r"config\.data\.text: .*tokenizer='/nowhere",
         ),
         ({"towers.text.preset": "tny"}, r"unknown preset .*'tny'"),
         ({"loss.name": "supervised"}, r"'supervised'.* needs labels"),

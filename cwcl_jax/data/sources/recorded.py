@@ -7,7 +7,6 @@ complete, so an interrupted run continues with those that are missing. Nothing i
 resampled when the recordings are read, and their lengths are known.
 """
 
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -17,8 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from cwcl_jax.data.audio import resample
 from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround
+from cwcl_jax.files import locked, replacing
 
 RATE = 16_000
 _SHARD = 256
@@ -104,7 +103,7 @@ def record(source: Source, folder: Path, *, processes: int = 0) -> None:
     _check_description(source, folder)
     if not _missing(folder, len(source)):
         return
-    with _locked(folder / "lock"):
+    with locked(folder / "lock", waiting=lambda: None):
         missing = _missing(folder, len(source))
         if missing:
             usable = getattr(os, "sched_getaffinity", None)
@@ -116,9 +115,8 @@ def _check_description(source: Source, folder: Path) -> None:
     file = folder / "description.json"
     mine = {"version": _VERSION, "source": source.fingerprint(), "count": len(source)}
     if not file.exists():
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(mine | {"sample_rate": RATE}, indent=1))
-        temporary.replace(file)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(mine | {"sample_rate": RATE}, indent=1))
         return
     there = json.loads(file.read_text())
     if any(there.get(name) != value for name, value in mine.items()):
@@ -146,13 +144,6 @@ def _missing(folder: Path, count: int) -> list[int]:
 def _samples(path: Path) -> np.ndarray:
     # A file without samples cannot be mapped.
     return np.memmap(path, np.int16, "r") if path.stat().st_size else np.zeros(0, np.int16)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with open(file, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _record_in_processes(source: Source, folder: Path, shards: list[int], count: int) -> None:
@@ -228,12 +219,11 @@ def speak_shard(source: Source, folder: Path, shard: int) -> None:
     path = _paths(folder, len(source))[shard]
     rows = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
     pieces = [_spoken(source, row) for row in rows]
-    temporary = path.with_suffix(".unfinished")
-    temporary.write_bytes(b"".join(piece.tobytes() for piece in pieces))
-    temporary.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(b"".join(piece.tobytes() for piece in pieces))
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    np.save(path.with_suffix(".part.npy"), ends)
-    path.with_suffix(".part.npy").replace(path.with_suffix(".npy"))
+    with replacing(path.with_suffix(".npy")) as partial, partial.open("wb") as file:
+        np.save(file, ends)
 
 
 def _spoken(source: Source, index: int) -> np.ndarray:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from cwcl_jax.data.options import cache_home
+from cwcl_jax.files import replacing
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 2  # 1: without a checksum, and another choice among several pictures
@@ -116,15 +116,9 @@ def _write(place: Path, index: TarIndex) -> None:
         "parts": [part for part in PARTS if part in present],
         "samples": len(index.table),
     }
-    handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps(header).encode() + b"\n")
-            file.write(index.table.tobytes())
-        os.replace(name, place)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(place) as partial, partial.open("wb") as file:
+        file.write(json.dumps(header).encode() + b"\n")
+        file.write(index.table.tobytes())
 
 
 def _read(place: Path) -> TarIndex | None:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from cwcl_jax.training.collectives import (
+from cwcl_jax.planning.collectives import (
     Collective,
     Traffic,
     collectives,

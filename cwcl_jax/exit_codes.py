@@ -1,0 +1,20 @@
+"""Exit codes, the same for every entry file and known to the launchers."""
+
+from __future__ import annotations
+
+from cwcl_jax.config import ConfigError
+
+DONE = 0
+FAILED = 1
+BAD_CONFIG = 2
+WATCHDOG = 43
+PREEMPTED = 75
+
+
+def exit_code(error: BaseException) -> int:
+    """Of a process that an exception ends."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, TimeoutError):
+        return WATCHDOG
+    return BAD_CONFIG if isinstance(error, ConfigError) else FAILED
