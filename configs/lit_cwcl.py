@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults, parse_argument
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.models.tower import TowerConfig
 
 TEXTS = ("scratch", "bert")
@@ -59,14 +59,14 @@ def scenes(config: Any) -> ConfigDict:
 
     for task in ("shape", "colour", "combination"):
         config.evaluation.tasks[task] = defaults(
-            TaskConfig,
+            Task,
             kind="zero_shot",
             source=f"scenes:test?task={task}&n=1000",
             templates="simple",
             template_counts=(1, 5, 10),
         )
     config.evaluation.tasks.retrieval = defaults(
-        TaskConfig, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
+        Task, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
     )
     config.checkpoint.every_steps = 100
     return config
@@ -113,14 +113,14 @@ def paper(config: Any, text: str) -> ConfigDict:
 
     for dataset in ("imagenet", "imagenetv2", "imagenet-r", "imagenet-a", "imagenet_sketch"):
         config.evaluation.tasks[dataset] = defaults(
-            TaskConfig,
+            Task,
             kind="zero_shot",
             source=f"clip_benchmark:/data/clip_benchmark/{dataset}",
             templates="simple",
             template_counts=(1, 5, 10),
         )
     config.evaluation.tasks.objectnet = defaults(
-        TaskConfig,
+        Task,
         kind="zero_shot",
         source="clip_benchmark:/data/clip_benchmark/objectnet",
         templates="simple",
@@ -128,7 +128,7 @@ def paper(config: Any, text: str) -> ConfigDict:
         crop_border=2,
     )
     config.evaluation.tasks.coco = defaults(
-        TaskConfig, kind="retrieval", source="clip_benchmark:/data/clip_benchmark/mscoco_captions"
+        Task, kind="retrieval", source="clip_benchmark:/data/clip_benchmark/mscoco_captions"
     )
     config.evaluation.every_steps = 3_750
     config.checkpoint.every_steps = 1_000

@@ -9,11 +9,12 @@ ROOT = Path(__file__).parent.parent / "cwcl_jax"
 
 # What each part may import of the package, besides itself.
 ALLOWED = {
+    "extension": set(),
     "losses": set(),
     "models": set(),
     "data": set(),
     "pretrained": {"models", "data"},
-    "evaluation": {"losses", "data"},
+    "evaluation": {"losses", "data", "extension"},
     "config": {"losses", "models", "data", "evaluation", "training.options"},
     "cli": {"config"},
     "training": {"losses", "models", "data", "pretrained", "evaluation", "config", "cli"},

@@ -29,8 +29,8 @@ from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.sources import Embedded
+from cwcl_jax.evaluation.runner import run_tasks
 from cwcl_jax.evaluation.tables import Table
-from cwcl_jax.evaluation.tasks import run_tasks
 from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.reproduction.measures import Spread, difference
 from cwcl_jax.training import sharding

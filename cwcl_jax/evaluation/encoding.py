@@ -90,7 +90,13 @@ def crop_border(image: bytes | Image.Image, border: int, *, max_pixels: int) -> 
 
 
 def encode_sentences(
-    sentences: Sequence[str], *, encode: Encode, data: DataConfig, batch_size: int, clock: Clock
+    sentences: Sequence[str],
+    *,
+    encode: Encode,
+    data: DataConfig,
+    batch_size: int,
+    clock: Clock,
+    tower: str = "text",
 ) -> Float[np.ndarray, "n d"]:
     """Embeddings of `sentences`; equal sentences are encoded once."""
     if not sentences:
@@ -102,7 +108,7 @@ def encode_sentences(
         chosen = distinct[start : start + batch_size]
         inputs = tokenizer(chosen + chosen[-1:] * (batch_size - len(chosen)))
         begin = time.perf_counter()
-        parts.append(np.asarray(encode("text", inputs), np.float32)[: len(chosen)])
+        parts.append(np.asarray(encode(tower, inputs), np.float32)[: len(chosen)])
         clock.add("encode", begin)
     embeds = np.concatenate(parts)
     return embeds[[place[sentence] for sentence in sentences]]
