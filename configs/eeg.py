@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from cwcl_jax.config import defaults
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities import ArraySpec, Modality
 from cwcl_jax.models.tower import TowerConfig
 
@@ -62,7 +62,7 @@ def get_config():
     config.towers.eeg = defaults(TowerConfig, encoder="eeg:EegEncoder", modality="eeg:EegInputs")
     config.loss.weights_from = "text"
     config.evaluation.tasks.states = defaults(
-        TaskConfig, source="arrays:test.npz?raw=eeg", modality="eeg", templates="name"
+        Task, kind="zero_shot", source="arrays:test.npz?raw=eeg", tower="eeg", templates="name"
     )
     return config
 

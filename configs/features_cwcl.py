@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults, parse_argument
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.recipes import experiment_name, set_loss, set_projection
 
@@ -62,16 +62,16 @@ def get_config(argument: str = "") -> ConfigDict:
 
     if options["test"] or not options["data"]:
         config.evaluation.tasks.retrieval = defaults(
-            TaskConfig, kind="retrieval", source=test, modality=u, partner=v
+            Task, kind="retrieval", source=test, tower=u, partner=v
         )
     if not options["data"]:
         # Does the trained side know the classes that were never named to it?
         config.evaluation.tasks.classes = defaults(
-            TaskConfig,
+            Task,
             kind="few_shot",
             source=test,
             train_source="made:train?n=6000",
-            modality=v,
+            tower=v,
             shots=(1, 5),
         )
     return config

@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults, parse_argument
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.recipes import experiment_name, require, set_loss, set_projection
 
@@ -74,14 +74,14 @@ def scenes(config: Any) -> None:
 
     for task in ("shape", "colour", "combination"):
         config.evaluation.tasks[task] = defaults(
-            TaskConfig,
+            Task,
             kind="zero_shot",
             source=f"scenes:test?task={task}&n=1000",
             templates="simple",
             template_counts=(1, 5, 10),
         )
     config.evaluation.tasks.retrieval = defaults(
-        TaskConfig, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
+        Task, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
     )
     config.checkpoint.every_steps = 100
 
@@ -126,14 +126,14 @@ def paper(config: Any, text: str) -> None:
 
     for dataset in ("imagenet", "imagenetv2", "imagenet-r", "imagenet-a", "imagenet_sketch"):
         config.evaluation.tasks[dataset] = defaults(
-            TaskConfig,
+            Task,
             kind="zero_shot",
             source=f"clip_benchmark:/data/clip_benchmark/{dataset}",
             templates="simple",
             template_counts=(1, 5, 10),
         )
     config.evaluation.tasks.objectnet = defaults(
-        TaskConfig,
+        Task,
         kind="zero_shot",
         source="clip_benchmark:/data/clip_benchmark/objectnet",
         templates="simple",
@@ -141,7 +141,7 @@ def paper(config: Any, text: str) -> None:
         crop_border=2,
     )
     config.evaluation.tasks.coco = defaults(
-        TaskConfig, kind="retrieval", source="clip_benchmark:/data/clip_benchmark/mscoco_captions"
+        Task, kind="retrieval", source="clip_benchmark:/data/clip_benchmark/mscoco_captions"
     )
     config.evaluation.every_steps = 3_750
     config.checkpoint.every_steps = 1_000

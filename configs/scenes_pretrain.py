@@ -8,7 +8,7 @@
 from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.models.tower import TowerConfig
 
 
@@ -40,7 +40,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
     for task in ("shape", "colour", "combination"):
         config.evaluation.tasks[task] = defaults(
-            TaskConfig, source=f"scenes:test?task={task}&n=1000", template_counts=(1, 5, 10)
+            Task, source=f"scenes:test?task={task}&n=1000", template_counts=(1, 5, 10)
         )
     config.evaluation.every_steps = 1000
     config.checkpoint.every_steps = 250

@@ -36,7 +36,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cwcl_jax.config import ConfigError, defaults, parse_argument
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.recipes import experiment_name, require, set_batch, set_loss, set_projection
 
@@ -200,22 +200,20 @@ def commands(config: Any) -> None:
     tasks = config.evaluation.tasks
     for task in ("intent", "new_intent"):
         tasks[task] = defaults(
-            TaskConfig,
+            Task,
             kind="intent",
             source=spoken.format(task=task, n=960),
             template_source=f"commands:devel?task={task}&n=960",
         )
-    tasks.keywords = defaults(
-        TaskConfig, kind="keywords", source=spoken.format(task="keywords", n=600)
-    )
+    tasks.keywords = defaults(Task, kind="keywords", source=spoken.format(task="keywords", n=600))
     tasks.retrieval = defaults(
-        TaskConfig,
+        Task,
         kind="retrieval",
-        modality="speech",
+        tower="speech",
         source=spoken.format(task="retrieval", n=1000),
     )
     tasks.alignment = defaults(
-        TaskConfig, kind="alignment", modality="speech", source=spoken.format(task="intent", n=960)
+        Task, kind="alignment", tower="speech", source=spoken.format(task="intent", n=960)
     )
 
 
@@ -230,16 +228,16 @@ def sentences(config: Any, root: Path) -> None:
     if slurp.is_dir():
         spoken = f"spoken:slurp:{slurp}?split=test&unit=sentences&voices=test&keep=auto"
         tasks.slurp = defaults(
-            TaskConfig,
+            Task,
             kind="intent",
             source=spoken,
             template_source=f"slurp:{slurp}?split=devel&unit=sentences",
         )
-        tasks.alignment = defaults(TaskConfig, kind="alignment", modality="speech", source=spoken)
+        tasks.alignment = defaults(Task, kind="alignment", tower="speech", source=spoken)
     if digits.is_dir():
-        tasks.digits = defaults(TaskConfig, kind="keywords", source=f"fsdd:{digits}")
+        tasks.digits = defaults(Task, kind="keywords", source=f"fsdd:{digits}")
     tasks.retrieval = defaults(
-        TaskConfig, kind="retrieval", modality="speech", source=f"{line}&split=test&voices=test"
+        Task, kind="retrieval", tower="speech", source=f"{line}&split=test&voices=test"
     )
 
 
@@ -293,15 +291,15 @@ def paper(config: Any, options: dict[str, Any]) -> None:
     for name in ("slurp", "stop"):
         source = f"{name}:/data/{name}?split="
         tasks[name] = defaults(
-            TaskConfig, kind="intent", source=f"{source}test", template_source=f"{source}train"
+            Task, kind="intent", source=f"{source}test", template_source=f"{source}train"
         )
     tasks.keywords = defaults(
-        TaskConfig,
+        Task,
         kind="keywords",
         source="speech_commands:/data/speech_commands_v2?split=test&classes=35",
     )
     tasks.alignment = defaults(
-        TaskConfig, kind="alignment", modality="speech", source="slurp:/data/slurp?split=test"
+        Task, kind="alignment", tower="speech", source="slurp:/data/slurp?split=test"
     )
     config.evaluation.every_steps = 50_000
     config.evaluation.batch_size = 64

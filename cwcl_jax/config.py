@@ -3,6 +3,10 @@
 A config file returns an `ml_collections.ConfigDict`, the command line may override its fields,
 and `from_config_dict` turns it into an `ExperimentConfig` exactly once. Nothing below the entry
 files sees a ConfigDict.
+
+A field may hold one of several dataclasses, also of the user's: its annotation is then a base class
+with a classmethod `variant(given: Mapping) -> (class, fields)`, which says by the given fields of
+which class they are, and gives them as that class has them.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import types
 import typing
@@ -115,9 +120,11 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
     """A `ConfigDict` that holds every field of `cls`, so that each can be overridden.
 
     Args:
-      cls: a dataclass of this module, for example `TowerConfig`.
+      cls: a dataclass of settings, for example `TowerConfig`; or one that stands for several, as
+        `Task` does, with what tells them apart among `values`.
       **values: fields that differ from their defaults.
     """
+    cls, values = _variant(cls, values, cls.__name__)
     result = ConfigDict()
     if cls is DataConfig:
         result.update(to_plain(DataConfig()))
@@ -192,25 +199,48 @@ def _unknown(name: str, known: list[str], where: str) -> str:
     return f"{where} has no field {name!r}{hint} (fields: {', '.join(sorted(known))})"
 
 
+def _variant(cls: type, given: Mapping[str, Any], path: str) -> tuple[type, dict[str, Any]]:
+    """The class that the given fields are of, and the fields as it has them."""
+    if not hasattr(cls, "variant"):
+        return cls, dict(given)
+    try:
+        return cls.variant(given)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _convert(kind: Any, value: Any, path: str) -> Any:
     """`value` as an instance of the annotation `kind`; `path` names it in errors."""
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(typing.cast(type, kind), value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = [a for a in arguments if a is not type(None)]
-        return _convert(inner, value, path)
-    if origin is tuple:
+        inner = [a for a in arguments if a is not type(None)]
+        if len(inner) > 1:
+            raise ConfigError(_unsupported(kind, path))
+        return None if value is None else _convert(inner[0], value, path)
+    if origin is tuple and arguments[1:] == (...,):
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise ConfigError(f"{path} must be a sequence, got {value!r}")
         return tuple(_convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
+    if _is_mapping(origin):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a mapping, got {value!r}")
         return {k: _convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is not None or not (kind is Any or inspect.isclass(kind)):
+        raise ConfigError(_unsupported(kind, path))
     return _convert_scalar(kind, value, path)
+
+
+def _is_mapping(origin: Any) -> bool:
+    return inspect.isclass(origin) and issubclass(origin, Mapping)
+
+
+def _unsupported(kind: Any, path: str) -> str:
+    return (
+        f"{path} is annotated {kind}, which no setting can be; use str, int, float, bool, a "
+        "dataclass, tuple[T, ...], Mapping[str, T] or T | None"
+    )
 
 
 def _convert_dataclass(cls: type[T], value: Any, path: str) -> T:
@@ -218,7 +248,13 @@ def _convert_dataclass(cls: type[T], value: Any, path: str) -> T:
         return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path} must hold the fields of {cls.__name__}, got {value!r}")
-    hints = typing.get_type_hints(cls)
+    cls, value = _variant(cls, value, path)
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise ConfigError(
+            f"{path}: an annotation of {cls.__name__} has no type: {error}"
+        ) from error
     known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
     for name in value:
         if name not in known:

@@ -1,7 +1,7 @@
 """Evaluates a run or an imported model: `python -m cwcl_jax.evaluate --workdir=runs/NAME`.
 
 The tasks are those of the run's settings, some of them (`--tasks=shape,retrieval`), or those of a
-JSON file (`--tasks=tasks.json`: name -> fields of TaskConfig). `--config=FILE` in place of a
+JSON file (`--tasks=tasks.json`: name -> its fields). `--config=FILE` in place of a
 workdir evaluates the weights that the config imports, untrained. `--compare=DIR` adds paired
 tests against another run that was evaluated on the same tasks. `--audio=a.wav
 --classes="play music,stop"` ranks classes for one recording, `--image=a.png` for one picture.
@@ -187,7 +187,7 @@ def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
 def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> None:
     from cwcl_jax.evaluation.checks import check_tasks
     from cwcl_jax.evaluation.compare import check_common, load_items
-    from cwcl_jax.evaluation.tasks import run_tasks
+    from cwcl_jax.evaluation.runner import run_tasks
     from cwcl_jax.training.distributed import is_primary
 
     others = {}
@@ -195,7 +195,7 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         # Now, since the other run may be this one at another step, with results in this folder.
         others = load_items(Path(options.compare))
         check_common(config.evaluation.tasks, others)
-    check_tasks(config.evaluation, modalities=config.towers, cache_dir=config.data.cache_dir)
+    check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
     results = run_tasks(
         config.evaluation,
         encode=kept.encode,

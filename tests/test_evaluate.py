@@ -12,7 +12,7 @@ import pytest
 
 from cwcl_jax.config import ConfigError
 from cwcl_jax.evaluate import Options, evaluate
-from cwcl_jax.evaluation.tasks import run_tasks
+from cwcl_jax.evaluation.runner import run_tasks
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.state import initialise, make_blueprint
@@ -158,7 +158,7 @@ def test_tasks_that_cannot_run_end_before_the_evaluation(
     def never(*args, **options):
         raise AssertionError("a task ran")
 
-    monkeypatch.setattr("cwcl_jax.evaluation.tasks.run_tasks", never)
+    monkeypatch.setattr("cwcl_jax.evaluation.runner.run_tasks", never)
     tasks = {"a": {"source": "scenes:test?task=shape&n=9", **fields}}
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     with pytest.raises(ConfigError, match=message):

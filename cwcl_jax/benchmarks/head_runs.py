@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.order import GlobalOrder
-from cwcl_jax.evaluation.tasks import run_tasks
+from cwcl_jax.evaluation.runner import run_tasks
 from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.recipes import PROJECTIONS, require

@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
 from cwcl_jax.evaluation.files import read_json, read_text
-from cwcl_jax.evaluation.options import TaskConfig
+
+if TYPE_CHECKING:
+    from cwcl_jax.evaluation.tasks.labelled import Labelled
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Classes:
         return self.candidate_of[labels]
 
 
-def resolve_classes(source_names: Sequence[str] | None, task: TaskConfig) -> Classes:
+def resolve_classes(source_names: Sequence[str] | None, task: "Labelled") -> Classes:
     """Reads `task.class_names` and `task.class_subset` against the source's own names."""
     prompt_names = _prompt_names(source_names, task)
     subset = _read_subset(task.class_subset) if task.class_subset else None
@@ -75,7 +78,7 @@ def resolve_classes(source_names: Sequence[str] | None, task: TaskConfig) -> Cla
 
 
 def _prompt_names(
-    source_names: Sequence[str] | None, task: TaskConfig
+    source_names: Sequence[str] | None, task: "Labelled"
 ) -> list[tuple[str, ...] | None]:
     """The names of every source label; None for a class that the user's mapping leaves out."""
     if not task.class_names:
@@ -97,7 +100,7 @@ def _prompt_names(
 
 
 def _mapped(
-    source_names: Sequence[str] | None, given: Mapping[str, tuple[str, ...]], task: TaskConfig
+    source_names: Sequence[str] | None, given: Mapping[str, tuple[str, ...]], task: "Labelled"
 ) -> list[tuple[str, ...] | None]:
     if source_names is None:
         raise ValueError(

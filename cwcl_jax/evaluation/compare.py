@@ -40,8 +40,8 @@ def compare_with(
     """
     names = (other_name if other_name != name else f"{other_name} (other)", name)
     pairs, notes = pair_up(others, {result.name: result.items for result in results})
-    modalities = {result.name: result.extras.get("modality", "") for result in results}
-    pictures = compare_matrices(pairs, names, folder, modalities=modalities)
+    towers = {result.name: result.task.tower for result in results}
+    pictures = compare_matrices(pairs, names, folder, towers=towers)
     chance = {result.name: result.chance.get("top1", 0.0) for result in results}
     pictures += compare_templates(pairs, names, folder, chance=chance)
     return comparison_table(paired_tests(pairs), names, notes=notes), pictures
@@ -192,14 +192,14 @@ def compare_matrices(
     names: tuple[str, str],
     folder: Path,
     *,
-    modalities: Mapping[str, str],
+    towers: Mapping[str, str],
 ) -> list[Path]:
     """Figure 7: the alignment matrices of both runs, one picture per alignment task."""
     return [
         draw_matrices(
             dict(zip(names, pair, strict=True)),
             folder / f"{task}_compared.png",
-            modality=modalities[task],
+            tower=towers[task],
         )
         for task, pair in pairs.items()
         if "matrix" in pair[0]
@@ -232,7 +232,7 @@ def compare_templates(
     return files
 
 
-def draw_matrices(items: Mapping[str, Items], path: Path, *, modality: str = "speech") -> Path:
+def draw_matrices(items: Mapping[str, Items], path: Path, *, tower: str = "speech") -> Path:
     """One panel per run, titled with its block diagonality."""
     first = next(iter(items.values()))
     classes, places = np.unique(first["matrix_classes"], return_index=True)
@@ -241,9 +241,7 @@ def draw_matrices(items: Mapping[str, Items], path: Path, *, modality: str = "sp
     sizes = [int(np.sum(first["matrix_classes"] == name)) for name in names]
     notes = {name: f"block diagonality {_diagonality(part):.3f}" for name, part in items.items()}
     matrices = {name: part["matrix"] for name, part in items.items()}
-    return plot_matrices(
-        matrices, sizes, names, path, notes=notes, y_label=f"{modality} embeddings"
-    )
+    return plot_matrices(matrices, sizes, names, path, notes=notes, y_label=f"{tower} embeddings")
 
 
 def _diagonality(items: Items) -> float:

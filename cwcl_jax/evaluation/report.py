@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from cwcl_jax.evaluation.alignment import write_matrix
 from cwcl_jax.evaluation.compare import draw_matrices
-from cwcl_jax.evaluation.options import CLASSIFICATION_KINDS, PROBE_KINDS
 from cwcl_jax.evaluation.plots import plot_effective_robustness, plot_template_robustness
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.robustness import (
@@ -18,7 +17,8 @@ from cwcl_jax.evaluation.robustness import (
     robustness_points,
     robustness_table,
 )
-from cwcl_jax.evaluation.tables import Table, result_tables, warning_lines
+from cwcl_jax.evaluation.tables import Table, warning_lines
+from cwcl_jax.evaluation.tasks.base import KINDS, Task
 
 # Classes of one task that results.md lists; the CSV has all of them.
 _SHOWN_CLASSES = 30
@@ -32,6 +32,25 @@ def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> li
         if (robustness := robustness_table(results, baselines)) is not None:
             tables.append(robustness)
     return tables
+
+
+def result_tables(results: Sequence[TaskResult]) -> list[Table]:
+    """The tables of all kinds of tasks: of the package's kinds in their order, then of others."""
+    groups: dict[type[Task], list[TaskResult]] = {}
+    for result in results:
+        # Kinds that have the method from one class stand in one table.
+        owner = next(cls for cls in type(result.task).__mro__ if "tables" in vars(cls))
+        groups.setdefault(owner, []).append(result)
+    ranked = sorted(groups.items(), key=lambda group: min(map(_place, group[1])))
+    tables = [table for cls, group in ranked for table in cls.tables(group)]
+    classes = dict.fromkeys(type(result.task) for result in results)
+    return tables + [table for cls in classes for table in cls.published()]
+
+
+def _place(result: TaskResult) -> int:
+    """The place of a result's kind among those of the package; behind them, where it is none."""
+    kinds = [*KINDS]
+    return kinds.index(result.kind) if result.kind in kinds else len(kinds)
 
 
 def terminal_report(results: Sequence[TaskResult], *, baselines_file: str = "") -> str:
@@ -136,19 +155,19 @@ def clip_benchmark_records(
     """
     records = []
     for result in results:
-        for task, prompts, renamed in _record_parts(result):
-            known = {new: old for new, old in renamed.items() if old in result.metrics}
+        for record in result.task.records(result):
+            known = {new: old for new, old in record.metrics.items() if old in result.metrics}
             reachable = result.extras.get("reachable")
             records.append(
                 {
-                    "dataset": result.source,
+                    "dataset": result.task.source,
                     "model": model,
                     "pretrained": pretrained,
-                    "task": task,
+                    "task": record.task,
                     "metrics": {new: result.metrics[old] for new, old in known.items()},
                     "language": "en",
                     "name": result.name,
-                    "prompts": prompts,
+                    "prompts": record.prompts,
                     "chance": {
                         new: result.chance[old]
                         for new, old in known.items()
@@ -167,45 +186,6 @@ def clip_benchmark_records(
                 )
             )
     return records
-
-
-def _record_parts(result: TaskResult) -> list[tuple[str, str, Mapping[str, str]]]:
-    """(CLIP_benchmark's task, prompts, its metric name -> ours) for every record of a result."""
-    if result.kind in CLASSIFICATION_KINDS:
-        parts = []
-        for suffix, (name, _) in result.extras["prompt_sets"].items():
-            for prefix, what in (("", ""), ("text_", " (text itself)")):
-                renamed = {
-                    f"acc{key[len(prefix) + 3 : len(key) - len(suffix)]}": key
-                    for key in result.metrics
-                    if _is_metric(key, f"{prefix}top", suffix)
-                }
-                key = f"{prefix}mean_per_class_recall{suffix}"
-                if renamed:
-                    renamed |= {"mean_per_class_recall": key}
-                    parts.append(("zeroshot_classification", name + what, renamed))
-        return parts
-    if result.kind == "retrieval":
-        return [("zeroshot_retrieval", "", _retrieval_names(result))]
-    task = "linear_probe" if result.kind in PROBE_KINDS else result.kind
-    return [(task, "", {key: key for key in result.metrics})]
-
-
-def _is_metric(key: str, start: str, end: str) -> bool:
-    middle = key[len(start) : len(key) - len(end)] if end else key[len(start) :]
-    return key.startswith(start) and key.endswith(end) and middle.isdigit()
-
-
-def _retrieval_names(result: TaskResult) -> dict[str, str]:
-    """`text_retrieval_recall@5` retrieves texts: it is our image_to_text_R@5."""
-    names = {}
-    for way in result.extras["directions"]:
-        target = way.rpartition("_to_")[2]
-        for key in result.metrics:
-            if key.startswith(f"{way}_"):
-                rest = key.removeprefix(f"{way}_").replace("R@", "recall@")
-                names[f"{target}_retrieval_{rest}"] = key
-    return names
 
 
 def _per_class(result: TaskResult) -> Table:
@@ -250,6 +230,6 @@ def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
         ids, names = result.items["matrix_ids"].tolist(), result.items["matrix_classes"].tolist()
         table, picture = folder / f"{result.name}.csv", folder / f"{result.name}.png"
         files.append(write_matrix(table, result.items["matrix"], ids, names))
-        modality = result.extras["modality"]
-        files.append(draw_matrices({result.name: result.items}, picture, modality=modality))
+        tower = result.task.tower
+        files.append(draw_matrices({result.name: result.items}, picture, tower=tower))
     return files

@@ -1,10 +1,15 @@
 """What a task returns: metrics with their chance levels and intervals, and values per item."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from cwcl_jax.evaluation.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -12,8 +17,7 @@ class TaskResult:
     """The outcome of one task. Shares are in 0..1 everywhere; only the tables print percent."""
 
     name: str
-    kind: str
-    source: str
+    task: Task
     metrics: dict[str, float]
     chance: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -25,6 +29,19 @@ class TaskResult:
     seconds: Mapping[str, float] = field(default_factory=dict)
     in_distribution: str = ""
 
+    @property
+    def kind(self) -> str:
+        return self.task.kind
+
     def flat(self) -> dict[str, float]:
         """Metrics as `task/metric`, for the training log."""
         return {f"{self.name}/{key}": value for key, value in self.metrics.items()}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of results.json: CLIP_benchmark's task, and its names of metrics -> ours."""
+
+    task: str
+    prompts: str
+    metrics: Mapping[str, str]

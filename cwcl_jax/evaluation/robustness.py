@@ -110,12 +110,11 @@ def robustness_table(
                 gain,
             )
         )
-        own = set(by_name[name].extras["class_names"])
-        if own != set(by_name[base].extras["class_names"]):
+        own, inner = (set(by_name[n].extras.get("class_names", ())) for n in (name, base))
+        if own != inner:
             notes.append(
-                f"{name} and {base} have other classes ({len(own)} against "
-                f"{len(by_name[base].extras['class_names'])}): compare with a task that has "
-                "class_subset set to the same classes."
+                f"{name} and {base} have other classes ({len(own)} against {len(inner)}): "
+                "compare with a task that has class_subset set to the same classes."
             )
     if points and not baselines:
         notes.append(

@@ -1,14 +1,14 @@
-"""What every task needs: opened sources, their labels, and embeddings of items and sentences."""
+"""Runs tasks: gives them opened sources, labels, and embeddings of items and sentences."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.pipeline import eval_batches
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, open_source
 from cwcl_jax.evaluation.encoding import (
     Clock,
@@ -18,7 +18,9 @@ from cwcl_jax.evaluation.encoding import (
     encode_items,
     encode_sentences,
 )
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities.features import only_features
 
 
@@ -30,20 +32,22 @@ class Runner:
     data: DataConfig
     batch_size: int = 256
     features: Encode | None = None  # like encode, before the projection head
-    weights_from: str = ""  # the modality that gives the loss its weights, where one does
+    weights_from: str = ""  # the tower that gives the loss its weights, where one does
     clock: Clock = field(default_factory=Clock)
     warnings: list[str] = field(default_factory=list)
-    # What earlier tasks of the same evaluation have embedded: items, and single sentences.
+    # What earlier tasks of the same evaluation have embedded: items, and sentences by tower.
     known_items: dict[Any, tuple[Items, list[str]]] = field(default_factory=dict)
-    known_sentences: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    known_sentences: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
-    def open(self, line: str, task: TaskConfig, *, option: str = "source") -> View:
-        """The source that `line` names, cut to `task.max_items`."""
+    def open(
+        self, line: str, *, max_items: int = 0, crop_border: int = 0, option: str = "source"
+    ) -> View:
+        """The source that `line` names, cut to `max_items` (0 = all); `option` named it."""
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
         source = open_source(line, cache_dir=self.data.cache_dir)
-        count = min(len(source), task.max_items or len(source))
-        return self._view(source, np.arange(count), task.crop_border)
+        count = min(len(source), max_items or len(source))
+        return self._view(source, np.arange(count), crop_border)
 
     def select(self, view: View, chosen: Int[np.ndarray, "n"]) -> View:
         """Some examples of `view`, by their place in it."""
@@ -81,6 +85,9 @@ class Runner:
         return items
 
     def _embed_items(self, view: View, modality: str, features: str) -> Items:
+        # Here and not above: settings are read without the pipeline's libraries.
+        from cwcl_jax.data.pipeline import eval_batches
+
         batches = eval_batches(view, self.data, (modality,), batch_size=self.batch_size)
         watched = self._with_remarks(batches, modality)
         items = encode_items(watched, modality, encode=self._encoder(features), clock=self.clock)
@@ -93,11 +100,11 @@ class Runner:
         return items
 
     def sentences(
-        self, sentences: Sequence[str], *, features: str = "embeds"
+        self, sentences: Sequence[str], *, tower: str = "text", features: str = "embeds"
     ) -> Float[np.ndarray, "n d"]:
-        """Embeddings of `sentences` by the text tower."""
+        """Embeddings of `sentences` by the tower that reads them, or its features."""
         known = self.known_sentences
-        new = [s for s in dict.fromkeys(sentences) if (features, s) not in known]
+        new = [s for s in dict.fromkeys(sentences) if (tower, features, s) not in known]
         if new or not sentences:
             embeds = encode_sentences(
                 new,
@@ -105,9 +112,10 @@ class Runner:
                 data=self.data,
                 batch_size=self.batch_size,
                 clock=self.clock,
+                tower=tower,
             )
-            known.update(zip([(features, s) for s in new], embeds, strict=True))
-        return np.stack([known[features, sentence] for sentence in sentences])
+            known.update(zip([(tower, features, s) for s in new], embeds, strict=True))
+        return np.stack([known[tower, features, sentence] for sentence in sentences])
 
     def warn(self, message: str) -> None:
         """Adds a warning, once."""
@@ -138,3 +146,78 @@ class Runner:
         for remark, count in counts.items():
             if count:
                 self.warn(f"{count} {tower} item(s) are {remark}; they take part as they are.")
+
+
+def run_task(
+    name: str,
+    task: Task,
+    *,
+    encode: Encode,
+    data: DataConfig,
+    batch_size: int = 256,
+    features: Encode | None = None,
+    weights_from: str = "",
+    earlier: Runner | None = None,
+) -> TaskResult:
+    """One task with one encoder.
+
+    Args:
+      name: under which its numbers are reported.
+      task: what to do.
+      encode: `encode(tower, inputs) -> (b, d)`; gets batches of `batch_size`.
+      data: how pictures, sentences and recordings become inputs.
+      batch_size: examples per call.
+      features: like `encode`, before the projection head; for probes that ask for it.
+      weights_from: the tower that gives the loss its weights; with `features` alignment also says
+        what its projection keeps.
+      earlier: of another task with the same encoder, whose embeddings are used again.
+    """
+    runner = Runner(encode, data, batch_size, features, weights_from)
+    if earlier is not None:
+        runner.known_items = earlier.known_items
+        runner.known_sentences = earlier.known_sentences
+    try:
+        return _completed(task.run(name, runner), task, runner)
+    except TooManyBadExamples as error:
+        raise TooManyBadExamples(f"evaluation task {name!r}: {error}") from error
+    except (ValueError, FileNotFoundError) as error:
+        # Not of the error's own type: many subclasses of ValueError take other arguments.
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"evaluation task {name!r}: {error}") from error
+
+
+def _completed(result: Any, task: Task, runner: Runner) -> TaskResult:
+    """A result with its warnings and times, and its numbers as plain ones."""
+    if not isinstance(result, TaskResult):
+        raise ValueError(f"run() of a {task.kind} task returned {result!r}, and no TaskResult.")
+    return replace(
+        result,
+        metrics={key: float(value) for key, value in result.metrics.items()},
+        warnings=tuple(runner.warnings),
+        seconds=dict(runner.clock.seconds),
+    )
+
+
+def run_tasks(
+    config: EvaluationConfig,
+    *,
+    encode: Encode,
+    data: DataConfig,
+    features: Encode | None = None,
+    weights_from: str = "",
+) -> list[TaskResult]:
+    """All tasks of `config`, in its order."""
+    shared = Runner(encode, data, config.batch_size, features, weights_from)
+    return [
+        run_task(
+            name,
+            task,
+            encode=encode,
+            data=data,
+            batch_size=config.batch_size,
+            features=features,
+            weights_from=weights_from,
+            earlier=shared,
+        )
+        for name, task in config.tasks.items()
+    ]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
 from scipy import stats
 
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 
 # Resampled values at a time: 32 MiB of float64.
 _CHUNK = 1 << 22
@@ -63,7 +63,7 @@ def bootstrap_interval(
 
 def bootstrap_intervals(
     hits: Mapping[str, Shaped[np.ndarray, "n"]],
-    task: TaskConfig,
+    task: Task,
     *,
     groups: Int[np.ndarray, "n"] | None = None,
 ) -> dict[str, tuple[float, float]]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.evaluation.tasks.spoken import Intent, Keywords
 from cwcl_jax.reproduction.paper import TABLES
 from cwcl_jax.reproduction.runs import Run, load_experiment
 
@@ -133,7 +134,8 @@ def pretrained_speech(scale: Scale) -> Run:
 def speech_tasks(scale: Scale) -> list[str]:
     """Names of the config's tasks with classes: intents first, then keywords."""
     tasks = load_experiment(SPEECH, scale.speech).evaluation.tasks
-    names = [[n for n, task in tasks.items() if task.kind == k] for k in ("intent", "keywords")]
+    kinds = (Intent, Keywords)
+    names = [[name for name, task in tasks.items() if isinstance(task, kind)] for kind in kinds]
     if not names[0]:
         raise ConfigError(f"--speech={scale.speech}: these settings have no task of kind intent")
     return [name for kind in names for name in kind]

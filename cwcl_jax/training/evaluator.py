@@ -9,7 +9,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
 from cwcl_jax.evaluation.report import terminal_report, write_report
 from cwcl_jax.evaluation.results import TaskResult
-from cwcl_jax.evaluation.tasks import run_tasks
+from cwcl_jax.evaluation.runner import run_tasks
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
 from cwcl_jax.training.kept_rows import KeptRows
@@ -28,9 +28,7 @@ class Evaluator:
         config = self._config
         try:
             check_in_distribution(config.evaluation)
-            check_tasks(
-                config.evaluation, modalities=config.towers, cache_dir=config.data.cache_dir
-            )
+            check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
         except ValueError as error:
             raise ConfigError(
                 f"config.{error}; correct it, or leave out every task with "

@@ -3,14 +3,17 @@
 import pytest
 
 from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
-from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
+from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.evaluation.tasks.base import task_class
+from cwcl_jax.evaluation.tasks.retrieval import Retrieval
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 
 SHAPE = "scenes:test?task=shape&n=9"
 
 
-def check(modalities=("image", "text"), **fields):
-    task = TaskConfig(**{"source": SHAPE, **fields})
-    check_tasks(EvaluationConfig(tasks={"a": task}), modalities=modalities)
+def check(towers=("image", "text"), kind="zero_shot", **fields):
+    task = task_class(kind)(**{"source": SHAPE, **fields})
+    check_tasks(EvaluationConfig(tasks={"a": task}), towers=towers)
 
 
 @pytest.mark.parametrize(
@@ -24,10 +27,13 @@ def check(modalities=("image", "text"), **fields):
         ({"templates": "templats.txt"}, "templates='templats.txt' is neither"),
         ({"template_counts": (1, 11)}, "k=11"),
         ({"templates": "dataset"}, "needs template_source"),
-        ({"modality": "speech"}, "no 'speech' tower for this zero_shot task; it has"),
-        ({"kind": "retrieval", "modality": "speech"}, "no 'speech' tower for this retrieval"),
-        ({"kind": "retrieval", "partner": "speech"}, "no 'speech' tower for this retrieval"),
-        ({"kind": "intent", "modality": "image"}, "set template_source"),
+        ({"tower": "speech"}, "no 'speech' tower for this zero_shot task; it has"),
+        ({"kind": "retrieval", "tower": "speech"}, "no 'speech' tower for this retrieval"),
+        ({"kind": "retrieval", "partner": "speech"}, "no 'speech' tower for .*: set partner to"),
+        ({"text_tower": "caption"}, "no 'caption' tower for this zero_shot task; .*set text_tower"),
+        ({"kind": "alignment", "text_tower": "caption"}, "no 'caption' tower for this alignment"),
+        ({"template_source": "folder:/nowhere"}, "template_source='folder:/nowhere': "),
+        ({"kind": "intent", "tower": "image"}, "set template_source"),
         ({"kind": "linear_probe"}, "train_source is empty"),
         ({"kind": "alignment", "class_names": "a,b"}, "has 2 names"),
     ],
@@ -46,15 +52,18 @@ def test_what_can_run_passes():
     check(("image", "speech"), kind="retrieval", partner="speech")
     with pytest.raises(ValueError, match="no 'text' tower"):
         check(("image", "speech"))
+    # The tower that reads may have any name.
+    check(("image", "caption"), text_tower="caption")
+    check(("image", "caption"), kind="retrieval", text_tower="caption")
 
 
 def test_baselines_and_in_distribution_tasks(tmp_path):
-    tasks = {"a": TaskConfig(source=SHAPE), "b": TaskConfig(source=SHAPE, in_distribution="a")}
+    tasks = {"a": ZeroShot(source=SHAPE), "b": ZeroShot(source=SHAPE, in_distribution="a")}
     path = tmp_path / "baselines.csv"
 
     def check_file():
         config = EvaluationConfig(tasks=tasks, robustness_baselines=str(path))
-        check_tasks(config, modalities=("image", "text"))
+        check_tasks(config, towers=("image", "text"))
 
     with pytest.raises(ValueError, match=r"^evaluation\.robustness_baselines: .* is not a file"):
         check_file()
@@ -64,6 +73,6 @@ def test_baselines_and_in_distribution_tasks(tmp_path):
     path.write_text("task,in_distribution,shifted\nb,0.5,0.3\nb,0.6,0.3\nother,0.5,0.3\n")
     check_file()
     check_in_distribution(EvaluationConfig(tasks=tasks))
-    tasks["a"] = TaskConfig(kind="retrieval", source=SHAPE)
+    tasks["a"] = Retrieval(source=SHAPE)
     with pytest.raises(ValueError, match=r"tasks\.b: in_distribution='a' is no classification"):
         check_in_distribution(EvaluationConfig(tasks=tasks))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from cwcl_jax.evaluation.class_names import read_class_names, resolve_classes
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 
 FOLDERS = ["n01", "n02", "n03"]
 
 
-def task(**fields) -> TaskConfig:
-    return TaskConfig(source="memory:x", **fields)
+def task(**fields) -> ZeroShot:
+    return ZeroShot(source="memory:x", **fields)
 
 
 def test_source_names_are_used_in_label_order():

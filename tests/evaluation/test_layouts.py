@@ -10,8 +10,10 @@ import soundfile
 from PIL import Image
 
 from cwcl_jax.data.sources.coco import open_coco
-from cwcl_jax.evaluation.options import TaskConfig
-from cwcl_jax.evaluation.tasks import run_task
+from cwcl_jax.evaluation.runner import run_task
+from cwcl_jax.evaluation.tasks.retrieval import Retrieval
+from cwcl_jax.evaluation.tasks.spoken import Intent, Keywords
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 from tests.evaluation.analytic import DATA, Analytic
 
 SHAPES = ["circle", "square", "star"]
@@ -60,14 +62,14 @@ def clip_benchmark(tmp_path):
 
 def test_clip_benchmark_classification_with_its_own_templates(clip_benchmark):
     templates = str(clip_benchmark / "zeroshot_classification_templates.txt")
-    result = run(TaskConfig(source=f"clip_benchmark:{clip_benchmark}", templates=templates))
+    result = run(ZeroShot(source=f"clip_benchmark:{clip_benchmark}", templates=templates))
     assert result.metrics["top1"] == 1.0
     assert result.extras["class_names"] == SHAPES
     assert result.extras["prompt_sets"][""] == (templates, 6)
 
 
 def test_clip_benchmark_retrieval_with_one_caption_a_line(clip_benchmark):
-    result = run(TaskConfig(kind="retrieval", source=f"clip_benchmark:{clip_benchmark}"))
+    result = run(Retrieval(source=f"clip_benchmark:{clip_benchmark}"))
     # "circle square" is as close to pictures 0 and 1 as to its own, which has a higher index.
     assert result.items["text_to_image_rank"].tolist() == [1, 1, 1, 1, 3]
     assert result.items["owner"].tolist() == [0, 0, 1, 2, 3]
@@ -78,7 +80,7 @@ def test_class_folders_with_a_mapping_to_words(tmp_path):
         (tmp_path / "val" / folder).mkdir(parents=True)
         (tmp_path / "val" / folder / "a.png").write_bytes(picture(grey))
     (tmp_path / "names.tsv").write_text("n03\tstar\nn01\tcircle\nn99\tmoon\n")
-    task = TaskConfig(
+    task = ZeroShot(
         source=f"folder:{tmp_path / 'val'}",
         class_names=str(tmp_path / "names.tsv"),
         unmapped_classes="drop",
@@ -107,7 +109,7 @@ def coco(tmp_path):
 
 
 def test_coco_captions_give_five_captions_a_picture(coco):
-    result = run(TaskConfig(kind="retrieval", source=f"coco:{coco}", recall_k=(1, 5)))
+    result = run(Retrieval(source=f"coco:{coco}", recall_k=(1, 5)))
     assert np.bincount(result.items["owner"]).tolist() == [5, 5, 5]
     # The circle's wrong caption "a star" ties with the star's own ones and has a lower index.
     assert result.items["image_to_text_rank"].tolist() == [1, 1, 2]
@@ -167,8 +169,7 @@ def test_slurp_intents_from_its_own_files(tmp_path):
     for name, level in (("a", 100), ("b", 101), ("c", 101)):
         record(tmp_path / "audio" / "slurp_real" / f"{name}.flac", level)
     result = run_speech(
-        TaskConfig(
-            kind="intent",
+        Intent(
             source=f"slurp:{tmp_path}?split=test",
             template_source=f"slurp:{tmp_path}?split=devel&unit=sentences",
         )
@@ -192,8 +193,7 @@ def test_stop_intents_from_its_own_files(tmp_path):
         (tmp_path / "manifests").mkdir(exist_ok=True)
         (tmp_path / "manifests" / f"{split}.tsv").write_text("\n".join(rows) + "\n")
     result = run_speech(
-        TaskConfig(
-            kind="intent",
+        Intent(
             source=f"stop:{tmp_path}?split=test",
             template_source=f"stop:{tmp_path}?split=train",
         )
@@ -212,9 +212,7 @@ def test_speech_commands_keywords_from_its_own_files(tmp_path):
         "".join(f"{word}/1_nohash_0.wav\n" for word in SHAPES)
     )
     (tmp_path / "validation_list.txt").write_text("")
-    result = run_speech(
-        TaskConfig(kind="keywords", source=f"speech_commands:{tmp_path}?split=test")
-    )
+    result = run_speech(Keywords(source=f"speech_commands:{tmp_path}?split=test"))
     assert result.extras["class_names"] == SHAPES
     assert len(result.items["ids"]) == 3
     assert result.metrics["top1"] == result.metrics["top1_general"] == 1.0

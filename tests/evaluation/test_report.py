@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from cwcl_jax.evaluation.compare import compare_with, load_items
-from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.evaluation.plots import plot_matrices, plot_template_robustness
 from cwcl_jax.evaluation.report import clip_benchmark_records, terminal_report, write_report
-from cwcl_jax.evaluation.tasks import run_task
+from cwcl_jax.evaluation.runner import run_task
+from cwcl_jax.evaluation.tasks.alignment import Alignment
+from cwcl_jax.evaluation.tasks.retrieval import Retrieval
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
 
 SHAPES = ["circle", "square", "star"]
@@ -23,9 +25,9 @@ BAD = np.zeros((256, 3))
 BAD[:3] = np.roll(np.eye(3), 1, axis=0)
 
 TASKS = {
-    "shape": TaskConfig(source="memory:x", template_counts=(1, 5, 10), bootstrap=50),
-    "pairs": TaskConfig(kind="retrieval", source="memory:pairs", bootstrap=50),
-    "matrix": TaskConfig(kind="alignment", source="memory:x", classes=3, items_per_class=3),
+    "shape": ZeroShot(source="memory:x", template_counts=(1, 5, 10), bootstrap=50),
+    "pairs": Retrieval(source="memory:pairs", bootstrap=50),
+    "matrix": Alignment(source="memory:x", classes=3, items_per_class=3),
 }
 
 
@@ -182,11 +184,11 @@ def test_values_per_item_are_those_of_the_last_evaluation(sources, tmp_path):
         load_items(tmp_path)
 
 
-def test_matrices_of_two_runs_are_of_their_modality(sources, tmp_path, monkeypatch):
+def test_matrices_of_two_runs_are_of_their_tower(sources, tmp_path, monkeypatch):
     asked = []
 
-    def draw(items, path, *, modality):
-        asked.append((path.name, modality))
+    def draw(items, path, *, tower):
+        asked.append((path.name, tower))
         return path
 
     monkeypatch.setattr("cwcl_jax.evaluation.compare.draw_matrices", draw)

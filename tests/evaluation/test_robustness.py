@@ -10,13 +10,14 @@ from cwcl_jax.evaluation.robustness import (
     robustness_points,
     robustness_table,
 )
+from cwcl_jax.evaluation.tasks.retrieval import Retrieval
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 
 
 def result(name, top1, inside="", classes=("a", "b")):
     return TaskResult(
         name,
-        "zero_shot",
-        "memory:x",
+        ZeroShot(source="memory:x"),
         {"top1": top1},
         extras={"class_names": list(classes)},
         in_distribution=inside,
@@ -62,7 +63,7 @@ def test_other_classes_are_pointed_out():
 
 def test_in_distribution_task_that_cannot_be_compared_with_is_a_note():
     """Others are compared all the same: the accuracies were measured."""
-    pairs = TaskResult("pairs", "retrieval", "memory:x", {"image_to_text_R@1": 0.3})
+    pairs = TaskResult("pairs", Retrieval(source="memory:x"), {"image_to_text_R@1": 0.3})
     results = [
         result("a", 0.2, "imagenet"),
         pairs,

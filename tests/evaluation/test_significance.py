@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from cwcl_jax.evaluation.options import TaskConfig
 from cwcl_jax.evaluation.significance import (
     bootstrap_interval,
     bootstrap_intervals,
@@ -15,6 +14,7 @@ from cwcl_jax.evaluation.significance import (
     paired_test,
     seed_interval,
 )
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 
 
 def test_interval_of_right_and_wrong_is_the_binomial_one():
@@ -57,8 +57,8 @@ def test_constant_values_have_an_interval_of_no_width():
 
 
 def test_no_intervals_when_none_are_asked_for():
-    assert bootstrap_intervals({"top1": np.ones(3)}, TaskConfig(bootstrap=0)) == {}
-    assert bootstrap_intervals({"top1": np.ones(3)}, TaskConfig()) == {"top1": (1.0, 1.0)}
+    assert bootstrap_intervals({"top1": np.ones(3)}, ZeroShot(bootstrap=0)) == {}
+    assert bootstrap_intervals({"top1": np.ones(3)}, ZeroShot()) == {"top1": (1.0, 1.0)}
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 9), (9, 3), (5, 5), (120, 180), (0, 6)])

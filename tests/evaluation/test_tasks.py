@@ -8,8 +8,14 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from cwcl_jax.evaluation.options import EvaluationConfig, TaskConfig
-from cwcl_jax.evaluation.tasks import run_task, run_tasks
+from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.evaluation.runner import run_task, run_tasks
+from cwcl_jax.evaluation.tasks.alignment import Alignment
+from cwcl_jax.evaluation.tasks.base import task_class
+from cwcl_jax.evaluation.tasks.probes import FewShot, LinearProbe
+from cwcl_jax.evaluation.tasks.retrieval import Retrieval
+from cwcl_jax.evaluation.tasks.spoken import Intent, Keywords
+from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
 from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
 
 SHAPES = ["circle", "square", "star"]
@@ -39,7 +45,7 @@ def test_zero_shot_accuracy_of_the_analytic_model(monkeypatch):
         class_names=SHAPES,
     )
     give_sources(monkeypatch, x=source)
-    result = run(TaskConfig(source="memory:x", top_k=(1, 2, 3)), Analytic(MODEL, AXES))
+    result = run(ZeroShot(source="memory:x", top_k=(1, 2, 3)), Analytic(MODEL, AXES))
     assert result.metrics["top1"] == pytest.approx(9 / 11)
     assert result.metrics["top2"] == pytest.approx(10 / 11)
     assert result.metrics["top3"] == 1.0
@@ -55,7 +61,7 @@ def test_first_templates_make_other_class_embeddings(monkeypatch):
     """One word of the tenth template pulls every class to the square: only k = 1 is right."""
     give_sources(monkeypatch, x=Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
     words = {**AXES, "see": np.array([0.0, 99.0, 0.0])}
-    task = TaskConfig(source="memory:x", template_counts=(1, 5, 10))
+    task = ZeroShot(source="memory:x", template_counts=(1, 5, 10))
     result = run(task, Analytic(MODEL, words))
     assert result.metrics["top1_k1"] == result.metrics["top1_k5"] == 1.0
     assert result.metrics["top1_k10"] == result.metrics["top1"]
@@ -65,7 +71,7 @@ def test_first_templates_make_other_class_embeddings(monkeypatch):
 def test_every_batch_has_one_shape_and_padding_is_dropped(monkeypatch):
     give_sources(monkeypatch, x=Memory([0, 1, 2] * 3, labels=[0, 1, 2] * 3, class_names=SHAPES))
     encode = Analytic(MODEL, AXES)
-    result = run(TaskConfig(source="memory:x"), encode)
+    result = run(ZeroShot(source="memory:x"), encode)
     assert {shape for shape in encode.shapes if shape[0] == "image"} == {("image", (4, 16, 16, 3))}
     assert len([shape for shape in encode.shapes if shape[0] == "text"]) == 1
     assert len(result.items["ids"]) == 9
@@ -78,7 +84,7 @@ def test_batch_size_does_not_change_the_numbers(monkeypatch, batch_size):
     give_sources(monkeypatch, x=source)
     result = run_task(
         "t",
-        TaskConfig(source="memory:x"),
+        ZeroShot(source="memory:x"),
         encode=Analytic(MODEL, AXES),
         data=DATA,
         batch_size=batch_size,
@@ -90,7 +96,7 @@ def test_subset_leaves_out_items_and_candidates_and_says_so(monkeypatch, tmp_pat
     (tmp_path / "subset.txt").write_text("circle\nstar\n")
     source = Memory([0, 1, 2, 3], labels=[0, 1, 2, 2], class_names=SHAPES)
     give_sources(monkeypatch, x=source)
-    task = TaskConfig(source="memory:x", class_subset=str(tmp_path / "subset.txt"))
+    task = ZeroShot(source="memory:x", class_subset=str(tmp_path / "subset.txt"))
     result = run(task, Analytic(MODEL, AXES))
     assert result.items["ids"].tolist() == ["item-0", "item-2", "item-3"]
     assert result.metrics["top1"] == 1.0  # grey 3 is no square any more
@@ -101,7 +107,7 @@ def test_subset_leaves_out_items_and_candidates_and_says_so(monkeypatch, tmp_pat
 def test_duplicate_class_names_are_warned_of_and_tie_to_the_lower_index(monkeypatch):
     names = ["circle", "square", "circle"]
     give_sources(monkeypatch, x=Memory([0, 1, 0], labels=[0, 1, 2], class_names=names))
-    result = run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES))
+    result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
     assert result.items["rank"].tolist() == [1, 1, 2]
     assert "stand for more than one class" in result.warnings[0]
 
@@ -116,8 +122,8 @@ def test_border_is_cut_off_before_resizing(monkeypatch):
             return example
 
     give_sources(monkeypatch, x=Framed([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
-    assert run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES)).metrics["top1"] < 1
-    cut = TaskConfig(source="memory:x", crop_border=2)
+    assert run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES)).metrics["top1"] < 1
+    cut = ZeroShot(source="memory:x", crop_border=2)
     assert run(cut, Analytic(MODEL, AXES)).metrics["top1"] == 1.0
 
 
@@ -127,7 +133,7 @@ def test_retrieval_recalls_of_the_analytic_model(monkeypatch):
         texts=[["a circle", "circle circle"], ["a square"], ["a star"], ["a circle and a star"]],
     )
     give_sources(monkeypatch, x=source)
-    task = TaskConfig(kind="retrieval", source="memory:x", recall_k=(1, 2, 3))
+    task = Retrieval(source="memory:x", recall_k=(1, 2, 3))
     result = run(task, Analytic(MODEL, AXES))
     # Picture 3 (0.1, 0.9, 0.4): square 0.91, star 0.40, circle-and-star 0.36, circle 0.10.
     assert result.items["image_to_text_rank"].tolist() == [1, 1, 1, 3]
@@ -143,7 +149,7 @@ def test_retrieval_recalls_of_the_analytic_model(monkeypatch):
 def test_alignment_of_the_analytic_model(monkeypatch):
     source = Memory([0, 1, 2] * 4, labels=[0, 1, 2] * 4, texts=SHAPES * 4, class_names=SHAPES)
     give_sources(monkeypatch, x=source)
-    task = TaskConfig(kind="alignment", source="memory:x", classes=3, items_per_class=3)
+    task = Alignment(source="memory:x", classes=3, items_per_class=3)
     result = run(task, Analytic(MODEL, AXES))
     assert result.metrics["block_diagonality"] == pytest.approx(1.0)
     assert result.metrics["modality_gap"] == pytest.approx(0.0, abs=1e-6)
@@ -183,19 +189,16 @@ def test_probe_learns_classes_that_have_no_words(monkeypatch):
         test=Memory([3, 2, 1, 0, 0], labels=[1, 1, 0, 0, 0], class_names=["ring", "moon"]),
     )
     encode = Analytic(model, {})
-    task = TaskConfig(kind="linear_probe", source="memory:test", train_source="memory:train")
+    task = LinearProbe(source="memory:test", train_source="memory:train")
     result = run(task, encode)
     assert result.metrics["top1"] == 1.0
     assert result.chance["top1"] == 0.5
-    few = TaskConfig(
-        kind="few_shot", source="memory:test", train_source="memory:train", shots=(1, 4), repeats=3
-    )
+    few = FewShot(source="memory:test", train_source="memory:train", shots=(1, 4), repeats=3)
     result = run(few, encode)
     assert result.metrics["top1_shots4"] == 1.0
     assert result.chance["top1_shots1"] == 0.5
     assert result.items["hit_top1_shots1"].shape == (5,)
-    features = TaskConfig(
-        kind="linear_probe",
+    features = LinearProbe(
         source="memory:test",
         train_source="memory:train",
         features="features",
@@ -208,15 +211,15 @@ def test_probe_learns_classes_that_have_no_words(monkeypatch):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (TaskConfig(), "source is empty"),
-        (TaskConfig(source="memory:bare"), "no class names"),
-        (TaskConfig(source="memory:bare", class_names="a,b"), "has no label"),
-        (TaskConfig(source="memory:x", templates="dataset"), "needs template_source"),
-        (TaskConfig(source="memory:x", template_counts=(11,)), "k=11"),
-        (TaskConfig(kind="retrieval", source="memory:x"), "have no caption"),
-        (TaskConfig(kind="alignment", source="memory:x"), "have no text"),
-        (TaskConfig(kind="linear_probe", source="memory:x"), "needs train_source"),
-        (TaskConfig(kind="intent", source="memory:x"), "set template_source"),
+        (ZeroShot(), "source is empty"),
+        (ZeroShot(source="memory:bare"), "no class names"),
+        (ZeroShot(source="memory:bare", class_names="a,b"), "has no label"),
+        (ZeroShot(source="memory:x", templates="dataset"), "needs template_source"),
+        (ZeroShot(source="memory:x", template_counts=(11,)), "k=11"),
+        (Retrieval(source="memory:x"), "have no caption"),
+        (Alignment(source="memory:x"), "have no text"),
+        (LinearProbe(source="memory:x"), "needs train_source"),
+        (Intent(source="memory:x"), "set template_source"),
     ],
 )
 def test_bad_tasks_are_named_with_the_remedy(monkeypatch, task, message):
@@ -240,7 +243,7 @@ def test_unusable_items_are_left_out_and_counted(monkeypatch):
             return super().read(index, fields)
 
     give_sources(monkeypatch, x=Broken([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
-    result = run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES))
+    result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
     assert result.items["ids"].tolist() == ["item-0", "item-2"]
     assert "1 of 3 examples were unusable" in result.warnings[0]
     assert "image unreadable: 1" in result.warnings[0]
@@ -251,8 +254,8 @@ def test_tasks_run_in_order_and_log_under_their_names(monkeypatch):
     config = EvaluationConfig(
         batch_size=4,
         tasks={
-            "b": TaskConfig(source="memory:x"),
-            "a": TaskConfig(source="memory:x", max_items=2),
+            "b": ZeroShot(source="memory:x"),
+            "a": ZeroShot(source="memory:x", max_items=2),
         },
     )
     results = run_tasks(config, encode=Analytic(MODEL, AXES), data=DATA)
@@ -262,16 +265,16 @@ def test_tasks_run_in_order_and_log_under_their_names(monkeypatch):
     assert results[0].seconds["encode"] > 0
 
 
-def test_modality_follows_the_kind():
-    assert TaskConfig().modality == TaskConfig(kind="retrieval").modality == "image"
-    assert TaskConfig(kind="intent").modality == TaskConfig(kind="keywords").modality == "speech"
-    assert TaskConfig(kind="alignment", modality="speech").modality == "speech"
+def test_the_usual_tower_follows_the_kind():
+    assert ZeroShot().tower == Retrieval().tower == "image"
+    assert Intent().tower == Keywords().tower == "speech"
+    assert Alignment(tower="speech").tower == "speech"
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "zeroshot"}, "kind='zeroshot' is not known"),
+        ({"kind": "zeroshot"}, "kind='zeroshot' is not known; did you mean 'zero_shot'"),
         ({"top_k": (0,)}, "at least 1"),
         ({"confidence": 95.0}, "between 0 and 1"),
         ({"unmapped_classes": "skip"}, "unmapped_classes"),
@@ -279,26 +282,29 @@ def test_modality_follows_the_kind():
         ({"max_items": -5}, "max_items=-5: must be at least 0"),
         ({"bootstrap": -1}, "bootstrap=-1: must be at least 0"),
         ({"seed": -1}, "seed=-1: must be at least 0"),
-        ({"repeats": 0}, "repeats=0: must be at least 1"),
-        ({"classes": 0}, "classes=0: must be at least 2"),
-        ({"shots": ()}, "shots is empty"),
-        ({"kind": "retrieval", "partner": "image"}, "partner='image' is the modality itself"),
+        ({"kind": "few_shot", "repeats": 0}, "repeats=0: must be at least 1"),
+        ({"kind": "alignment", "classes": 0}, "classes=0: must be at least 2"),
+        ({"kind": "few_shot", "shots": ()}, "shots is empty"),
+        ({"kind": "linear_probe", "features": "logits"}, "features='logits' is not known"),
+        ({"kind": "retrieval", "partner": "image"}, "partner='image' is the tower itself"),
     ],
 )
 def test_options_are_checked_when_made(fields, message):
     with pytest.raises(ValueError, match=message):
-        TaskConfig(**fields)
+        task_class(fields.get("kind", "zero_shot"))(**fields)
+    with pytest.raises(ValueError, match="kind='retrieval' is not a ZeroShot"):
+        ZeroShot(kind="retrieval")
     with pytest.raises(ValueError, match="batch_size"):
         EvaluationConfig(batch_size=0)
     with pytest.raises(ValueError, match="'imagenet/val' cannot name a task"):
-        EvaluationConfig(tasks={"imagenet/val": TaskConfig()})
-    assert TaskConfig(top_k=(5,)).top_k == (1, 5)
+        EvaluationConfig(tasks={"imagenet/val": ZeroShot()})
+    assert ZeroShot(top_k=(5,)).top_k == (1, 5)
 
 
 def test_broken_files_of_a_task_are_named(monkeypatch, tmp_path):
     give_sources(monkeypatch, x=Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES))
     (tmp_path / "names.json").write_text('["circle", ')
-    task = TaskConfig(source="memory:x", class_names=str(tmp_path / "names.json"))
+    task = ZeroShot(source="memory:x", class_names=str(tmp_path / "names.json"))
     with pytest.raises(ValueError, match=r"evaluation task 't': .*names\.json is not JSON"):
         run(task, Analytic(MODEL, AXES))
 
@@ -325,7 +331,7 @@ def test_pictures_without_a_border_to_cut_are_left_out_and_counted(monkeypatch, 
     labels = [0, 1, 0, 0, 0, 0, 0]
     give_sources(monkeypatch, x=Encoded(labels, labels=labels, class_names=SHAPES))
     data = dataclasses.replace(DATA, image=dataclasses.replace(DATA.image, max_pixels=10_000))
-    task = TaskConfig(source="memory:x", crop_border=2)
+    task = ZeroShot(source="memory:x", crop_border=2)
     encode = Analytic(MODEL, AXES)
     result = run_task("t", task, encode=encode, data=data, batch_size=4)
     assert result.items["ids"].tolist() == ["item-0", "item-1"]
@@ -341,7 +347,7 @@ def test_captions_of_several_items_limit_what_a_perfect_model_reaches(monkeypatc
     texts = ["circle", "square", "circle", "star", "circle", "square"]
     values = [SHAPES.index(text) for text in texts]
     give_sources(monkeypatch, x=Memory(values, texts=texts))
-    task = TaskConfig(kind="retrieval", source="memory:x", recall_k=(1, 2, 3))
+    task = Retrieval(source="memory:x", recall_k=(1, 2, 3))
     result = run(task, Analytic(MODEL, AXES))
     assert result.metrics["text_to_image_R@1"] == 0.5
     assert result.extras["reachable"] == {
@@ -364,4 +370,4 @@ def test_too_many_bad_examples_name_the_task(monkeypatch):
 
     give_sources(monkeypatch, x=Broken([0] * 30, labels=[0] * 30, class_names=SHAPES))
     with pytest.raises(TooManyBadExamples, match="evaluation task 't': 11 of the 11"):
-        run(TaskConfig(source="memory:x"), Analytic(MODEL, AXES))
+        run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))

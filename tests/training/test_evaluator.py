@@ -13,7 +13,7 @@ from tests.training.toy import toy_config
         ("source", "folder:/nowhere", "source='folder:/nowhere'"),
         ("class_names", "/nowhere/names.txt", "is not a file"),
         ("templates", "templats.txt", "is neither a named list"),
-        ("modality", "speech", "the model has no 'speech' tower"),
+        ("tower", "speech", "the model has no 'speech' tower"),
         ("in_distribution", "imagenet", "in_distribution='imagenet' is no classification task"),
     ],
 )

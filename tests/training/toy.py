@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cwcl_jax.config import ExperimentConfig, defaults, from_config_dict
-from cwcl_jax.evaluation.options import TaskConfig
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.models.tower import TowerConfig
 
 VIT = {"image_size": 32, "patch_size": 16, "width": 32, "depth": 1, "heads": 2, "mlp_width": 32}
@@ -30,7 +30,7 @@ def toy_config(**changes: Any) -> ExperimentConfig:
     config.logging.tensorboard = False
     config.evaluation.batch_size = 32
     config.evaluation.tasks.shape = defaults(
-        TaskConfig, source="scenes:test?task=shape&n=40", bootstrap=0, top_k=(1,)
+        Task, source="scenes:test?task=shape&n=40", bootstrap=0, top_k=(1,)
     )
     config.checkpoint.every_steps = 2
     with config.unlocked():

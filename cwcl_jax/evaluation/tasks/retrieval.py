@@ -1,11 +1,13 @@
-"""The retrieval task: a source of items with captions, ranked in both directions."""
+"""retrieval: a source of items with captions, ranked in both directions."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from cwcl_jax.evaluation.encoding import Items, View
-from cwcl_jax.evaluation.options import TaskConfig
-from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.results import Record, TaskResult
 from cwcl_jax.evaluation.retrieval import (
     reachable_ranks,
     recall_chance,
@@ -14,14 +16,53 @@ from cwcl_jax.evaluation.retrieval import (
 )
 from cwcl_jax.evaluation.runner import Runner
 from cwcl_jax.evaluation.significance import bootstrap_intervals
+from cwcl_jax.evaluation.tables import Table, interval_notes, metric_cells, metric_header
+from cwcl_jax.evaluation.tasks.base import at_least, not_empty
+from cwcl_jax.evaluation.tasks.labelled import Cropped
 
 
-def run_retrieval(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
+@dataclass(frozen=True)
+class Retrieval(Cropped):
+    """The other side is the items' captions, or another tower's view of the same items."""
+
+    tower: str = "image"
+    partner: str = ""  # the tower of the other side; "" = text_tower
+    text_tower: str = "text"  # reads the captions
+    recall_k: tuple[int, ...] = (1, 5, 10)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.partner:
+            object.__setattr__(self, "partner", self.text_tower)
+        at_least(1, self, "recall_k")
+        not_empty(self, "recall_k")
+        if self.partner == self.tower:
+            raise ValueError(
+                f"task field partner={self.partner!r} is the tower itself; retrieval is between "
+                "two towers for the same items."
+            )
+
+    def check(self, towers: Collection[str], cache_dir: str = "") -> None:
+        super().check(towers, cache_dir)
+        self.require_tower("partner", towers)
+
+    def run(self, name: str, runner: Runner) -> TaskResult:
+        return run_retrieval(name, self, runner)
+
+    @classmethod
+    def tables(cls, results: Sequence[TaskResult]) -> list[Table]:
+        return [_table(results)]
+
+    def records(self, result: TaskResult) -> list[Record]:
+        return [Record("zeroshot_retrieval", "", _record_names(result))]
+
+
+def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
     """R@k and median rank of item -> partner and partner -> item."""
-    view = runner.open(task.source, task)
-    items = runner.items(view, task.modality)
+    view = task.open(runner)
+    items = runner.items(view, task.tower)
     partners, owner, captions = _partners(view, items, task, runner)
-    forward, backward = f"{task.modality}_to_{task.partner}", f"{task.partner}_to_{task.modality}"
+    forward, backward = f"{task.tower}_to_{task.partner}", f"{task.partner}_to_{task.tower}"
     to_partner, to_item = retrieval_ranks(items.embeds, partners, owner)
     metrics = recall_metrics(to_partner, forward, task.recall_k)
     metrics |= recall_metrics(to_item, backward, task.recall_k)
@@ -35,8 +76,7 @@ def run_retrieval(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
     intervals = bootstrap_intervals(hits, task) | bootstrap_intervals(back, task, groups=owner)
     return TaskResult(
         name=name,
-        kind=task.kind,
-        source=task.source,
+        task=task,
         metrics=metrics,
         chance=chance,
         intervals=intervals,
@@ -48,19 +88,16 @@ def run_retrieval(name: str, task: TaskConfig, runner: Runner) -> TaskResult:
         },
         extras={
             "directions": (forward, backward),
-            "modality": task.modality,
             "reachable": reachable,
         },
-        warnings=tuple(runner.warnings),
-        seconds=dict(runner.clock.seconds),
     )
 
 
 def _partners(
-    view: View, items: Items, task: TaskConfig, runner: Runner
+    view: View, items: Items, task: Retrieval, runner: Runner
 ) -> tuple[Float[np.ndarray, "m d"], Int[np.ndarray, "m"], list[str]]:
     """Embeddings of the other side, the item that each belongs to, and their texts, if any."""
-    if task.partner != "text" or "text" in view.embedded:
+    if task.partner != task.text_tower or task.partner in view.embedded:
         partners = runner.items(runner.select(view, items.index), task.partner)
         if len(partners) != len(items):
             raise ValueError(
@@ -76,14 +113,14 @@ def _partners(
         )
     owner = np.repeat(np.arange(len(items)), [len(group) for group in items.captions])
     captions = [text for group in items.captions for text in group]
-    return runner.sentences(captions), owner, captions
+    return runner.sentences(captions, tower=task.text_tower), owner, captions
 
 
 def _reachable(
     captions: list[str],
     owner: Int[np.ndarray, "m"],
     ways: tuple[str, str],
-    task: TaskConfig,
+    task: Retrieval,
     runner: Runner,
 ) -> dict[str, float]:
     """R@k of a model that knows every caption, with a warning; empty where it is always right."""
@@ -106,3 +143,32 @@ def _reachable(
         for way, rank in zip(ways, ranks, strict=True)
         for k in task.recall_k
     }
+
+
+def _table(results: Sequence[TaskResult]) -> Table:
+    ks = sorted({int(k.rpartition("@")[2]) for r in results for k in r.metrics if "_R@" in k})
+    header = ["task", "direction"]
+    for k in ks:
+        header += metric_header(f"R@{k} %", first=k == ks[0])
+    rows = []
+    for result in results:
+        for way in result.extras["directions"]:
+            row = [result.name, way.replace("_", " ")]
+            for k in ks:
+                row += metric_cells(result, f"{way}_R@{k}", first=k == ks[0])
+            median = result.metrics[f"{way}_median_rank"]
+            rows.append((*row, f"{median:g}", str(len(result.items[f"{way}_rank"]))))
+    header += ["median rank", "queries"]
+    return Table("Retrieval", tuple(header), tuple(rows), tuple(interval_notes(results)))
+
+
+def _record_names(result: TaskResult) -> dict[str, str]:
+    """`text_retrieval_recall@5` retrieves texts: it is our image_to_text_R@5."""
+    names = {}
+    for way in result.extras["directions"]:
+        target = way.rpartition("_to_")[2]
+        for key in result.metrics:
+            if key.startswith(f"{way}_"):
+                rest = key.removeprefix(f"{way}_").replace("R@", "recall@")
+                names[f"{target}_retrieval_{rest}"] = key
+    return names

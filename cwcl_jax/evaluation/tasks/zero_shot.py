@@ -1,0 +1,16 @@
+"""zero_shot: pictures, or other items, classified by prompts with the names of their classes."""
+
+from dataclasses import dataclass
+
+from cwcl_jax.evaluation.tasks.classification import Classification
+from cwcl_jax.evaluation.tasks.labelled import Cropped
+
+
+@dataclass(frozen=True)
+class ZeroShot(Cropped, Classification):
+    """The usual templates are the simple ones of Table 3."""
+
+    tower: str = "image"
+
+    def usual_templates(self) -> str:
+        return "simple"
