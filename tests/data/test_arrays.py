@@ -35,12 +35,12 @@ def test_features_that_are_computed_anew_are_other_data(tmp_path):
 def test_labels_are_numbers_or_names(tmp_path):
     numbers = _open(tmp_path, u=FEATURES, label=np.arange(COUNT) % 4)
     assert (numbers.class_names, numbers[6]["label"]) == (None, 2)
-    assert set(numbers.lacks) == {"text"}
+    assert set(numbers.lacks) == {"image", "audio", "text"}
     names = _open(tmp_path, u=FEATURES, labels=np.array(["b", "a", "c"] * 4))
     assert names.class_names == ["a", "b", "c"]
     assert [names[i]["label"] for i in range(3)] == [1, 0, 2]
     none = _open(tmp_path, u=FEATURES, text=np.array(["\ufeffa cat"] * COUNT))
-    assert set(none.lacks) == {"label"}
+    assert set(none.lacks) == {"image", "audio", "label"}
     assert none[0]["text"] == "a cat"
 
 
