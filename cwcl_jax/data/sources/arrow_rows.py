@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value
 from cwcl_jax.data.sources.texts import captions_of
 
 
+@runtime_checkable
 class RowStore(Protocol):
     """Files of rows at random access, safe for several threads."""
 

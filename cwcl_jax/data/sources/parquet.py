@@ -74,9 +74,7 @@ def open_parquet(
 def _find(path: str, split: str) -> list[Path]:
     if not os.path.isdir(path):
         if split:
-            raise ValueError(
-                f"split={split!r} chooses among the files of a folder; {path} is none."
-            )
+            raise ValueError(f"split={split!r} chooses files of a folder, and {path} is none.")
         return [require(file, "The Parquet file") for file in expand_pattern(path)]
     files = sorted(Path(path).glob("*.parquet"))
     if not files:
