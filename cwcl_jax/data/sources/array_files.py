@@ -88,8 +88,9 @@ def _map_member(handle: IO[bytes], member: zipfile.ZipInfo) -> np.ndarray | None
     shape, fortran, dtype = header(handle)
     if dtype.hasobject:
         return None
-    array = np.memmap(handle, dtype, "r", handle.tell(), shape, "F" if fortran else "C")
-    if handle.tell() - begin + array.nbytes > member.file_size:
+    first = handle.tell()
+    array = np.memmap(handle, dtype, "r", first, shape, "F" if fortran else "C")
+    if first - begin + array.nbytes > member.file_size:
         raise ValueError(f"the member {member.filename} is shorter than its header says")
     return array
 
@@ -118,7 +119,7 @@ def _load_hdf5(file: Path) -> dict[str, Any]:
 
     try:
         # Links to other files are not followed.
-        h5py.File(file, "r").visititems(visit)
+        h5py.File(file, "r", locking="best-effort").visititems(visit)
         return {name: _small_in_memory(array) for name, array in found.items()}
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(file, error) from error
@@ -175,19 +176,19 @@ def checksum(array: Any) -> int:
     """CRC-32 of all bytes in C order; of an array above 1 GiB, of 256 blocks spread over it."""
     if array.dtype.kind == "O":
         return zlib.crc32("\x1f".join(map(str, array)).encode("utf-8", "replace"))
-    length = len(array)
+    length = array.shape[0]
     rows = max(1, _BLOCK_BYTES // max(1, array.nbytes // max(1, length)))
     starts = range(0, length, rows)
     if array.nbytes > _COUNTED_BYTES:
         blocks = _COUNTED_BYTES // _BLOCK_BYTES
         starts = sorted({int(start) for start in np.linspace(0, length - rows, blocks)})
     return functools.reduce(
-        lambda total, start: zlib.crc32(_bytes(array[start : start + rows]), total), starts, 0
+        lambda total, start: zlib.crc32(_flat(array[start : start + rows]).data, total), starts, 0
     )
 
 
-def _bytes(block: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+def _flat(block: Any) -> np.ndarray:
+    return np.ascontiguousarray(block).reshape(-1).view(np.uint8)
 
 
 def summaries(arrays: Mapping[str, Any]) -> list[tuple[object, ...]]:

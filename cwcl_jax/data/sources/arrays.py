@@ -71,7 +71,7 @@ class Arrays(SourceBase):
         rows |= {array: arrays[array] for array in [*raw.values(), *features.values()]}
         _check(rows, name, {roles[role]: role for role in special})
         self._rows = rows
-        self._length = len(next(iter(rows.values())))
+        self._length = next(iter(rows.values())).shape[0]
         self._ids, self._texts = special.get("id"), special.get("text")
         self._labels = special.get("label")
         if self._labels is not None and self._labels.dtype.kind in "US":
@@ -229,7 +229,7 @@ def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> No
                 f"{where} holds no numbers, so it is neither raw input nor features; leave it out "
                 "of the file, or call it text or ids if it is one of these."
             )
-    lengths = {key: len(array) for key, array in arrays.items()}
+    lengths = {key: array.shape[0] for key, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"The arrays of {name} differ in length: {lengths}.")
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.types as pat
 
 from cwcl_jax.data.skipping import BadExample
@@ -16,6 +16,9 @@ from cwcl_jax.data.sources.base import ALL_FIELDS, Example, SourceBase, fingerpr
 from cwcl_jax.data.sources.files import read_bytes
 from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value
 from cwcl_jax.data.sources.texts import captions_of
+
+# Its functions are made when it is imported, which type checkers do not see.
+_COMPUTE: Any = pyarrow.compute
 
 
 @runtime_checkable
@@ -157,12 +160,12 @@ class ArrowRows(SourceBase):
         """Stored names, or the strings of a column in sorted order; None where numbers stand."""
         path, stored = self.columns.fields.get("label"), self.columns.class_names
         if stored is not None or path is None:
-            return stored and list(stored)
+            return None if stored is None else list(stored)
         top, *members = split_path(path)
         known: set[str] = set()
         for part in self._store.column(top):
             for member in members:
-                part = pc.struct_field(part, member)
+                part = _COMPUTE.struct_field(part, member)
             kind = plain_type(part.type)
             if pat.is_integer(kind) or pat.is_boolean(kind):
                 return None
@@ -210,7 +213,7 @@ def _numbers(cells: Mapping[str, pa.Scalar], path: str, field: str, name: str) -
     scalar: Any = cells[top]
     for member in members:
         if isinstance(scalar, pa.ListScalar) and scalar.is_valid:
-            return _flattened(pc.struct_field(scalar.values, member), field, name)
+            return _flattened(_COMPUTE.struct_field(scalar.values, member), field, name)
         scalar = scalar[member] if scalar.is_valid else scalar
     if isinstance(scalar, pa.FixedShapeTensorScalar) and scalar.is_valid:
         return np.array(scalar.to_numpy())
@@ -226,7 +229,7 @@ def _numbers(cells: Mapping[str, pa.Scalar], path: str, field: str, name: str) -
 def _flattened(values: pa.Array, field: str, name: str) -> np.ndarray:
     shape = [len(values)]
     while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
-        lengths = pc.list_value_length(values).unique()
+        lengths = _COMPUTE.list_value_length(values).unique()
         if values.null_count or len(lengths) > 1:
             raise BadExample(f"{field} ragged", f"{name}: its lists differ in length")
         shape.append(lengths[0].as_py() if len(lengths) else 0)
