@@ -2,8 +2,10 @@
 
 import fcntl
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cwcl_jax.data.sources.row_groups import RowGroups
 
 _LOG = logging.getLogger(__name__)
 _BATCH_ROWS = 1000
+_SECONDS_BETWEEN_NEWS = 20
 
 
 class Unpacked:
@@ -55,11 +58,18 @@ class Unpacked:
         with open(self._folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             schema = self._schema()
+            told = -math.inf
             for file, path in enumerate(paths):
-                if not path.exists():
+                if path.exists():
+                    continue
+                if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
+                    told = time.monotonic()
                     source = self._store.paths[file]
-                    _LOG.warning("Unpacking %s, once, to %s.", source, path)
-                    self._write(file, schema, path)
+                    _LOG.warning(
+                        "Unpacking Parquet files to %s, once: %s, number %d of %d.",
+                        *(self._folder, source.name, file + 1, len(paths)),
+                    )
+                self._write(file, schema, path)
         return ArrowFiles(paths)
 
     def _schema(self) -> pa.Schema:
