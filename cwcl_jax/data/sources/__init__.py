@@ -19,6 +19,8 @@ from cwcl_jax.data.sources.embedded import Embedded, open_embeddings
 from cwcl_jax.data.sources.folders import open_folder
 from cwcl_jax.data.sources.made import open_made
 from cwcl_jax.data.sources.mixture import Mixture
+from cwcl_jax.data.sources.parquet import open_parquet
+from cwcl_jax.data.sources.saved import open_saved
 from cwcl_jax.data.sources.scenes import open_scenes
 from cwcl_jax.data.sources.sentences import open_sentences
 from cwcl_jax.data.sources.speech import (
@@ -56,6 +58,8 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "tsv": open_delimited,
     "jsonl": open_jsonl,
     "folder": open_folder,
+    "parquet": open_parquet,
+    "hf": open_saved,
     "tfds": open_tfds,
     "common_voice": open_common_voice,
     "slurp": open_slurp,

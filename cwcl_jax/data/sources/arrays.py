@@ -1,43 +1,83 @@
-"""Features that users computed elsewhere: one `.npz` or safetensors file, one array a modality.
+"""Arrays of users: raw inputs of any rank and features computed elsewhere, one row an example.
 
-Arrays have the examples on their first axis and any shape behind it (CellCLIP's profiles are
-(samples, channels, features)). The names `id`, `ids`, `label`, `labels`, `text` and `captions` mean
-what they say; every other array is the embedding of the modality of its name. Labels are integers,
-or the names of classes.
+`arrays:FILE?raw=eeg&features=image` gives `eeg` as a raw input of that name, in its own dtype, and
+`image` as features of the modality image. Without the two options every array that is none of ids,
+labels, captions and class names is features of the modality of its name. Arrays have the examples
+on their first axis and any shape behind it (CellCLIP's profiles are (samples, channels, features)).
 """
 
 import functools
-import zipfile
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
-from cwcl_jax.data.sources.files import require_file
+from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
+from cwcl_jax.data.sources.base import ALL_FIELDS, NO_CLASSES, Example, Source, fingerprint_of
+from cwcl_jax.data.sources.named import (
+    feature_vector,
+    label_of,
+    parse_names,
+    raw_value,
+    usable_rows,
+)
 from cwcl_jax.data.sources.texts import clean
 
-_ID, _LABEL, _TEXT = ("id", "ids"), ("label", "labels"), ("text", "captions")
+# What these arrays are called where the line does not say it.
+_USUAL = {
+    "id": ("id", "ids"),
+    "label": ("label", "labels"),
+    "text": ("text", "captions"),
+    "classes": ("class_names",),
+}
 
 
 class Arrays(Source):
-    """Rows of arrays of equal length."""
+    """Rows of arrays of equal length.
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], *, name: str):
-        _check(arrays, name)
-        self._arrays = dict(arrays)
-        self._length = len(next(iter(arrays.values())))
-        self._ids = _first(arrays, _ID)
-        self._labels = _first(arrays, _LABEL)
-        self._class_names: list[str] | None = None
-        if self._labels is not None and self._labels.dtype.kind == "U":
-            names, self._labels = np.unique(self._labels, return_inverse=True)
-            self._class_names = names.tolist()
-        self._texts = _first(arrays, _TEXT)
-        special = {*_ID, *_LABEL, *_TEXT}
-        self.features = {key: array for key, array in arrays.items() if key not in special}
+    Args:
+      arrays: name -> array; those that nothing names are left alone.
+      name: what error messages call the file.
+      raw, features: field or modality -> array. Without both, all that is left is features.
+      given: "id", "label", "text" or "classes" -> array, where it has no usual name.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, Any],
+        *,
+        name: str,
+        raw: Mapping[str, str] | None = None,
+        features: Mapping[str, str] | None = None,
+        given: Mapping[str, str] | None = None,
+    ):
+        raw, features = dict(raw or {}), dict(features or {})
+        roles = _roles(arrays, given or {}, {*raw.values(), *features.values()}, name)
+        if not raw and not features:
+            features = {key: key for key in arrays if key not in roles.values()}
+        for option, named in (("raw", raw), ("features", features)):
+            for key, array in named.items():
+                _require(arrays, array, f"{option}={key}:{array}", name)
+        self.raw = {key: arrays[array] for key, array in raw.items()}
+        self.features = {key: arrays[array] for key, array in features.items()}
+        special = {role: np.asarray(arrays[key]) for role, key in roles.items()}
+        self._class_names = _names(special.pop("classes", None))
+        # What the line or the file says beyond the rows; nothing where names speak for themselves.
+        renamed = {key: array for key, array in features.items() if key != array}
+        self._said = [part for part in (raw, renamed, self._class_names) if part]
+        rows = {roles[role]: array for role, array in special.items()}
+        rows |= {array: arrays[array] for array in [*raw.values(), *features.values()]}
+        _check(rows, name, {roles[role]: role for role in special})
+        self._rows = rows
+        self._length = next(iter(rows.values())).shape[0]
+        self._ids, self._texts = special.get("id"), special.get("text")
+        self._labels = special.get("label")
+        if self._labels is not None and self._labels.dtype.kind in "US":
+            self._class_names, self._labels = _numbered(self._labels, self._class_names, name)
+        self._unnamed = [key for key in arrays if key not in rows and key not in roles.values()]
+        self._known = ", ".join(arrays)
         self.embedded = tuple(self.features)
 
     @property
@@ -46,104 +86,178 @@ class Arrays(Source):
 
     @property
     def lacks(self) -> Mapping[str, str]:
-        lacks = {}
+        lacks = {
+            key: f"has an array {key!r} that the line does not use; say raw={key} or features={key}"
+            for key in self._unnamed
+        }
+        for field in ("image", "audio"):
+            if field not in self.raw:
+                lacks.setdefault(
+                    field, f"has no {field} as raw input (it has {self._known}); name it with raw="
+                )
         if self._labels is None:
             lacks["label"] = NO_CLASSES
         if self._texts is None:
-            lacks["text"] = f"has no array text or captions (it has {', '.join(self._arrays)})"
+            lacks["text"] = f"has no array text or captions (it has {self._known})"
         return lacks
 
     def __len__(self) -> int:
         return self._length
 
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"The arrays have {len(self)} rows; asked for {index}")
+        return self.read(index, (*ALL_FIELDS, *self.raw))
+
     def read(self, index: int, fields: Collection[str]) -> Example:
-        name = str(index) if self._ids is None else str(self._ids[index])
+        name = str(index) if self._ids is None else _as_text(self._ids[index])
         example: Example = {"id": name}
-        if "features" in fields:
-            vectors = {m: np.asarray(a[index], np.float32) for m, a in self.features.items()}
-            if not all(np.isfinite(vector).all() for vector in vectors.values()):
-                raise BadExample("features not finite", name)
-            example["features"] = vectors
+        for key, array in self.raw.items():
+            if key in fields:
+                example[key] = raw_value(key, _row(array, index, name), name)
+        if "features" in fields and self.features:
+            example["features"] = {
+                modality: feature_vector(_row(array, index, name), name)
+                for modality, array in self.features.items()
+            }
         if self._labels is not None and "label" in fields:
-            example["label"] = int(self._labels[index])
+            example["label"] = label_of(self._labels[index], self._class_names, name)
         if self._texts is not None and "text" in fields:
             value = self._texts[index]
             many = isinstance(value, np.ndarray)
-            example["text"] = [clean(str(v)) for v in value] if many else clean(str(value))
+            texts = [clean(_as_text(v)) for v in value] if many else clean(_as_text(value))
+            example["text"] = texts
         return example
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
-        found = {m: np.asarray(a[indices], np.float32) for m, a in self.features.items()}
-        return found if all(np.isfinite(rows).all() for rows in found.values()) else None
+        found = {
+            modality: np.asarray(take_rows(array, indices), np.float32)
+            for modality, array in self.features.items()
+        }
+        return found if all(map(usable_rows, found.values())) else None
 
     def fingerprint(self) -> str:
-        return fingerprint_of("arrays", self._checksums)
+        return fingerprint_of("arrays", self._summaries, *self._said)
 
     @functools.cached_property
-    def _checksums(self) -> list[tuple[object, ...]]:
-        """All bytes count, at some 2 GB/s: features that are computed anew keep their shapes."""
-        found: list[tuple[object, ...]] = []
-        for name, array in sorted(self._arrays.items()):
-            data = np.ascontiguousarray(array).view(np.uint8).data
-            found.append((name, array.shape, array.dtype.str, zlib.crc32(data)))
-        return found
+    def _summaries(self) -> list[tuple[object, ...]]:
+        """Bytes count, at some 2 GB/s: features that are computed anew keep their shapes."""
+        return summaries(self._rows)
 
 
-def _first(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:
-    return next((arrays[name] for name in names if name in arrays), None)
+class OpenedArrays(Arrays):
+    """Arrays of a file; a pickle of them holds the line, not the values."""
+
+    def __init__(self, path: str, options: Mapping[str, str]):
+        self._line = (path, dict(options))
+        given = {role: array for role in _USUAL if (array := options[role])}
+        raw, features = parse_names(options["raw"], options["features"])
+        arrays = load_arrays(Path(path))
+        if Path(path).suffix == ".npy" and len({*raw, *features}) == 1:
+            # The only array, whatever its file is called.
+            (array,) = arrays.values()
+            arrays = {next(iter({**raw, **features}.values())): array}
+        super().__init__(arrays, name=Path(path).name, raw=raw, features=features, given=given)
+
+    def __reduce__(self):
+        return OpenedArrays, self._line
 
 
-def _check(arrays: Mapping[str, np.ndarray], name: str) -> None:
+def open_arrays(
+    path: str,
+    *,
+    raw: str = "",
+    features: str = "",
+    id: str = "",
+    label: str = "",
+    text: str = "",
+    classes: str = "",
+) -> Arrays:
+    """Opens `arrays:FILE`: .npz, .npy, a folder of .npy, .safetensors, HDF5 or .zarr.
+
+    Args:
+      raw: raw inputs, `eeg` or `eeg:ARRAY`, several separated by commas.
+      features: features of modalities, named the same way.
+      id, label, text, classes: arrays of ids, labels (integers or names), captions, and the names
+        of integer labels; by default those called so (or ids, labels, captions, class_names).
+    """
+    options = {"raw": raw, "features": features, "id": id, "label": label}
+    return OpenedArrays(path, {**options, "text": text, "classes": classes})
+
+
+def _roles(
+    arrays: Mapping[str, Any], given: Mapping[str, str], used: Collection[str], name: str
+) -> dict[str, str]:
+    """Role -> array. Numbers called text are no captions."""
+    roles = {}
+    for role, usual in _USUAL.items():
+        if role in given:
+            roles[role] = _require(arrays, given[role], f"{role}=", name)
+            continue
+        free = [key for key in usual if key in arrays and key not in used]
+        if role == "text":
+            free = [key for key in free if arrays[key].dtype.kind in "USO"]
+        if free:
+            roles[role] = free[0]
+    return roles
+
+
+def _require(arrays: Mapping[str, Any], array: str, option: str, name: str) -> str:
+    if array not in arrays:
+        raise ValueError(f"{name} has no array {array!r} ({option}); it has {', '.join(arrays)}.")
+    return array
+
+
+def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> None:
     """Raises ValueError, naming the array, where they cannot be rows of examples."""
+    if not arrays:
+        raise ValueError(f"{name} has no rows: name arrays with raw= or features=.")
     for key, array in arrays.items():
         where = f"The array {key!r} of {name} (shape {array.shape}, {array.dtype})"
+        role, kind = roles.get(key), array.dtype.kind
         if array.ndim == 0:
             raise ValueError(f"{where} has no axis of examples; leave it out of the file.")
-        if key in _LABEL and (array.ndim != 1 or array.dtype.kind not in "iubU"):
+        if role == "label" and (array.ndim != 1 or kind not in "iubUSO"):
             raise ValueError(f"{where} must hold one integer, or one class name, an example.")
-        if key not in {*_ID, *_LABEL, *_TEXT} and array.dtype.kind in "USMmc":
+        if role == "id" and (array.ndim != 1 or kind not in "iuUSO"):
             raise ValueError(
-                f"{where} holds no numbers, so it is no embedding; leave it out of the file, or "
-                "call it text or ids if it is one of these."
+                f"{where} must hold one integer or string an example; floats lose the last digits "
+                "of large ids."
             )
-    lengths = {key: len(array) for key, array in arrays.items()}
+        if role is None and (kind not in "biufV" or array.dtype.type is np.void):
+            raise ValueError(
+                f"{where} holds no numbers, so it is neither raw input nor features; leave it out "
+                "of the file, or call it text or ids if it is one of these."
+            )
+    lengths = {key: array.shape[0] for key, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"The arrays of {name} differ in length: {lengths}.")
 
 
-def open_arrays(path: str) -> Arrays:
-    """Opens `arrays:/features.npz` (or .safetensors)."""
-    file = require_file(path, "The file of features")
-    if file.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{file} must be .npz or .safetensors.")
-    arrays = _load_npz(file) if file.suffix == ".npz" else _load_safetensors(file)
-    if not arrays:
-        raise ValueError(f"{file} holds no arrays.")
-    return Arrays(arrays, name=file.name)
+def _names(array: np.ndarray | None) -> list[str] | None:
+    return None if array is None else [_as_text(name) for name in array]
 
 
-def _load_safetensors(file: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _numbered(
+    labels: np.ndarray, known: list[str] | None, name: str
+) -> tuple[list[str], np.ndarray]:
+    """Names as numbers: their place in `known`, or in sorted order."""
+    names, numbers = np.unique([_as_text(label) for label in labels], return_inverse=True)
+    if known is None:
+        return names.tolist(), numbers
+    missing = sorted(set(names.tolist()) - set(known))
+    if missing:
+        raise ValueError(f"{name}: the label {missing[0]!r} is none of its class names.")
+    return known, np.array([known.index(label) for label in names.tolist()])[numbers]
 
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _row(array: Any, index: int, name: str) -> np.ndarray:
+    """A row that the caller may change."""
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise _unreadable(file, error) from error
-
-
-def _load_npz(file: Path) -> dict[str, np.ndarray]:
-    try:
-        if not zipfile.is_zipfile(file):
-            raise zipfile.BadZipFile("it is no whole archive")
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{file} cannot be read: {error}. Write it again; arrays of Python objects must become "
-        "numbers or strings (array.astype(str))."
-    )
+        return np.array(array[index])
+    except (OSError, RuntimeError) as error:
+        raise BadExample("array unreadable", f"{name}: {error}") from error

@@ -1,0 +1,99 @@
+"""Arrow streams at random access, memory-mapped: as `datasets` saves, as Parquet is unpacked to."""
+
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+# Of every file set so many bytes prove that its content is the same.
+_WINDOWS, _WINDOW = 256, 4096
+
+
+class ArrowFiles:
+    """Record batches of several stream files one after another.
+
+    Raises:
+      ValueError: a file is damaged or cut, or its columns are not those of the first.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+        self._batches: list[pa.RecordBatch] = []
+        self._names: list[tuple[str, int]] = []
+        self.schema = pa.schema([])
+        for number, path in enumerate(self.paths):
+            batches, schema = _open_stream(path)
+            if number and not schema.equals(self.schema):
+                raise ValueError(
+                    f"The columns of {path} are not those of {self.paths[0]}: "
+                    f"{schema.remove_metadata()} and {self.schema.remove_metadata()}."
+                )
+            self.schema = schema if not number else self.schema
+            first = sum(batch.num_rows for batch in self._batches)
+            self._batches += batches
+            self._names += [(path.name, first)] * len(batches)
+        self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+        self._place = {name: place for place, name in enumerate(self.schema.names)}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def cells(self, index: int, tops: Sequence[str]) -> Mapping[str, pa.Scalar]:
+        number = bisect_right(self._starts, index) - 1
+        batch, row = self._batches[number], index - self._starts[number]
+        return {top: batch.column(self._place[top])[row] for top in tops}
+
+    def name_of(self, index: int) -> str:
+        name, first = self._names[bisect_right(self._starts, index) - 1]
+        return f"{name}/{index - first}"
+
+    def column(self, top: str) -> Iterator[pa.Array]:
+        for batch in self._batches:
+            yield batch.column(self._place[top])
+
+    def content(self) -> object:
+        return contents_of(self.paths)
+
+    def __reduce__(self):
+        return ArrowFiles, (self.paths,)
+
+
+def _open_stream(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - len(_END)))
+            if file.read() != _END:
+                # Without its end a stream reads as if it held fewer rows.
+                raise pa.ArrowInvalid("the end of the file is missing")
+        reader = pa.ipc.open_stream(pa.memory_map(str(path)))
+        batches = list(reader)
+        for batch in batches:
+            batch.validate()
+        return batches, reader.schema
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Write or copy it again.") from error
+
+
+def contents_of(paths: Sequence[Path], ends: bool = False) -> list[tuple[str, int, int]]:
+    """Name, size and a checksum of windows of every file; with `ends` also of its last bytes, as
+    many as Parquet's own count in front of its last four says."""
+    windows = max(2, _WINDOWS // max(1, len(paths)))
+    return [_content_of(path, windows, ends) for path in paths]
+
+
+def _content_of(path: Path, windows: int, ends: bool) -> tuple[str, int, int]:
+    size, total = path.stat().st_size, 0
+    places = np.linspace(0, max(0, size - _WINDOW), windows).astype(np.int64)
+    with open(path, "rb") as file:
+        for place in np.unique(places).tolist():
+            total = zlib.crc32(os.pread(file.fileno(), _WINDOW, place), total)
+        if ends:
+            footer = int.from_bytes(os.pread(file.fileno(), 4, size - 8), "little")
+            total = zlib.crc32(os.pread(file.fileno(), footer, size - 8 - footer), total)
+    return path.name, size, total
