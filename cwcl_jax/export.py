@@ -60,6 +60,7 @@ class Options:
     format: str
     dtype: str
     step: int | None
+    allow_code: bool = False
 
 
 def define_flags() -> Callable[[], Options]:
@@ -69,12 +70,17 @@ def define_flags() -> Callable[[], Options]:
     form = flags.DEFINE_enum("format", "safetensors", FORMATS, "What to write.")
     dtype = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Numbers of an npz.")
     step = flags.DEFINE_integer("step", None, "Checkpoint of the run; default: the latest.")
+    allow_code = flags.DEFINE_boolean(
+        "allow_code", False, "Import the modules that an exported folder names, which runs them."
+    )
 
     def read() -> Options:
         for flag in (source, output):
             if not flag.value:
                 raise ConfigError(f"--{flag.name} is missing; see --help")
-        return Options(source.value, Path(output.value), form.value, dtype.value, step.value)
+        return Options(
+            source.value, Path(output.value), form.value, dtype.value, step.value, allow_code.value
+        )
 
     return read
 
@@ -82,7 +88,9 @@ def define_flags() -> Callable[[], Options]:
 def main(options: Options) -> None:
     """Load and write."""
     try:
-        model = load_model(options.source, step=options.step)
+        # A run's own code is imported as training did; a folder from elsewhere may be a stranger's.
+        allowed = options.allow_code or (Path(options.source) / "checkpoints").is_dir()
+        model = load_model(options.source, step=options.step, allow_code=allowed)
         export(model, options.output, options.format, dtype=options.dtype)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

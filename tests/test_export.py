@@ -15,7 +15,7 @@ from cwcl_jax.modalities import ImageInputs, TextInputs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
 from cwcl_jax.pretrained.folder import save_folder
-from tests.data.test_text import byte_pairs, word_pieces
+from tests.modalities.test_text import byte_pairs, word_pieces
 from tests.models.builders import filled
 from tests.test_api import IMAGE, TEXTS, model, pictures
 
