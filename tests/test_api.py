@@ -14,7 +14,7 @@ from cwcl_jax.modalities import FeatureInputs, ImageInputs, SpeechInputs, TextIn
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch
 from cwcl_jax.pretrained.folder import ModelDescription, save_folder
-from cwcl_jax.pretrained.writers import write_safetensors
+from cwcl_jax.weights.writers import write_safetensors
 from tests.models.builders import filled
 
 IMAGE = TowerConfig(

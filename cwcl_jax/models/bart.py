@@ -5,14 +5,22 @@ types. Features are the mean over the real tokens.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cwcl_jax.models.family import EncoderFamily
+from cwcl_jax.models.layer_names import layer_rules
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
 from cwcl_jax.models.transformer import Execution, TransformerConfig, embedding, layer_norm
+from cwcl_jax.weights.config_json import ENCODER_STACK, named
+from cwcl_jax.weights.readers import Weights
+from cwcl_jax.weights.rules import Layout, Rule
+from cwcl_jax.weights.views import flax_names, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +76,44 @@ class BartEncoder(TextEncoder):
         positions = self.position_embedding.embedding[...][None, : tokens.shape[1]]
         x = self.embedding_norm(x + positions.astype(self.execution.dtype))
         return dropout(x, self.config.dropout, key)
+
+
+# Names of BART files, as transformers (PyTorch or Flax) writes them.
+_L = r"encoder/layers/(\d+)"
+
+
+def _bart_view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "model/")
+
+
+_FILES = Layout(
+    name="BART",
+    signature=r"(model[./])?encoder[./]layernorm_embedding[./](weight|scale)",
+    view=_bart_view,
+    rules=[
+        # The table is stored once for encoder and decoder, by some writers under both names.
+        Rule(r"(?:shared|encoder/embed_tokens)/embedding", "encoder/token_embedding/embedding"),
+        Rule(
+            r"encoder/embed_positions/embedding",
+            "encoder/position_embedding/embedding",
+            "drop_two_rows",
+        ),
+        Rule(r"encoder/layernorm_embedding/(scale|bias)", r"encoder/embedding_norm/\1"),
+        *layer_rules(_L),
+    ],
+    ignore=[r"(decoder|lm_head|classification_head|qa_outputs)/.*", r"final_logits_bias"],
+)
+
+_NAMES = {
+    **ENCODER_STACK,
+    "vocab_size": "vocab_size",
+    "max_tokens": "max_position_embeddings",
+    "scale_embedding": "scale_embedding",
+}
+
+
+def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    return named(content, _NAMES) if content.get("model_type", "bart") == "bart" else {}
+
+
+BART = EncoderFamily(BartConfig, BartEncoder, "text", PRESETS, [_FILES], _read_config)

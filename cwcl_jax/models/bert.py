@@ -6,12 +6,15 @@ other sentence encoders are BERTs (or RoBERTas) with mean pooling.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
 from cwcl_jax.models.transformer import (
@@ -21,6 +24,10 @@ from cwcl_jax.models.transformer import (
     layer_norm,
     linear,
 )
+from cwcl_jax.weights.config_json import STACK, named
+from cwcl_jax.weights.readers import Weights
+from cwcl_jax.weights.rules import Layout, Rule
+from cwcl_jax.weights.views import flax_names, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +137,72 @@ class Bert(TextEncoder):
         if self.config.pooling == "pooler":
             return jnp.tanh(self.pooler(tokens[:, 0]))
         return super().pool(tokens, mask)
+
+
+# Names of BERT and RoBERTa files, as transformers (PyTorch or Flax) writes them.
+_OURS = r"encoder/blocks/\1"
+_B = r"encoder/layer/(\d+)"
+
+_BERT_RULES = [
+    Rule(r"embeddings/word_embeddings/embedding", "encoder/token_embedding/embedding"),
+    Rule(r"embeddings/position_embeddings/embedding", "encoder/position_embedding/embedding"),
+    Rule(r"embeddings/token_type_embeddings/embedding", "encoder/type_embedding/embedding"),
+    Rule(r"embeddings/LayerNorm/(scale|bias)", r"encoder/embedding_norm/\1"),
+    Rule(rf"{_B}/attention/self/(query|key|value)/(kernel|bias)", rf"{_OURS}/attention/\2/\3"),
+    Rule(rf"{_B}/attention/output/dense/(kernel|bias)", rf"{_OURS}/attention/out/\2"),
+    Rule(rf"{_B}/attention/output/LayerNorm/(scale|bias)", rf"{_OURS}/norm1/\2"),
+    Rule(rf"{_B}/intermediate/dense/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
+    Rule(rf"{_B}/output/dense/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+    Rule(rf"{_B}/output/LayerNorm/(scale|bias)", rf"{_OURS}/norm2/\2"),
+    Rule(r"pooler/dense/(kernel|bias)", r"encoder/pooler/\1", optional=True),
+]
+_BERT_SIGNATURE = r"embeddings[./]token_type_embeddings[./](weight|embedding)"
+# Buffers of older files, and heads for other tasks.
+_BERT_IGNORE = [r"embeddings/position_ids", r"(cls|lm_head|classifier|qa_outputs)/.*"]
+
+
+def _bert_view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "(?:bert|roberta)/")
+
+
+_BERT_FILES = Layout(
+    name="BERT",
+    signature=rf"(bert[./])?{_BERT_SIGNATURE}",
+    rules=_BERT_RULES,
+    ignore=_BERT_IGNORE,
+    view=_bert_view,
+)
+_ROBERTA_FILES = Layout(
+    name="RoBERTa",
+    signature=rf"(roberta[./])?{_BERT_SIGNATURE}",
+    rules=_BERT_RULES,
+    ignore=_BERT_IGNORE,
+    view=_bert_view,
+)
+
+_NAMES = {
+    **STACK,
+    "vocab_size": "vocab_size",
+    "token_types": "type_vocab_size",
+    "max_tokens": "max_position_embeddings",
+}
+
+
+def _read_bert(content: Mapping[str, Any]) -> dict[str, Any]:
+    return named(content, _NAMES) if content.get("model_type", "bert") == "bert" else {}
+
+
+def _read_roberta(content: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = ("roberta", "xlm-roberta", "camembert")
+    if content.get("model_type", "roberta") not in kinds:
+        return {}
+    settings = named(content, _NAMES)
+    if "max_tokens" in settings:
+        settings["max_tokens"] -= RobertaConfig.position_offset
+    return settings
+
+
+BERT = EncoderFamily(BertConfig, Bert, "text", PRESETS, [_BERT_FILES], _read_bert)
+ROBERTA = EncoderFamily(
+    RobertaConfig, Bert, "text", ROBERTA_PRESETS, [_ROBERTA_FILES], _read_roberta
+)

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.augment import SpeechAugment
+from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.log_mel import MelSpec
 from cwcl_jax.models.numerics import activate, dropout
 from cwcl_jax.models.pooling import AttentionPool, pool
@@ -146,3 +147,6 @@ class ConvSpeech(nnx.Module):
         if self.config.pooling == "mean":
             return mean
         return jnp.concatenate([mean, self.pooling(tokens, frames)], axis=-1)
+
+
+CONV_SPEECH = EncoderFamily(ConvSpeechConfig, ConvSpeech, "speech", PRESETS)

@@ -5,7 +5,7 @@ An encoder of one's own is named as "module:Class"; see `models.own_encoder`.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from cwcl_jax.extension import is_reference
 from cwcl_jax.models import bart, bert, conv_speech, own_encoder, precomputed, text, vit, whisper
+from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.transformer import Execution
 
 
@@ -30,32 +31,15 @@ class Encoder(Protocol):
     ) -> Float[Array, "b f"]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class EncoderFamily:
-    """One row of the table."""
-
-    config_class: type
-    build: Callable[..., Any]
-    presets: Mapping[str, Any]
-    modality: str
-    """What it reads: the name of a modality."""
-
-
 ENCODERS: dict[str, EncoderFamily] = {
-    "vit": EncoderFamily(vit.VitConfig, vit.Vit, vit.PRESETS, "image"),
-    "text": EncoderFamily(text.TextConfig, text.TextTransformer, text.PRESETS, "text"),
-    "bert": EncoderFamily(bert.BertConfig, bert.Bert, bert.PRESETS, "text"),
-    "roberta": EncoderFamily(bert.RobertaConfig, bert.Bert, bert.ROBERTA_PRESETS, "text"),
-    "bart": EncoderFamily(bart.BartConfig, bart.BartEncoder, bart.PRESETS, "text"),
-    "whisper": EncoderFamily(
-        whisper.WhisperConfig, whisper.WhisperEncoder, whisper.PRESETS, "speech"
-    ),
-    "conv_speech": EncoderFamily(
-        conv_speech.ConvSpeechConfig, conv_speech.ConvSpeech, conv_speech.PRESETS, "speech"
-    ),
-    "precomputed": EncoderFamily(
-        precomputed.PrecomputedConfig, precomputed.Precomputed, {}, "features"
-    ),
+    "vit": vit.VIT,
+    "text": text.TEXT,
+    "bert": bert.BERT,
+    "roberta": bert.ROBERTA,
+    "bart": bart.BART,
+    "whisper": whisper.WHISPER,
+    "conv_speech": conv_speech.CONV_SPEECH,
+    "precomputed": precomputed.PRECOMPUTED,
 }
 
 
@@ -98,6 +82,16 @@ def modality_of(encoder: str) -> str:
             "'image'), or 'module:Name' of your own"
         )
     return encoder_family(encoder).modality
+
+
+def has_blocks(encoder: str) -> bool:
+    """Whether an encoder is a stack of equal blocks, which can be rematerialised."""
+    return not is_reference(encoder) and encoder_family(encoder).has_depth
+
+
+def fixed_leaves(encoder: str) -> tuple[str, ...]:
+    """Paths below a tower that `tune="all"` does not train."""
+    return () if is_reference(encoder) else encoder_family(encoder).fixed
 
 
 def encoder_family(encoder: str) -> EncoderFamily:

@@ -13,13 +13,12 @@ Every leaf gets exactly one decision from its tower's `tune`:
 import re
 from collections.abc import Iterable, Mapping
 
+from cwcl_jax.models.encoders import fixed_leaves
 from cwcl_jax.models.tower import TowerConfig
 
 _TOWER_PATH = re.compile(r"towers/([^/]+)/(.+)")
 _BLOCK_PATH = re.compile(r"encoder/blocks/(\d+)/.*")
 _STACKED_PATH = re.compile(r"encoder/blocks/[a-z].*")
-# Whisper's positions are a fixed table of sines: no setting but a regex that names them trains it.
-_FIXED = {"whisper": "encoder/position_embedding"}
 _AFTER_BLOCKS = re.compile(r"(encoder/(norm|pooler|pooling)|head)/.*")
 LOGIT_PATHS = ("logit_scale", "logit_bias")
 
@@ -51,7 +50,7 @@ def _trained(names: list[str], tower: TowerConfig) -> set[str]:
     """The trained ones among the paths of one tower."""
     tune = tower.tune
     if tune == "all":
-        return set(names) - {_FIXED.get(tower.encoder)}
+        return set(names) - set(fixed_leaves(tower.encoder))
     if tune == "none":
         return set()
     if tune == "head":

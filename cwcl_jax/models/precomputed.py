@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.transformer import Execution
 
 
@@ -48,3 +49,6 @@ class Precomputed(nnx.Module):
                 f"{self.config.width}: set the tower's overrides width={features.shape[-1]}"
             )
         return features.astype(self.execution.dtype)
+
+
+PRECOMPUTED = EncoderFamily(PrecomputedConfig, Precomputed, "features")

@@ -12,10 +12,13 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cwcl_jax.models import clip_layouts
+from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.pooling import pool, up_to_end
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
 from cwcl_jax.models.transformer import Execution, TransformerConfig, embedding, layer_norm
+from cwcl_jax.weights.config_json import STACK, clip_part, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +89,29 @@ class TextTransformer(TextEncoder):
             return super().__call__(inputs, key)
         mask = up_to_end(inputs["tokens"], inputs["mask"], self.config.end_token)
         return pool(self.tokens(inputs, key), mask, "last")
+
+
+_NAMES = {
+    **STACK,
+    "vocab_size": "vocab_size",
+    "max_tokens": "max_position_embeddings",
+    "end_token": "eos_token_id",
+}
+
+
+def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    part = clip_part(content, "text")
+    if part is None:
+        return named(content, _NAMES) if content.get("model_type", "text") == "text" else {}
+    usual = dataclasses.asdict(PRESETS["CLIP-B"])  # transformers takes this size for granted
+    settings = usual | {"pooling": "end", "end_token": usual["vocab_size"] - 1}
+    settings |= named(part, _NAMES)
+    if settings["end_token"] == 2:
+        # The mark of files from before the id was written down: CLIP's end token is the highest.
+        settings["end_token"] = -1
+    return settings
+
+
+TEXT = EncoderFamily(
+    TextConfig, TextTransformer, "text", PRESETS, [clip_layouts.TEXT], _read_config
+)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from cwcl_jax.models import clip_layouts
+from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.transformer import (
@@ -24,6 +26,10 @@ from cwcl_jax.models.transformer import (
     layer_norm,
     make_blocks,
 )
+from cwcl_jax.weights.config_json import STACK, clip_part, named
+from cwcl_jax.weights.readers import Weights
+from cwcl_jax.weights.rules import Layout, Rule
+from cwcl_jax.weights.views import flax_names, unstacked, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,3 +208,95 @@ def transformer_config(config: VitConfig) -> TransformerConfig:
     return TransformerConfig.of(
         config, norm_order="pre", query_value_bias=config.qkv_bias, key_bias=config.qkv_bias
     )
+
+
+# Names of AugReg and big_vision `.npz` files, and of transformers' ViT. big_vision renamed its
+# modules once (`MultiHeadDotProductAttention_1` to `..._0`, `MlpBlock_3` to `..._0`, `LayerNorm_2`
+# to `..._1`) and can store all layers in one array; both forms are read.
+_B = r"Transformer/encoderblock_(\d+)"
+_ATTENTION = rf"{_B}/MultiHeadDotProductAttention_[01]"
+_OURS = r"encoder/blocks/\1"
+
+
+def _augreg_view(weights: Weights) -> Weights:
+    """Without the prefixes of train states and of two-tower models, one array per layer."""
+    plain = without_prefix(weights, r"(?:opt/target/|params/)?(?:img/)?")
+    return unstacked(plain, r"(Transformer/encoderblock)(/.+)")
+
+
+AUGREG = Layout(
+    name="AugReg/big_vision ViT",
+    signature=r"(.*/)?Transformer/encoder_norm/scale",
+    view=_augreg_view,
+    rules=[
+        Rule(r"cls", "encoder/class_token"),
+        Rule(r"embedding/(kernel|bias)", r"encoder/patch_embed/\1"),
+        Rule(
+            r"(?:Transformer/posembed_input/)?pos_embedding", "encoder/position_embedding", "grid"
+        ),
+        Rule(rf"{_B}/LayerNorm_0/(scale|bias)", rf"{_OURS}/norm1/\2"),
+        Rule(rf"{_B}/LayerNorm_[12]/(scale|bias)", rf"{_OURS}/norm2/\2"),
+        Rule(
+            rf"{_ATTENTION}/(query|key|value)/kernel", rf"{_OURS}/attention/\2/kernel", "join_last"
+        ),
+        Rule(rf"{_ATTENTION}/(query|key|value)/bias", rf"{_OURS}/attention/\2/bias", "join_first"),
+        Rule(rf"{_ATTENTION}/out/kernel", rf"{_OURS}/attention/out/kernel", "join_first"),
+        Rule(rf"{_ATTENTION}/out/bias", rf"{_OURS}/attention/out/bias"),
+        Rule(rf"{_B}/MlpBlock_[03]/Dense_0/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
+        Rule(rf"{_B}/MlpBlock_[03]/Dense_1/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+        Rule(r"Transformer/encoder_norm/(scale|bias)", r"encoder/norm/\1"),
+        # A classifier of another width is not this tower's projection.
+        Rule(r"head/kernel", "head/projection/kernel", optional=True),
+    ],
+    # The rest of a two-tower file, the hidden layer before a classifier, and its bias.
+    ignore=[r"head/.*", r"pre_logits/.*", r"txt/.*", r"t", r"b"],
+)
+
+_L = r"encoder/layer/(\d+)"
+_HF_ATTENTION = rf"{_L}/attention"
+
+
+def _hf_view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "vit/")
+
+
+_TRANSFORMERS = Layout(
+    name="transformers ViT",
+    signature=r"(vit[./])?embeddings[./]patch_embeddings[./]projection[./](weight|kernel)",
+    view=_hf_view,
+    rules=[
+        Rule(r"embeddings/cls_token", "encoder/class_token"),
+        Rule(r"embeddings/position_embeddings", "encoder/position_embedding", "grid"),
+        Rule(r"embeddings/patch_embeddings/projection/(kernel|bias)", r"encoder/patch_embed/\1"),
+        Rule(rf"{_L}/layernorm_before/(scale|bias)", rf"{_OURS}/norm1/\2"),
+        Rule(rf"{_L}/layernorm_after/(scale|bias)", rf"{_OURS}/norm2/\2"),
+        Rule(
+            rf"{_HF_ATTENTION}/attention/(query|key|value)/(kernel|bias)",
+            rf"{_OURS}/attention/\2/\3",
+        ),
+        Rule(rf"{_HF_ATTENTION}/output/dense/(kernel|bias)", rf"{_OURS}/attention/out/\2"),
+        Rule(rf"{_L}/intermediate/dense/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
+        Rule(rf"{_L}/output/dense/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+        Rule(r"layernorm/(scale|bias)", r"encoder/norm/\1"),
+    ],
+    ignore=[r"pooler/.*", r"classifier/.*", r"embeddings/mask_token", r"decoder/.*"],
+)
+
+_NAMES = {
+    **STACK,
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "qkv_bias": "qkv_bias",
+}
+
+
+def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    part = clip_part(content, "vision")
+    if part is not None:  # transformers takes this size for granted
+        return dataclasses.asdict(PRESETS["CLIP-ViT-B/32"]) | named(part, _NAMES)
+    return named(content, _NAMES) if content.get("model_type", "vit") == "vit" else {}
+
+
+VIT = EncoderFamily(
+    VitConfig, Vit, "image", PRESETS, [AUGREG, _TRANSFORMERS, clip_layouts.VISION], _read_config
+)

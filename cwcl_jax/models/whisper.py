@@ -16,6 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.augment import SpeechAugment
+from cwcl_jax.models.family import EncoderFamily
+from cwcl_jax.models.layer_names import layer_rules
 from cwcl_jax.models.log_mel import HOP, MelSpec
 from cwcl_jax.models.numerics import activate, dropout
 from cwcl_jax.models.pooling import pool
@@ -27,6 +29,10 @@ from cwcl_jax.models.transformer import (
     layer_norm,
     make_blocks,
 )
+from cwcl_jax.weights.config_json import ENCODER_STACK, named
+from cwcl_jax.weights.readers import Weights
+from cwcl_jax.weights.rules import Layout, Rule
+from cwcl_jax.weights.views import flax_names, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,3 +160,44 @@ def sinusoids(length: int, width: int) -> Float[np.ndarray, "t d"]:
     steps = np.log(10000.0) / (width // 2 - 1)
     angles = np.arange(length)[:, None] * np.exp(-steps * np.arange(width // 2))[None, :]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def _view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "(?:model/)?(?=encoder/|decoder/)")
+
+
+# Names of Whisper files, as transformers writes them; the decoder stays out.
+_FILES = Layout(
+    name="Whisper",
+    signature=r"((model[./])?encoder[./])?conv1[./](weight|kernel)",
+    view=_view,
+    rules=[
+        Rule(r"(?:encoder/)?(conv[12])/(kernel|bias)", r"encoder/\1/\2"),
+        Rule(r"(?:encoder/)?embed_positions/embedding", "encoder/position_embedding", "top_rows"),
+        Rule(r"(?:encoder/)?layer_norm/(scale|bias)", r"encoder/norm/\1"),
+        *layer_rules(r"(?:encoder/)?layers/(\d+)"),
+    ],
+    ignore=[r"decoder/.*", r"proj_out/.*", r"projector/.*", r"classifier/.*"],
+)
+
+_NAMES = {
+    **ENCODER_STACK,
+    "mel_bins": "num_mel_bins",
+    "max_positions": "max_source_positions",
+}
+
+
+def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    return named(content, _NAMES) if content.get("model_type", "whisper") == "whisper" else {}
+
+
+WHISPER = EncoderFamily(
+    WhisperConfig,
+    WhisperEncoder,
+    "speech",
+    PRESETS,
+    [_FILES],
+    _read_config,
+    # A fixed table of sines: no setting but a regex that names it trains it.
+    fixed=("encoder/position_embedding",),
+)

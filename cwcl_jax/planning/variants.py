@@ -57,5 +57,5 @@ def _tuned_towers(base: Estimate) -> list[str]:
         for modality, tower in base.blueprint.config.towers.items()
         if not base.blueprint.features_are_locked(modality)
         and tower.remat != "full"
-        and tower.encoder not in ("conv_speech", "precomputed")
+        and has_blocks(tower.encoder)
     ]

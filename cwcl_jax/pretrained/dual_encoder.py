@@ -20,7 +20,7 @@ import numpy as np
 
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.folder import ModelDescription, below
-from cwcl_jax.pretrained.writers import write_safetensors
+from cwcl_jax.weights.writers import write_safetensors
 
 Arrays = dict[str, np.ndarray]
 _HIDDEN_ACT = {

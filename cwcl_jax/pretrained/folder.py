@@ -22,9 +22,9 @@ from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
-from cwcl_jax.pretrained.failures import WeightsMismatch
-from cwcl_jax.pretrained.readers import open_weights
-from cwcl_jax.pretrained.writers import write_safetensors
+from cwcl_jax.weights.failures import WeightsMismatch
+from cwcl_jax.weights.readers import open_weights
+from cwcl_jax.weights.writers import write_safetensors
 
 DESCRIPTION = "cwcl_jax.json"
 WEIGHTS = "model.safetensors"

@@ -17,60 +17,10 @@ import numpy as np
 from cwcl_jax.models.augment import SpeechAugment
 from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.pretrained.failures import WeightsMismatch
 from cwcl_jax.pretrained.folder import DESCRIPTION, read_description
-from cwcl_jax.pretrained.locate import locate
+from cwcl_jax.weights.failures import WeightsMismatch
+from cwcl_jax.weights.locate import locate
 
-_ACTIVATIONS = {
-    "gelu": "gelu_erf",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-}
-_STACK = {
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "activation": "hidden_act",
-    "epsilon": "layer_norm_eps",
-}
-_ENCODER_STACK = {
-    "width": "d_model",
-    "depth": "encoder_layers",
-    "heads": "encoder_attention_heads",
-    "mlp_width": "encoder_ffn_dim",
-    "activation": "activation_function",
-}
-_BERT = _STACK | {"vocab_size": "vocab_size", "token_types": "type_vocab_size"}
-# Encoder -> our field -> the key in config.json.
-_FIELDS: dict[str, dict[str, str]] = {
-    "vit": _STACK
-    | {"image_size": "image_size", "patch_size": "patch_size", "qkv_bias": "qkv_bias"},
-    "text": _STACK
-    | {
-        "vocab_size": "vocab_size",
-        "max_tokens": "max_position_embeddings",
-        "end_token": "eos_token_id",
-    },
-    "bert": _BERT | {"max_tokens": "max_position_embeddings"},
-    "roberta": _BERT | {"max_tokens": "max_position_embeddings"},
-    "bart": _ENCODER_STACK
-    | {
-        "vocab_size": "vocab_size",
-        "max_tokens": "max_position_embeddings",
-        "scale_embedding": "scale_embedding",
-    },
-    "whisper": _ENCODER_STACK
-    | {"mel_bins": "num_mel_bins", "max_positions": "max_source_positions"},
-}
-_MODEL_TYPES = {"xlm-roberta": "roberta", "camembert": "roberta"}
-
-
-# A CLIP file's part for each encoder, and the preset whose sizes transformers takes for granted.
-_CLIP = {"vit": ("vision", "CLIP-ViT-B/32"), "text": ("text", "CLIP-B")}
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {"dropout", *(field.name for field in dataclasses.fields(SpeechAugment))}
 # What changes the numbers and no shape: a difference is an error,
@@ -135,41 +85,11 @@ def _lasting(settings: Any) -> dict[str, Any]:
 
 def _of_transformers(file: Path, encoder: str) -> dict[str, Any]:
     content = _json(file)
-    kind = content.get("model_type", encoder)
-    part, preset = _CLIP.get(encoder, ("", ""))
-    settings: dict[str, Any] = {}
-    if part and kind in ("clip", f"clip_{part}_model"):
-        settings = _lasting(ENCODERS[encoder].presets[preset])
-        if encoder == "text":
-            settings |= {"pooling": "end", "end_token": settings["vocab_size"] - 1}
-        if kind == "clip":
-            # Where old files have both, transformers takes the second.
-            old = content.get(f"{part}_config_dict")
-            content = (content.get(f"{part}_config") or {}) if old is None else old
-    elif encoder not in _FIELDS or _MODEL_TYPES.get(kind, kind) != encoder:
-        return {}
-    for ours, theirs in _FIELDS[encoder].items():
-        if theirs in content:
-            settings[ours] = _value(file, theirs, content[theirs])
-    if encoder == "roberta" and "max_tokens" in settings:
-        settings["max_tokens"] -= ENCODERS["roberta"].config_class.position_offset
-    if settings.get("end_token") == 2:
-        # The mark of files from before the id was written down: CLIP's end token is the highest.
-        settings["end_token"] = -1
-    return settings
-
-
-def _value(file: Path, name: str, value: Any) -> Any:
-    """One setting of a config.json in our words."""
-    if name in ("hidden_act", "activation_function"):
-        if value not in _ACTIVATIONS:
-            raise ValueError(f"{file}: activation {value!r} is not supported")
-        return _ACTIVATIONS[value]
-    if isinstance(value, list) and len(set(map(repr, value))) == 1:
-        value = value[0]  # both sides of a square
-    if not isinstance(value, (int, float)):
-        raise ValueError(f"{file}: {name} is {value!r}, which is not supported: expected a number")
-    return value
+    try:
+        settings = ENCODERS[encoder].read_config(content) if content else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return {name: value for name, value in settings.items() if name not in _OF_TRAINING}
 
 
 def _pixel_range(folder: Path) -> dict[str, Any]:

@@ -2,31 +2,21 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwcl_jax.models.encoders import encoder_family
+from cwcl_jax.models.encoders import ENCODERS, encoder_family
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.pretrained import clip_rules, speech_rules, text_rules, vit_rules
-from cwcl_jax.pretrained.failures import WeightsMismatch
 from cwcl_jax.pretrained.folder_config import check_settings, explain_sizes
-from cwcl_jax.pretrained.locate import locate, sha256_of
-from cwcl_jax.pretrained.readers import Weights, open_weights
-from cwcl_jax.pretrained.rules import Family, Rule, fill, make_plan
-from cwcl_jax.pretrained.views import unstacked, without_prefix
-
-FAMILIES: dict[str, Sequence[Family]] = {
-    "vit": [vit_rules.AUGREG, vit_rules.TRANSFORMERS, clip_rules.VISION],
-    "text": [clip_rules.TEXT],
-    "bert": [text_rules.BERT],
-    "roberta": [text_rules.ROBERTA],
-    "bart": [text_rules.BART],
-    "whisper": [speech_rules.WHISPER],
-}
+from cwcl_jax.weights.failures import WeightsMismatch
+from cwcl_jax.weights.locate import locate, sha256_of
+from cwcl_jax.weights.readers import Weights, open_weights
+from cwcl_jax.weights.rules import Layout, Rule, fill, make_plan
+from cwcl_jax.weights.views import unstacked, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +53,10 @@ def import_tower(
     prefix = f"towers/{modality}/"
     leaves = {p.removeprefix(prefix): x for p, x in abstract.items() if p.startswith(prefix)}
     weights = open_weights(path)
-    family = recognise(weights, config.encoder, modality)
-    view = family.view(weights)
+    layout = recognise(weights, config.encoder, modality)
+    view = layout.view(weights)
     try:
-        plan = make_plan(view, family, leaves)
+        plan = make_plan(view, layout, leaves)
     except WeightsMismatch as error:
         raise error.explained(explain_sizes(path, config)) from None
     check_settings(path, config)
@@ -95,14 +85,14 @@ def _on_default_device(path: str, array: np.ndarray) -> jax.Array:
     return jnp.asarray(array)
 
 
-def own_family(modality: str) -> Family:
+def own_layout(modality: str) -> Layout:
     """A file that this package exported: its names are the paths, scanned layers one by one."""
 
     def view(weights: Weights) -> Weights:
         plain = without_prefix(weights, f"towers/{modality}/")
         return unstacked(plain, r"(encoder/blocks)(/[a-z].*)", joint="/")
 
-    return Family(
+    return Layout(
         name="cwcl_jax",
         signature=r"towers/.+",
         view=view,
@@ -115,24 +105,27 @@ def own_family(modality: str) -> Family:
     )
 
 
-def recognise(weights: Weights, encoder: str, modality: str) -> Family:
-    """The family whose signature the file's names show, or an error that says what was found."""
-    own = own_family(modality)
-    for family in [own, *FAMILIES.get(encoder, [])]:
-        if _signed(family, weights):
-            return family
-    reads = encoder_family(encoder).modality
+def recognise(weights: Weights, encoder: str, tower: str) -> Layout:
+    """Returns the layout whose signature the file's names show.
+
+    Raises:
+      WeightsMismatch: it is no file for this encoder; says what was found.
+    """
+    family = encoder_family(encoder)
+    possible = [own_layout(tower), *family.layouts]
+    for layout in possible:
+        if _signed(layout, weights):
+            return layout
     others = {
-        family.name: name
+        layout.name: name
         # A joint file signs for two encoders: the one of this tower's modality comes first.
-        for name in sorted(FAMILIES, key=lambda name: encoder_family(name).modality != reads)
-        for family in FAMILIES[name]
-        if name != encoder and _signed(family, weights)
+        for name in sorted(ENCODERS, key=lambda name: ENCODERS[name].modality != family.modality)
+        for layout in ENCODERS[name].layouts
+        if name != encoder and _signed(layout, weights)
     }
     looks = f"it looks like a {next(iter(others))} file" if others else "no known kind of file"
-    known = ", ".join(family.name for family in [own, *FAMILIES.get(encoder, [])])
     first = next(iter(weights.entries), "nothing at all")
-    remedy = f"known for encoder {encoder!r}: {known}"
+    remedy = f"known for encoder {encoder!r}: {', '.join(layout.name for layout in possible)}"
     if others:
         remedy += f"; or set the tower's encoder to {next(iter(others.values()))!r}"
     raise WeightsMismatch(
@@ -142,5 +135,5 @@ def recognise(weights: Weights, encoder: str, modality: str) -> Family:
     )
 
 
-def _signed(family: Family, weights: Weights) -> bool:
-    return any(re.fullmatch(family.signature, name) for name in weights.entries)
+def _signed(layout: Layout, weights: Weights) -> bool:
+    return any(re.fullmatch(layout.signature, name) for name in weights.entries)

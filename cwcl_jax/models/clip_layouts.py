@@ -4,10 +4,10 @@ A joint file feeds two towers: each takes its own names and leaves the other's a
 The projections, which have no bias, become linear heads where embed_dim is theirs.
 """
 
-from cwcl_jax.pretrained.readers import Weights
-from cwcl_jax.pretrained.rules import Family, Rule
-from cwcl_jax.pretrained.text_rules import layer_rules
-from cwcl_jax.pretrained.views import flax_names, without_prefix
+from cwcl_jax.models.layer_names import layer_rules
+from cwcl_jax.weights.readers import Weights
+from cwcl_jax.weights.rules import Layout, Rule
+from cwcl_jax.weights.views import flax_names, without_prefix
 
 _LAYERS = layer_rules(
     r"encoder/layers/(\d+)", norm1="layer_norm1", norm2="layer_norm2", mlp=r"mlp/"
@@ -24,7 +24,7 @@ def _vision_view(weights: Weights) -> Weights:
     return without_prefix(flax_names(weights), "vision_model/")
 
 
-TEXT = Family(
+TEXT = Layout(
     name="CLIP text",
     signature=r"(text_model[./])?embeddings[./]token_embedding[./](weight|embedding)",
     view=_text_view,
@@ -38,7 +38,7 @@ TEXT = Family(
     ignore=[*_VISION_ONLY, "logit_scale", r"embeddings/position_ids"],
 )
 
-VISION = Family(
+VISION = Layout(
     name="CLIP image",
     # Their spelling; SigLIP's tower, which is another, has no such norm.
     signature=r"(vision_model[./])?pre_layrnorm[./](weight|scale)",

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from cwcl_jax.data.installed import inside_package
-from cwcl_jax.pretrained.readers import READERS, files_of
+from cwcl_jax.weights.readers import READERS, files_of
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_SETTINGS = ["*.json", "*.txt", "*.model"]

@@ -1,0 +1,40 @@
+"""An encoder family: one row of the table of encoders, made where its module stands."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cwcl_jax.weights.rules import Layout
+
+
+def _nothing(content: Mapping[str, Any]) -> dict[str, Any]:
+    del content
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderFamily:
+    """All that the package knows about a kind of encoder.
+
+    Attributes:
+      config_class: a frozen dataclass of its own settings.
+      build: `build(config, execution, rngs=...)` gives the module.
+      modality: name of the modality that it reads.
+      presets: settings by the name of a size.
+      layouts: the kinds of weight files that can be imported.
+      read_config: settings that a config.json beside weights names; empty for another model's.
+      fixed: paths below the tower that `tune="all"` does not train.
+    """
+
+    config_class: type
+    build: Callable[..., Any]
+    modality: str
+    presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layouts: Sequence[Layout] = ()
+    read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    fixed: tuple[str, ...] = ()
+
+    @property
+    def has_depth(self) -> bool:
+        """Whether the encoder is a stack of equal blocks."""
+        return any(field.name == "depth" for field in dataclasses.fields(self.config_class))
