@@ -70,7 +70,7 @@ def rate_rows(source: Source, seconds: float, threads: int) -> Rate:
 
     def work(first: int) -> int:
         done = 0
-        while time.perf_counter() - begin < seconds:
+        while not done or time.perf_counter() - begin < seconds:
             source.read(int(order[(first + done * threads) % len(order)]), ("image", "text"))
             done += 1
         return done

@@ -118,6 +118,11 @@ def test_raw_inputs_and_features_are_those_that_the_line_names(tmp_path):
     np.testing.assert_array_equal(example["features"]["image"], np.float32([5, 2, 3]))
     found = source.vectors(np.array([5, 0]))
     np.testing.assert_array_equal(found["image"], np.float32([[6, 2, 3], [1, 2, 3]]))
+    many = open_source(f"parquet:{tmp_path}/a.parquet?features=a:tensor,b:signal,c:age")
+    found = many.vectors(np.array([4, 1]))
+    for name in "ab":
+        np.testing.assert_array_equal(found[name], [eeg(4), eeg(1)])
+    np.testing.assert_array_equal(found["c"], np.float32([4, 1]))
     # The very same columns under other names are other data.
     other = open_source(line.replace("image:clip", "text:clip"))
     assert other.fingerprint() != source.fingerprint()

@@ -80,6 +80,20 @@ def test_numbers_and_lists_of_captions(tmp_path):
     assert source.embedded == ("image",)
 
 
+def test_vectors_follow_the_order_and_fall_back_where_rows_differ(tmp_path):
+    clips = pa.array([[n + 1.0, 0.0] for n in range(9)], pa.list_(pa.float32()))
+    write_saved(tmp_path / "a", [table(9, clip=clips)], indices=[8, 2, 2, 5])
+    source = open_source(f"hf:{tmp_path}/a?features=image:clip")
+    found = source.vectors(np.array([3, 0, 1]))["image"]
+    np.testing.assert_array_equal(found, np.float32([[6, 0], [9, 0], [3, 0]]))
+    np.testing.assert_array_equal(found[0], source[3]["features"]["image"])
+    assert pickle.loads(pickle.dumps(source))._matrices is None
+    for bad in ([1.0], None, [None, 1.0]):
+        rows = pa.array([[1.0, 2.0], bad, [3.0, 4.0]])
+        write_saved(tmp_path / "b", [table(3, clip=rows)])
+        assert open_source(f"hf:{tmp_path}/b?features=image:clip").vectors(np.arange(1)) is None
+
+
 def test_a_path_outside_of_the_folder_is_a_bad_example(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     media = pa.array([{"bytes": None, "path": "../secret.jpg"}], MEDIA)

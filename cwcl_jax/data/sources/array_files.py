@@ -38,7 +38,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     if path.is_dir() and suffix != ".zarr":
         files = sorted(path.glob("*.npy"))
         if not files:
-            raise ValueError(f"The folder {path} holds no .npy files.")
+            raise ValueError(f"The file of arrays is a folder: {path}, without .npy files in it.")
         return {file.stem: _load_npy(file) for file in files}
     load = {".npz": _load_npz, ".safetensors": _load_safetensors, ".zarr": _load_zarr}
     load |= dict.fromkeys(_HDF5, _load_hdf5)

@@ -1,6 +1,7 @@
 """Rows of Arrow columns as examples: what Parquet files and saved data sets share."""
 
 import functools
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,11 +15,13 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.arrow_columns import Columns, plain_type, split_path
 from cwcl_jax.data.sources.base import ALL_FIELDS, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.files import read_bytes
-from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value
+from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value, usable_rows
 from cwcl_jax.data.sources.texts import captions_of
 
 # Its functions are made when it is imported, which type checkers do not see.
 _COMPUTE: Any = pyarrow.compute
+# Features of up to so many bytes stay in memory, where many rows at once are cheap.
+_MATRIX_BYTES = 1 << 30
 
 
 @runtime_checkable
@@ -39,6 +42,10 @@ class RowStore(Protocol):
         """A whole column, part by part."""
         ...
 
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """Where rows stand in the columns, which may have another order."""
+        ...
+
     def content(self) -> object:
         """Changes when the files change."""
         ...
@@ -52,6 +59,11 @@ class ArrowRows(Source):
         self.columns = columns
         self.root = root
         self.embedded = tuple(columns.features)
+        self._lock = threading.Lock()
+        self._matrices: dict[str, np.ndarray] | None = None
+
+    def __reduce__(self):
+        return ArrowRows, (self._store, self.columns, self.root)
 
     @property
     def class_names(self) -> Sequence[str] | None:
@@ -120,11 +132,14 @@ class ArrowRows(Source):
         return found
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
-        try:
-            rows = [self.read(int(index), ("features",))["features"] for index in indices]
-        except BadExample:
+        with self._lock:
+            if self._matrices is None:
+                self._matrices = _matrices(self._store, self.columns.features)
+        if not self._matrices:
             return None
-        return {name: np.stack([row[name] for row in rows]) for name in self.embedded}
+        places = self._store.places(indices)
+        found = {modality: matrix[places] for modality, matrix in self._matrices.items()}
+        return found if all(map(usable_rows, found.values())) else None
 
     def fingerprint(self) -> str:
         return fingerprint_of("arrow", self.columns.said(), len(self), self._store.content())
@@ -224,6 +239,37 @@ def _numbers(cells: Mapping[str, pa.Scalar], path: str, field: str, name: str) -
     if isinstance(scalar, (pa.ListScalar, pa.LargeListScalar, pa.FixedSizeListScalar)):
         return _flattened(scalar.values, field, name)
     return np.asarray(scalar.as_py(), scalar.type.to_pandas_dtype())
+
+
+def _stacked(part: Any) -> np.ndarray:
+    """All rows of a part of a column as one array."""
+    if isinstance(part, pa.FixedShapeTensorArray) and not part.null_count:
+        return part.to_numpy_ndarray()
+    while isinstance(part, pa.ExtensionArray):
+        part = part.storage
+    return _flattened(part, "features", "")
+
+
+def _matrices(store: RowStore, features: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Whole columns of features as float32; {} where rows differ in shape, or are too many."""
+    found = {}
+    room = _MATRIX_BYTES // max(1, len(features) * len(store))
+    for modality, path in features.items():
+        parts = []
+        top, *members = split_path(path)
+        try:
+            for part in store.column(top):
+                for member in members:
+                    part = _COMPUTE.struct_field(part, member)
+                parts.append(np.asarray(_stacked(part), np.float32))
+                if parts[-1].nbytes > room * len(part):
+                    return {}
+        except (BadExample, ValueError, TypeError, pa.ArrowException):
+            return {}
+        if len({part.shape[1:] for part in parts}) != 1:
+            return {}
+        found[modality] = np.concatenate(parts)
+    return found
 
 
 def _flattened(values: pa.Array, field: str, name: str) -> np.ndarray:

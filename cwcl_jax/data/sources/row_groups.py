@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -86,6 +87,9 @@ class RowGroups:
             except (pa.ArrowException, OSError) as error:
                 path = self.paths[self._places[number][0]]
                 raise ValueError(f"The column {top!r} of {path} cannot be read: {error}") from error
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return indices
 
     def content(self) -> object:
         return contents_of(self.paths, ends=True)

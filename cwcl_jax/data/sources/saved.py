@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cwcl_jax.data.sources.base import Source
 
 if TYPE_CHECKING:
@@ -131,6 +133,9 @@ class SavedRows:
 
     def column(self, top: str) -> "Iterator[pa.Array]":
         return self._files.column(top)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return np.array([self._row(int(index)) for index in indices], np.int64)
 
     def content(self) -> object:
         order = None if self._indices is None else self._indices.content()

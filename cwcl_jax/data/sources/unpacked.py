@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.types as pat
 
@@ -39,6 +40,9 @@ class Unpacked:
 
     def name_of(self, index: int) -> str:
         return self._store.name_of(index)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        return indices
 
     def content(self) -> object:
         return self._store.content()
