@@ -157,6 +157,19 @@ def test_alignment_of_the_analytic_model(monkeypatch):
     np.testing.assert_allclose(result.items["matrix"], np.kron(np.eye(3), np.ones((3, 3))))
 
 
+def test_sentences_go_to_the_tower_that_the_task_names(monkeypatch):
+    numbers = [0, 1, 2] * 3
+    texts = [SHAPES[n] for n in numbers]
+    give_sources(monkeypatch, x=Memory(numbers, labels=numbers, texts=texts, class_names=SHAPES))
+    encode = Analytic(MODEL, AXES)
+    options = {"source": "memory:x", "text_tower": "caption"}
+    assert run(ZeroShot(**options), encode).metrics["top1"] == 1.0
+    assert "image_to_caption_R@1" in run(Retrieval(**options, recall_k=(1,)), encode).metrics
+    alignment = run(Alignment(**options, classes=3, items_per_class=3), encode)
+    assert "uniformity_caption" in alignment.metrics
+    assert {tower for tower, *_ in encode.shapes} == {"image", "caption"}
+
+
 def test_probe_learns_classes_that_have_no_words(monkeypatch):
     """Both classes look alike to the text side; labelled examples tell them apart."""
     model = table([1, 0, 0], [0.9, 0.1, 0], [0.95, 0, 0.3], [0.85, 0.1, 0.3])
