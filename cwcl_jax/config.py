@@ -163,9 +163,9 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
         settings that contradict each other.
     """
     plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
-    plain["towers"] = _convert(Mapping[str, TowerConfig], plain.get("towers", {}), "config.towers")
+    plain["towers"] = convert(Mapping[str, TowerConfig], plain.get("towers", {}), "config.towers")
     plain["data"] = _with_inputs(plain.get("data", {}), plain["towers"])
-    return _convert(ExperimentConfig, plain, "config")
+    return convert(ExperimentConfig, plain, "config")
 
 
 def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
@@ -179,7 +179,7 @@ def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
             raise ConfigError(_unknown(name, [*own, *kinds], "config.data"))
     used = [name for name, kind in kinds.items() if name in towers or kind().field]
     inputs = {
-        name: _convert(kinds[name], data.get(name, {}), f"config.data.{name}") for name in used
+        name: convert(kinds[name], data.get(name, {}), f"config.data.{name}") for name in used
     }
     inputs |= {name: inputs[name].fitted(tower.overrides) for name, tower in towers.items()}
     return {k: v for k, v in data.items() if k in own} | {"inputs": inputs}
@@ -209,8 +209,17 @@ def _variant(cls: type, given: Mapping[str, Any], path: str) -> tuple[type, dict
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _convert(kind: Any, value: Any, path: str) -> Any:
-    """`value` as an instance of the annotation `kind`; `path` names it in errors."""
+def convert(kind: Any, value: Any, path: str) -> Any:
+    """Returns a plain value as an instance of an annotation.
+
+    Args:
+      kind: a dataclass of settings, or the annotation of a field of one.
+      value: as a ConfigDict or JSON gives it.
+      path: names it in errors, for example "config.evaluation.tasks.a".
+
+    Raises:
+      ConfigError: it does not fit; the message names the path, and the nearest known field.
+    """
     if dataclasses.is_dataclass(kind):
         return _convert_dataclass(typing.cast(type, kind), value, path)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -218,15 +227,15 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         inner = [a for a in arguments if a is not type(None)]
         if len(inner) > 1:
             raise ConfigError(_unsupported(kind, path))
-        return None if value is None else _convert(inner[0], value, path)
+        return None if value is None else convert(inner[0], value, path)
     if origin is tuple and arguments[1:] == (...,):
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise ConfigError(f"{path} must be a sequence, got {value!r}")
-        return tuple(_convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+        return tuple(convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if _is_mapping(origin):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a mapping, got {value!r}")
-        return {k: _convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+        return {k: convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
     if origin is not None or not (kind is Any or inspect.isclass(kind)):
         raise ConfigError(_unsupported(kind, path))
     return _convert_scalar(kind, value, path)
@@ -259,7 +268,7 @@ def _convert_dataclass(cls: type[T], value: Any, path: str) -> T:
     for name in value:
         if name not in known:
             raise ConfigError(_unknown(name, known, path))
-    arguments = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in value.items()}
+    arguments = {k: convert(hints[k], v, f"{path}.{k}") for k, v in value.items()}
     try:
         return cls(**arguments)
     except ConfigError:

@@ -1,11 +1,21 @@
 """The strict conversion of settings."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 
 from cwcl_jax import config as config_module
-from cwcl_jax.config import ConfigError, changed_fields, from_json, parse_argument, to_json
+from cwcl_jax.config import (
+    ConfigError,
+    changed_fields,
+    convert,
+    defaults,
+    from_json,
+    parse_argument,
+    to_json,
+    to_plain,
+)
 from tests.training.toy import toy_config
 
 
@@ -63,6 +73,58 @@ def test_wrong_value_is_an_error_that_names_the_field(path, value, message):
 
 def test_integers_become_floats_where_floats_are_wanted():
     assert toy_config(**{"optimizer.clip_norm": 2}).optimizer.clip_norm == 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Stands for several classes: the number of corners tells them apart."""
+
+    corners: int = 0
+
+    @classmethod
+    def variant(cls, given):
+        if given.get("corners", 0) not in (0, 4):
+            raise ValueError(f"there is no shape with {given['corners']} corners")
+        return (Square if given.get("corners") else Circle), dict(given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle(Shape):
+    radius: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(Shape):
+    sides: tuple[float, ...] = (1.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    shapes: Mapping[str, Shape]
+
+
+def test_given_fields_choose_the_class():
+    plain = {"shapes": {"a": {"radius": 2}, "b": {"corners": 4, "sides": [1, 2]}}}
+    drawing = convert(Drawing, plain, "config")
+    assert drawing == Drawing({"a": Circle(radius=2.0), "b": Square(4, (1.0, 2.0))})
+    assert convert(Drawing, to_plain(drawing), "config") == drawing
+    assert defaults(Shape, corners=4).to_dict() == {"corners": 4, "sides": (1.0,)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"radus": 2.0}, r"config\.shapes\.a has no field 'radus'; did you mean 'radius'"),
+        ({"sides": ()}, r"config\.shapes\.a has no field 'sides'"),
+        ({"corners": 4, "sides": ["x"]}, r"config\.shapes\.a\.sides\[0\] must be float"),
+        ({"corners": 3}, r"config\.shapes\.a: there is no shape with 3 corners"),
+    ],
+)
+def test_fields_are_those_of_the_chosen_class(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        convert(Drawing, {"shapes": {"a": fields}}, "config")
+    with pytest.raises(ConfigError, match="Circle has no field 'radus'"):
+        defaults(Shape, radus=2.0)
 
 
 def test_changed_fields_are_dotted_paths():

@@ -16,6 +16,7 @@ DATA = DataConfig(
     inputs={
         "image": ImageInputs(size=SIZE),
         "text": TextInputs(max_tokens=24),
+        "caption": TextInputs(max_tokens=24),
         "speech": SpeechInputs(max_seconds=0.1),
     },
     threads=1,

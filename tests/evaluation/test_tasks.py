@@ -169,7 +169,7 @@ def test_alignment_tells_what_the_projection_of_the_weights_side_keeps(monkeypat
     features, embeds = (
         Analytic(table(*x), dict(zip(SHAPES, x, strict=True))) for x in (before, after)
     )
-    task = TaskConfig(kind="alignment", source="memory:x", classes=3, items_per_class=2)
+    task = Alignment(source="memory:x", classes=3, items_per_class=2)
     found = run(task, embeds, features=features, weights_from=side).metrics
     # Of a sentence that two items have it counts once.
     rows = [0, 1, 2, 0, 1, 2] if side == "image" else [0, 1, 2]
@@ -178,6 +178,19 @@ def test_alignment_tells_what_the_projection_of_the_weights_side_keeps(monkeypat
     expected = stats.spearmanr(*(c[pairs] for c in cosines)).statistic
     assert found["structure_kept_by_projection"] == pytest.approx(expected)
     assert "structure_kept_by_projection" not in run(task, embeds, features=features).metrics
+
+
+def test_sentences_go_to_the_tower_that_the_task_names(monkeypatch):
+    numbers = [0, 1, 2] * 3
+    texts = [SHAPES[n] for n in numbers]
+    give_sources(monkeypatch, x=Memory(numbers, labels=numbers, texts=texts, class_names=SHAPES))
+    encode = Analytic(MODEL, AXES)
+    options = {"source": "memory:x", "text_tower": "caption"}
+    assert run(ZeroShot(**options), encode).metrics["top1"] == 1.0
+    assert "image_to_caption_R@1" in run(Retrieval(**options, recall_k=(1,)), encode).metrics
+    alignment = run(Alignment(**options, classes=3, items_per_class=3), encode)
+    assert "uniformity_caption" in alignment.metrics
+    assert {tower for tower, *_ in encode.shapes} == {"image", "caption"}
 
 
 def test_probe_learns_classes_that_have_no_words(monkeypatch):

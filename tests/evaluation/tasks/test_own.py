@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -21,43 +23,9 @@ from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
 from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parents[3]
-MODULE = '''"""Rank: how high every item's own caption ranks among all captions."""
-
-from dataclasses import dataclass
-
-import numpy as np
-
-from cwcl_jax.evaluation.results import TaskResult
-from cwcl_jax.evaluation.significance import bootstrap_intervals
-from cwcl_jax.evaluation.tasks.base import Task
-
-
-@dataclass(frozen=True)
-class Rank(Task):
-    tower: str = "image"
-    text_tower: str = "text"
-    limit: int = 10  # lower ranks count as nothing
-
-    def check(self, towers, cache_dir=""):
-        super().check(towers, cache_dir)
-        self.require_tower("text_tower", towers)
-        if self.limit < 1:
-            raise ValueError(f"limit={self.limit} must be at least 1")
-
-    def run(self, name, runner):
-        items = runner.items(self.open(runner), self.tower)
-        texts = runner.sentences([group[0] for group in items.captions], tower=self.text_tower)
-        similar = items.embeds @ texts.T
-        rank = 1 + np.sum(similar > np.diag(similar)[:, None], axis=1)
-        values = np.where(rank <= self.limit, 1 / rank, 0.0)
-        return TaskResult(
-            name,
-            self,
-            metrics={"reciprocal_rank": values.mean()},
-            intervals=bootstrap_intervals({"reciprocal_rank": values}, self),
-            items={"ids": np.asarray(items.ids), "hit_reciprocal_rank": values},
-        )
-'''
+# The README's own, as a person would copy it.
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULE = textwrap.dedent(re.findall(r'^    """Rank:.*\n(?:    .*\n|\n)+', README, re.M)[0])
 SOURCE = "scenes:test?task=retrieval&n=24"
 
 
