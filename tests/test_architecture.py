@@ -37,7 +37,7 @@ ALLOWED = {
     "recipes": {"config", "losses"},
     "api": _LIBRARY,
     "planning": _LIBRARY,
-    "benchmarks": _LIBRARY | {"arguments", "cli", "planning", "reproduction"},
+    "benchmarks": _LIBRARY | {"arguments", "cli", "planning", "recipes", "reproduction"},
     "reproduction": _LIBRARY | {"cli"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.

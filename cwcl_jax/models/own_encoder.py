@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
-from jaxtyping import Array, Float
 
 from cwcl_jax.extension import import_named
 from cwcl_jax.models.transformer import Execution
@@ -39,7 +38,7 @@ def settings_of(encoder: str, preset: str, overrides: Mapping[str, Any], pooling
     for name, value in (("preset", preset), ("pooling", pooling)):
         if value:
             raise ValueError(f"encoder {encoder!r} is your own and has no {name}: leave it out")
-    parameters = inspect.signature(kind).parameters.values()
+    parameters = _arguments(kind).values()
     known = [p.name for p in parameters if p.name not in (*_GIVEN, "parent", "name")]
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name in overrides:
@@ -52,6 +51,13 @@ def settings_of(encoder: str, preset: str, overrides: Mapping[str, Any], pooling
             )
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
     return types.SimpleNamespace(**plain)
+
+
+def _arguments(kind: Any) -> dict[str, inspect.Parameter]:
+    """Of `__init__`: nnx hides a class's own signature behind that of its metaclass."""
+    arguments = dict(inspect.signature(kind.__init__).parameters)
+    arguments.pop("self", None)
+    return arguments
 
 
 def _class_of(encoder: str) -> Any:
@@ -78,7 +84,7 @@ class OwnEncoder(nnx.Module):
                 f"encoder {encoder!r} is your own: scan_layers and remat are for the built-in ones"
             )
         kind = _class_of(encoder)
-        parameters = inspect.signature(kind).parameters
+        parameters = _arguments(kind)
         possible = {"rngs": rngs, "dtype": execution.dtype, "arrays": dict(arrays)}
         given = {name: value for name, value in possible.items() if name in parameters}
         sample = {
@@ -96,9 +102,8 @@ class OwnEncoder(nnx.Module):
         self.takes_key = "key" in inspect.signature(kind.__call__).parameters
         self.feature_width = _width(encoder, self, sample)
 
-    def __call__(
-        self, inputs: Mapping[str, Any], key: jax.Array | None = None
-    ) -> Float[Array, "b f"]:
+    def __call__(self, inputs: Mapping[str, Any], key: jax.Array | None = None) -> Any:
+        """Returns features (b, f); `_width` has checked their shape."""
         # Without a key nothing is random, and BatchNorm uses what it has averaged.
         if key is None:
             self.module.eval()

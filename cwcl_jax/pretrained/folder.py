@@ -149,13 +149,14 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
 
 
 def check_code_is_allowed(file: Path, allow_code: bool) -> None:
-    """Raises PermissionError where a file's towers name modules that would be imported."""
-    towers = json.loads(file.read_text(encoding="utf-8")).get("towers", {})
+    """Raises PermissionError where a file names modules that would be imported."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    tasks = content.get("evaluation", {}).get("tasks", {})
     named = [
-        tower[field]
-        for tower in towers.values()
-        for field in ("modality", "encoder")
-        if is_reference(tower.get(field, ""))
+        part[field]
+        for part in [*content.get("towers", {}).values(), *tasks.values()]
+        for field in ("modality", "encoder", "kind")
+        if is_reference(part.get(field) or "")
     ]
     if named and not allow_code:
         raise PermissionError(

@@ -67,7 +67,7 @@ class Encoder(nnx.Module):
         self.drop = nnx.Dropout(drop, rngs=rngs)
         self.window = jnp.hanning(8)
     def __call__(self, inputs):
-        return self.drop(self.norm(self.dense(inputs["signal"] * self.window)))
+        return self.drop(self.norm(self.dense(inputs["signal"] * self.window[None])))
 
 class InLinen(linen.Module):
     width: int = 16
@@ -306,7 +306,7 @@ def test_the_example_runs_as_its_text_says(tmp_path):
     shutil.copy(ROOT / "configs" / "eeg.py", tmp_path)
     small = [
         "--config.towers.text.encoder=text", "--config.towers.text.preset=tiny",
-        "--config.towers.text.weights=", "--config.towers.text.pooling=", "--config.embed_dim=96",
+        "--config.towers.text.weights=", "--config.towers.text.pooling=", "--config.embed_dim=128",
         "--config.data.text.tokenizer=", "--config.total_steps=30",
     ]  # fmt: skip
     python = [sys.executable]
@@ -327,4 +327,4 @@ def test_the_example_runs_as_its_text_says(tmp_path):
             cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(3, 96) (1, 96)"
+    assert done.stdout.strip() == "(3, 128) (1, 128)"

@@ -171,8 +171,18 @@ def call_with_options(
                 f"A source of kind {line.kind!r} has no option {name!r}.{hint} It has: "
                 f"{', '.join(sorted([*known, 'embeds', 'weight']))}."
             )
-        arguments[name] = _convert(line.kind, name, value, known[name].annotation)
+        arguments[name] = _convert(line.kind, name, value, _type_of(known[name]))
     return opener(first, **arguments)
+
+
+def _type_of(parameter: inspect.Parameter) -> Any:
+    """What an option is annotated with, else the type of its default; a user's may say neither."""
+    if parameter.annotation is not parameter.empty and not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    named = {"str": str, "int": int, "float": float, "bool": bool}
+    if parameter.annotation in named:
+        return named[parameter.annotation]
+    return str if parameter.default in (parameter.empty, None) else type(parameter.default)
 
 
 def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
