@@ -1,7 +1,7 @@
 """Evaluates a run or an imported model: `python -m cwcl_jax.evaluate --workdir=runs/NAME`.
 
 The tasks are those of the run's settings, some of them (`--tasks=shape,retrieval`), or those of a
-JSON file (`--tasks=tasks.json`: name -> its fields). `--config=FILE` in place of a
+JSON file (`--tasks=tasks.json`: name -> fields of the task). `--config=FILE` in place of a
 workdir evaluates the weights that the config imports, untrained. `--compare=DIR` adds paired
 tests against another run that was evaluated on the same tasks. `--audio=a.wav
 --classes="play music,stop"` ranks classes for one recording, `--image=a.png` for one picture.

@@ -66,10 +66,11 @@ def toy(cache: Path, argument="", **changes):
     made.logging.tensorboard = False
     made.evaluation.batch_size = 16
     for task in made.evaluation.tasks.values():
-        for field in ("source", "template_source"):
+        for field in {"source", "template_source"} & set(task):
             task[field] = task[field].replace("n=960", "n=64").replace("n=1000", "n=24")
             task[field] = task[field].replace("n=600", "n=20")
-        task.items_per_class = 2
+        if "items_per_class" in task:
+            task.items_per_class = 2
         task.bootstrap = 20
     with made.unlocked():
         for path, value in changes.items():
