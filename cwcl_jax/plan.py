@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags
@@ -43,8 +44,8 @@ def plan(
     search: bool = True,
     variants: bool = False,
     efficiency: float = 0.5,
-) -> str:
-    """The plan as text. Without the chip's compiler, the process needs `mesh`'s number of devices.
+) -> Iterator[str]:
+    """The sections of the plan. Without the chip's compiler, as many devices of any kind as `mesh`.
 
     Args:
       search: also look for the largest batch.
@@ -73,13 +74,11 @@ def plan(
         raise
     except ValueError as error:  # an encoder's, about its own settings
         raise ConfigError(f"config.towers: {error}") from error
-    return report.report(
-        base,
-        changes.variants(base, planner) if variants else (),
-        efficiency=efficiency,
-        largest_batch=planner.largest_batch(base) if search and not planner.missing else None,
-        missing=planner.missing,
-    )
+    yield report.report(base, efficiency=efficiency, missing=planner.missing)
+    if search and not planner.missing:
+        yield f"largest global batch that was found to fit: {planner.largest_batch(base):,}"
+    if variants:
+        yield report.variants_table(changes.variants(base, planner))
 
 
 def without_files(config: ExperimentConfig) -> ExperimentConfig:
@@ -147,7 +146,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--output={output}: name a file in a folder that exists")
     config = cli.resolve_config(_CONFIG)
     virtual_devices(parse_mesh(_MESH.value)[1])
-    text = plan(
+    sections = plan(
         config,
         _MESH.value,
         compile_step=_COMPILE.value,
@@ -155,9 +154,12 @@ def main(argv: list[str]) -> int:
         variants=_VARIANTS.value,
         efficiency=_EFFICIENCY.value,
     )
-    print(text)
+    told = []
+    for section in sections:
+        told.append(section + "\n")
+        print(section, end="\n\n", flush=True)
     if _OUTPUT.value:
-        output.write_text(text + "\n", encoding="utf-8")
+        output.write_text("\n".join(told), encoding="utf-8")
     return cli.DONE
 
 

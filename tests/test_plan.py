@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from cwcl_jax import plan as command
 from cwcl_jax.cli import BAD_CONFIG, DONE
 from cwcl_jax.config import ConfigError
-from cwcl_jax.plan import plan, without_files
+from cwcl_jax.plan import without_files
 from cwcl_jax.reproduction.runs import load_experiment
 from tests.planning.wide import wide_config
 from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parent.parent
+
+
+def plan(*arguments, **options):
+    """The whole text."""
+    return "\n\n".join(command.plan(*arguments, **options))
 
 
 def run(*arguments, timeout=300):
@@ -52,7 +58,7 @@ def test_command_prints_the_whole_plan(tmp_path):
         "accumulation_steps=4",
     ):
         assert text in result.stdout, text
-    assert output.read_text() == result.stdout
+    assert output.read_text() == result.stdout.rstrip("\n") + "\n"
 
 
 @pytest.mark.multiprocess

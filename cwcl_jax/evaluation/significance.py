@@ -29,11 +29,6 @@ class PairedTest:
     test: str
     items: int
 
-    def verdict(self, level: float = 0.05) -> str:
-        if self.p_value >= level:
-            return "no difference shown"
-        return "B is higher" if self.difference > 0 else "B is lower"
-
 
 def bootstrap_interval(
     values: Shaped[np.ndarray, "n"],

@@ -17,25 +17,11 @@ _PRECISIONS = {
 }
 
 
-def report(
-    base: Estimate,
-    others: Iterable[tuple[str, Estimate | ConfigError]] = (),
-    *,
-    efficiency: float,
-    largest_batch: int | None = None,
-    missing: str = "",
-) -> str:
-    """All sections.
-
-    Args:
-      others: what other settings would change.
-      largest_batch: None where it was not asked for.
-      missing: why nothing was compiled.
-    """
-    parts = [_heading(base), _towers(base), _memory(base, largest_batch, missing), _work(base)]
-    parts += [_traffic(base), _time(base, efficiency)]
-    rows = list(others)
-    return "\n\n".join(part for part in [*parts, _variants(rows), _notes(base)] if part)
+def report(base: Estimate, *, efficiency: float, missing: str = "") -> str:
+    """What is known of one config; `missing` says why nothing was compiled."""
+    parts = [_heading(base), _towers(base), _memory(base, missing), _work(base), _traffic(base)]
+    parts += [_time(base, efficiency), _notes(base)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _heading(base: Estimate) -> str:
@@ -77,7 +63,7 @@ def _towers(base: Estimate) -> str:
     return format_table(("tower", "encoder", "parameters", "trained"), rows)
 
 
-def _memory(base: Estimate, largest_batch: int | None, missing: str) -> str:
+def _memory(base: Estimate, missing: str) -> str:
     rows = [(name, _gb(size)) for name, size in base.state.items()]
     rows.append(("batches of input sent ahead", _gb(base.sent_ahead)))
     if base.compiled:
@@ -97,8 +83,6 @@ def _memory(base: Estimate, largest_batch: int | None, missing: str) -> str:
         lines.append(f"{fits} {share}")
     if base.refused:
         lines.append(f"XLA for {base.chip.name} does not take the step: {base.refused}")
-    if largest_batch is not None:
-        lines.append(f"largest global batch that was found to fit: {largest_batch:,}")
     return "\n".join(lines)
 
 
@@ -151,7 +135,8 @@ def _time(base: Estimate, efficiency: float) -> str:
     )
 
 
-def _variants(rows: list[tuple[str, Estimate | ConfigError]]) -> str:
+def variants_table(rows: Iterable[tuple[str, Estimate | ConfigError]]) -> str:
+    """What other settings would change."""
     cells = []
     for name, found in rows:
         if isinstance(found, ConfigError):
@@ -166,7 +151,7 @@ def _variants(rows: list[tuple[str, Estimate | ConfigError]]) -> str:
         seconds = f"{found.times.roofline:.3g} ({found.times.limit})"
         cells.append((name, peak, flops, sent, seconds))
     header = ("what changes", "GB", "FLOP", "GB sent", "s a step")
-    return format_table(header, cells) if cells else ""
+    return format_table(header, cells)
 
 
 def _notes(base: Estimate) -> str:

@@ -76,11 +76,9 @@ def test_clear_gain_is_found_and_noise_is_not():
     assert gain.test == "McNemar, exact"
     assert gain.p_value < 1e-3
     assert gain.interval[0] > 0
-    assert gain.verdict() == "B is higher"
     noise = paired_test(a, rng.permutation(a))
     assert noise.p_value > 0.05
     assert noise.interval[0] < 0 < noise.interval[1]
-    assert noise.verdict() == "no difference shown"
 
 
 def test_grouped_items_get_sign_flips_over_groups():
