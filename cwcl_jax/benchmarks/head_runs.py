@@ -25,7 +25,7 @@ from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState, initialise, make_blueprint
 from cwcl_jax.training.step import TrainStep
 
-_CHUNK = 100
+_CHUNK = 50
 _NEAREST = 10
 Rows = Int[np.ndarray, "steps b"]
 Chunk = Callable[..., tuple[TrainState, dict[str, jax.Array]]]

@@ -40,6 +40,7 @@ if __name__ == "__main__":
     _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes, learning rate in proportion.")
     _STEPS = flags.DEFINE_list("steps", [], "Steps of a head; by default the config's examples.")
     _GROUP = flags.DEFINE_integer("group", 1, "Near duplicates that come together.", lower_bound=1)
+    _TASKS = flags.DEFINE_list("tasks", [], "Names of tasks; by default all of the config's.")
     _BASELINE = flags.DEFINE_string("baseline", "contrastive", "The loss that gains are over.")
     _OUTPUT = flags.DEFINE_string("output", "heads.json", "File of all results; it is continued.")
 
@@ -149,10 +150,26 @@ def wanted_heads(
     ]
 
 
+def with_tasks(config: ExperimentConfig, names: Sequence[str]) -> ExperimentConfig:
+    """The config with the tasks of these names only; with all where none is named.
+
+    Raises:
+      ConfigError: there is no such task.
+    """
+    tasks = config.evaluation.tasks
+    for name in names:
+        if name not in tasks:
+            raise ConfigError(f"--tasks={name}: the config has {', '.join(tasks)}")
+    chosen = {name: tasks[name] for name in names or tasks}
+    return dataclasses.replace(
+        config, evaluation=dataclasses.replace(config.evaluation, tasks=chosen)
+    )
+
+
 def main(argv: list[str]) -> int:
     """Runs what is missing in the output file, and prints the table."""
     del argv
-    config = cli.resolve_config(_CONFIG)
+    config = with_tasks(cli.resolve_config(_CONFIG), _TASKS.value)
     heads = wanted_heads(
         config,
         _LOSSES.value,

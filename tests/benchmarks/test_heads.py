@@ -16,7 +16,7 @@ from cwcl_jax.benchmarks.head_runs import (
     make_chunk,
     nearest_rows,
 )
-from cwcl_jax.benchmarks.heads import compare, headline, read_records, wanted_heads
+from cwcl_jax.benchmarks.heads import compare, headline, read_records, wanted_heads, with_tasks
 from cwcl_jax.config import ConfigError
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
@@ -53,8 +53,8 @@ def test_batches_follow_the_seed_alone_and_hold_groups_of_near_duplicates():
     made = list(batches(features, settings, group=4))
     again = list(batches(features, variant(settings, "relu2", 0, 32), group=4))
     np.testing.assert_array_equal(made[0], again[0])
-    assert made[0].shape == (100, 32)
-    groups = made[0].reshape(100, 8, 4) // 12
+    assert made[0].shape == (50, 32)
+    groups = made[0].reshape(50, 8, 4) // 12
     assert np.all(groups == groups[:, :, :1])
     plain = next(batches(features, settings, group=1))
     assert all(len(set(rows)) == 32 for rows in plain[:7])
@@ -78,6 +78,14 @@ def test_a_length_of_its_own_keeps_the_share_of_the_warmup():
     short = variant(base, "affine", 0, 20, steps=[base.total_steps // 10])
     assert (short.global_batch_size, short.total_steps) == (20, base.total_steps // 10)
     assert short.optimizer.warmup_steps == base.optimizer.warmup_steps // 10
+
+
+def test_tasks_are_chosen_by_name():
+    base = config("head,init=x")
+    assert list(with_tasks(base, ["alignment"]).evaluation.tasks) == ["alignment"]
+    assert with_tasks(base, []) == base
+    with pytest.raises(ConfigError, match="--tasks=intents: the config has intent, new_intent"):
+        with_tasks(base, ["intents"])
 
 
 def test_the_projection_is_that_of_the_side_that_gives_the_weights():
@@ -138,9 +146,7 @@ def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
     settings = toy(
         tmp_path, "head,init=x", **{"towers.speech.weights": "", "optimizer.learning_rate": 1e-2}
     )
-    tasks = {name: settings.evaluation.tasks[name] for name in ("keywords", "alignment")}
-    settings = replace(settings, evaluation=replace(settings.evaluation, tasks=tasks))
-    runs = HeadRuns(settings)
+    runs = HeadRuns(with_tasks(settings, ["keywords", "alignment"]))
     affine = Head("affine", "none", 8, 1, 6)
     first = runs.run(affine, 0)
     assert first["keywords/top1"] >= 0
@@ -161,8 +167,8 @@ def test_large_groups_fill_the_batch(group):
     u = rng.normal(size=(200, 16)).astype(np.float32)
     settings = variant(config("head,init=x"), "affine", 0, 128)
     rows = next(batches(Features(u, u), settings, group=group))
-    assert rows.shape == (100, 128)
-    groups = rows.reshape(100, 128 // group, group)
+    assert rows.shape == (50, 128)
+    groups = rows.reshape(50, 128 // group, group)
     assert all(len(set(members)) == group for members in groups[0])
 
 
