@@ -23,7 +23,7 @@ from cwcl_jax.models.tower import TowerConfig
 
 def get_config(argument: str = "") -> ConfigDict:
     options = parse_argument(
-        argument, loss="cwcl", weights="affine", both=False, data="", test="", u="u", v="v"
+        argument, loss="cwcl", weights="", both=False, data="", test="", u="u", v="v"
     )
     u, v, both = options["u"], options["v"], options["both"]
     if not options["data"] and ((u, v) != ("u", "v") or options["test"]):

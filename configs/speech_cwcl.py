@@ -53,7 +53,7 @@ def get_config(argument: str = "") -> ConfigDict:
         argument,
         paper=False,
         loss="cwcl",
-        weights="affine",
+        weights="",
         lock="text",
         init="",
         batch=0,
@@ -67,7 +67,8 @@ def get_config(argument: str = "") -> ConfigDict:
     _require("augment", options["augment"], tuple(AUGMENT))
     config = defaults(name="speech_cwcl")
     config.loss.weights_from = "text"
-    config.loss.update(weight_fields(options["weights"]))
+    if options["weights"]:
+        config.loss.update(weight_fields(options["weights"]))
     config.loss.name = options["loss"]
     if options["paper"]:
         config.name = "speech_cwcl_paper"

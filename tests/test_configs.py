@@ -19,7 +19,7 @@ import pytest
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, to_json
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.losses.options import resolve
 from cwcl_jax.plan import without_files
 from cwcl_jax.planning.inputs import abstract_batch
 from cwcl_jax.reproduction.runs import load_experiment
@@ -225,5 +225,6 @@ def test_made_features_refuse_what_they_do_not_have():
 def test_default_loss_of_every_config_is_the_papers():
     for file in (LIT, SPEECH, FEATURES):
         loss = load_experiment(file).loss
-        assert (loss.name, loss.weight_function) == ("cwcl", "affine")
-        assert loss.reduction == LossConfig().reduction == "sum"
+        frame = resolve(loss)
+        assert (loss.name, frame.weights.text) == ("cwcl", "affine")
+        assert frame.direction_weights == (1.0, 1.0)

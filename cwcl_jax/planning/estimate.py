@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from cwcl_jax.config import ExperimentConfig, to_json, to_plain
 from cwcl_jax.losses import make_loss
 from cwcl_jax.losses.make import GATHERED_BYTES
-from cwcl_jax.losses.options import LossConfig
+from cwcl_jax.losses.options import LossConfig, needs_bias, resolve
 from cwcl_jax.planning.chips import Chip
 from cwcl_jax.planning.communication import sent_bytes
 from cwcl_jax.planning.inputs import AbstractBatch, abstract_batch, feature_width
@@ -261,10 +261,12 @@ def _loss_work(blueprint: Blueprint) -> Work:
     def gradient(u: Any, v: Any, p: Any) -> Any:
         scale = jnp.zeros((), jnp.float32)
         labels = jnp.arange(u.shape[0], dtype=jnp.int32) if config.data.labels else None
-        bias = scale if config.loss.name == "sigmoid" else None
+        bias = scale if needs_bias(config.loss) else None
 
         def value(u: Any, v: Any) -> Any:
-            return loss(u, v, p, scale, logit_bias=bias, labels=labels)[0]
+            # V's own features, where the loss reads them, are taken to be as wide as its embeds.
+            q = v if resolve(config.loss).needs_q else None
+            return loss(u, v, p, scale, logit_bias=bias, labels=labels, q=q, progress=scale)[0]
 
         return jax.grad(value, trained)(u, v)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from cwcl_jax.losses.options import WITHOUT_WEIGHTS, LossConfig, resolve
+from cwcl_jax.losses.options import LossConfig, resolve
 from cwcl_jax.losses.tiles import Tiling
 from cwcl_jax.planning.inputs import AbstractBatch
 from cwcl_jax.planning.towers import TowerNeeds
@@ -181,13 +181,11 @@ def _weights_are_of_pairs(loss: LossConfig) -> bool:
 
     Weights that are affine in the cosine have a closed form, which needs sums over the batch only.
     """
-    loss = resolve(loss)
-    if loss.name in WITHOUT_WEIGHTS or loss.weight_function in ("uniform", "labels"):
-        return False
-    return loss.duplicates != "negatives" or loss.weight_function not in ("affine", "centred")
+    return resolve(loss).tiles_read_features
 
 
 def _dense_arrays(loss: LossConfig) -> int:
-    if loss.name == "sigmoid":
+    frame = resolve(loss)
+    if frame.kind == "sigmoid":
         return _DENSE_ARRAYS_SIGMOID
-    return _DENSE_ARRAYS_MASKED if loss.duplicates == "masked" else _DENSE_ARRAYS
+    return _DENSE_ARRAYS if frame.duplicates == "negatives" else _DENSE_ARRAYS_MASKED

@@ -243,13 +243,13 @@ def _table8(scale: Scale) -> Experiment:
 
 WEIGHTS = {
     "affine (the paper's)": (),
-    "exp, temperature 0.05": ("weight_function=exp", "weight_temperature=0.05"),
-    "exp, temperature 0.1": ("weight_function=exp", "weight_temperature=0.1"),
-    "exp, temperature 0.3": ("weight_function=exp", "weight_temperature=0.3"),
-    "relu": ("weight_function=relu", "weight_power=1.0"),
-    "relu squared": ("weight_function=relu", "weight_power=2.0"),
-    "relu to the 4th": ("weight_function=relu", "weight_power=4.0"),
-    "calibrated, own pair half": ("weight_function=calibrated", "target_diagonal=0.5"),
+    "exp, temperature 0.05": ("weight_function=exp0.05",),
+    "exp, temperature 0.1": ("weight_function=exp0.1",),
+    "exp, temperature 0.3": ("weight_function=exp0.3",),
+    "relu": ("weight_function=relu1",),
+    "relu squared": ("weight_function=relu2",),
+    "relu to the 4th": ("weight_function=relu4",),
+    "calibrated, own pair half": ("weight_function=calibrated0.5",),
     "uniform (no similarities)": ("name=uniform",),
 }
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.tower import TowerConfig
@@ -104,7 +105,7 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
         config.towers,
         embed_dim=config.embed_dim,
         inverse_temperature=config.temperature.initial,
-        logit_bias=config.temperature.bias if config.loss.name == "sigmoid" else None,
+        logit_bias=config.temperature.bias if needs_bias(config.loss) else None,
         dtype=config.dtype,
         rngs=rngs,
     )

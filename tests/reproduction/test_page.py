@@ -147,7 +147,7 @@ def test_what_a_table_varies_wins_over_the_command_line():
     for row in (made.rows["CL"], made.rows["CWCL"]):
         configs = [load_experiment(cell.run.file, cell.run.argument) for cell in row]
         assert [config.global_batch_size for config in configs] == [32, 64, 128]
-        assert {config.loss.weight_function for config in configs} == {"relu"}
+        assert {config.loss.weight_function for config in configs} == {"relu2"}
     for cell in experiments.table(6, Scale(speech="lock=speech")).rows["CWCL"]:
         locks = [x for x in cell.run.argument.split(",") if x.startswith("lock=")]
         assert cell.run.name.startswith(f"speech-lock-{locks[-1].removeprefix('lock=')}-")
