@@ -7,9 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cwcl_jax.losses.labels import same_labels
 from cwcl_jax.losses.numerics import inner, wide
-from cwcl_jax.losses.tiles import Side, Stats, Tiling, backward_sweep, forward_sweep
-from cwcl_jax.losses.weights import same_labels
+from cwcl_jax.losses.sweeps import backward_sweep, forward_sweep
+from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 
 @runtime_checkable

@@ -17,11 +17,12 @@ from cwcl_jax.losses import checks
 from cwcl_jax.losses.engines import Engine, OneDevice
 from cwcl_jax.losses.fused import NO_FORWARD_MODE
 from cwcl_jax.losses.inputs import Inputs
+from cwcl_jax.losses.labels import label_sets
 from cwcl_jax.losses.numerics import Scalar, wide
 from cwcl_jax.losses.options import Frame, LossConfig, is_own, resolve
 from cwcl_jax.losses.pairwise import loss_of_frame, weight_extremes
 from cwcl_jax.losses.sharded import Gathered, Ring
-from cwcl_jax.losses.weights import label_sets, with_constant_parameters
+from cwcl_jax.losses.weights import with_constant_parameters
 
 Diagnostics = dict[str, Array]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from cwcl_jax.losses import terms, weights
+from cwcl_jax.losses import labels, terms, weights
 from cwcl_jax.losses.inputs import Inputs, sharpness
 from cwcl_jax.losses.numerics import Scalar, inner, wide
 from cwcl_jax.losses.options import Frame
@@ -76,7 +76,7 @@ def weight_matrix(frame: Frame, inputs: Inputs, features: Array | None) -> Array
         matrix = jax.lax.stop_gradient(matrix)
     if frame.duplicates == "positives":
         assert inputs.labels is not None
-        matrix = jnp.where(weights.same_labels(inputs.labels, inputs.labels), 1.0, matrix)
+        matrix = jnp.where(labels.same_labels(inputs.labels, inputs.labels), 1.0, matrix)
     return matrix
 
 
@@ -90,7 +90,7 @@ def _weights_by_name(frame: Frame, inputs: Inputs, features: Array | None, own: 
         return jnp.where(own, 1.0, chosen.numbers[0])
     if chosen.name == "labels":
         assert inputs.labels is not None
-        matrix = weights.label_weights(
+        matrix = labels.label_weights(
             inputs.labels, inputs.labels, chosen.numbers[0], wide(inputs.u)
         )
         return jnp.where(own, 1.0, matrix)
@@ -112,7 +112,7 @@ def masked_pairs(frame: Frame, inputs: Inputs) -> Bool[Array, "n n"]:
     own = jnp.eye(len(inputs.u), dtype=bool)
     if frame.duplicates == "masked":
         assert inputs.labels is not None
-        return weights.same_labels(inputs.labels, inputs.labels) & ~own
+        return labels.same_labels(inputs.labels, inputs.labels) & ~own
     if not frame.guided:
         return jnp.zeros_like(own)
     assert inputs.p is not None
@@ -176,7 +176,7 @@ def sigmoid(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
 def replicates(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
     """The term "replicates": u against u, positives by equal labels."""
     assert inputs.labels is not None
-    same = weights.same_labels(inputs.labels, inputs.labels)
+    same = labels.same_labels(inputs.labels, inputs.labels)
     logits = pair_logits(inputs.u, inputs.u, inputs.logit_scale)
     return negatives_alone(logits, same.astype(logits.dtype))
 

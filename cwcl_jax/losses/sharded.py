@@ -23,15 +23,8 @@ from jaxtyping import Array, Float
 
 from cwcl_jax.losses.engines import duplicates
 from cwcl_jax.losses.numerics import inner, wide
-from cwcl_jax.losses.tiles import (
-    Side,
-    Stats,
-    Tiling,
-    backward_sweep,
-    empty_stats,
-    forward_sweep,
-    merge,
-)
+from cwcl_jax.losses.sweeps import backward_sweep, empty_stats, forward_sweep, merge
+from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 
 @dataclasses.dataclass(frozen=True)

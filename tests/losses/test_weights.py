@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss, torch_reference, weights
+from cwcl_jax.losses import labels as labels_module
 from tests.losses import oracle
 
 
@@ -90,10 +91,10 @@ def test_an_all_zero_channel_has_the_gradient_zero_of_pytorch():
 
 def test_sets_of_labels_are_compared_as_sets():
     rows = np.array([[1, 2, -1], [2, 1, 1], [2, 3, -1], [4, -1, -1], [-1, -1, -1], [3, 2, 1]])
-    sets = weights.label_sets(jnp.asarray(rows))
+    sets = labels_module.label_sets(jnp.asarray(rows))
     equal, overlap = oracle.label_matrices(rows)
-    np.testing.assert_array_equal(weights.same_labels(sets, sets), equal)
-    found = weights.label_weights(sets, sets, 0.25, jnp.float32)
+    np.testing.assert_array_equal(labels_module.same_labels(sets, sets), equal)
+    found = labels_module.label_weights(sets, sets, 0.25, jnp.dtype("float32"))
     np.testing.assert_array_equal(found, np.maximum(equal, 0.25 * overlap))
     # An empty set is like none, not even another empty one.
     assert not np.asarray(found)[4].any()
