@@ -19,7 +19,7 @@ ALLOWED = {
     "files": set(),
     "extension": set(),
     "arguments": set(),
-    "losses": set(),
+    "losses": {"extension"},
     "weights": {"files", "data.installed"},
     "models": {"extension", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.

@@ -57,7 +57,7 @@ def test_embeds_that_cannot_be_compared_are_errors(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--losses=cwcl,foo", "'foo' is none of cwcl, contrastive, sigmoid, astroclip"),
+        ("--losses=cwcl,foo", "'foo' is none of cwcl, contrastive, sigmoid, xclr"),
         ("--forms=foo", "'foo' is none of pytorch, dense"),
         ("--dtypes=int8", "'int8' is none of float64"),
         ("--sizes=256", "'256' is not N x d"),

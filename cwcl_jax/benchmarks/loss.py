@@ -19,6 +19,7 @@ from typing import Any
 from cwcl_jax.arguments import folder, names, sizes
 from cwcl_jax.benchmarks.markdown import markdown
 from cwcl_jax.benchmarks.process import peak_resident_bytes, run_fresh
+from cwcl_jax.losses.presets import PRESETS
 
 FORMS = (
     "fused cwcl",
@@ -30,6 +31,8 @@ FORMS = (
     "dense torch cwcl",
     "dense torch contrastive",
 )
+# Every preset, tiled on one device: `--forms="fused softclip;fused contrastive"`.
+PRESET_FORMS = tuple(f"fused {name}" for name in PRESETS if f"fused {name}" not in FORMS)
 # Dense forms keep about this many N x N float32 arrays; larger ones are left out.
 _DENSE_ARRAYS = 7
 _SHARDED_DEVICES = 2
@@ -66,9 +69,12 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
     config = LossConfig(name=name, form=kind.removesuffix(" jax"), diagnostics=False)
     loss_fn = make_loss(config, mesh=mesh)
     wanted = (1, 2) if "constant" in form else (0, 1, 2)
+    # Ten pairs of each label; features as wide as the embeds.
+    labels = jnp.arange(len(u), dtype=jnp.int32) // 10
 
     def loss(u, v, scale):
-        return loss_fn(u, v, jax.lax.stop_gradient(u), scale)[0]
+        p, q = jax.lax.stop_gradient((u, v))
+        return loss_fn(u, v, p, scale, -10.0, labels=labels, q=q)[0]
 
     scale = jnp.asarray(2.66, jnp.float32)
     # Compiled ahead, so that the compiler's own memory is not counted.
@@ -165,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time and memory of the losses.")
     default = "1024x512,4096x512,16384x768,65536x512"
     parser.add_argument("--sizes", type=sizes, default=default, help="N x d, comma-separated")
-    forms = names(FORMS, separator=";")
+    forms = names((*FORMS, *PRESET_FORMS), separator=";")
     parser.add_argument("--forms", type=forms, default=list(FORMS), help="separated by ;")
     dtypes = names(["float32", "bfloat16", "float16"])
     parser.add_argument("--dtypes", type=dtypes, default="float32", help="on a GPU also bfloat16")

@@ -50,11 +50,11 @@ def check_weights_from(p: Array, n: int) -> None:
 
 
 def check_labels(labels: Array, n: int) -> None:
-    """Raises unless labels are n integers."""
-    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+    """Raises unless labels are n integers, or n sets of integers."""
+    if labels.ndim not in (1, 2) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels must be one integer for each pair, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)}."
+            f"{tuple(labels.shape)} (or a set: a row of integers, filled up with -1)."
         )
     check_rows("labels", labels, n)
 

@@ -2,35 +2,49 @@
 
 CWCL's targets are close to uniform, so L_CWCL has a floor of about log N that grows with the batch.
 The excess over the target entropy is the KL divergence from targets to predictions, which can reach
-zero; exp(entropy) is the effective number of positives.
+zero; exp(entropy) is the effective number of positives. Of sigmoid losses the excess is over the
+least loss that the targets allow, and entropies are those of the weights' normalised rows.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from cwcl_jax.losses import weights
-from cwcl_jax.losses.options import LossConfig
-from cwcl_jax.losses.reference import pair_logits, soft_targets
 from cwcl_jax.losses.tiles import Stats
 from cwcl_jax.losses.weights import xlogx
 
+_NAMES = (("rows", "u_to_v"), ("columns", "v_to_u"))
 
-def collect(
-    config: LossConfig, source: str, closed, losses, stats, p, scale, engine, function
+
+def of_softmax(
+    frame, inputs, closed, tiling, losses, stats, rows, scale, engine
 ) -> dict[str, Array]:
     """Scalars of one call of the tiled loss; see the README for each name."""
-    out = {
-        "loss_u_to_v": losses["rows"],
-        "loss_v_to_u": losses["columns"],
-        "inverse_temperature": scale,
-    }
-    if config.diagnostics:
-        for side, name in (("rows", "u_to_v"), ("columns", "v_to_u")):
-            out[f"accuracy_{name}"] = accuracy(stats[side])
-        out |= _targets(config, source, closed, losses, stats, p, engine, function)
-    return jax.tree.map(lax.stop_gradient, out)
+    out = {f"loss_{name}": losses[side] for side, name in _NAMES}
+    out["inverse_temperature"] = scale
+    if not frame.config.diagnostics:
+        return out
+    for side, name in _NAMES:
+        out[f"accuracy_{name}"] = accuracy(stats[side])
+    n = stats["rows"]["own"].shape[0]
+    sides = weighted_sides(frame)
+    if closed is not None:
+        per_side = [_from_closed_form(frame, closed, rows, side, n, engine) for side in sides]
+        if frame.weighted == "both":
+            per_side = per_side[:1]  # of the same similarities: the same
+    elif tiling.source == "none":
+        one = jnp.ones((), scale.dtype)
+        sides, per_side = ["rows"], [(one, 0 * one, one, 0 * one)]
+    else:
+        per_side = [_from_stats(stats[side]) for side in sides]
+    out |= _targets(inputs.mix, per_side, [losses[side] for side in sides], n)
+    return out | {"masked_share": masked_share(stats)}
+
+
+def weighted_sides(frame) -> list[str]:
+    """The sides whose targets are weighted."""
+    return [side for side, name in _NAMES if frame.weighted in (name, "both", "own")]
 
 
 def accuracy(stats: Stats) -> Array:
@@ -38,23 +52,31 @@ def accuracy(stats: Stats) -> Array:
     return (stats["own"] > stats["best_other"]).astype(stats["own"].dtype).mean()
 
 
-def _targets(config, source, closed, losses, stats, p, engine, function) -> dict[str, Array]:
-    sides = [
-        side
-        for side, without in (("rows", "v_to_u"), ("columns", "u_to_v"))
-        if config.weighted != without
-    ]
+def masked_share(stats: dict[str, Stats]) -> Array:
+    """Share of all other pairs that the softmaxes leave out."""
     n = stats["rows"]["own"].shape[0]
-    if source == "none":
-        one = jnp.ones((), losses["rows"].dtype)
-        return summarise(0 * one, losses["rows"], one, 0 * one)
-    if closed is None:
-        per_side = [_from_stats(stats[side], n) for side in sides]
-    else:
-        per_side = [_from_closed_form(config, closed, p, n, engine, losses["rows"].dtype)]
-    entropy, own_share, other = (sum(x) / len(per_side) for x in zip(*per_side, strict=True))
-    weighted_loss = sum(losses[side] for side in sides) / len(sides)
-    return summarise(entropy, weighted_loss, own_share, other)
+    if "masked" not in stats["rows"]:
+        return jnp.zeros((), stats["rows"]["own"].dtype)
+    return (stats["rows"]["masked"] + stats["columns"]["masked"]).mean() / 2 / max(n - 1, 1)
+
+
+def _targets(mix, per_side, losses, n: int) -> dict[str, Array]:
+    """Figures of the targets, means over sides of (sum, sum of w log w, own weight, other sum)."""
+    figures = [_of_mixture(mix, *side) for side in per_side]
+    entropy, own_share = (sum(x) / len(figures) for x in zip(*figures, strict=True))
+    other = sum((side[3]).mean() for side in per_side) / len(per_side) / max(n - 1, 1)
+    return summarise(entropy, sum(losses) / len(losses), own_share, other)
+
+
+def _of_mixture(mix, sums, logs, own, others) -> tuple[Array, Array]:
+    """Mean entropy and mean own share of mix [i = j] + (1 - mix) w_ij / sum_j w_ij."""
+    if isinstance(mix, float) and mix == 0:
+        return (jnp.log(sums) - logs / sums).mean(), (own / sums).mean()
+    rest = 1 - mix
+    share = mix + rest * own / sums
+    log_rest = jnp.log(jnp.where(rest > 0, rest, 1)) - jnp.log(sums)
+    entropy = -xlogx(share) - rest / sums * (others * log_rest + logs - xlogx(own))
+    return entropy.mean(), share.mean()
 
 
 def summarise(entropy, weighted_loss, own_share, other_weight) -> dict[str, Array]:
@@ -68,63 +90,76 @@ def summarise(entropy, weighted_loss, own_share, other_weight) -> dict[str, Arra
     }
 
 
-def _from_stats(stats: Stats, n: int) -> tuple[Array, Array, Array]:
-    """Mean entropy, mean own share and mean weight of other pairs, from exact sums."""
-    sums = stats["weights"]
-    entropy = (jnp.log(sums) - stats["weights_log"] / sums).mean()
-    other = (sums - stats["own_weight"]).sum() / max(n * (n - 1), 1)
-    return entropy, (stats["own_weight"] / sums).mean(), other
+def _from_stats(stats: Stats) -> tuple[Array, Array, Array, Array]:
+    sums, own = stats["weights"], stats["own_weight"]
+    return sums, stats["weights_log"], own, sums - own
 
 
-def _from_closed_form(config, closed, p, n, engine, dtype) -> tuple[Array, Array, Array]:
+def _from_closed_form(frame, closed, rows, side, n, engine) -> tuple[Array, Array, Array, Array]:
     """The same from sampled rows for the cosine's weights, exactly for constant ones."""
     if not closed.slope:
-        row = jnp.full(n, closed.constant, dtype).at[0].add(closed.own)
-        entropy = jnp.log(row.sum()) - xlogx(row).sum() / row.sum()
-        return entropy, row[0] / row.sum(), jnp.asarray(closed.constant if n > 1 else 0, dtype)
+        c = closed.constant
+        row = jnp.full(n, c).at[0].add(closed.own)
+        return row.sum(), xlogx(row).sum(), row[0], row.sum() - row[0]
 
     def body(own, cosines, _, sum_over_columns):
         matrix = closed.constant + closed.slope * cosines
         sums = sum_over_columns(matrix.sum(axis=1))
         logs = sum_over_columns(xlogx(matrix).sum(axis=1))
         own_weight = closed.constant + closed.slope * own + closed.own
-        entropy = (jnp.log(sums) - logs / sums).mean()
-        return entropy, (own_weight / sums).mean(), (sums - own_weight).mean() / max(n - 1, 1)
+        return sums, logs, own_weight, sums - own_weight
 
-    p = lax.stop_gradient(p)
-    return engine.sampled(p, None, weights.sample_stride(n, config), body)
+    of = "q" if side == "columns" and frame.weighted == "own" else "p"
+    p = lax.stop_gradient(rows[of])
+    return engine.sampled(p, None, weights.sample_stride(n), body)
 
 
-def collect_dense(config, inputs, matrix, masked, losses) -> dict[str, Array]:
-    """The same diagnostics from N x N arrays."""
-    scale = jnp.exp(jnp.asarray(inputs.logit_scale, losses[0].dtype))
-    out = {"loss_u_to_v": losses[0], "loss_v_to_u": losses[1], "inverse_temperature": scale}
-    if not config.diagnostics:
-        return jax.tree.map(lax.stop_gradient, out)
-    n = len(inputs.u)
+def of_sigmoid(frame, loss, stats, scale, bias) -> dict[str, Array]:
+    """Scalars of one call of a sigmoid loss."""
+    out = {"inverse_temperature": scale, "logit_bias": bias}
+    if not frame.config.diagnostics:
+        return out
+    for side, name in _NAMES:
+        out[f"accuracy_{name}"] = accuracy(stats[side])
+    rows = stats["rows"]
+    n = rows["own"].shape[0]
+    if "weights" in rows:
+        out |= _targets(0.0, [_from_stats(rows)], [loss], n)
+        out["excess"] = loss - rows["least"].mean()
+    else:
+        one = jnp.ones((), scale.dtype)
+        out |= summarise(0 * one, loss, one, 0 * one)
+    return out | {"masked_share": masked_share(stats)}
+
+
+def of_nothing(scale) -> dict[str, Array]:
+    """Of a loss of further terms alone, whose targets are the positive pairs."""
+    one = jnp.ones((), scale.dtype)
+    return {"inverse_temperature": scale, "effective_positives": one, "masked_share": 0 * one}
+
+
+def of_dense(frame, found, scale) -> dict[str, Array]:
+    """The same as `of_softmax` from N x N arrays."""
+    out = {f"loss_{name}": found[side].loss for side, name in _NAMES}
+    out["inverse_temperature"] = scale
+    if not frame.config.diagnostics:
+        return out
+    n = len(found["rows"].logits)
     own = jnp.eye(n, dtype=bool)
-    logits = pair_logits(inputs.u, inputs.v, inputs.logit_scale)
-    if masked is not None:
-        logits = jnp.where(masked, -jnp.inf, logits)
-        matrix = jnp.where(masked, 0, matrix)
-    others = jnp.where(own, -jnp.inf, logits)
-    for axis, name in ((1, "u_to_v"), (0, "v_to_u")):
-        right = jnp.diagonal(logits) > others.max(axis)
+    for side, name in _NAMES:
+        logits = found[side].logits
+        right = jnp.diagonal(logits) > jnp.where(own, -jnp.inf, logits).max(axis=1)
         out[f"accuracy_{name}"] = right.astype(logits.dtype).mean()
-    named = {"u_to_v": (matrix, losses[0]), "v_to_u": (matrix.T, losses[1])}
-    chosen = [named[name] for name in named if config.weighted in (name, "both")]
-    if config.name == "contrastive" and config.duplicates != "positives":
-        chosen = chosen[:1]
-    out |= _dense_targets(chosen, own, n)
-    return jax.tree.map(lax.stop_gradient, out)
-
-
-def _dense_targets(chosen, own, n: int) -> dict[str, Array]:
-    per_side = []
-    for matrix, _ in chosen:
-        targets = soft_targets(matrix)
-        entropy = -xlogx(targets).sum(axis=1).mean()
-        other = jnp.where(own, 0, matrix).sum() / max(n * (n - 1), 1)
-        per_side.append((entropy, jnp.diagonal(targets).mean(), other))
-    entropy, own_share, other = (sum(x) / len(per_side) for x in zip(*per_side, strict=True))
-    return summarise(entropy, sum(loss for _, loss in chosen) / len(chosen), own_share, other)
+    chosen = [found[side] for side in weighted_sides(frame) if found[side].weights is not None]
+    chosen = chosen or [found["rows"]]
+    figures = []
+    for x in chosen:
+        targets = x.targets / x.targets.sum(axis=1, keepdims=True)
+        other = 0.0 if x.weights is None else jnp.where(own, 0, x.weights).sum() / max(n * n - n, 1)
+        figures.append((-xlogx(targets).sum(axis=1).mean(), jnp.diagonal(targets).mean(), other))
+    entropy, own_share, other = (sum(x) / len(figures) for x in zip(*figures, strict=True))
+    out |= summarise(entropy, sum(x.loss for x in chosen) / len(chosen), own_share, other)
+    masked = sum(x.masked.astype(x.logits.dtype).mean() for x in found.values()) * (
+        n / max(n - 1, 1) / 2
+    )
+    return out | {"masked_share": masked}

@@ -1,84 +1,33 @@
 """The tiled loss with its own gradient rule: memory O(N block), 8 N^2 d flops, 6 N^2 d when one
 side needs no gradient.
 
-`pair_losses` gives L(U->V) and L(V->U) of `cwcl_jax.losses.reference.weighted` for weights that are
-made tile by tile, or for the own pair as the only target. The paper's weights need no tiles at all:
-`closed_form_correction` turns own-pair targets into them in O(N d k).
+`pair_losses` gives the parts of which `cwcl_jax.losses.pairwise` makes both directions' losses,
+for weights that are made tile by tile, or for the positive pair as the only target. The paper's
+weights need no tiles at all: `closed_form_correction` turns positive-pair targets into them in
+O(N d k).
 """
 
-import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from cwcl_jax.losses.reference import wide
-from cwcl_jax.losses.tiles import Side, Stats, Tiling, backward_sweep, forward_sweep, inner
+from cwcl_jax.losses.engines import Engine
+from cwcl_jax.losses.numerics import wide
+from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 NO_FORWARD_MODE = (
     "The tiled losses have first derivatives in reverse mode only (jax.grad, jax.vjp). For "
     "jax.jvp, jax.jacfwd or second derivatives use form='dense'."
 )
+# What each side of `extras` holds.
+_PER_PAIR = ("p", "q", "labels", "limit", "square_p", "square_q")
+_SCALARS = ("sharpness_p", "sharpness_q", "mix")
 
-
-@runtime_checkable
-class Engine(Protocol):
-    """Runs the two sweeps over global arrays; hashable."""
-
-    def forward(
-        self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats
-    ) -> tuple[Stats, Stats]: ...
-
-    def backward(
-        self,
-        tiling: Tiling,
-        rows: Side,
-        columns: Side,
-        scalars: Stats,
-        row_factors: Stats,
-        column_factors: Stats,
-        needed: tuple[bool, bool],
-    ) -> tuple[Array | None, Array | None]: ...
-
-    def sampled(self, p: Array, labels: Array | None, stride: int, body: Callable) -> Any: ...
-
-
-def duplicates(row_labels: Array, labels: Array, row_places: Array, places: Array) -> Array:
-    """Which columns are other pairs than the row's own, of its label."""
-    same = row_labels[:, None] == labels[None, :]
-    return same & (row_places[:, None] != places[None, :])
-
-
-@dataclasses.dataclass(frozen=True)
-class OneDevice:
-    """All rows against all columns."""
-
-    def sampled(
-        self, p: Float[Array, "n k"], labels: Array | None, stride: int, body: Callable
-    ) -> Any:
-        """`body(own, cosines, duplicates, sum_over_columns)`: every `stride`-th row, all columns.
-
-        `duplicates` are the other pairs of the row's label, None without labels.
-        """
-        rows, places = p[::stride], jnp.arange(p.shape[0])
-        own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
-        same = None
-        if labels is not None:
-            same = duplicates(labels[::stride], labels, places[::stride], places)
-        return body(own, inner(rows, p, "highest"), same, lambda x: x)
-
-    def forward(self, tiling, rows, columns, scalars):
-        return forward_sweep(tiling, rows, columns, scalars, jnp.zeros((), jnp.int32))
-
-    def backward(self, tiling, rows, columns, scalars, row_factors, column_factors, needed):
-        first = jnp.zeros((), jnp.int32)
-        return backward_sweep(
-            tiling, rows, columns, scalars, first, row_factors, column_factors, needed
-        )
+Parts = dict[str, dict[str, Any]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -90,8 +39,8 @@ def pair_losses(
     v: Float[Array, "n d"],
     scale: Float[Array, ""],
     extras: Side,
-) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, Stats]]:
-    """L(U->V), L(V->U), and the statistics of rows and columns that diagnostics are made of.
+) -> tuple[Parts, dict[str, Stats]]:
+    """Parts of the losses of "rows" (U->V) and "columns" (V->U), and the statistics behind them.
 
     Differentiable in u, v and scale, in reverse mode; the sides without gradient cost nothing.
 
@@ -101,39 +50,66 @@ def pair_losses(
       epsilon: added to the row sums of weights.
       u, v: rows of unit norm.
       scale: s = 1/tau.
-      extras: what the weights need: "p", "labels", "targets" (rows), "sharpness"; and
-        "rows_deficit", "columns_deficit" where own-pair targets stand for closed-form weights
-        whose normalised rows sum to 1 + deficit.
+      extras: what the weights need: "p", "q", "labels", "limit", "square_p", "square_q", "targets"
+        (rows), "sharpness_p", "sharpness_q"; and "rows_deficit", "columns_deficit" where
+        positive-pair targets stand for closed-form weights whose normalised rows sum to
+        1 + deficit.
+
+    Returns:
+      By side: "own", the loss with positive pairs as targets; "closed", the same with the deficit;
+      "soft", with the weights as targets; "negatives", the term of that name.
     """
-    rows, columns, scalars = _sides(u, v, scale, extras)
+    rows, columns, scalars = sides_of(u, v, scale, extras)
     row_stats, column_stats = engine.forward(tiling, rows, columns, scalars)
     stats = {"rows": row_stats, "columns": column_stats}
-    return (
-        _mean_loss(row_stats, tiling.rows_weighted, epsilon, extras.get("rows_deficit")),
-        _mean_loss(column_stats, tiling.columns_weighted, epsilon, extras.get("columns_deficit")),
-        stats,
-    )
+    parts = {
+        side: _mean_losses(stats[side], _weighted(tiling, side), epsilon, _deficit(extras, side))
+        for side in stats
+    }
+    return parts, stats
 
 
-def _sides(u, v, scale, extras) -> tuple[Side, Side, Stats]:
-    rows = {"x": u} | {k: extras[k] for k in ("p", "labels", "targets") if k in extras}
-    columns = {"x": v} | {k: extras[k] for k in ("p", "labels") if k in extras}
+def sides_of(u, v, scale, extras) -> tuple[Side, Side, Stats]:
+    """What the sweeps are told of rows and of columns, and the scalars."""
+    rows = {"x": u} | {k: extras[k] for k in (*_PER_PAIR, "targets") if k in extras}
+    columns = {"x": v} | {k: extras[k] for k in _PER_PAIR if k in extras}
     scalars = {"scale": scale, "first_column": jnp.zeros((), jnp.int32)}
-    if "sharpness" in extras:
-        scalars["sharpness"] = extras["sharpness"]
+    scalars |= {k: extras[k] for k in _SCALARS if k in extras}
     return rows, columns, scalars
 
 
-def _mean_loss(stats: Stats, weighted: bool, epsilon: float, deficit: Array | None) -> Array:
-    if not weighted:
-        # The difference first: both are near 1/tau for a pair that is matched well.
-        terms = (stats["max"] - stats["own"]) + jnp.log(stats["sum"])
-        if deficit is not None:
-            terms += deficit * (stats["max"] + jnp.log(stats["sum"]))
-        return terms.mean()
-    share = 1 / (stats["weights"] + epsilon)
+def _weighted(tiling: Tiling, side: str) -> bool:
+    return tiling.rows_weighted if side == "rows" else tiling.columns_weighted
+
+
+def _deficit(extras: Side, side: str) -> Array | None:
+    return extras.get(f"{side}_deficit")
+
+
+def _mean_losses(stats: Stats, weighted: bool, epsilon: float, deficit: Array | None) -> dict:
+    # The difference first: both are near 1/tau for a pair that is matched well.
+    own = (stats["max"] - stats["own"]) + jnp.log(stats["sum"])
     log_sum_exp = stats["max"] + jnp.log(stats["sum"])
-    return (stats["weights"] * share * log_sum_exp - share * stats["weighted_logits"]).mean()
+    losses = {"own": own.mean()}
+    if deficit is not None:
+        losses["closed"] = (own + deficit * log_sum_exp).mean()
+    if weighted:
+        share = 1 / (stats["weights"] + epsilon)
+        terms = stats["weights"] * share * log_sum_exp - share * stats["weighted_logits"]
+        losses["soft"] = terms.mean()
+    if "other_weights" in stats:
+        valid, count = _rows_with_negatives(stats)
+        sums = jnp.where(valid, stats["other_weights"], 1)
+        others = stats["best_other"] + jnp.log(jnp.where(valid, stats["others"], 1))
+        terms = others - stats["other_weighted_logits"] / sums
+        losses["negatives"] = jnp.where(valid, terms, 0).sum() / count
+    return losses
+
+
+def _rows_with_negatives(stats: Stats) -> tuple[Array, Array]:
+    """Which rows have targets among their negatives, and how many do (at least 1)."""
+    valid = (stats["other_weights"] > 0) & (stats["others"] > 0)
+    return valid, jnp.maximum(valid.sum(), 1)
 
 
 @jax.custom_jvp
@@ -152,14 +128,16 @@ def values_of(extras: dict[str, Any]) -> Side:
     return {name: x.value for name, x in extras.items()}
 
 
+_KEPT = ("max", "sum", "weights", "best_other", "others", "other_weights")
+
+
 def _forward_rule(tiling, engine, epsilon, u, v, scale, extras):
     values = values_of(extras)
     outputs: Any = pair_losses(tiling, engine, epsilon, u.value, v.value, scale.value, values)
-    stats = outputs[2]
-    kept = {
-        side: {k: x for k, x in stats[side].items() if k in ("max", "sum", "weights")}
-        for side in ("rows", "columns")
-    }
+    stats = outputs[1]
+    alone = tiling.negatives_alone
+    names = _KEPT if alone else _KEPT[:3]
+    kept = {side: {k: x for k, x in stats[side].items() if k in names} for side in stats}
     # None or () instead of a bool: residuals are arrays, but their structure is static.
     needed = {
         name: () if x.perturbed else None for name, x in (("u", u), ("v", v), ("scale", scale))
@@ -168,51 +146,59 @@ def _forward_rule(tiling, engine, epsilon, u, v, scale, extras):
     return outputs, (u.value, v.value, scale.value, values, kept, needed)
 
 
-def _factors(stats, weighted: bool, cotangent, epsilon: float, deficit: Array | None) -> Stats:
-    """a and e (or c and f) of the equation in `tiles`, for a direction's cotangent."""
-    if cotangent is None:
-        return {}
-    factors = {"max": stats["max"], "softmax": cotangent / stats["sum"]}
-    if weighted:
-        share = cotangent / (stats["weights"] + epsilon)
-        factors["softmax"] = factors["softmax"] * (stats["weights"] / (stats["weights"] + epsilon))
+def _factors(stats, cotangents: dict[str, Array], epsilon: float, deficit: Array | None) -> Stats:
+    """a and e (or c and f) of the equation in `tiles`, for the cotangents of a side's parts."""
+    factors, softmax = {}, []
+    if "own" in cotangents:
+        softmax.append(cotangents["own"] / stats["sum"])
+    if "closed" in cotangents:
+        softmax.append(cotangents["closed"] / stats["sum"] * (1 + deficit))
+    if "soft" in cotangents:
+        share = cotangents["soft"] / (stats["weights"] + epsilon)
+        weight = stats["weights"] / (stats["weights"] + epsilon)
+        softmax.append(cotangents["soft"] / stats["sum"] * weight)
         factors["weights"] = share
-    elif deficit is not None:
-        factors["softmax"] = factors["softmax"] * (1 + deficit)
+    if softmax:
+        factors |= {"max": stats["max"], "softmax": sum(softmax[1:], start=softmax[0])}
+    if "negatives" in cotangents:
+        valid, count = _rows_with_negatives(stats)
+        share = cotangents["negatives"] * (valid.shape[0] / count)
+        factors["best_other"] = stats["best_other"]
+        for name in ("others", "other_weights"):
+            factors[name] = jnp.where(valid, share / jnp.where(valid, stats[name], 1), 0)
     return factors
+
+
+def _given(parts: Parts) -> dict[str, dict[str, Array]]:
+    """The cotangents that are not known to be zero."""
+    return {
+        side: {k: g for k, g in by_name.items() if not isinstance(g, SymbolicZero)}
+        for side, by_name in parts.items()
+    }
 
 
 def _backward_rule(tiling, engine, epsilon, residuals, cotangents):
     u, v, scale, extras, stats, needed = residuals
-    g_rows, g_columns = (None if isinstance(g, SymbolicZero) else g for g in cotangents[:2])
+    given = _given(cotangents[0])
     need = {name: x is not None for name, x in needed.items()}
-    if (g_rows is None and g_columns is None) or not any(need.values()):
+    every = [g for by_name in given.values() for g in by_name.values()]
+    if not every or not any(need.values()):
         return None, None, None, None
     # Narrow gradients must not underflow: the tiles see cotangents of size 1 and no 1/N.
-    given = [jnp.abs(g) for g in (g_rows, g_columns) if g is not None]
-    size = jnp.maximum(jnp.max(jnp.stack(given)), jnp.finfo(wide(u)).tiny)
-    g_rows, g_columns = (None if g is None else g / size for g in (g_rows, g_columns))
-    rows, columns, scalars = _sides(u, v, scale, extras)
+    size = jnp.maximum(jnp.max(jnp.stack([jnp.abs(g) for g in every])), jnp.finfo(wide(u)).tiny)
+    given = jax.tree.map(lambda g: g / size, given)
+    rows, columns, scalars = sides_of(u, v, scale, extras)
     zero = jnp.zeros((), wide(u))
-    scalars["own"] = (zero if g_rows is None or tiling.rows_weighted else g_rows) + (
-        zero if g_columns is None or tiling.columns_weighted else g_columns
+    scalars["own"] = sum(
+        (by_name[k] for by_name in given.values() for k in ("own", "closed") if k in by_name),
+        start=zero,
     )
     need_v = need["v"] or not need["u"]  # either side yields the gradient of the scale
-    du, dv = engine.backward(
-        tiling,
-        rows,
-        columns,
-        scalars,
-        _factors(stats["rows"], tiling.rows_weighted, g_rows, epsilon, extras.get("rows_deficit")),
-        _factors(
-            stats["columns"],
-            tiling.columns_weighted,
-            g_columns,
-            epsilon,
-            extras.get("columns_deficit"),
-        ),
-        (need["u"], need_v),
-    )
+    factors = [
+        _factors(stats[side], given[side], epsilon, _deficit(extras, side))
+        for side in ("rows", "columns")
+    ]
+    du, dv = engine.backward(tiling, rows, columns, scalars, *factors, (need["u"], need_v))
     size = size / u.shape[0]
     d_scale = None
     if need["scale"]:

@@ -1,26 +1,28 @@
-"""The public losses: functions of arrays, and `make_loss` for training code.
-
-All of them return `(loss, diagnostics)`, the latter a flat dict of scalars.
-"""
+"""`make_loss` for training code: a configuration becomes a function of arrays."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from cwcl_jax.extension import import_named
 from cwcl_jax.losses import checks
-from cwcl_jax.losses.fused import NO_FORWARD_MODE, Engine, OneDevice
-from cwcl_jax.losses.options import WITHOUT_WEIGHTS, LossConfig, check_weight_gradient, resolve
-from cwcl_jax.losses.pairwise import Inputs, dense_loss, weight_extremes, weighted_loss
-from cwcl_jax.losses.reference import Scalar, wide
+from cwcl_jax.losses.engines import Engine, OneDevice
+from cwcl_jax.losses.fused import NO_FORWARD_MODE
+from cwcl_jax.losses.inputs import Inputs
+from cwcl_jax.losses.labels import label_sets
+from cwcl_jax.losses.numerics import Scalar, wide
+from cwcl_jax.losses.options import Frame, LossConfig, is_own, resolve
+from cwcl_jax.losses.pairwise import loss_of_frame, weight_extremes
 from cwcl_jax.losses.sharded import Gathered, Ring
-from cwcl_jax.losses.sigmoid import sigmoid_pairs
-from cwcl_jax.losses.weights import UserFunction
+from cwcl_jax.losses.weights import with_constant_parameters
 
 Diagnostics = dict[str, Array]
 
@@ -30,7 +32,21 @@ GATHERED_BYTES = 2**30
 
 @runtime_checkable
 class LossFn(Protocol):
-    """A loss of global arrays; inside one `jax.jit`, split over the mesh's axes on dimension 0."""
+    """A loss of global arrays; inside one `jax.jit`, split over the mesh's axes on dimension 0.
+
+    Args:
+      u, v: embeds of both modalities, rows of unit norm.
+      p: features of U that weights and masks are made of, rows of unit norm but for distances.
+      logit_scale: log of the inverse temperature.
+      logit_bias: of sigmoid losses.
+      labels: (n,) integers, or (n, k) sets of integers, filled up with -1.
+      targets: weights of all pairs instead of the weight function's.
+      q: features of V, where weighted="own".
+      progress: share of the run that is done, for what changes over it.
+
+    Returns:
+      The loss, and diagnostics as a flat dict of scalars.
+    """
 
     def __call__(
         self,
@@ -39,9 +55,14 @@ class LossFn(Protocol):
         p: Array | None,
         logit_scale: Scalar,
         logit_bias: Scalar | None = None,
-        labels: Int[Array, " n"] | None = None,
+        labels: Array | None = None,
         targets: Float[Array, "n n"] | None = None,
+        q: Array | None = None,
+        progress: Scalar | None = None,
     ) -> tuple[Float[Array, ""], Diagnostics]: ...
+
+
+_ARGUMENTS = ("u", "v", "p", "logit_scale", "logit_bias", "labels", "targets", "q", "progress")
 
 
 def make_loss(
@@ -65,30 +86,94 @@ def make_loss(
     Raises:
       ValueError: options that contradict each other, or a mesh with none of `axes`.
     """
-    config = resolve(config)
-    function = None if weight_function is None else UserFunction(weight_function)
-    if function is not None and config.name in WITHOUT_WEIGHTS:
-        raise ValueError(f"name={config.name!r} has no weights; leave weight_function out.")
-    check_weight_gradient(config, own=function is not None)
+    frame = resolve(config, weight_function)
+    if is_own(config.name):
+        return own_loss(import_named(config.name, "a loss"), config.name)
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         return _of_explicit_mesh(config, mesh, axes, weight_function)
     axes = _splitting_axes(config, mesh, axes)
 
-    def loss_fn(u, v, p, logit_scale, logit_bias=None, labels=None, targets=None):
-        u, v, p, labels, targets = (_array(x) for x in (u, v, p, labels, targets))
+    def loss_fn(
+        u, v, p, logit_scale, logit_bias=None, labels=None, targets=None, q=None, progress=None
+    ):
+        u, v, p, labels, targets, q = (_array(x) for x in (u, v, p, labels, targets, q))
         checks.check_pair(u, v)
         checks.check_not_explicit("u", u)
         common = jnp.promote_types(u.dtype, v.dtype)
         u, v = u.astype(common), v.astype(common)
-        scale = _scalar("logit_scale", logit_scale, u)
         engine = _engine(config, mesh, axes, u, p)
-        inputs = _inputs(config, u, v, p, scale, labels, targets, function)
-        bias = _scalar("logit_bias", logit_bias, u) if config.name == "sigmoid" else None
+        inputs = Inputs(
+            u,
+            v,
+            _scalar("logit_scale", logit_scale, u),
+            mix=_mix(frame, progress, u),
+            logit_bias=_scalar("logit_bias", logit_bias, u) if frame.needs_bias else None,
+            **_features_and_labels(frame, u.shape[0], p, q, labels, targets),
+        )
         if config.debug_checks:
-            _check_values(config, inputs, bias, function)
-        return _evaluate(config, inputs, bias, engine, function)
+            _check_values(frame, inputs)
+        try:
+            return loss_of_frame(_with_constants(frame, wide(u)), inputs, engine)
+        except TypeError as error:
+            if config.form == "dense" or "forward-mode" not in str(error):
+                raise
+            raise TypeError(NO_FORWARD_MODE) from error
+
+    if not axes or config.form in ("dense", "fused"):
+        return loss_fn
+    # A mesh's programs are compiled even where nobody asked: not all of `shard_map` runs eagerly.
+    if weight_function is None:
+        return jax.jit(loss_fn)
+    # Compiled anew for each call: one's own function may close over what is traced just now.
+    return lambda *arguments, **named: jax.jit(partial(loss_fn))(*arguments, **named)
+
+
+def _with_constants(frame: Frame, dtype: jnp.dtype) -> Frame:
+    """The frame, where the tiles cannot pass a gradient on to parameters of the weights."""
+    own = frame.weights.own
+    if own is None or frame.config.form == "dense":
+        return frame
+    own = with_constant_parameters(own, dtype)
+    return dataclasses.replace(frame, weights=dataclasses.replace(frame.weights, own=own))
+
+
+def own_loss(function: Callable[..., Any], name: str) -> LossFn:
+    """A `LossFn` of a person's own function.
+
+    The function takes any of u, v, p, logit_scale, logit_bias, labels, q and progress by these
+    names, global arrays as in `LossFn`, and returns a scalar, or a scalar and a dict of scalars.
+
+    Raises:
+      ValueError: it wants an argument of another name.
+    """
+    wanted = argument_names(function)
+    unknown = [argument for argument in wanted if argument not in _ARGUMENTS]
+    if unknown:
+        raise ValueError(
+            f"{name!r} takes an argument {unknown[0]!r}; a loss is given any of "
+            f"{', '.join(_ARGUMENTS)}."
+        )
+
+    def loss_fn(
+        u, v, p, logit_scale, logit_bias=None, labels=None, targets=None, q=None, progress=None
+    ):
+        given = (u, v, p, logit_scale, logit_bias, labels, targets, q, progress)
+        values = dict(zip(_ARGUMENTS, given, strict=True))
+        result = function(**{argument: values[argument] for argument in wanted})
+        loss, reported = result if isinstance(result, tuple) else (result, {})
+        if jnp.shape(loss) != ():
+            raise ValueError(f"{name!r} must return a scalar, got the shape {jnp.shape(loss)}.")
+        scale = jnp.exp(jnp.asarray(logit_scale))
+        out = {"loss": loss, "inverse_temperature": scale} | dict(reported)
+        return loss, jax.tree.map(jax.lax.stop_gradient, out)
 
     return loss_fn
+
+
+def argument_names(function: Callable) -> list[str]:
+    """The names of what a function takes, without those that have defaults of their own."""
+    parameters = inspect.signature(function).parameters.values()
+    return [x.name for x in parameters if x.name in _ARGUMENTS or x.default is x.empty]
 
 
 def _of_explicit_mesh(config: LossConfig, mesh: Mesh, axes, weight_function) -> LossFn:
@@ -106,8 +191,10 @@ def _of_explicit_mesh(config: LossConfig, mesh: Mesh, axes, weight_function) -> 
     )
     mapped: Any = jax.sharding.auto_axes(inner, out_sharding=NamedSharding(mesh, P()))
 
-    def loss_fn(u, v, p, logit_scale, logit_bias=None, labels=None, targets=None):
-        return mapped(u, v, p, logit_scale, logit_bias, labels, targets)
+    def loss_fn(
+        u, v, p, logit_scale, logit_bias=None, labels=None, targets=None, q=None, progress=None
+    ):
+        return mapped(u, v, p, logit_scale, logit_bias, labels, targets, q, progress)
 
     return loss_fn
 
@@ -135,32 +222,24 @@ def _array(x: Any) -> Any:
     return None if x is None else jnp.asarray(x)
 
 
-def _evaluate(config, inputs, bias, engine, function) -> tuple[Array, Diagnostics]:
-    if config.form == "dense":
-        if bias is not None:
-            return sigmoid_pairs(config, inputs, bias, engine)
-        return dense_loss(config, inputs, function)
-    try:
-        if bias is not None:
-            return sigmoid_pairs(config, inputs, bias, engine)
-        return weighted_loss(config, inputs, engine, function)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(NO_FORWARD_MODE) from error
+def _mix(frame: Frame, progress: Scalar | None, like: Array) -> Any:
+    """The positive pair's share now."""
+    if not frame.needs_progress:
+        return frame.mix[0]
+    if progress is None:
+        raise ValueError(f"progress is needed by mix={frame.mix}; pass a share of the run.")
+    shares = jnp.asarray(frame.mix, wide(like))
+    return jnp.interp(jnp.asarray(progress, wide(like)), jnp.linspace(0, 1, len(shares)), shares)
 
 
-def _check_values(config: LossConfig, inputs: Inputs, bias: Array | None, function) -> None:
-    extremes = None
-    if config.name not in WITHOUT_WEIGHTS:
-        extremes = weight_extremes(config, inputs, function)
+def _check_values(frame: Frame, inputs: Inputs) -> None:
     arrays = {
         "u": inputs.u,
         "v": inputs.v,
-        "weights_from": inputs.p,
+        "weights_from": None if frame.raw_features else inputs.p,
         "logit_scale": inputs.logit_scale,
-        "logit_bias": bias,
-        "weights": extremes,
+        "logit_bias": inputs.logit_bias,
+        "weights": weight_extremes(frame, inputs),
     }
     checks.check_values(arrays)
 
@@ -175,37 +254,57 @@ def _scalar(name: str, value: Scalar | None, like: Array) -> Array:
     return value.astype(wide(like))
 
 
-def _inputs(config, u, v, p, logit_scale, labels, targets, function) -> Inputs:
-    n = u.shape[0]
-    if labels is not None:
-        checks.check_labels(labels, n)
+def _features_and_labels(frame: Frame, n: int, p, q, labels, targets) -> dict[str, Any]:
+    """What the frame reads of these, checked; the rest, which training hands over, left out."""
+    name = frame.config.name
     if targets is not None:
-        _check_targets_are_used(config)
+        _check_targets_are_used(frame)
         checks.check_targets(targets, n)
-    elif p is not None:
-        checks.check_weights_from(p, n)
-    by_labels = config.weight_function == "labels" and targets is None and function is None
-    needs_labels = config.duplicates != "negatives" or by_labels
-    if needs_labels and labels is None:
-        raise ValueError(
-            f"labels are needed by weight_function={config.weight_function!r}, "
-            f"duplicates={config.duplicates!r}; pass one integer for each pair."
-        )
-    needs_p = config.name not in WITHOUT_WEIGHTS and targets is None
-    without_p = config.weight_function in ("uniform", "labels") and function is None
-    if needs_p and p is None and not without_p:
-        raise ValueError(
-            "weights_from is missing: pass the locked tower's embeds, whose similarities are the "
-            "weights."
-        )
-    return Inputs(u, v, logit_scale, p, labels if needs_labels else None, targets)
+        labels_needed = frame.duplicates in ("positives", "masked") or "replicates" in frame.terms
+    else:
+        labels_needed = frame.needs_labels
+    if labels_needed:
+        if labels is None:
+            raise ValueError(
+                f"labels are needed by name={name!r}, weight_function={frame.weights.text!r}, "
+                f"duplicates={frame.duplicates!r}; pass one integer (or set) for each pair."
+            )
+        checks.check_labels(labels, n)
+        labels = label_sets(labels) if labels.ndim == 2 else labels
+    needed = {"p": frame.needs_p and (targets is None or frame.guided), "q": frame.needs_q}
+    for key, array in (("p", p), ("q", q)):
+        if needed[key] and array is None:
+            raise ValueError(_missing(frame, key))
+        if needed[key]:
+            checks.check_weights_from(array, n)
+    return {
+        "p": p if needed["p"] else None,
+        "q": q if needed["q"] else None,
+        "labels": labels if labels_needed else None,
+        "targets": targets,
+    }
 
 
-def _check_targets_are_used(config: LossConfig) -> None:
+def _missing(frame: Frame, key: str) -> str:
+    if key == "q":
+        return (
+            "v_weights_from is missing: weighted='own' takes V's own features too, whose "
+            "similarities are the weights of V->U."
+        )
+    return (
+        f"weights_from is missing: name={frame.config.name!r} needs the locked tower's features, "
+        "whose similarities are the weights (or masks)."
+    )
+
+
+def _check_targets_are_used(frame: Frame) -> None:
     """Raises where the caller's weights, or the gradient through them, would silently get lost."""
-    if config.name in WITHOUT_WEIGHTS:
-        raise ValueError(f"name={config.name!r} has no weights; leave targets out.")
-    if not config.detach_weights and config.form != "dense":
+    if frame.weights.name == "identity" or frame.kind == "none" or frame.weighted == "own":
+        raise ValueError(
+            f"name={frame.config.name!r}, weighted={frame.weighted!r} has no weights for targets "
+            "to replace; leave targets out."
+        )
+    if not frame.detach_weights and frame.config.form != "dense":
         raise ValueError(
             "detach_weights=False with targets has no gradient of the weights in the tiled forms; "
             "set form='dense', or detach_weights=True as in the paper."
@@ -228,86 +327,3 @@ def _engine(config: LossConfig, mesh, axes: tuple[str, ...], u: Array, p) -> Eng
     width = u.shape[1] + (0 if p is None else p[0].size)
     too_large = u.shape[0] * width * u.dtype.itemsize > GATHERED_BYTES
     return Ring(mesh, axes) if too_large else gathered
-
-
-def cwcl_loss(
-    u: Float[Array, "n d"],
-    v: Float[Array, "n d"],
-    *,
-    logit_scale: Scalar,
-    weights_from: Array | None = None,
-    weight_function: str | Callable[[Array], Array] = "",
-    labels: Int[Array, " n"] | None = None,
-    targets: Float[Array, "n n"] | None = None,
-    config: LossConfig | None = None,
-    mesh: Mesh | None = None,
-    axes: str | Sequence[str] = ("data", "fsdp"),
-) -> tuple[Float[Array, ""], Diagnostics]:
-    """CWCL of pairs (u_i, v_i), weighted by the similarities of `weights_from`.
-
-    Args:
-      u: embeds of the modality that gives the weights, rows of unit norm.
-      v: embeds of the other modality.
-      logit_scale: log of the inverse temperature.
-      weights_from: embeds of the locked tower, of any width, rows of unit norm; or raw profiles
-        (n, channels, features). No gradient goes here (see `LossConfig.detach_weights`).
-      weight_function: a name of `LossConfig.weight_function`, or your own function of the cosine.
-      labels: integers, for weights or duplicates that go by labels.
-      targets: your own weights of all pairs, instead of `weights_from`; rows are normalised.
-      config: all other options.
-      mesh, axes: the devices that the rows are split over.
-
-    Returns:
-      The loss, and diagnostics as a flat dict of scalars. One pair alone has the loss 0, with
-      gradients of 0: there is nothing to tell it from.
-    """
-    config = config or LossConfig()
-    if config.name in WITHOUT_WEIGHTS:
-        raise ValueError(
-            f"config.name={config.name!r} has no weights; call {config.name}_loss instead."
-        )
-    own = None
-    if callable(weight_function):
-        own = weight_function
-    elif weight_function:
-        config = dataclasses.replace(config, weight_function=weight_function)
-    loss_fn = make_loss(config, mesh=mesh, axes=axes, weight_function=own)
-    return loss_fn(u, v, weights_from, logit_scale, labels=labels, targets=targets)
-
-
-def contrastive_loss(
-    u: Float[Array, "n d"],
-    v: Float[Array, "n d"],
-    *,
-    logit_scale: Scalar,
-    labels: Int[Array, " n"] | None = None,
-    config: LossConfig | None = None,
-    mesh: Mesh | None = None,
-    axes: str | Sequence[str] = ("data", "fsdp"),
-) -> tuple[Float[Array, ""], Diagnostics]:
-    """InfoNCE summed over both directions; CLIP's loss is its half (reduction="mean").
-
-    Arguments as in `cwcl_loss`; labels only where `config.duplicates` uses them.
-    """
-    config = dataclasses.replace(config or LossConfig(), name="contrastive")
-    return make_loss(config, mesh=mesh, axes=axes)(u, v, None, logit_scale, labels=labels)
-
-
-def sigmoid_loss(
-    u: Float[Array, "n d"],
-    v: Float[Array, "n d"],
-    *,
-    logit_scale: Scalar,
-    logit_bias: Scalar,
-    labels: Int[Array, " n"] | None = None,
-    config: LossConfig | None = None,
-    mesh: Mesh | None = None,
-    axes: str | Sequence[str] = ("data", "fsdp"),
-) -> tuple[Float[Array, ""], Diagnostics]:
-    """SigLIP's loss: every pair is a binary decision; summed over candidates, mean over pairs.
-
-    Arguments as in `contrastive_loss`; logit_bias is added to all logits (SigLIP starts at -10).
-    """
-    config = dataclasses.replace(config or LossConfig(), name="sigmoid")
-    loss_fn = make_loss(config, mesh=mesh, axes=axes)
-    return loss_fn(u, v, None, logit_scale, logit_bias, labels=labels)

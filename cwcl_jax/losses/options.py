@@ -1,216 +1,351 @@
-"""What a contrastive loss can be told, as one frozen dataclass, and presets of published variants.
+"""What a loss can be told, as one frozen dataclass, and the frame that it resolves to.
 
-The equations behind the fields stand in `cwcl_jax.losses.reference`. U is the modality that gives
-the weights (in CWCL the pretrained, locked tower), V the other one; "u_to_v" is the softmax of one
-u over all v.
+The equations, and the published losses as rows of one table, stand in `cwcl_jax.losses.presets`. U
+is the modality that gives the weights (in CWCL the pretrained, locked tower), V the other one.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any
 
-NAMES = ("cwcl", "contrastive", "sigmoid", "supervised", "uniform", "cellclip", "astroclip")
-WEIGHT_FUNCTIONS = (
-    "affine",
-    "centred",
-    "uniform",
-    "exp",
-    "relu",
-    "calibrated",
-    "calibrated_relu",
-    "labels",
-)
-DIRECTIONS = ("both", "u_to_v", "v_to_u")
-WEIGHTED = ("u_to_v", "v_to_u", "both")
-REDUCTIONS = ("sum", "mean")
-FORMS = ("auto", "dense", "fused", "gathered", "ring")
-DUPLICATES = ("negatives", "positives", "masked")
-PRECISIONS = ("highest", "high", "default")
-# Losses whose targets are given: the own pairs, or those that labels make equal.
-WITHOUT_WEIGHTS = ("contrastive", "sigmoid")
-# The weight functions whose tiled form passes a gradient on to p, and those without any p.
-_WITH_WEIGHT_GRADIENT = ("affine", "centred")
-_WITHOUT_P = ("uniform", "labels")
+from cwcl_jax.extension import import_named
+from cwcl_jax.losses.presets import PRESETS, TERMS, Preset
+from cwcl_jax.losses.weights import Weights, parse_number, parse_weights
 
-# What a preset decides. Every other field stays the caller's.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "supervised": {"weight_function": "labels", "weighted": "both"},
-        "uniform": {"weight_function": "uniform"},
-        "cellclip": {
-            "weight_function": "affine",
-            "weighted": "u_to_v",
-            "reduction": "sum",
-            "row_sum_epsilon": 1e-8,
-            "detach_weights": False,
-        },
-        "astroclip": {
-            "weight_function": "exp",
-            "weighted": "u_to_v",
-            "reduction": "mean",
-            "detach_weights": True,
-        },
-    }
+_CHOICES = {
+    "weighted": ("", "u_to_v", "v_to_u", "both", "own"),
+    "form": ("auto", "dense", "fused", "gathered", "ring"),
+    "precision": ("highest", "high", "default"),
+}
+# What other pairs that count as the same may be; a margin stands behind the last two.
+DUPLICATES = ("negatives", "positives", "masked", "absolute", "relative")
+# The options that a preset decides unless they are given.
+_OF_PRESETS = (
+    "weight_function",
+    "weighted",
+    "duplicates",
+    "mix",
+    "direction_weights",
+    "terms",
+    "detach_weights",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The loss of one experiment.
+    """The loss of one experiment. Options left empty are the preset's.
 
     Attributes:
-      name: "cwcl", "contrastive" (CLIP, InfoNCE in both directions), "sigmoid" (SigLIP), or a
-        preset: "supervised" (0/1 class weights), "uniform" (control without similarities),
-        "cellclip", "astroclip".
+      name: a row of `presets.PRESETS`, or "module:name", a function of your own (see
+        `make.own_loss`).
       weights_from: the modality U whose similarities are the weights.
-      weight_function: cosine -> weight. "affine" is the paper's cos/2 + 1/2; "centred" the same on
-        cosines of mean-free embeds; "uniform" ignores the cosine; "exp" is
-        exp((cos - 1) / weight_temperature); "relu" is max(cos, 0) ** weight_power; "calibrated"
-        and "calibrated_relu" choose that temperature or power for every batch; "labels" is 1 for
-        equal labels, else 0.
-      weight_temperature: of "exp".
-      weight_power: of "relu".
-      weight_offdiagonal: of "uniform": the weight of every pair that is not a true one.
-      target_diagonal: of the calibrated functions: the mean share of a row's target that its own
-        pair gets, as far as duplicates that are positives too leave it.
-      target_positives: of the calibrated functions, instead: the effective number of positives,
-        exp(mean entropy); 0 leaves it to target_diagonal.
-      weighted: the direction (or both) whose targets are weighted; the other keeps its own pair as
-        the only target.
-      direction: which softmax terms are in the loss.
-      reduction: "sum" is L(u->v) + reverse_weight * L(v->u), the paper's; "mean" divides it by
-        1 + reverse_weight.
-      reverse_weight: the factor of L(v->u).
-      row_sum_epsilon: added to the row sums of the weights before dividing.
+      weight_function: similarity -> weight, by name and number: "affine", the paper's cos/2 + 1/2;
+        "centred", the same on cosines of mean-free features; "uniform0.5", any other pair's weight,
+        without similarities; "exp0.1", exp((cos - 1) / 0.1); "relu2", max(cos, 0) ** 2;
+        "calibrated0.5" and "calibrated_relu0.5", exp and relu whose temperature or power gives the
+        positive pairs that mean share of the target in every batch (from 1 on: that many effective
+        positives); "labels0.5", 1 for equal labels, 0.5 for label sets that overlap, else 0;
+        "distance0.3_0.75", 1 - 4/pi atan(d^2 / 0.3) of features as they are, 0 below 0.75. Or
+        "module:name", a function of the cosine of your own, entry by entry.
+      weighted: the directions whose targets are weighted, "u_to_v", "v_to_u" or "both"; "own" is
+        both, each by its own modality's similarities.
+      duplicates: what pairs that are the same are to each other: "negatives" (nothing); by equal
+        labels "positives" (weight 1) or "masked" (left out of softmax and targets); left out where
+        the locked tower finds them too similar, "absolute0.05" or "relative0.05".
+      mix: the positive pair's share of the target besides its weight's: one number, or several,
+        evenly over the run and linear in between.
+      direction_weights: factors of the losses U->V and V->U; (1, 1) is the paper's sum, (0.5, 0.5)
+        CLIP's mean.
+      terms: further terms, "name=factor"; they replace the preset's.
       detach_weights: weights are constants for the gradient, as in the paper. If not, it also goes
-        through them, in training to U's encoder where that trains (locked or precomputed features
-        have none).
-      duplicates: what equal labels mean: "negatives" (nothing), "positives" (weight 1), "masked"
-        (left out of the softmax and of the targets).
+        through them, in training to the encoder where that trains.
       form: "auto", "dense" (the equations, N x N arrays), "fused" (tiled, one device), "gathered"
         or "ring" (over a mesh).
       block_size, block_columns: rows and columns of a tile; 0 chooses.
       precision: of float32 matrix products on accelerators. Lower ones are faster and lose digits
         that a high inverse temperature multiplies.
-      sampled_rows: rows from which the calibration, and the entropy of closed-form weights, are
-        estimated; batches up to this size are exact.
-      diagnostics: also return entropies, accuracies and weights (else only the loss terms).
+      diagnostics: also return entropies, accuracies and weights (else only the loss's parts).
       debug_checks: check values on the host at every call: finite, normalised, weights
         non-negative with positive row sums. Slow.
     """
 
     name: str = "cwcl"
     weights_from: str = "image"
-    weight_function: str = "affine"
-    weight_temperature: float = 0.1
-    weight_power: float = 2.0
-    weight_offdiagonal: float = 1.0
-    target_diagonal: float = 0.5
-    target_positives: float = 0.0
-    weighted: str = "u_to_v"
-    direction: str = "both"
-    reduction: str = "sum"
-    reverse_weight: float = 1.0
-    row_sum_epsilon: float = 0.0
-    detach_weights: bool = True
-    duplicates: str = "negatives"
+    weight_function: str = ""
+    weighted: str = ""
+    duplicates: str = ""
+    mix: tuple[float, ...] = ()
+    direction_weights: tuple[float, ...] = ()
+    terms: tuple[str, ...] = ()
+    detach_weights: bool | None = None
     form: str = "auto"
     block_size: int = 0
     block_columns: int = 0
     precision: str = "highest"
-    sampled_rows: int = 128
     diagnostics: bool = True
     debug_checks: bool = False
 
     def __post_init__(self):
         for field, allowed in _CHOICES.items():
             require_choice(field, getattr(self, field), allowed)
-        for field in ("weight_temperature", "weight_power"):
-            _require_positive(field, getattr(self, field))
-        _require_range(self)
+        for field in ("block_size", "block_columns"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0.")
+        resolve(self)
 
 
-_CHOICES = {
-    "name": NAMES,
-    "weight_function": WEIGHT_FUNCTIONS,
-    "weighted": WEIGHTED,
-    "direction": DIRECTIONS,
-    "reduction": REDUCTIONS,
-    "duplicates": DUPLICATES,
-    "form": FORMS,
-    "precision": PRECISIONS,
-}
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A configuration with everything decided, as the forms of the loss read it.
+
+    Attributes:
+      config: what it came from.
+      kind, weighted, mix, direction_weights, detach_weights, row_sum_epsilon, negatives: see
+        `Preset`.
+      weights: the weight function.
+      duplicates, margin: see `LossConfig.duplicates`.
+      terms: factors by name.
+    """
+
+    config: LossConfig
+    kind: str
+    weights: Weights
+    weighted: str
+    duplicates: str
+    margin: float
+    mix: tuple[float, ...]
+    direction_weights: tuple[float, ...]
+    terms: dict[str, float]
+    detach_weights: bool
+    row_sum_epsilon: float
+    negatives: tuple[float, float]
+
+    @property
+    def needs_bias(self) -> bool:
+        """Whether the logits have one."""
+        return self.kind == "sigmoid"
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether anything goes by labels."""
+        by_labels = self.weights.name == "labels" or self.duplicates in ("positives", "masked")
+        return by_labels or "replicates" in self.terms
+
+    @property
+    def guided(self) -> bool:
+        """Whether pairs are masked by the locked tower's similarities."""
+        return self.duplicates in ("absolute", "relative")
+
+    @property
+    def needs_p(self) -> bool:
+        """Whether U's features are read."""
+        return self.weights.of_features or self.guided
+
+    @property
+    def needs_q(self) -> bool:
+        """Whether V's features are read."""
+        return self.weighted == "own"
+
+    @property
+    def raw_features(self) -> bool:
+        """Whether the features are taken as they are, not normalised."""
+        return self.weights.name == "distance"
+
+    @property
+    def needs_progress(self) -> bool:
+        """Whether the loss changes over the run."""
+        return len(self.mix) > 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether the weights are affine in the cosine, so that no tile makes them."""
+        return (
+            self.kind == "softmax"
+            and self.weights.name in ("affine", "centred", "uniform")
+            and self.duplicates == "negatives"
+            and not self.terms.get("negatives")
+        )
+
+    @property
+    def tiles_read_features(self) -> bool:
+        """Whether a tile needs the features of its rows and columns, which then travel too."""
+        return self.guided or (self.weights.of_features and not self.closed)
 
 
 def require_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{field}={value!r} is not known; use one of {', '.join(allowed)}.")
+        known = ", ".join(x if x else repr(x) for x in allowed)
+        raise ValueError(f"{field}={value!r} is not known; use one of {known}.")
 
 
-def _require_positive(field: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{field}={value} must be positive and finite.")
+def is_own(name: str) -> bool:
+    """Whether a name is that of a function outside of the package."""
+    return ":" in name
 
 
-def _require_range(config: LossConfig) -> None:
-    if not 0 < config.target_diagonal < 1:
-        raise ValueError(f"target_diagonal={config.target_diagonal} must lie between 0 and 1.")
-    if config.target_positives != 0 and config.target_positives <= 1:
-        raise ValueError(
-            f"target_positives={config.target_positives} must be above 1 (or 0: calibrate by "
-            "target_diagonal instead)."
-        )
-    for field in ("reverse_weight", "row_sum_epsilon", "weight_offdiagonal"):
-        value = getattr(config, field)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{field}={value} must not be negative.")
-    for field, least in (("block_size", 0), ("block_columns", 0), ("sampled_rows", 1)):
-        if getattr(config, field) < least:
-            raise ValueError(f"{field}={getattr(config, field)} must be at least {least}.")
+def needs_bias(config: LossConfig) -> bool:
+    """Whether the loss adds a bias to its logits, trained beside the inverse temperature."""
+    if is_own(config.name):
+        from cwcl_jax.losses.make import argument_names
+
+        return "logit_bias" in argument_names(import_named(config.name, "a loss"))
+    return resolve(config).needs_bias
 
 
-def resolve(config: LossConfig) -> LossConfig:
-    """Fills in what the preset of `config.name` decides.
-
-    A field that was set to something else than both its default and the preset's value is an
-    error: the result would no longer be the variant it is named after.
-    """
-    decided = PRESETS.get(config.name, {})
-    defaults = {f.name: f.default for f in dataclasses.fields(LossConfig)}
-    for field, value in decided.items():
-        given = getattr(config, field)
-        if given not in (defaults[field], value):
-            raise ValueError(
-                f"{field}={given!r} contradicts the preset {config.name!r}, which needs {value!r}; "
-                "use name='cwcl' and set the fields one by one."
-            )
-    config = dataclasses.replace(config, **decided)
-    if config.name == "contrastive":
-        own = "labels" if config.duplicates == "positives" else config.weight_function
-        config = dataclasses.replace(config, weighted="both", weight_function=own)
-    return config
-
-
-def check_weight_gradient(config: LossConfig, *, own: bool = False) -> None:
-    """Raises where the gradient through the weights is asked for, but would silently be zero.
+def resolve(config: LossConfig, function: Callable | None = None) -> Frame:
+    """Everything that the preset of `config.name` decides or leaves to the options.
 
     Args:
-      config: resolved options.
-      own: whether the caller's own function takes the configured one's place.
+      config: the options.
+      function: the caller's own weight function, in place of the configured one.
+
+    Raises:
+      ValueError: an unknown name, an option that would make it another loss, or one that would do
+        nothing.
     """
-    if config.detach_weights or config.form == "dense" or config.name in WITHOUT_WEIGHTS:
+    if is_own(config.name):
+        return _frame_of_own_loss(config, function)
+    require_choice("name", config.name, tuple(PRESETS))
+    preset = PRESETS[config.name]
+    if function is not None and "weight_function" not in preset.open:
+        raise ValueError(_not_open("weight_function", "your own function", config.name, preset))
+    given = {name: getattr(config, name) for name in _OF_PRESETS}
+    given = {name: value for name, value in given.items() if value not in ("", (), None)}
+    for name, value in given.items():
+        if name not in preset.open and value != getattr(preset, name):
+            raise ValueError(_not_open(name, value, config.name, preset))
+    chosen = dataclasses.replace(preset, **given)
+    duplicates, margin = _parse_duplicates(chosen.duplicates)
+    text = chosen.weight_function
+    if text == "identity" and duplicates == "positives":
+        text = "labels"
+    frame = Frame(
+        config=config,
+        kind=chosen.kind,
+        weights=parse_weights(text, function),
+        weighted=chosen.weighted,
+        duplicates=duplicates,
+        margin=margin,
+        mix=_checked_mix(chosen.mix),
+        direction_weights=_checked_directions(chosen.direction_weights),
+        terms=_parse_terms(chosen.terms),
+        detach_weights=chosen.detach_weights,
+        row_sum_epsilon=chosen.row_sum_epsilon,
+        negatives=chosen.negatives,
+    )
+    _check_frame(frame, given)
+    return frame
+
+
+def _frame_of_own_loss(config: LossConfig, function: Callable | None) -> Frame:
+    set_ = [name for name in _OF_PRESETS if getattr(config, name) not in ("", (), None)]
+    if set_ or function is not None:
+        raise ValueError(
+            f"name={config.name!r} is a loss of your own, which {(set_ or ['weight_function'])[0]} "
+            "does not reach: leave it out."
+        )
+    return Frame(
+        config, "own", parse_weights("identity"), "both", "negatives", 0.0, (0.0,), (1.0, 1.0), {},
+        detach_weights=True, row_sum_epsilon=0.0, negatives=(1.0, 1.0),
+    )  # fmt: skip
+
+
+def _not_open(option: str, value: Any, name: str, preset: Preset) -> str:
+    able = [other for other, x in PRESETS.items() if option in x.open]
+    return (
+        f"{option}={value!r} contradicts the preset {name!r}, whose own is "
+        f"{getattr(preset, option)!r}; leave it out, or use a name that takes it: "
+        f"{', '.join(able)}."
+    )
+
+
+def _parse_duplicates(text: str) -> tuple[str, float]:
+    name, numbers = parse_number(text)
+    require_choice("duplicates", name, DUPLICATES)
+    if name in ("absolute", "relative"):
+        if len(numbers) != 1 or not 0 <= numbers[0] < 1:
+            raise ValueError(f"duplicates={text!r} needs one margin in [0, 1), as {name}0.05.")
+        return name, numbers[0]
+    if numbers:
+        raise ValueError(f"duplicates={text!r} takes no number.")
+    return name, 0.0
+
+
+def _parse_terms(entries: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for entry in entries:
+        name, _, number = entry.partition("=")
+        require_choice("terms", name, TERMS)
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = math.nan
+        if not (factor >= 0 and math.isfinite(factor)) or name in found:
+            raise ValueError(f"terms={entry!r}: write each once, as '{name}=0.5', not negative.")
+        found[name] = factor
+    return {name: factor for name, factor in found.items() if factor}
+
+
+def _checked_mix(mix: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 <= share <= 1 for share in mix):
+        raise ValueError(f"mix={mix} must lie between 0 and 1.")
+    return tuple(mix)
+
+
+def _checked_directions(factors: tuple[float, ...]) -> tuple[float, ...]:
+    if (
+        len(factors) != 2
+        or not all(x >= 0 and math.isfinite(x) for x in factors)
+        or not any(factors)
+    ):
+        raise ValueError(
+            f"direction_weights={factors} must be two factors, of U->V and V->U, not negative and "
+            "not both 0."
+        )
+    return tuple(factors)
+
+
+def _check_frame(frame: Frame, given: dict[str, Any]) -> None:
+    """Raises where a given option would do nothing."""
+    weights, name = frame.weights, frame.config.name
+    if frame.weighted == "own" and not weights.of_features:
+        raise ValueError(
+            f"weighted='own' with weight_function={weights.text!r}: it has no similarities of a "
+            "modality; use weighted='both'."
+        )
+    if "detach_weights" in given and not weights.of_features:
+        raise ValueError(
+            f"detach_weights does nothing with weight_function={weights.text!r}, which reads no "
+            "features; leave it out."
+        )
+    if "negatives" in frame.terms and (frame.kind != "softmax" or weights.name == "identity"):
+        raise ValueError(
+            f"terms='negatives' of {name!r}: its negatives have no targets; take softclip or cwcl."
+        )
+    if frame.guided and (weights.calibrated or weights.name == "distance"):
+        raise ValueError(
+            f"duplicates={frame.duplicates!r} does not go with weight_function={weights.text!r}; "
+            "use another of the two."
+        )
+    if frame.kind == "none" and not frame.terms:
+        raise ValueError(f"name={name!r} has no loss left; give terms, as 'cosine=1'.")
+    given_twice = frame.duplicates == "positives" and "weight_function" in PRESETS[name].open
+    if given_twice and weights.name == "labels":
+        raise ValueError(
+            "duplicates='positives' does nothing beside weight_function='labels': equal labels "
+            "weigh 1 already; leave it out."
+        )
+    check_weight_gradient(frame)
+
+
+def check_weight_gradient(frame: Frame) -> None:
+    """Raises where the gradient through the weights is asked for, but would silently be zero."""
+    if frame.detach_weights or frame.config.form == "dense" or frame.closed:
         return
-    kind, name = config.weight_function, "your own weight function"
-    if not own:
-        name = f"weight_function={kind!r}, duplicates={config.duplicates!r}"
-        if kind in _WITHOUT_P or (
-            kind in _WITH_WEIGHT_GRADIENT and config.duplicates == "negatives"
-        ):
-            return
     raise ValueError(
-        f"detach_weights=False with {name} has no gradient of the weights in the tiled forms; set "
+        f"detach_weights=False with weight_function={frame.weights.text!r}, "
+        f"duplicates={frame.duplicates!r} has no gradient of the weights in the tiled forms; set "
         "form='dense', or detach_weights=True as in the paper."
     )

@@ -1,18 +1,25 @@
-"""From a `LossConfig` and arrays to the loss: chooses targets, tiles or closed form, and engine."""
+"""From a `Frame` and arrays to the loss: tiles or closed form, both directions, further terms."""
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cwcl_jax.losses import diagnostics, reference, weights
-from cwcl_jax.losses.fused import Engine, OneDevice, closed_form_correction, pair_losses
-from cwcl_jax.losses.options import LossConfig
-from cwcl_jax.losses.reference import wide
-from cwcl_jax.losses.tiles import Tiling
-from cwcl_jax.losses.weights import WeightFunction
+from cwcl_jax.losses import diagnostics, reference, terms, weights
+from cwcl_jax.losses.engines import Engine
+from cwcl_jax.losses.fused import closed_form_correction, pair_losses
+from cwcl_jax.losses.inputs import Inputs, sharpness
+from cwcl_jax.losses.numerics import wide
+from cwcl_jax.losses.options import Frame
+from cwcl_jax.losses.sigmoid import pair_loss
+from cwcl_jax.losses.tiles import Side, Tiling
+
+Result = tuple[Float[Array, ""], dict[str, Array]]
+# Side of the sweeps, its name in diagnostics, the number of its factor.
+SIDES = (("rows", "u_to_v"), ("columns", "v_to_u"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,141 +31,168 @@ class ClosedForm:
     own: float
 
 
-@dataclasses.dataclass
-class Inputs:
-    """Arrays of one call, checked."""
-
-    u: Float[Array, "n d"]
-    v: Float[Array, "n d"]
-    logit_scale: Float[Array, ""]
-    p: Array | None = None
-    labels: Array | None = None
-    targets: Float[Array, "n n"] | None = None
+def closed_form(frame: Frame, inputs: Inputs) -> ClosedForm | None:
+    """The closed form of the weights, or None if they must be made tile by tile."""
+    if not frame.closed or inputs.targets is not None or len(inputs.u) == 1:
+        return None
+    if frame.weights.name == "uniform":
+        c = frame.weights.numbers[0]
+        return ClosedForm(constant=c, slope=0.0, own=1 - c)
+    return ClosedForm(constant=0.5, slope=0.5, own=0.0)
 
 
-def source_of_weights(config: LossConfig, inputs: Inputs, function: WeightFunction | None) -> str:
-    """Where weights come from: "none", "cosine", "constant", "labels" or "targets"."""
+def source_of_weights(frame: Frame, inputs: Inputs) -> str:
+    """What a tile's weights are made of, see `Tiling.source`."""
     if len(inputs.u) == 1:
         return "none"  # one pair is its own only target, whatever its weight
-    if config.name == "contrastive":
-        return "labels" if config.duplicates == "positives" else "none"
     if inputs.targets is not None:
         return "targets"
-    if function is not None:
-        return "cosine"
-    return {"uniform": "constant", "labels": "labels"}.get(config.weight_function, "cosine")
+    named = {"identity": "none", "uniform": "constant", "labels": "labels", "distance": "distance"}
+    return named.get(frame.weights.name, "cosine")
 
 
-def closed_form(config: LossConfig, source: str, function: WeightFunction | None):
-    """The closed form of the weights, or None if they must be made tile by tile."""
-    if config.duplicates != "negatives":
-        return None
-    if source == "constant":
-        c = config.weight_offdiagonal
-        return ClosedForm(constant=c, slope=0.0, own=1 - c)
-    if source == "cosine" and function is weights.affine:
-        return ClosedForm(constant=0.5, slope=0.5, own=0.0)
-    return None
-
-
-def weight_extremes(
-    config: LossConfig, inputs: Inputs, function: WeightFunction | None
-) -> Float[Array, " 3"]:
-    """The smallest weight, row sum and column sum, inf for a direction without weights."""
-    source = source_of_weights(config, inputs, function)
-    matrix, masked = dense_weights(config, inputs, source, function)
-    if masked is not None:
-        matrix = jnp.where(masked, 0, matrix)
-    sums = [
-        jnp.inf if config.weighted == without else matrix.sum(axis).min()
-        for axis, without in ((1, "v_to_u"), (0, "u_to_v"))
-    ]
-    return lax.stop_gradient(jnp.stack([matrix.min(), *sums]))
-
-
-def weighted_loss(
-    config: LossConfig, inputs: Inputs, engine: Engine, function: WeightFunction | None = None
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss and its diagnostics, tiled.
-
-    Args:
-      config: resolved options.
-      inputs: checked arrays.
-      engine: where the sweeps run.
-      function: the caller's own weight function, in place of the configured one.
-    """
-    source = source_of_weights(config, inputs, function)
-    function = function or weights.elementwise(config)
-    p = prepared_embeds(config, inputs.p) if source == "cosine" else None
-    closed = closed_form(config, source, function)
+def loss_of_frame(frame: Frame, inputs: Inputs, engine: Engine) -> Result:
+    """The loss and its diagnostics, tiled or, with form="dense", by the equations."""
+    dense = frame.config.form == "dense"
     scale = jnp.exp(inputs.logit_scale.astype(wide(inputs.u)))
-    extras = {}
-    if closed is None and p is not None:
-        assert function is not None
-        p = lax.stop_gradient(p)
-        extras |= {"p": p, "sharpness": sharpness(config, function, p, inputs.labels, engine)}
-    if closed is None and inputs.labels is not None:
-        extras["labels"] = inputs.labels
-    if source == "targets":
-        extras["targets"] = lax.stop_gradient(inputs.targets)
-    tiling = make_tiling(config, "none" if closed else source, function)
-    terms = _closed_terms(config, closed, inputs, p, scale) if closed else {}
-    for name, (_, deficit) in terms.items():
-        if config.row_sum_epsilon:
-            extras[f"{name}_deficit"] = lax.stop_gradient(deficit)
+    if frame.kind == "none":
+        loss, reported = jnp.zeros((), wide(inputs.u)), diagnostics.of_nothing(scale)
+        values = terms.of_pairs(tuple(frame.terms), inputs.u, inputs.v)
+        if "replicates" in frame.terms:
+            values["replicates"] = (
+                reference.replicates(frame, inputs) if dense
+                else _replicates(frame, inputs, scale, engine)
+            )  # fmt: skip
+    elif frame.kind == "sigmoid":
+        loss, values, reported = _sigmoid(frame, inputs, scale, engine, dense=dense)
+    else:
+        loss, values, reported = (_dense if dense else _softmax)(frame, inputs, scale, engine)
+    for name, factor in frame.terms.items():
+        loss = loss + factor * values[name]
+        reported[f"term_{name}"] = values[name]
+    reported = {"loss": loss} | reported
+    return loss, jax.tree.map(lax.stop_gradient, reported)
+
+
+def _softmax(frame: Frame, inputs: Inputs, scale: Array, engine: Engine):
+    closed = closed_form(frame, inputs)
+    source = "none" if closed else source_of_weights(frame, inputs)
+    rows = _prepared(frame, inputs)
+    tiling = make_tiling(frame, source)
+    extras = _extras(frame, inputs, tiling, rows, engine)
+    corrections = _closed_terms(frame, closed, inputs, rows, scale) if closed else {}
+    for side, (_, deficit) in corrections.items():
+        if frame.row_sum_epsilon:
+            extras[f"{side}_deficit"] = lax.stop_gradient(deficit)
     outputs: Any = pair_losses(
-        tiling, engine, config.row_sum_epsilon, inputs.u, inputs.v, scale, extras
+        tiling, engine, frame.row_sum_epsilon, inputs.u, inputs.v, scale, extras
     )
-    u_to_v, v_to_u, stats = outputs
-    losses = {"rows": u_to_v, "columns": v_to_u}
-    for name, (correction, deficit) in terms.items():
-        losses[name] += correction
-        if config.row_sum_epsilon and not config.detach_weights:
+    parts, stats = outputs
+    losses = {
+        side: _of_direction(frame, inputs, parts[side], stats[side], corrections.get(side))
+        for side, _ in SIDES
+    }
+    values = terms.of_pairs(tuple(frame.terms), inputs.u, inputs.v)
+    if "replicates" in frame.terms:
+        values["replicates"] = _replicates(frame, inputs, scale, engine)
+    if "negatives" in frame.terms:
+        values["negatives"] = sum(
+            (
+                factor * parts[side]["negatives"]
+                for (side, _), factor in zip(SIDES, frame.direction_weights, strict=True)
+                if "negatives" in parts[side]
+            ),
+            start=jnp.zeros((), scale.dtype),
+        )
+    reported = diagnostics.of_softmax(
+        frame, inputs, closed, tiling, losses, stats, rows, scale, engine
+    )
+    return combine(frame, losses), values, reported
+
+
+def combine(frame: Frame, losses: dict[str, Array]) -> Array:
+    """a L(U->V) + b L(V->U)."""
+    a, b = frame.direction_weights
+    if not b:
+        return a * losses["rows"]
+    if not a:
+        return b * losses["columns"]
+    return a * losses["rows"] + b * losses["columns"]
+
+
+def _of_direction(frame: Frame, inputs: Inputs, parts, stats, correction) -> Array:
+    """L of one direction from its parts: mix times the positive pairs' and the rest weighted."""
+    if correction is not None:
+        change, deficit = correction
+        soft = parts.get("closed", parts["own"]) + change
+        if frame.row_sum_epsilon and not frame.detach_weights:
             # `pair_losses` takes the deficit as constant; its own gradient is the log-sum-exp's.
-            log_sum_exp = stats[name]["max"] + jnp.log(stats[name]["sum"])
-            change = deficit - lax.stop_gradient(deficit)  # 0
-            losses[name] += (change * lax.stop_gradient(log_sum_exp)).mean()
-    loss = combine(config, losses["rows"], losses["columns"])
-    reported = diagnostics.collect(
-        config, source, closed, losses, stats, p, scale, engine, function
-    )
-    return loss, {"loss": loss} | reported
+            log_sum_exp = stats["max"] + jnp.log(stats["sum"])
+            zero = deficit - lax.stop_gradient(deficit)
+            soft += (zero * lax.stop_gradient(log_sum_exp)).mean()
+    elif "soft" in parts:
+        soft = parts["soft"]
+    else:
+        return parts["own"]
+    if frame.mix == (0.0,):
+        return soft
+    return inputs.mix * parts["own"] + (1 - inputs.mix) * soft
 
 
-def prepared_embeds(config: LossConfig, p: Any) -> Array:
-    """Locked embeds as the weights use them."""
-    prepared: Any = weights.channel_profiles(p) if p.ndim == 3 else p
-    if config.weight_function == "centred":
-        prepared = weights.centre(prepared)
-    if not config.detach_weights:
-        return prepared
-    detached: Array = lax.stop_gradient(prepared)
-    return detached
+def _prepared(frame: Frame, inputs: Inputs) -> dict[str, Array]:
+    """Features as weights and masks use them, by "p" and "q"."""
+    found = {}
+    own_weights = inputs.targets is None and len(inputs.u) > 1
+    if frame.guided or (frame.needs_p and own_weights):
+        found["p"] = weights.prepared(frame.weights, inputs.p, detach=frame.detach_weights)
+    if frame.needs_q and own_weights:
+        found["q"] = weights.prepared(frame.weights, inputs.q, detach=frame.detach_weights)
+    return found
 
 
-def sharpness(
-    config: LossConfig, function: WeightFunction, p: Array, labels: Array | None, engine: Engine
-) -> Array:
-    """The fixed or calibrated sharpness of the weight function."""
-    fixed = weights.fixed_sharpness(config)
-    if fixed is not None:
-        return jnp.asarray(fixed, wide(p))
+def _extras(frame: Frame, inputs: Inputs, tiling: Tiling, rows, engine: Engine) -> Side:
+    """What the sweeps need besides u and v; see `pair_losses`."""
+    rows = {name: lax.stop_gradient(x) for name, x in rows.items()}
+    extras: Side = {}
+    of_features = tiling.source in ("cosine", "distance")
+    for name, x in rows.items():
+        if of_features or (tiling.guided and name == "p"):
+            extras[name] = x
+        if of_features:
+            extras[f"sharpness_{name}"] = sharpness(frame, x, inputs.labels, engine)
+        if tiling.source == "distance":
+            extras[f"square_{name}"] = jnp.square(x).sum(axis=1)
+    if tiling.guided:
+        extras["limit"] = weights.guide_limits(rows["p"], frame.duplicates, frame.margin)
+    if tiling.source == "labels" or tiling.duplicates in ("positives", "masked"):
+        extras["labels"] = inputs.labels
+    if tiling.source == "targets":
+        extras["targets"] = lax.stop_gradient(inputs.targets)
+    if tiling.mixes:
+        extras["mix"] = jnp.asarray(inputs.mix, wide(inputs.u))
+    return extras
 
-    def solve(own, cosines, duplicates, sum_over_columns):
-        return weights.calibrate(function, own, cosines, config, duplicates, sum_over_columns)
 
-    return engine.sampled(p, labels, weights.sample_stride(p.shape[0], config), solve)
-
-
-def make_tiling(config: LossConfig, source: str, function: WeightFunction | None) -> Tiling:
+def make_tiling(frame: Frame, source: str) -> Tiling:
     """Static facts of the sweeps."""
+    chosen, config = frame.weights, frame.config
+    weighted = {side: source != "none" and frame.weighted in (name, "both", "own")
+                for side, name in SIDES}  # fmt: skip
+    duplicates = frame.duplicates
+    if duplicates == "positives" and source in ("none", "labels"):
+        duplicates = "negatives"  # the labels' weights say it already; closed forms have none
     return Tiling(
+        kind=frame.kind,
         source=source,
-        function=function if source == "cosine" else None,
-        offdiagonal=config.weight_offdiagonal,
-        rows_weighted=source != "none" and config.weighted != "v_to_u",
-        columns_weighted=source != "none" and config.weighted != "u_to_v",
-        duplicates=config.duplicates,
+        function=chosen.function() if source in ("cosine", "distance") else None,
+        number=chosen.numbers[0] if source in ("constant", "labels") else 1.0,
+        two_sided=frame.weighted == "own" and source in ("cosine", "distance"),
+        rows_weighted=weighted["rows"],
+        columns_weighted=weighted["columns"],
+        duplicates=duplicates,
+        negatives_alone="negatives" in frame.terms and source != "none",
+        negatives=frame.negatives,
+        mixes=frame.kind == "sigmoid" and source != "none" and frame.mix != (0.0,),
         diagnostics=config.diagnostics,
         block_size=config.block_size,
         block_columns=config.block_columns,
@@ -166,88 +200,83 @@ def make_tiling(config: LossConfig, source: str, function: WeightFunction | None
     )
 
 
-def _closed_terms(config, closed, inputs, p, scale) -> dict[str, tuple[Array, Array]]:
+def _closed_terms(frame, closed, inputs, rows, scale) -> dict[str, tuple[Array, Array]]:
     """Correction and deficit, -epsilon / (row sum + epsilon), of each weighted direction."""
-    terms = {}
-    for name, direction in (("rows", "u_to_v"), ("columns", "v_to_u")):
-        if config.weighted not in (direction, "both"):
+    found, epsilon = {}, frame.row_sum_epsilon
+    for side, direction in SIDES:
+        if frame.weighted not in (direction, "both", "own"):
             continue
+        of = "q" if side == "columns" and frame.weighted == "own" else "p"
         correction, sums = closed_form_correction(
             inputs.u,
             inputs.v,
-            p,
+            rows.get(of),
             scale,
             constant=closed.constant,
             slope=closed.slope,
             own=closed.own,
-            epsilon=config.row_sum_epsilon,
+            epsilon=epsilon,
             direction=direction,
         )
-        terms[name] = (correction, -config.row_sum_epsilon / (sums + config.row_sum_epsilon))
-    return terms
+        found[side] = (correction, -epsilon / (sums + epsilon))
+    return found
 
 
-def combine(config: LossConfig, u_to_v: Array, v_to_u: Array) -> Array:
-    """The two directions' sum or mean."""
-    if config.direction == "u_to_v":
-        return u_to_v
-    if config.direction == "v_to_u":
-        return v_to_u
-    total = u_to_v + config.reverse_weight * v_to_u
-    return total / (1 + config.reverse_weight) if config.reduction == "mean" else total
-
-
-def dense_loss(
-    config: LossConfig, inputs: Inputs, function: WeightFunction | None = None
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The same by the equations: N x N arrays, any derivative."""
-    source = source_of_weights(config, inputs, function)
-    matrix, masked = dense_weights(config, inputs, source, function)
-    u_to_v, v_to_u = reference.weighted(
-        inputs.u,
-        inputs.v,
-        inputs.logit_scale,
-        weights=matrix,
-        weighted_directions=config.weighted,
-        epsilon=config.row_sum_epsilon if source != "none" else 0.0,
-        masked=masked,
+def _replicates(frame: Frame, inputs: Inputs, scale: Array, engine: Engine) -> Array:
+    """The term "replicates": u against u, positives by equal labels."""
+    if len(inputs.u) == 1:
+        return jnp.zeros((), scale.dtype)
+    config = frame.config
+    tiling = Tiling(
+        source="labels",
+        number=0.0,
+        rows_weighted=True,
+        negatives_alone=True,
+        diagnostics=False,
+        block_size=config.block_size,
+        block_columns=config.block_columns,
+        precision=config.precision,
     )
-    loss = combine(config, u_to_v, v_to_u)
-    reported = diagnostics.collect_dense(config, inputs, matrix, masked, (u_to_v, v_to_u))
-    return loss, {"loss": loss} | reported
+    assert inputs.labels is not None
+    outputs: Any = pair_losses(
+        tiling, engine, 0.0, inputs.u, inputs.u, scale, {"labels": inputs.labels}
+    )
+    return outputs[0]["rows"]["negatives"]
 
 
-def dense_weights(
-    config: LossConfig, inputs: Inputs, source: str, function: WeightFunction | None
-) -> tuple[Float[Array, "n n"], Array | None]:
-    """The N x N weights, and the pairs left out."""
-    n, dtype = len(inputs.u), wide(inputs.u)
-    own = jnp.eye(n, dtype=bool)
-    same = own
-    if inputs.labels is not None:
-        same = inputs.labels[:, None] == inputs.labels[None, :]
-    matrix = _dense_by_source(config, inputs, source, function, own, same).astype(dtype)
-    if config.detach_weights:
-        matrix = lax.stop_gradient(matrix)
-    if config.duplicates == "positives" and source != "none":
-        matrix = jnp.where(same, jnp.ones((), dtype), matrix)
-    masked = same & ~own if config.duplicates == "masked" else None
-    return matrix, masked
+def _sigmoid(frame: Frame, inputs: Inputs, scale: Array, engine: Engine, *, dense: bool):
+    source = source_of_weights(frame, inputs)
+    tiling = make_tiling(frame, source)
+    extras = _extras(frame, inputs, tiling, _prepared(frame, inputs), engine)
+    u, v, bias = inputs.u, inputs.v, inputs.logit_bias
+    constant = lax.stop_gradient((u, v, scale, bias))
+    outputs: Any = pair_loss(tiling, engine, *(constant if dense else (u, v, scale, bias)), extras)
+    loss, stats = outputs
+    if dense:
+        loss = reference.sigmoid(frame, inputs)
+    values = terms.of_pairs(tuple(frame.terms), u, v)
+    if "replicates" in frame.terms:
+        values["replicates"] = (
+            reference.replicates(frame, inputs) if dense
+            else _replicates(frame, inputs, scale, engine)
+        )  # fmt: skip
+    return loss, values, diagnostics.of_sigmoid(frame, loss, stats, scale, bias)
 
 
-def _dense_by_source(config, inputs, source, function, own, same) -> Array:
-    match source:
-        case "none":
-            return own
-        case "targets":
-            return inputs.targets
-        case "labels":
-            return same
-        case "constant":
-            return jnp.where(own, 1.0, config.weight_offdiagonal)
-    function = function or weights.elementwise(config)
-    assert function is not None
-    p = prepared_embeds(config, inputs.p)
-    sharp = sharpness(config, function, lax.stop_gradient(p), inputs.labels, OneDevice())
-    matrix = weights.weight_matrix(function, p, sharp)
-    return jnp.where(own, 1.0, matrix) if function is weights.exponential else matrix
+def _dense(frame: Frame, inputs: Inputs, scale: Array, engine: Engine):
+    del engine
+    found = reference.directions(frame, inputs)
+    losses = {side: x.loss for side, x in found.items()}
+    values = reference.further_terms(frame, inputs, found)
+    return combine(frame, losses), values, diagnostics.of_dense(frame, found, scale)
+
+
+def weight_extremes(frame: Frame, inputs: Inputs) -> Float[Array, " 3"] | None:
+    """The smallest weight, row sum and column sum, inf for a direction without weights."""
+    if frame.kind == "none" or (frame.weights.name == "identity" and inputs.targets is None):
+        return None
+    found = reference.directions(dataclasses.replace(frame, kind="softmax"), inputs)
+    matrices = [x.weights for x in found.values()]
+    smallest = jnp.stack([x.min() for x in matrices if x is not None])
+    sums = [jnp.inf if x is None else x.sum(axis=1).min() for x in matrices]
+    return lax.stop_gradient(jnp.stack([smallest.min(), *sums]))

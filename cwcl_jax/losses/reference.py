@@ -1,126 +1,192 @@
-"""The equations, dense and line by line: the definition that every other form is tested against.
+"""The equations of `cwcl_jax.losses.presets`, dense and line by line.
 
-CWCL (Srinivasa et al., NeurIPS 2023, arXiv 2309.14580), N pairs, s = 1/tau = exp(logit_scale):
-
-    w_ij        = <p_i, p_j> / 2 + 1/2
-    L(U->V)     = -1/N sum_i (1 / sum_j w_ij) sum_j w_ij log softmax_j(s <u_i, v_j>)
-    L(V->U)     = -1/N sum_j log softmax_i(s <u_i, v_j>) at i = j
-    L           = L(U->V) + L(V->U)
-
-p are the embeds of the locked tower; u equals p unless that tower has a trained head. Rows of p, u
-and v have unit norm. Any float type; arrays of N x N; both differentiation modes.
+The definition that every other form is tested against, and form="dense" itself. Any float type;
+arrays of N x N; both differentiation modes, through the weights too.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-Scalar = Float[Array, ""] | float
-
-
-def dot(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """All inner products of rows, accumulated in float32 or better."""
-    return jnp.einsum("nd,md->nm", a, b, precision="highest", preferred_element_type=wide(a))
+from cwcl_jax.losses import labels, terms, weights
+from cwcl_jax.losses.inputs import Inputs, sharpness
+from cwcl_jax.losses.numerics import Scalar, inner, wide
+from cwcl_jax.losses.options import Frame
 
 
-def wide(x: Array) -> jnp.dtype:
-    """The type sums are kept in: float64 for float64, float32 for everything narrower."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+@dataclasses.dataclass
+class Direction:
+    """One direction, its rows the softmax's: for V->U everything is transposed.
+
+    Attributes:
+      logits: -inf at masked pairs.
+      targets: t_ij.
+      weights: w_ij, 0 at masked pairs; None without weights.
+      masked: pairs that are left out.
+      loss: L of this direction.
+      negatives: its term "negatives", 0 where it is not in the loss.
+    """
+
+    logits: Float[Array, "n n"]
+    targets: Float[Array, "n n"]
+    weights: Float[Array, "n n"] | None
+    masked: Bool[Array, "n n"]
+    loss: Float[Array, ""]
+    negatives: Float[Array, ""]
 
 
 def pair_logits(
     u: Float[Array, "n d"], v: Float[Array, "n d"], logit_scale: Scalar
 ) -> Float[Array, "n n"]:
     """s <u_i, v_j>."""
-    return jnp.exp(jnp.asarray(logit_scale, wide(u))) * dot(u, v)
+    return jnp.exp(jnp.asarray(logit_scale, wide(u))) * inner(u, v)
 
 
-def similarity_weights(p: Float[Array, "n k"]) -> Float[Array, "n n"]:
-    """The paper's weights, <p_i, p_j> / 2 + 1/2, in [0, 1] for rows of unit norm."""
-    return dot(p, p) / 2 + 0.5
-
-
-def soft_targets(weights: Float[Array, "n n"], epsilon: float = 0.0) -> Float[Array, "n n"]:
-    """Weights divided by their row sums."""
-    return weights / (weights.sum(axis=1, keepdims=True) + epsilon)
-
-
-def soft_cross_entropy(
-    logits: Float[Array, "n n"], targets: Float[Array, "n n"]
-) -> Float[Array, ""]:
-    """-1/N sum_ij t_ij log softmax_j(logits_ij)."""
+def cross_entropy(logits: Float[Array, "n n"], targets: Float[Array, "n n"]) -> Float[Array, " n"]:
+    """-sum_j t_ij log softmax_j(logits_ij), by rows."""
     log_probabilities = jax.nn.log_softmax(logits, axis=1)
     # A target of zero may stand beside a logit of -inf (a masked pair).
-    terms = jnp.where(targets == 0, 0.0, targets * jnp.where(targets == 0, 0.0, log_probabilities))
-    return -terms.sum(axis=1).mean()
+    zero = targets == 0
+    return -jnp.where(zero, 0.0, targets * jnp.where(zero, 0.0, log_probabilities)).sum(axis=1)
 
 
-def cwcl(
-    u: Float[Array, "n d"], v: Float[Array, "n d"], p: Float[Array, "n k"], logit_scale: Scalar
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The paper's two terms, L_CWCL(U->V) and L_CL(V->U); their sum is the loss."""
-    logits = pair_logits(u, v, logit_scale)
-    targets = soft_targets(similarity_weights(jax.lax.stop_gradient(p)))
-    own_pair = jnp.eye(len(u), dtype=logits.dtype)
-    return (
-        soft_cross_entropy(logits, targets.astype(logits.dtype)),
-        soft_cross_entropy(logits.T, own_pair),
-    )
+def negatives_alone(logits: Float[Array, "n n"], matrix: Float[Array, "n n"]) -> Float[Array, ""]:
+    """Softmax and targets over the other pairs; the mean over rows that have targets there."""
+    own = jnp.eye(len(logits), dtype=bool)
+    matrix = jnp.where(own, 0, matrix)
+    sums = matrix.sum(axis=1)
+    valid = sums > 0
+    targets = matrix / jnp.where(valid, sums, 1)[:, None]
+    # Rows without any are given a harmless one, so that no gradient is undefined.
+    logits = jnp.where(own & valid[:, None], -jnp.inf, logits)
+    return cross_entropy(logits, targets).sum() / jnp.maximum(valid.sum(), 1)
 
 
-def contrastive(
-    u: Float[Array, "n d"], v: Float[Array, "n d"], logit_scale: Scalar
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """InfoNCE in both directions, L_CL(U->V) and L_CL(V->U)."""
-    logits = pair_logits(u, v, logit_scale)
-    own_pair = jnp.eye(len(u), dtype=logits.dtype)
-    return soft_cross_entropy(logits, own_pair), soft_cross_entropy(logits.T, own_pair)
+def weight_matrix(frame: Frame, inputs: Inputs, features: Array | None) -> Array | None:
+    """w_ij by one modality's features, duplicates as positives included; None without weights."""
+    n, dtype = len(inputs.u), wide(inputs.u)
+    own = jnp.eye(n, dtype=bool)
+    matrix = _weights_by_name(frame, inputs, features, own)
+    if matrix is None:
+        return None
+    matrix = matrix.astype(dtype)
+    if frame.detach_weights:
+        matrix = jax.lax.stop_gradient(matrix)
+    if frame.duplicates == "positives":
+        assert inputs.labels is not None
+        matrix = jnp.where(labels.same_labels(inputs.labels, inputs.labels), 1.0, matrix)
+    return matrix
 
 
-def weighted(
-    u: Float[Array, "n d"],
-    v: Float[Array, "n d"],
-    logit_scale: Scalar,
-    *,
-    weights: Float[Array, "n n"],
-    weighted_directions: str = "u_to_v",
-    epsilon: float = 0.0,
-    masked: Array | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """L(U->V) and L(V->U) for any weights.
+def _weights_by_name(frame: Frame, inputs: Inputs, features: Array | None, own: Array):
+    chosen = frame.weights
+    if inputs.targets is not None:
+        return inputs.targets
+    if chosen.name == "identity" or len(own) == 1:
+        return None
+    if chosen.name == "uniform":
+        return jnp.where(own, 1.0, chosen.numbers[0])
+    if chosen.name == "labels":
+        assert inputs.labels is not None
+        matrix = labels.label_weights(
+            inputs.labels, inputs.labels, chosen.numbers[0], wide(inputs.u)
+        )
+        return jnp.where(own, 1.0, matrix)
+    assert features is not None
+    rows = weights.prepared(chosen, features, detach=frame.detach_weights)
+    similarity = inner(rows, rows)
+    if chosen.name == "distance":
+        squares = jnp.square(rows).sum(axis=1)
+        similarity = jnp.maximum(squares[:, None] + squares[None, :] - 2 * similarity, 0)
+    sharp = sharpness(frame, jax.lax.stop_gradient(rows), inputs.labels)
+    matrix = chosen.function()(similarity, sharp)
+    # Identical features: their own weight is 1, whatever rounding makes of their norm.
+    exact = chosen.name in ("exp", "calibrated", "distance")
+    return jnp.where(own, 1.0, matrix) if exact else matrix
 
-    Weight (i, j) belongs to the pair (u_i, v_j): rows are normalised for U->V, columns for V->U.
-    The direction that `weighted_directions` does not name has its own pair as the only target.
-    `masked` pairs are left out of both softmaxes.
-    """
-    logits = pair_logits(u, v, logit_scale)
-    if masked is not None:
-        logits = jnp.where(masked, -jnp.inf, logits)
-        weights = jnp.where(masked, 0, weights)
-    own_pair = jnp.eye(len(u), dtype=logits.dtype)
-    weights = weights.astype(logits.dtype)
-    rows = soft_targets(weights, epsilon) if weighted_directions != "v_to_u" else own_pair
-    columns = soft_targets(weights.T, epsilon) if weighted_directions != "u_to_v" else own_pair
-    return soft_cross_entropy(logits, rows), soft_cross_entropy(logits.T, columns)
+
+def masked_pairs(frame: Frame, inputs: Inputs) -> Bool[Array, "n n"]:
+    """Which pairs row i leaves out."""
+    own = jnp.eye(len(inputs.u), dtype=bool)
+    if frame.duplicates == "masked":
+        assert inputs.labels is not None
+        return labels.same_labels(inputs.labels, inputs.labels) & ~own
+    if not frame.guided:
+        return jnp.zeros_like(own)
+    assert inputs.p is not None
+    guide = weights.prepared(frame.weights, inputs.p, detach=True)
+    limits = weights.guide_limits(guide, frame.duplicates, frame.margin)
+    return (inner(guide, guide) > limits[:, None]) & ~own
 
 
-def sigmoid(
-    u: Float[Array, "n d"],
-    v: Float[Array, "n d"],
-    logit_scale: Scalar,
-    logit_bias: Scalar,
-    positives: Array | None = None,
-    masked: Array | None = None,
-) -> Float[Array, ""]:
-    """-1/N sum_ij log sigmoid(z_ij (s <u_i, v_j> + bias)), z = 1 for positives, else -1.
+def directions(frame: Frame, inputs: Inputs) -> dict[str, Direction]:
+    """Both softmax directions by their equations, "rows" (U->V) and "columns" (V->U)."""
+    logits = pair_logits(inputs.u, inputs.v, inputs.logit_scale)
+    masked = masked_pairs(frame, inputs)
+    own = jnp.eye(len(logits), dtype=logits.dtype)
+    found = {}
+    for side, name, features in _sides(frame, inputs):
+        turned = logits if side == "rows" else logits.T
+        matrix = None
+        if frame.weighted in (name, "both", "own"):
+            matrix = weight_matrix(frame, inputs, features)
+        if matrix is not None and side == "columns":
+            matrix = matrix.T
+        found[side] = _direction(frame, inputs, turned, matrix, masked, own)
+    return found
 
-    Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343).
-    """
-    logits = pair_logits(u, v, logit_scale) + logit_bias
-    if positives is None:
-        positives = jnp.eye(len(u), dtype=bool)
-    signs = jnp.where(positives, 1, -1).astype(logits.dtype)
-    terms = jax.nn.log_sigmoid(signs * logits)
-    if masked is not None:
-        terms = jnp.where(masked, 0, terms)
-    return -terms.sum(axis=1).mean()
+
+def _sides(frame: Frame, inputs: Inputs):
+    q = inputs.q if frame.weighted == "own" else inputs.p
+    return (("rows", "u_to_v", inputs.p), ("columns", "v_to_u", q))
+
+
+def _direction(frame, inputs, logits, matrix, masked, own) -> Direction:
+    logits = jnp.where(masked, -jnp.inf, logits)
+    targets, negatives = own, jnp.zeros((), logits.dtype)
+    if matrix is not None:
+        matrix = jnp.where(masked, 0, matrix)
+        soft = matrix / (matrix.sum(axis=1, keepdims=True) + frame.row_sum_epsilon)
+        targets = inputs.mix * own + (1 - inputs.mix) * soft
+        if "negatives" in frame.terms:
+            negatives = negatives_alone(logits, matrix)
+    loss = cross_entropy(logits, targets).mean()
+    return Direction(logits, targets, matrix, masked, loss, negatives)
+
+
+def sigmoid_targets(frame: Frame, inputs: Inputs) -> tuple[Array, Array]:
+    """t_ij of the sigmoid losses, and the pairs that are left out."""
+    own = jnp.eye(len(inputs.u), dtype=wide(inputs.u))
+    matrix = weight_matrix(frame, inputs, inputs.p)
+    targets = own if matrix is None else inputs.mix * own + (1 - inputs.mix) * matrix
+    return targets, masked_pairs(frame, inputs)
+
+
+def sigmoid(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
+    """1/N sum_ij [t_ij log(1 + exp(-z_ij)) + (a - b t_ij) log(1 + exp(z_ij))]."""
+    z = pair_logits(inputs.u, inputs.v, inputs.logit_scale) + inputs.logit_bias
+    targets, masked = sigmoid_targets(frame, inputs)
+    a, b = frame.negatives
+    losses = targets * jax.nn.softplus(-z) + (a - b * targets) * jax.nn.softplus(z)
+    return jnp.where(masked, 0, losses).sum(axis=1).mean()
+
+
+def replicates(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
+    """The term "replicates": u against u, positives by equal labels."""
+    assert inputs.labels is not None
+    same = labels.same_labels(inputs.labels, inputs.labels)
+    logits = pair_logits(inputs.u, inputs.u, inputs.logit_scale)
+    return negatives_alone(logits, same.astype(logits.dtype))
+
+
+def further_terms(frame: Frame, inputs: Inputs, found: dict[str, Direction]) -> dict[str, Array]:
+    """The values of the terms beside the two directions, without their factors."""
+    values = terms.of_pairs(tuple(frame.terms), inputs.u, inputs.v)
+    if "replicates" in frame.terms:
+        values["replicates"] = replicates(frame, inputs)
+    if "negatives" in frame.terms:
+        factors = zip(found.values(), frame.direction_weights, strict=True)
+        values["negatives"] = sum((f * x.negatives for x, f in factors), start=jnp.zeros(()))
+    return values

@@ -1,6 +1,6 @@
 """The sweeps over a mesh: the loss of the global batch, each device holding N/P rows.
 
-Two engines for `cwcl_jax.losses.fused.pair_losses`, equal to one device up to rounding:
+Two engines of `cwcl_jax.losses.engines`, equal to one device up to rounding:
 
 - `Gathered`: every device gathers all columns, sweeps its own rows against them, and sends the
   column gradients back with one reduce-scatter. Memory O(N d) per device.
@@ -21,18 +21,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from cwcl_jax.losses.fused import duplicates
-from cwcl_jax.losses.reference import wide
-from cwcl_jax.losses.tiles import (
-    Side,
-    Stats,
-    Tiling,
-    backward_sweep,
-    empty_stats,
-    forward_sweep,
-    inner,
-    merge,
-)
+from cwcl_jax.losses.engines import duplicates
+from cwcl_jax.losses.numerics import inner, wide
+from cwcl_jax.losses.sweeps import backward_sweep, empty_stats, forward_sweep, merge
+from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +100,7 @@ class _MeshEngine:
             if labels is not None:
                 same = duplicates(sample(labels), labels, wanted, jnp.arange(n))
             own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
-            cosines = inner(rows, p, "highest")
+            cosines = inner(rows, p)
             return body(own, cosines, same, lambda x: lax.psum(x, self.axes))
 
         return self._map(local, (p, labels), (), P())
@@ -125,17 +117,20 @@ class Gathered(_MeshEngine):
     def _forward(self, tiling, rows, columns, scalars):
         everything, first = self._columns(columns)
         row_stats, column_stats = forward_sweep(tiling, rows, everything, scalars, first)
-        if "max" in column_stats:
-            largest = lax.pmax(column_stats["max"], self.axes)
-            column_stats["sum"] *= jnp.exp(column_stats["max"] - largest)
-            column_stats["max"] = largest
+        for name, total in (("max", "sum"), ("best_other", "others")):
+            if name not in column_stats:
+                continue
+            largest = lax.pmax(column_stats[name], self.axes)
+            if total in column_stats:
+                shift = column_stats[name] - largest
+                shift = jnp.where(largest == -jnp.inf, 0, shift) if name == "best_other" else shift
+                column_stats[total] *= jnp.exp(shift)
+            column_stats[name] = largest
         n = columns["x"].shape[0]
         mine = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=n)
         for name, x in column_stats.items():
-            if name == "max":
+            if name in ("max", "best_other"):
                 column_stats[name] = mine(x)
-            elif name == "best_other":
-                column_stats[name] = mine(lax.pmax(x, self.axes))
             else:
                 column_stats[name] = lax.psum_scatter(x, self.axes, tiled=True)
         return row_stats, column_stats

@@ -1,7 +1,7 @@
 """Losses by short names, as tables and command lines write them: contrastive, relu2, exp0.1.
 
-A name is a loss of `LossConfig.name`, or a weight function and then means CWCL with it. A number
-behind a weight function sets its one parameter; without it the parameter is `LossConfig`'s.
+A name is a preset, or a weight function and then means CWCL with it. A number behind a weight
+function is its one parameter; without it the parameter is the function's usual one.
 
     affine, centred         cos/2 + 1/2 (the paper's); the same on mean-free embeds
     uniform0.53             0.53 for every other pair, 1 for the true one: no similarities
@@ -12,23 +12,10 @@ behind a weight function sets its one parameter; without it the parameter is `Lo
 "uniform" is uniform1, where all pairs weigh the same.
 """
 
-import re
 from typing import Any
 
-from cwcl_jax.losses.options import NAMES, LossConfig
-
-# Not "cwcl", which its weights name, nor "uniform", which is a weight function here.
-_LOSSES = tuple(name for name in NAMES if name not in ("cwcl", "uniform"))
-# Weight function -> the field that a number behind its name sets.
-_NUMBER = {
-    "affine": "",
-    "centred": "",
-    "uniform": "weight_offdiagonal",
-    "relu": "weight_power",
-    "exp": "weight_temperature",
-    "calibrated": "target_diagonal",
-    "calibrated_relu": "target_diagonal",
-}
+from cwcl_jax.losses.presets import PRESETS
+from cwcl_jax.losses.weights import NUMBERS, parse_number, parse_weights
 
 
 def loss_fields(short: str) -> dict[str, Any]:
@@ -37,15 +24,14 @@ def loss_fields(short: str) -> dict[str, Any]:
     Raises:
       ValueError: an unknown name, or a number where there is none.
     """
-    if short in _LOSSES:
+    name, _ = parse_number(short)
+    if name in NUMBERS and name != "identity":
+        try:
+            parse_weights(short)
+        except ValueError as error:
+            raise ValueError(f"no loss is called {short!r}: {error}") from error
+        return {"name": "cwcl", "weight_function": short}
+    if short in PRESETS:
         return {"name": short}
-    match = re.fullmatch(r"([a-z_]+?)([0-9]+(?:\.[0-9]+)?)?", short)
-    name, number = (match[1], match[2]) if match else (short, None)
-    if name not in _NUMBER or (number and not _NUMBER[name]):
-        known = ", ".join([*_LOSSES, *(n + ("NUMBER" if f else "") for n, f in _NUMBER.items())])
-        raise ValueError(f"no loss is called {short!r}; use one of {known}.")
-    fields: dict[str, Any] = {"name": "cwcl", "weight_function": name}
-    if parameter := _NUMBER[name]:
-        # Also the default: the name means the same whatever it is put in place of.
-        fields[parameter] = float(number) if number else getattr(LossConfig, parameter)
-    return fields
+    known = ", ".join([*PRESETS, *(n + "NUMBER" * bool(x) for n, x in NUMBERS.items())])
+    raise ValueError(f"no loss is called {short!r}; use one of {known}.")

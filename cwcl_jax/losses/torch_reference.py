@@ -59,16 +59,12 @@ def cellclip(u: Tensor, v: Tensor, profiles: Tensor, logit_scale: Tensor) -> Ten
     return weighted + F.cross_entropy(logits.T, pairs)
 
 
-def astroclip(
-    u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor, temperature: float = 0.1, reverse=1.0
-) -> Tensor:
-    """Kernel exp((cos - 1) / temperature) with ones on the diagonal; a mean of both directions."""
+def xclr(u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor, temperature: float = 0.1) -> Tensor:
+    """Kernel exp((cos - 1) / temperature) with ones on the diagonal, in both directions."""
     p = p.detach()
     weights = torch.exp(((p @ p.T).clamp(-1, 1) - 1) / temperature).fill_diagonal_(1.0)
     logits = logit_scale.exp() * u @ v.T
-    pairs = torch.arange(len(u), device=u.device)
-    weighted = soft_cross_entropy(logits, weights)
-    return (weighted + reverse * F.cross_entropy(logits.T, pairs)) / (1 + reverse)
+    return soft_cross_entropy(logits, weights) + soft_cross_entropy(logits.T, weights)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -76,7 +72,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "contrastive": contrastive,
     "sigmoid": sigmoid,
     "cellclip": cellclip,
-    "astroclip": astroclip,
+    "xclr": xclr,
 }
 
 

@@ -1,13 +1,15 @@
-"""Weight functions of the cosine, and the sharpness of the calibrated ones.
+"""Weight functions of a similarity, and the sharpness of the calibrated ones.
 
-Every function maps cosines of the locked embeds to non-negative weights, entry by entry, so a tile
-of weights can be made from two blocks of embeds. `sharpness` is 1/temperature of the exponential
-kernel and the exponent of the rectified cosine. With a fixed sharpness the targets of a larger
-batch are flatter; the calibrated functions choose it for every batch, without gradient, so that the
-own pair's mean share (or the effective number of positives) keeps a given value.
+Every function maps similarities of the locked features to non-negative weights, entry by entry, so
+a tile of weights can be made from two blocks of features. `sharpness` is 1/temperature of the
+exponential kernel, the exponent of the rectified cosine, 1/scale of distances. With a fixed
+sharpness the targets of a larger batch are flatter; the calibrated functions choose it for every
+batch, without gradient, so that the positive pair's mean share (or the effective number of
+positives) keeps a given value.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import jax
@@ -15,12 +17,28 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from cwcl_jax.losses.options import LossConfig
-from cwcl_jax.losses.reference import dot, wide
+from cwcl_jax.extension import import_named
+from cwcl_jax.losses.numerics import wide
 
-# (cosine, sharpness) -> weight
+# (similarity, sharpness) -> weight
 WeightFunction = Callable[[Array, ArrayLike], Array]
 
+# Name -> the numbers that may stand behind it, with their defaults.
+NUMBERS: dict[str, tuple[float, ...]] = {
+    "identity": (),
+    "affine": (),
+    "centred": (),
+    "uniform": (1.0,),
+    "exp": (0.1,),
+    "relu": (2.0,),
+    "calibrated": (0.5,),
+    "calibrated_relu": (0.5,),
+    "labels": (0.0,),
+    "distance": (0.3, 0.75),
+}
+# Rows from which the calibration, and the entropy of closed-form weights, are estimated; batches up
+# to this size are exact.
+SAMPLED_ROWS = 128
 # Bounds of the calibration's search, and its halvings: 50 leave a relative width of 1e-14.
 _SHARPNESS_RANGE = (1e-3, 1e5)
 _HALVINGS = 50
@@ -50,6 +68,51 @@ def rectified_square(cosine: Array, sharpness: ArrayLike) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class ArcTangent:
+    """1 - 4/pi atan(squared distance * sharpness), 0 where that is below `least`."""
+
+    least: float
+
+    def __call__(self, squared_distance: Array, sharpness: ArrayLike) -> Array:
+        weights = 1 - jnp.arctan(squared_distance * sharpness) * (4 / jnp.pi)
+        return jnp.where(weights < self.least, 0, weights)
+
+
+@jax.custom_jvp
+def _constant(parameter):
+    """The identity, whose derivative is an error: tiles have none for a weight's parameters."""
+    return parameter
+
+
+@_constant.defjvp
+def _no_gradient(primals, tangents):
+    raise TypeError(
+        "weight_function has a parameter of its own that a gradient is asked for, which the tiled "
+        "forms do not have; train it with form='dense' and detach_weights=False, or pass the "
+        "parameter through jax.lax.stop_gradient."
+    )
+
+
+def with_constant_parameters(function: Callable[[Array], Array], dtype: jnp.dtype):
+    """The function, with what it closes over as constants: a gradient for them is refused."""
+
+    def traced(cosine):
+        return jax.make_jaxpr(function, return_shape=True)(cosine)
+
+    example, _ = traced(jax.ShapeDtypeStruct((2, 2), dtype))
+    if not any(isinstance(x, jax.core.Tracer) for x in example.consts):
+        return function
+    constants = [_constant(x) if isinstance(x, jax.core.Tracer) else x for x in example.consts]
+
+    def call(cosine):
+        closed, shape = traced(cosine)
+        flat = jax.core.eval_jaxpr(closed.jaxpr, constants, cosine)
+        return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+    return call
+
+
+@dataclasses.dataclass(frozen=True)
 class UserFunction:
     """A caller's function of the cosine alone, in the form of the functions above."""
 
@@ -66,27 +129,99 @@ class UserFunction:
         return weights
 
 
-def elementwise(config: LossConfig) -> WeightFunction | None:
-    """The function (cosine, sharpness) -> weight of a configuration; None if it has none."""
-    if config.weight_function == "relu" and config.weight_power == 2:
-        return rectified_square
-    return {
-        "affine": affine,
-        "centred": affine,
-        "exp": exponential,
-        "calibrated": exponential,
-        "relu": rectified_power,
-        "calibrated_relu": rectified_power,
-    }.get(config.weight_function)
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A weight function by name: "relu2" is `name` "relu" with `numbers` (2.0,).
+
+    Attributes:
+      text: as it was given.
+      name: of `NUMBERS`, or "own".
+      numbers: behind the name.
+      own: the caller's function.
+    """
+
+    text: str
+    name: str
+    numbers: tuple[float, ...] = ()
+    own: Callable[[Array], Array] | None = None
+
+    @property
+    def of_features(self) -> bool:
+        """Whether it is a function of a tower's features."""
+        return self.name not in ("identity", "uniform", "labels")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every batch has its own sharpness."""
+        return self.name.startswith("calibrated")
+
+    @property
+    def fixed_sharpness(self) -> float:
+        """The configured sharpness, of the functions that have one."""
+        if self.name in ("exp", "distance"):
+            return 1 / self.numbers[0]
+        return self.numbers[0] if self.name == "relu" else 1.0
+
+    def function(self) -> WeightFunction:
+        """(similarity, sharpness) -> weight, of a function of features."""
+        if self.own is not None:
+            return UserFunction(self.own)
+        if self.name == "distance":
+            return ArcTangent(self.numbers[1])
+        if self.name == "relu" and self.numbers[0] == 2:
+            return rectified_square
+        return {
+            "affine": affine,
+            "centred": affine,
+            "exp": exponential,
+            "calibrated": exponential,
+            "relu": rectified_power,
+            "calibrated_relu": rectified_power,
+        }[self.name]
 
 
-def fixed_sharpness(config: LossConfig) -> float | None:
-    """The configured sharpness, or None where every batch has its own."""
-    if config.weight_function.startswith("calibrated"):
-        return None
-    if config.weight_function == "exp":
-        return 1 / config.weight_temperature
-    return config.weight_power
+def parse_number(text: str) -> tuple[str, tuple[float, ...]]:
+    """A name and the numbers behind it: "distance0.3_0.75" -> "distance", (0.3, 0.75)."""
+    number = r"\d+(?:\.\d+)?"
+    match = re.fullmatch(rf"([a-z_]*?)({number}(?:_{number})*)?", text)
+    if not match:
+        return text, ()
+    return match[1], tuple(float(x) for x in match[2].split("_")) if match[2] else ()
+
+
+def parse_weights(text: str, own: Callable[[Array], Array] | None = None) -> Weights:
+    """The weight function of a name, with the caller's own in its place.
+
+    Raises:
+      ValueError: an unknown name, too many numbers, or numbers out of range.
+    """
+    if own is not None:
+        return Weights("your own weight function", "own", own=own)
+    if ":" in text:
+        return Weights(text, "own", own=import_named(text, "a weight function"))
+    name, numbers = parse_number(text)
+    if name not in NUMBERS:
+        known = ", ".join(n + "NUMBER" * bool(x) for n, x in NUMBERS.items() if n != "identity")
+        raise ValueError(f"weight_function={text!r} is not known; use one of {known}.")
+    defaults = NUMBERS[name]
+    if len(numbers) > len(defaults):
+        raise ValueError(f"weight_function={text!r}: {name} takes {len(defaults) or 'no'} number.")
+    numbers = (*numbers, *defaults[len(numbers) :])
+    _check_numbers(text, name, numbers)
+    return Weights(text, name, numbers)
+
+
+def _check_numbers(text: str, name: str, numbers: tuple[float, ...]) -> None:
+    first = numbers[0] if numbers else 0.0
+    if name.startswith("calibrated") and not (0 < first < 1 or first > 1):
+        raise ValueError(
+            f"weight_function={text!r}: the number must lie between 0 and 1 (the positive pair's "
+            "share) or above 1 (effective positives)."
+        )
+    if name in ("exp", "relu", "distance") and not first > 0:
+        raise ValueError(f"weight_function={text!r}: the number must be positive.")
+    if name == "labels" and first > 1:
+        raise ValueError(f"weight_function={text!r}: the number must lie between 0 and 1.")
 
 
 def centre(p: Float[Array, "n k"]) -> Float[Array, "n k"]:
@@ -113,35 +248,55 @@ def channel_profiles(
     return x.reshape(n, channels * features)
 
 
+def prepared(weights: Weights, features: Array, *, detach: bool) -> Array:
+    """Features as the weights use them; profiles (n, channels, features) become rows."""
+    if weights.name == "distance":
+        # Distances do not change, but the sums of squares that cancel in them become small.
+        rows = features.reshape(len(features), -1).astype(wide(features))
+        rows = rows - rows.mean(axis=0, keepdims=True)
+    else:
+        rows = channel_profiles(features) if features.ndim == 3 else features
+    if weights.name == "centred":
+        rows = centre(rows)
+    return jax.lax.stop_gradient(rows) if detach else rows
+
+
+def guide_limits(rows: Float[Array, "n k"], kind: str, margin: float) -> Float[Array, " n"]:
+    """The similarity above which a row leaves another pair out, by its own with itself."""
+    own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
+    return own * (1 - margin) if kind == "relative" else own - margin
+
+
 def calibrate(
-    function: WeightFunction,
+    weights: Weights,
     own: Float[Array, " r"],
     cosines: Float[Array, "r n"],
-    config: LossConfig,
-    duplicates: Bool[Array, "r n"] | None = None,
+    duplicates: str = "negatives",
+    same: Bool[Array, "r n"] | None = None,
     sum_over_devices: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
     """The sharpness at which the rows' targets have the configured peakedness.
 
     Args:
-      function: the weights as a function of cosine and sharpness, sharper for larger values.
+      weights: gives the function of cosine and sharpness, and the share or number wanted.
       own: cosine of each sampled row with itself.
       cosines: of the sampled rows with all (on a mesh: this device's) columns.
-      config: gives `target_diagonal` or `target_positives`, and what duplicates are.
-      duplicates: other pairs of the same label as the row's own.
+      duplicates: what other pairs that are the same count as.
+      same: the other pairs that are the same as the row's own.
       sum_over_devices: completes a sum over columns on a mesh.
     """
+    function, wanted = weights.function(), weights.numbers[0]
 
     def too_flat(sharpness):
-        weights = function(cosines, sharpness)
-        if duplicates is not None:
-            weights = jnp.where(duplicates, float(config.duplicates == "positives"), weights)
-        row_sums = sum_over_devices(weights.sum(axis=1))
-        if config.target_positives:
-            row_sums_log = sum_over_devices(xlogx(weights).sum(axis=1))
+        values = function(cosines, sharpness)
+        if same is not None:
+            values = jnp.where(same, float(duplicates == "positives"), values)
+        row_sums = sum_over_devices(values.sum(axis=1))
+        if wanted > 1:
+            row_sums_log = sum_over_devices(xlogx(values).sum(axis=1))
             entropies = jnp.log(row_sums) - row_sums_log / row_sums
-            return jnp.exp(entropies.mean()) > config.target_positives
-        return (function(own, sharpness) / row_sums).mean() < config.target_diagonal
+            return jnp.exp(entropies.mean()) > wanted
+        return (function(own, sharpness) / row_sums).mean() < wanted
 
     def halve(_, bounds):
         low, high = bounds
@@ -159,13 +314,6 @@ def xlogx(x: Array) -> Array:
     return x * jnp.log(jnp.where(x > 0, x, 1))
 
 
-def weight_matrix(
-    function: WeightFunction, p: Float[Array, "n k"], sharpness: ArrayLike
-) -> Float[Array, "n n"]:
-    """All weights at once, for the dense form."""
-    return function(dot(p, p), sharpness)
-
-
-def sample_stride(n: int, config: LossConfig) -> int:
-    """Every how many rows one is sampled: 1 (all rows) for batches up to `sampled_rows`."""
-    return -(-n // config.sampled_rows)
+def sample_stride(n: int) -> int:
+    """Every how many rows one is sampled: 1 (all rows) for batches up to `SAMPLED_ROWS`."""
+    return -(-n // SAMPLED_ROWS)

@@ -154,8 +154,8 @@ def check_code_is_allowed(file: Path, allow_code: bool) -> None:
     tasks = content.get("evaluation", {}).get("tasks", {})
     named = [
         part[field]
-        for part in [*content.get("towers", {}).values(), *tasks.values()]
-        for field in ("modality", "encoder", "kind")
+        for part in [*content.get("towers", {}).values(), *tasks.values(), content.get("loss", {})]
+        for field in ("modality", "encoder", "kind", "name", "weight_function")
         if is_reference(part.get(field) or "")
     ]
     if named and not allow_code:

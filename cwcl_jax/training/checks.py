@@ -10,10 +10,9 @@ from cwcl_jax.models.encoders import encoder_config
 def check_inputs(config: ExperimentConfig) -> None:
     """Raises ConfigError where the data cannot feed the towers or the loss."""
     loss = resolve(config.loss)
-    by_labels = loss.weight_function == "labels" or loss.duplicates != "negatives"
-    if by_labels and not config.data.labels:
+    if loss.needs_labels and not config.data.labels:
         raise ConfigError(
-            f"config.loss.name={loss.name!r}, weight_function={loss.weight_function!r}, "
+            f"config.loss.name={config.loss.name!r}, weight_function={loss.weights.text!r}, "
             f"duplicates={loss.duplicates!r} needs labels: set --config.data.labels=class (the "
             "source's classes) or =text (pairs with equal captions)"
         )

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.extension import import_named, is_reference, source_hash
+from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.tower import TowerConfig
@@ -133,7 +134,7 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
         {tower: config.data.inputs_of(tower).arrays() for tower in config.towers},
         embed_dim=config.embed_dim,
         inverse_temperature=config.temperature.initial,
-        logit_bias=config.temperature.bias if config.loss.name == "sigmoid" else None,
+        logit_bias=config.temperature.bias if needs_bias(config.loss) else None,
         dtype=config.dtype,
         rngs=rngs,
     )

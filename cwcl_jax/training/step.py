@@ -22,19 +22,20 @@ import optax
 from flax import nnx
 
 from cwcl_jax.losses import make_loss
-from cwcl_jax.losses.options import resolve
+from cwcl_jax.losses.options import Frame, is_own, resolve
 from cwcl_jax.training import sharding
 from cwcl_jax.training.optimizer import make_schedule
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState
 
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, Any]
-Labels = jax.Array | None
+# What the loss is told besides the embeds: "labels", or None, and "progress".
+Context = Mapping[str, Any]
 
 _NORM_EPSILON = 1e-12
 _SCALARS = ("logit_scale", "logit_bias")
-# Beside the towers' embeds: the normalised features of U.
-_P = "weights_from"
+# Beside the towers' embeds: the features of U and of V that weights are made of.
+_P, _Q = "weights_from", "v_weights_from"
 
 
 class TrainStep:
@@ -118,9 +119,12 @@ class GradientFunction:
             for tower in config.towers
             if any(path.startswith(f"towers/{tower}/") for path in blueprint.trained)
         ]
-        self._detached = resolve(config.loss).detach_weights
-        if not self._detached and self._u not in self._locked_encoders:
-            self._tuned.append(_P)
+        self._frame: Frame = resolve(config.loss)
+        # Features of V are handed over only where the loss may read them.
+        self._with_q = self._frame.needs_q or is_own(config.loss.name)
+        if not self._frame.detach_weights:
+            given = {_P: self._u} | ({_Q: self._v} if self._with_q else {})
+            self._tuned += [x for x, m in given.items() if m not in self._locked_encoders]
         self._key = jax.random.key(config.seed)
 
     def __call__(
@@ -132,24 +136,25 @@ class GradientFunction:
           locked: all other leaves, running statistics among them.
           batch: by tower, arrays of shape (b, ...); "label", (b,), where the loss needs it;
             other entries are ignored.
-          step: folded into the key of dropout.
+          step: folded into the key of dropout; the share of the run that is done.
         """
         inputs = {tower: batch[tower] for tower in (self._u, self._v)}
         key = jax.random.fold_in(self._key, step)
         chunks = self._blueprint.config.accumulation_steps
-        labels = batch.get("label")
+        progress = step / self._blueprint.config.total_steps
+        context = {"labels": batch.get("label"), "progress": progress}
         if chunks == 1:
-            return self._direct(params, locked, inputs, labels, key)
-        return self._cached(params, locked, inputs, labels, key, chunks)
+            return self._direct(params, locked, inputs, context, key)
+        return self._cached(params, locked, inputs, context, key, chunks)
 
     def _direct(
-        self, params: Leaves, locked: Leaves, inputs: Batch, labels: Labels, key: jax.Array
+        self, params: Leaves, locked: Leaves, inputs: Batch, context: Context, key: jax.Array
     ) -> tuple[Leaves, Metrics, Leaves]:
         features = self._locked_features(params, locked, inputs)
 
         def objective(params: Leaves) -> tuple[jax.Array, tuple[Metrics, Leaves]]:
             embeds, statistics = self._embed(params, locked, inputs, features, key)
-            loss, metrics = self._loss_of({**locked, **params}, embeds, labels)
+            loss, metrics = self._loss_of({**locked, **params}, embeds, context)
             return loss, (metrics, statistics)
 
         gradients, (metrics, statistics) = jax.grad(objective, has_aux=True)(params)
@@ -160,7 +165,7 @@ class GradientFunction:
         params: Leaves,
         locked: Leaves,
         inputs: Batch,
-        labels: Labels,
+        context: Context,
         key: jax.Array,
         chunks: int,
     ) -> tuple[Leaves, Metrics, Leaves]:
@@ -182,7 +187,7 @@ class GradientFunction:
         tuned = {name: embeds[name] for name in self._tuned}
 
         def objective(scalars: Leaves, tuned: Leaves) -> tuple[jax.Array, Metrics]:
-            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, labels)
+            return self._loss_of({**locked, **params, **scalars}, {**embeds, **tuned}, context)
 
         (from_scalars, from_embeds), metrics = jax.grad(objective, argnums=(0, 1), has_aux=True)(
             scalars, tuned
@@ -235,12 +240,18 @@ class GradientFunction:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
                 features[tower] = model.towers[tower].features(inputs[tower], rngs=rngs)
         embeds = {tower: model.towers[tower].project(features[tower]) for tower in features}
-        p = normalise(features[self._u])
-        embeds[_P] = jax.lax.stop_gradient(p) if self._detached else p
+        embeds[_P] = self._for_weights(features[self._u])
+        if self._with_q:
+            embeds[_Q] = self._for_weights(features[self._v])
         return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
 
+    def _for_weights(self, features: jax.Array) -> jax.Array:
+        """Features as the loss makes weights of them: distances go by their lengths too."""
+        features = features if self._frame.raw_features else normalise(features)
+        return jax.lax.stop_gradient(features) if self._frame.detach_weights else features
+
     def _loss_of(
-        self, leaves: Leaves, embeds: Mapping[str, jax.Array], labels: Labels
+        self, leaves: Leaves, embeds: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, Metrics]:
         return self._loss(
             embeds[self._u],
@@ -248,7 +259,9 @@ class GradientFunction:
             embeds[_P],
             leaves["logit_scale"],
             logit_bias=leaves.get("logit_bias"),
-            labels=labels,
+            q=embeds.get(_Q),
+            labels=context["labels"],
+            progress=context["progress"],
         )
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ from cwcl_jax.losses import (
     contrastive_loss,
     cwcl_loss,
     make_loss,
+    presets,
     sigmoid_loss,
 )
+from cwcl_jax.losses import options as options_module
 from cwcl_jax.losses import torch_reference as theirs
 from tests.losses import oracle
 
@@ -28,7 +32,7 @@ def call(u=None, v=None, p=None, config=None, logit_scale=1.0, weight_function=N
     return loss_fn(u, v, p, logit_scale, labels=labels)
 
 
-@pytest.mark.parametrize("name", ["cwcl", "contrastive", "sigmoid", "cellclip", "astroclip"])
+@pytest.mark.parametrize("name", ["cwcl", "contrastive", "sigmoid", "cellclip", "xclr"])
 def test_presets_equal_pytorch_in_float64(name):
     u, v, p = oracle.embeds(5, 24, 7, 9)
     p = np.random.default_rng(0).normal(size=(24, 3, 5)) if name == "cellclip" else p
@@ -72,6 +76,10 @@ def test_a_function_of_the_caller_gives_the_weights():
         ({"v": jnp.ones((8, 5))}, ValueError, "u and v must have the same width, got 6 and 5"),
         ({"labels": jnp.ones(7, jnp.int32), "config": LossConfig(duplicates="masked")},
          ValueError, "labels has 7 rows"),
+        ({"config": LossConfig(weighted="own")}, ValueError, "v_weights_from is missing"),
+        ({"config": LossConfig(mix=(1.0, 0.5))}, ValueError, "progress is needed by mix"),
+        ({"config": LossConfig(name="gist"), "p": jnp.ones((7, 6))}, ValueError,
+         "weights_from has 7 rows"),
         ({"config": LossConfig(name="supervised")}, ValueError, "labels are needed"),
         ({"config": LossConfig(name="sigmoid")}, ValueError, "logit_bias is needed"),
     ],
@@ -125,10 +133,16 @@ def test_debug_checks_also_run_inside_jit():
         jax.block_until_ready(run(2 * arrays()[0]))
 
 
-def test_mean_is_the_sum_over_one_plus_the_reverse_weight():
-    total = call(config=LossConfig(reverse_weight=3.0))[0]
-    mean = call(config=LossConfig(reverse_weight=3.0, reduction="mean"))[0]
-    assert float(mean) == pytest.approx(float(total) / 4, rel=1e-6)
+def test_mix_over_the_run_is_linear_between_its_numbers():
+    def loss(mix, progress=None):
+        u, v, p = arrays()
+        return float(make_loss(LossConfig(mix=mix))(u, v, p, 1.0, progress=progress)[0])
+
+    schedule = (1.0, 0.4, 0.8)
+    for progress, share in ((0.0, 1.0), (0.25, 0.7), (0.5, 0.4), (1.0, 0.8)):
+        assert loss(schedule, progress) == pytest.approx(loss((share,)), rel=1e-6)
+    u, v, _ = arrays()
+    assert loss((1.0,)) == pytest.approx(float(contrastive_loss(u, v, logit_scale=1.0)[0]))
 
 
 def test_the_other_public_losses():
@@ -144,7 +158,7 @@ def test_the_other_public_losses():
 def test_a_gradient_of_the_weights_that_a_tiled_form_lacks_is_an_error(name):
     options = {"weight_function": name, "detach_weights": False}
     with pytest.raises(ValueError, match=rf"{name}.*form='dense'"):
-        make_loss(LossConfig(**options))
+        LossConfig(**options)
     with pytest.raises(ValueError, match="your own weight function"):
         make_loss(LossConfig(detach_weights=False), weight_function=lambda cosine: cosine**2)
     make_loss(LossConfig(**options, form="dense"))
@@ -155,19 +169,23 @@ def test_a_gradient_of_the_weights_that_a_tiled_form_lacks_is_an_error(name):
     "options",
     [
         {},
-        {"row_sum_epsilon": 1.0},
-        {"row_sum_epsilon": 1e-2, "weighted": "both", "reduction": "mean"},
-        {"weight_function": "centred", "row_sum_epsilon": 0.1, "weighted": "v_to_u"},
+        {"name": "cellclip", "mix": (0.3,)},
+        {"name": "cellclip_both"},
+        {"weight_function": "centred", "weighted": "v_to_u"},
     ],
 )
-def test_the_gradient_through_the_weights_is_that_of_the_equations(options):
+def test_the_gradient_through_the_weights_is_that_of_the_equations(options, monkeypatch):
+    # An epsilon that counts: CellCLIP's own is as small as rounding.
+    cellclip = dataclasses.replace(presets.PRESETS["cellclip"], row_sum_epsilon=0.3)
+    monkeypatch.setattr(options_module, "PRESETS", presets.PRESETS | {"cellclip": cellclip})
     with jax.enable_x64(True):
         u, v, p = (jnp.asarray(x) for x in oracle.embeds(0, 24, 6, 9))
+        q = jnp.asarray(oracle.embeds(1, 24, 6, 4)[2])
 
         def gradients(form):
             loss_fn = make_loss(LossConfig(form=form, detach_weights=False, **options))
-            loss = lambda *x: loss_fn(*x)[0]  # noqa: E731
-            return jax.grad(loss, (0, 1, 2, 3))(u, v, p, jnp.asarray(2.0))
+            loss = lambda u, v, p, s, q: loss_fn(u, v, p, s, q=q)[0]  # noqa: E731
+            return jax.grad(loss, (0, 1, 2, 3, 4))(u, v, p, jnp.asarray(2.0), q)
 
         for ours, exact in zip(gradients("fused"), gradients("dense"), strict=True):
             np.testing.assert_allclose(ours, exact, rtol=1e-10, atol=1e-14)
@@ -185,12 +203,14 @@ def test_a_gradient_of_targets_is_dense_or_an_error():
 def test_weights_for_a_loss_without_any_are_errors(name):
     u, v, p = arrays()
     config = LossConfig(name=name)
-    with pytest.raises(ValueError, match=f"call {name}_loss instead"):
+    with pytest.raises(ValueError, match="weights_from does nothing"):
         cwcl_loss(u, v, weights_from=p, logit_scale=1.0, config=config)
     with pytest.raises(ValueError, match="leave targets out"):
         make_loss(config)(u, v, None, 1.0, -1.0, targets=jnp.eye(8))
-    with pytest.raises(ValueError, match="leave weight_function out"):
+    with pytest.raises(ValueError, match=r"weight_function=.*contradicts the preset"):
         make_loss(config, weight_function=jnp.abs)
+    with pytest.raises(ValueError, match="weight_function='relu' contradicts the preset"):
+        LossConfig(name=name, weight_function="relu")
     # The features of a training step come with every loss.
     assert float(make_loss(config)(u, v, p, 1.0, -1.0)[0]) > 0
 
@@ -253,3 +273,92 @@ def test_debug_checks_leave_masked_duplicates_out():
 def test_the_package_lists_its_names():
     assert {"cwcl_loss", "channel_profiles", "load_model"} <= set(dir(cwcl_jax))
     assert cwcl_jax.channel_profiles is channel_profiles
+
+
+def test_arguments_that_do_nothing_are_refused():
+    u, v, p = arrays()
+    labels, targets = jnp.arange(8), jnp.eye(8)
+
+    def refused(message, config=None, **given):
+        with pytest.raises(ValueError, match=message):
+            cwcl_loss(u, v, logit_scale=1.0, config=config, **given)
+
+    refused("weight_function does nothing beside targets", weight_function="relu", targets=targets)
+    refused("weights_from does nothing", weights_from=p, targets=targets)
+    refused("labels does nothing", weights_from=p, labels=labels)
+    refused("v_weights_from does nothing", weights_from=p, v_weights_from=p)
+    refused("logit_bias does nothing", weights_from=p, logit_bias=-1.0)
+    refused("progress does nothing", weights_from=p, progress=0.5)
+    with pytest.raises(ValueError, match="labels does nothing"):
+        contrastive_loss(u, v, logit_scale=1.0, labels=labels)
+
+
+def test_a_parameter_of_ones_own_weight_function_is_trained_or_refused_by_name():
+    u, v, p = arrays()
+
+    def loss(sharpness, **options):
+        return cwcl_loss(
+            u, v, weights_from=p, logit_scale=1.0, config=LossConfig(**options),
+            weight_function=lambda cosine: jnp.exp((cosine - 1) * sharpness),
+        )[0]  # fmt: skip
+
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.jit(loss))):
+        with pytest.raises(TypeError, match="weight_function has a parameter"):
+            gradient(2.0)
+    # As a constant it may be traced.
+    assert float(jax.jit(loss)(2.0)) == pytest.approx(float(loss(2.0)), rel=1e-6)
+    dense = {"form": "dense", "detach_weights": False}
+    step = (float(loss(2.001, **dense)) - float(loss(1.999, **dense))) / 0.002
+    assert float(jax.grad(lambda t: loss(t, **dense))(2.0)) == pytest.approx(step, rel=2e-2)
+
+
+def ten_line_loss(u, v, logit_scale, labels):
+    """A loss of a person's own: InfoNCE, and the share of labels that are 0."""
+    logits = jnp.exp(logit_scale) * u @ v.T
+    log_p = jax.nn.log_softmax(logits, axis=1)
+    return -jnp.diagonal(log_p).mean(), {"zeros": (labels == 0).mean()}
+
+
+def ten_line_weights(cosine):
+    """A weight function of a person's own."""
+    return jnp.maximum(cosine, 0) ** 2
+
+
+def unknown_argument(u, v, teacher):
+    return (u - v - teacher).sum()
+
+
+def not_a_scalar(u):
+    return u
+
+
+HERE = "tests.losses.test_make:"
+
+
+def test_a_loss_and_a_weight_function_by_module_and_name():
+    u, v, p = arrays()
+    loss_fn = make_loss(LossConfig(name=HERE + "ten_line_loss"))
+    loss, reported = loss_fn(u, v, p, 1.0, labels=jnp.arange(8))
+    exact = oracle.embeds(0, 8, 6, 5)
+    expected = oracle.directional(np.e * exact[0] @ exact[1].T, np.eye(8))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(reported["zeros"]) == pytest.approx(1 / 8)
+    named = make_loss(LossConfig(weight_function=HERE + "ten_line_weights"))(u, v, p, 1.0)[0]
+    relu = make_loss(LossConfig(weight_function="relu2"))(u, v, p, 1.0)[0]
+    assert float(named) == pytest.approx(float(relu), rel=1e-6)
+    with pytest.raises(ValueError, match=r"an argument 'teacher'; a loss is given any of u, v, p"):
+        make_loss(LossConfig(name=HERE + "unknown_argument"))
+    with pytest.raises(ValueError, match="must return a scalar"):
+        make_loss(LossConfig(name=HERE + "not_a_scalar"))(u, v, p, 1.0)
+    with pytest.raises(ValueError, match="a loss of your own, which mix does not reach"):
+        LossConfig(name=HERE + "ten_line_loss", mix=(0.5,))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("x:", "does not name a loss"), ("no_such_module:f", "there is no module 'no_such_module'"),
+     (HERE + "nothing", "has no 'nothing'")],
+)  # fmt: skip
+def test_a_name_that_leads_nowhere_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(LossConfig(name=name))

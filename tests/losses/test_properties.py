@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cwcl_jax.losses import LossConfig, contrastive_loss, cwcl_loss
+from cwcl_jax.losses import LossConfig, contrastive_loss, cwcl_loss, make_loss
 from tests.losses import oracle
 
 # One shape for all examples: a new one costs a compilation.
@@ -21,7 +21,7 @@ def arrays(seed):
 
 def loss(u, v, p, **options):
     config = LossConfig(diagnostics=False, block_size=5, **options)
-    return float(cwcl_loss(u, v, weights_from=p, logit_scale=2.0, config=config)[0])
+    return float(make_loss(config)(u, v, p, 2.0)[0])
 
 
 @few
@@ -86,7 +86,7 @@ def test_the_loss_is_at_least_the_entropy_of_the_targets(seed):
 @given(seeds)
 def test_a_batch_repeated_twice_adds_log_two_to_uniform_targets(seed):
     u, v, p = arrays(seed)
-    options = {"weight_function": "uniform", "direction": "u_to_v"}
+    options = {"weight_function": "uniform", "direction_weights": (1.0, 0.0)}
     once = loss(u, v, p, **options)
     twice = loss(*(jnp.concatenate([x, x]) for x in (u, v, p)), **options)
     assert twice == pytest.approx(once + np.log(2), rel=1e-5)

@@ -10,17 +10,27 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss
-from tests.losses import oracle
-from tests.losses.test_fused import CASES, assert_close_to_oracle, value_and_gradients
-
-SHARDED = (
-    "both directions weighted",
-    "calibrated",
-    "calibrated, duplicates masked",
-    "cellclip",
-    "duplicates masked",
-    "sigmoid, duplicates as positives",
+from tests.losses.test_fused import (
+    BOTH,
+    CASES,
+    assert_close_to_oracle,
+    data_of,
+    value_and_gradients,
 )
+
+SHARDED = [
+    ("mixed relu, both", "ring"),
+    ("calibrated, duplicates masked", "gathered"),
+    ("calibrated of each modality", "ring"),
+    ("cellclip_both", "gathered"),
+    ("gist, relative, weighted", "gathered"),
+    ("gist, relative, weighted", "ring"),
+    ("softclip", "gathered"),
+    ("softclip", "ring"),
+    ("morphoclip", "ring"),
+    ("cyclip", "gathered"),
+    ("s2l, mixed, masked, replicates", "ring"),
+]
 
 
 def mesh_of(*shape, names=("data", "fsdp")):
@@ -32,30 +42,28 @@ def mesh_of(*shape, names=("data", "fsdp")):
     )
 
 
-def data(dtype, n=40, d=11, k=7):
-    u, v, p = (jnp.asarray(x, dtype) for x in oracle.embeds(3, n, d, k))
-    labels = jnp.asarray(np.random.default_rng(3).integers(0, n // 3, n), jnp.int32)
-    return u, v, p, labels
+def data(dtype, n=40):
+    return data_of({}, n, dtype, seed=3)[:4]
 
 
-@pytest.mark.parametrize("form", ["gathered", "ring"])
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(("name", "form"), SHARDED)
 def test_equals_the_equations_in_float64(name, form):
+    options, case = CASES[name]
     with jax.enable_x64(True):
-        arrays = data(jnp.float64)
-        config = LossConfig(form=form, block_size=5, block_columns=6, **CASES[name])
-        result = value_and_gradients(config, *arrays, mesh=mesh_of(2, 2))
-        assert_close_to_oracle(CASES[name], result, arrays)
+        given = data_of(case, 40, seed=3)
+        config = LossConfig(form=form, block_size=5, block_columns=6, **options)
+        result = value_and_gradients(config, *given, mesh=mesh_of(2, 2))
+        assert_close_to_oracle(case, result, given)
 
 
 @pytest.mark.parametrize("form", ["gathered", "ring"])
 def test_targets_of_the_caller_are_split_by_rows(form):
     with jax.enable_x64(True):
-        arrays = data(jnp.float64)
+        given = data_of({}, 40, seed=3)
         targets = np.random.default_rng(1).random((40, 40))
         config = LossConfig(form=form, weighted="both", block_size=2, block_columns=4)
-        result = value_and_gradients(config, *arrays, mesh=mesh_of(4), targets=jnp.asarray(targets))
-        assert_close_to_oracle({"weighted": "both"}, result, arrays, targets=targets)
+        result = value_and_gradients(config, *given, mesh=mesh_of(4), targets=jnp.asarray(targets))
+        assert_close_to_oracle({"weighted": BOTH}, result, given, targets=targets)
 
 
 @pytest.mark.parametrize("form", ["gathered", "ring"])
@@ -157,3 +165,25 @@ def test_embeds_on_a_mesh_with_explicit_axes_need_that_mesh():
     u, v, p = (jax.device_put(x, split) for x in data(jnp.float32)[:3])
     with pytest.raises(ValueError, match=r"explicit axes, \('data',\): pass mesh="):
         cwcl_loss(u, v, weights_from=p, logit_scale=1.0)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("form", ["gathered", "ring"])
+def test_it_runs_without_jit(form, kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(getattr(AxisType, kind),))
+    split = NamedSharding(mesh, P("data"))
+    u, v, p, _ = data(jnp.float32)
+    given = tuple(jax.device_put(x, split) for x in (u, v, p))
+    config = LossConfig(form=form, weight_function="calibrated0.5")
+    loss_fn = make_loss(config, mesh=mesh)
+
+    def loss(u, v, scale):
+        return loss_fn(u, v, given[2], scale)[0]
+
+    expected = value_and_gradients(LossConfig(weight_function="calibrated0.5"), u, v, p, None)
+    with jax.set_mesh(mesh):
+        scale = jnp.asarray(np.log(14.0), jnp.float32)
+        value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*given[:2], scale)
+    assert float(value) == pytest.approx(float(expected[0]), rel=1e-6)
+    for x, y in zip(gradients, expected[2], strict=False):
+        assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(y)

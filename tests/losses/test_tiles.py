@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cwcl_jax.losses.tiles import Tiling, scan_blocks
+from cwcl_jax.losses.sweeps import scan_blocks
+from cwcl_jax.losses.tiles import Tiling
 
 
 def blocks_of(n: int, size: int, least: int = 1) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss, torch_reference, weights
+from cwcl_jax.losses import labels as labels_module
 from tests.losses import oracle
 
 
@@ -21,7 +22,7 @@ def diagnostics(p, labels=None, **options):
 @pytest.mark.parametrize("function", ["calibrated", "calibrated_relu"])
 def test_a_calibrated_kernel_keeps_the_diagonal_whatever_the_batch(function):
     for n in (16, 96):
-        d = diagnostics(locked(n), weight_function=function, target_diagonal=0.4)
+        d = diagnostics(locked(n), weight_function=f"{function}0.4")
         assert float(d["diagonal_weight"]) == pytest.approx(0.4, rel=1e-4)
 
 
@@ -33,13 +34,13 @@ def test_a_fixed_kernel_flattens_as_the_batch_grows():
 
 
 def test_a_kernel_can_keep_the_effective_number_of_positives():
-    d = diagnostics(locked(96), weight_function="calibrated", target_positives=5.0)
+    d = diagnostics(locked(96), weight_function="calibrated5")
     assert float(d["effective_positives"]) == pytest.approx(5, rel=1e-4)
 
 
 def test_a_sample_of_rows_calibrates_a_large_batch():
-    options = {"weight_function": "calibrated", "target_diagonal": 0.3}
-    d = diagnostics(locked(384), sampled_rows=48, **options)
+    # 1,000 rows: every eighth, 125 of them.
+    d = diagnostics(locked(1000), weight_function="calibrated0.3")
     assert float(d["diagonal_weight"]) == pytest.approx(0.3, abs=0.05)
 
 
@@ -58,10 +59,9 @@ def test_a_function_that_is_not_entry_by_entry_is_an_error():
     ("options", "figure", "value"),
     [
         ({"weight_function": "calibrated"}, "diagonal_weight", 0.5),
-        ({"weight_function": "calibrated_relu", "target_diagonal": 0.3}, "diagonal_weight", 0.3),
-        ({"weight_function": "calibrated", "target_positives": 5.0}, "effective_positives", 5.0),
-        ({"weight_function": "calibrated", "duplicates": "positives", "target_diagonal": 0.2},
-         "diagonal_weight", 0.2),
+        ({"weight_function": "calibrated_relu0.3"}, "diagonal_weight", 0.3),
+        ({"weight_function": "calibrated5"}, "effective_positives", 5.0),
+        ({"weight_function": "calibrated0.2", "duplicates": "positives"}, "diagonal_weight", 0.2),
     ],
 )  # fmt: skip
 def test_the_calibration_counts_duplicates_as_the_targets_do(options, figure, value):
@@ -87,3 +87,14 @@ def test_an_all_zero_channel_has_the_gradient_zero_of_pytorch():
             np.testing.assert_allclose(
                 ours(jnp.asarray(profiles)), theirs.grad.numpy(), rtol=1e-9, atol=1e-14
             )
+
+
+def test_sets_of_labels_are_compared_as_sets():
+    rows = np.array([[1, 2, -1], [2, 1, 1], [2, 3, -1], [4, -1, -1], [-1, -1, -1], [3, 2, 1]])
+    sets = labels_module.label_sets(jnp.asarray(rows))
+    equal, overlap = oracle.label_matrices(rows)
+    np.testing.assert_array_equal(labels_module.same_labels(sets, sets), equal)
+    found = labels_module.label_weights(sets, sets, 0.25, jnp.dtype("float32"))
+    np.testing.assert_array_equal(found, np.maximum(equal, 0.25 * overlap))
+    # An empty set is like none, not even another empty one.
+    assert not np.asarray(found)[4].any()

@@ -151,7 +151,7 @@ def test_what_a_table_varies_wins_over_the_command_line():
         load_experiment(row[0].run.file, row[0].run.argument).loss for row in made.rows.values()
     ]
     assert [loss.name for loss in losses] == ["contrastive", "cwcl"]
-    assert losses[1].weight_function == "relu"
+    assert losses[1].weight_function == "relu2"
     for cell in experiments.table(6, Scale(speech="lock=speech")).rows["CWCL"]:
         locks = [x for x in cell.run.argument.split(",") if x.startswith("lock=")]
         assert cell.run.name.startswith(f"speech-lock-{locks[-1].removeprefix('lock=')}-")

@@ -243,3 +243,48 @@ def test_weights_that_are_not_detached_train_their_tower(loss, chunks):
     image = [path for path in expected if path.startswith("towers/image/encoder/")]
     change = max(np.abs(expected[path] - without[path]).max() for path in image)
     assert change > 1e-3 * max(np.abs(expected[path]).max() for path in image)
+
+
+def own_loss(u, v, q, logit_scale, labels, progress):
+    """A loss of a person's own, of everything that the step hands over."""
+    log_p = jax.nn.log_softmax(jnp.exp(logit_scale) * u @ v.T, axis=1)
+    same = (labels[:, None] == labels[None, :]).astype(log_p.dtype)
+    targets = same + progress * jnp.maximum(q @ q.T, 0)
+    return -(targets / targets.sum(axis=1, keepdims=True) * log_p).sum(axis=1).mean(), {}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss.name": "softclip", "loss.mix": (1.0, 0.3), "towers.image.tune": "all"},
+        {"loss.name": "s2l", "loss.weight_function": "distance30_0.1"},
+        {"loss.name": "tests.training.test_step:own_loss", "data.labels": "text"},
+    ],
+    ids=["softclip", "s2l", "own"],
+)
+def test_losses_of_the_frame_train_alike_in_chunks_on_four_devices(loss):
+    ring = {} if ":" in loss["loss.name"] else {"loss.form": "ring"}
+    one, params, _, _ = run(loss)
+    four, others, _, _ = run({"accumulation_steps": 2, **ring, **loss}, devices=4, fsdp=2)
+    np.testing.assert_allclose(four, one, rtol=1e-5)
+    assert one[-1] != one[0]
+    assert params.keys() == others.keys()
+    assert ("logit_bias" in params) == (loss["loss.name"] == "s2l")
+
+
+def test_distances_go_by_features_that_are_not_normalised():
+    changes = {"loss.name": "s2l", "loss.weight_function": "distance3_0.1"}
+    blueprint, state, locked = setup(changes)
+    (batch,) = host_batches(blueprint.config, 1)
+    batch = sharding.put_batch(blueprint.mesh, batch)
+    _, metrics = jax.jit(GradientFunction(blueprint))(
+        state.params, locked, batch, jnp.zeros((), jnp.int32)
+    )
+    model = blueprint.model_def.merge({**state.params, **locked})
+    features = np.asarray(model.towers["image"].features(batch["image"]), np.float64)
+    squared = ((features[:, None] - features[None]) ** 2).sum(axis=-1)
+    weights = 1 - np.arctan(squared / 3) * 4 / np.pi
+    weights = np.where(weights < 0.1, 0, weights)
+    own = np.diagonal(weights) / weights.sum(axis=1)
+    assert float(metrics["diagonal_weight"]) == pytest.approx(own.mean(), rel=1e-4)
+    assert 1 / len(own) < own.mean() < 1

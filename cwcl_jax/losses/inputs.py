@@ -1,0 +1,54 @@
+"""The arrays of one call of the loss, and what is computed from them before any tile."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from cwcl_jax.losses import weights
+from cwcl_jax.losses.engines import Engine, OneDevice
+from cwcl_jax.losses.numerics import wide
+from cwcl_jax.losses.options import Frame
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Checked arrays.
+
+    Attributes:
+      p, q: features of U and V that weights and masks are made of.
+      labels: (n,) integers, or (n, k) sets as `weights.label_sets` makes them.
+      targets: the caller's own weights of all pairs.
+      mix: the positive pair's share now.
+    """
+
+    u: Float[Array, "n d"]
+    v: Float[Array, "n d"]
+    logit_scale: Float[Array, ""]
+    mix: Any = 0.0
+    logit_bias: Float[Array, ""] | None = None
+    p: Array | None = None
+    q: Array | None = None
+    labels: Array | None = None
+    targets: Float[Array, "n n"] | None = None
+
+
+def sharpness(frame: Frame, rows: Array, labels: Array | None, engine: Engine | None = None):
+    """The fixed or calibrated sharpness of the weight function.
+
+    Args:
+      rows: prepared features, without gradient.
+      labels: where duplicates go by them.
+      engine: where the sampled rows are; None is one device.
+    """
+    chosen = frame.weights
+    if not chosen.calibrated:
+        return jnp.asarray(chosen.fixed_sharpness, wide(rows))
+    counted = labels if frame.duplicates in ("positives", "masked") else None
+
+    def solve(own, cosines, same, sum_over_columns):
+        return weights.calibrate(chosen, own, cosines, frame.duplicates, same, sum_over_columns)
+
+    stride = weights.sample_stride(rows.shape[0])
+    return (engine or OneDevice()).sampled(rows, counted, stride, solve)

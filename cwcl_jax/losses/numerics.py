@@ -1,0 +1,19 @@
+"""Types and products that every form of the loss shares."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""] | float
+
+
+def wide(x: Array) -> jnp.dtype:
+    """The type sums are kept in: float64 for float64, float32 for everything narrower."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def inner(a: Array, b: Array, precision: str = "highest") -> Array:
+    """All inner products of rows, accumulated in float32 or better."""
+    return lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wide(a)
+    )
