@@ -22,7 +22,14 @@ from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.kept_rows import KeptRows
-from cwcl_jax.training.state import Blueprint, Leaves, TrainState, initialise, make_blueprint
+from cwcl_jax.training.state import (
+    Blueprint,
+    Leaves,
+    TowerSource,
+    TrainState,
+    initialise,
+    make_blueprint,
+)
 from cwcl_jax.training.step import TrainStep
 
 _CHUNK = 50
@@ -194,12 +201,12 @@ class HeadRuns:
         self._chunks: dict[Head, Chunk] = {}
         self._functions: dict[str, EncodeFunctions] = {}
         self._kept: KeptRows | None = None
+        self._begun: dict[Any, tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]] = {}
 
     def run(self, head: Head, seed: int) -> dict[str, float]:
         """Metrics of one head, with the last step's diagnostics as `train/NAME`."""
         config = head.variant(self.config, seed)
-        blueprint = make_blueprint(config, self._mesh)
-        state, locked, sources = initialise(blueprint)
+        blueprint, state, locked, sources = self._begin(head, config)
         chunk = self._chunks.setdefault(head, make_chunk(blueprint))
         metrics: Mapping[str, Any] = {}
         for rows in batches(self.features, config, group=head.group):
@@ -218,3 +225,17 @@ class HeadRuns:
         )
         self._kept.save()
         return values | {name: v for result in results for name, v in result.flat().items()}
+
+    def _begin(
+        self, head: Head, config: ExperimentConfig
+    ) -> tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]:
+        """Structure and step 0 of a head, which its kind of loss and its seed decide."""
+        key = head.projection, config.loss.name, config.seed
+        if key not in self._begun:
+            if any(seed != config.seed for *_, seed in self._begun):
+                self._begun.clear()  # each holds the locked towers
+            blueprint = make_blueprint(config, self._mesh)
+            self._begun[key] = blueprint, *initialise(blueprint)
+        blueprint, *begun = self._begun[key]
+        own = dataclasses.replace(config, towers=blueprint.config.towers)
+        return dataclasses.replace(blueprint, config=own), *begun
