@@ -9,7 +9,7 @@ constants. Random state (of `nnx.Dropout`) is no leaf: `merge` makes it from a k
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -110,6 +110,22 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
         graphdef, tuple(keys), frozenset(statistics), frozenset(constants), tuple(random)
     )
     return definition, leaves
+
+
+def abstract_split(build: Callable[[], nnx.Module]) -> tuple[ModelDef, dict[str, Any]]:
+    """Returns the definition of what `build` makes and the shapes of its leaves; allocates nothing.
+
+    nnx.eval_shape would leave a module's plain arrays as tracers of a trace that has ended.
+    """
+    found: list[ModelDef] = []
+
+    def leaves() -> dict[str, Any]:
+        definition, arrays = split(build())
+        found.append(definition)
+        return arrays
+
+    shapes = jax.eval_shape(leaves)
+    return found[0], {path: shapes[path] for path in found[0].paths}
 
 
 def _path(key: Key) -> str:

@@ -19,7 +19,7 @@ from cwcl_jax.extension import is_reference
 from cwcl_jax.files import replacing
 from cwcl_jax.modalities import Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
-from cwcl_jax.models.leaves import ModelDef, split
+from cwcl_jax.models.leaves import ModelDef, abstract_split
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
 from cwcl_jax.weights.failures import WeightsMismatch
@@ -47,17 +47,15 @@ class ModelDescription:
 
     def abstract(self) -> tuple[ModelDef, dict[str, Any]]:
         """The model's definition and the shapes of its leaves."""
-        return split(
-            nnx.eval_shape(
-                lambda: build_two_towers(
-                    self.towers,
-                    {tower: self.inputs[tower].arrays() for tower in self.towers},
-                    embed_dim=self.embed_dim,
-                    inverse_temperature=1.0,
-                    logit_bias=0.0 if self.logit_bias else None,
-                    dtype=self.dtype,
-                    rngs=nnx.Rngs(0),
-                )
+        return abstract_split(
+            lambda: build_two_towers(
+                self.towers,
+                {tower: self.inputs[tower].arrays() for tower in self.towers},
+                embed_dim=self.embed_dim,
+                inverse_temperature=1.0,
+                logit_bias=0.0 if self.logit_bias else None,
+                dtype=self.dtype,
+                rngs=nnx.Rngs(0),
             )
         )
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.extension import import_named, is_reference, source_hash
 from cwcl_jax.losses.options import needs_bias
-from cwcl_jax.models.leaves import ModelDef, split
+from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
@@ -154,7 +154,7 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
         _check_batch(config, mesh)
     config = _with_sizes_of_files(config)
     try:
-        model_def, abstract = split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+        model_def, abstract = abstract_split(lambda: build_model(config, nnx.Rngs(0)))
         fixed = model_def.statistics | model_def.constants
         decisions = decide([path for path in abstract if path not in fixed], config.towers)
     except ValueError as error:
