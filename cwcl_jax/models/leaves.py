@@ -4,8 +4,8 @@ Plain dicts are what `jax.jit` carries, what a checkpoint stores, what regexes s
 `nnx.jit` of 150 leaves costs 16 ms per dispatch, a dict of as many arrays 1.3 ms.
 
 What a module holds is told apart by type. `nnx.Param` can be trained. `nnx.BatchStat` (running
-means and variances) is carried through the step and changes without a gradient. Plain arrays are
-constants. Random state (of `nnx.Dropout`) is no leaf: `merge` makes it from a key.
+means and variances) is carried through the step and changes without a gradient. Arrays in
+`nnx.data` are constants. Random state (of `nnx.Dropout`) is no leaf: `merge` makes it from a key.
 """
 
 import dataclasses
@@ -85,6 +85,7 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
       ValueError: the module holds a kind of variable that training knows nothing of.
     """
     graphdef, state = nnx.split(module)
+    _refuse_hidden_arrays(graphdef)
     keys, leaves, random = [], {}, []
     statistics, constants = set(), set()
     for key, variable in nnx.to_flat_state(state):
@@ -99,7 +100,7 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
         elif not isinstance(variable, nnx.Param):
             raise ValueError(
                 f"leaf {path} is a {type(variable).__name__}: only nnx.Param, nnx.BatchStat, "
-                "nnx's random state and plain arrays (constants) are supported"
+                "nnx's random state and nnx.data (constants) are supported"
             )
         value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
         if not isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
@@ -112,10 +113,20 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
     return definition, leaves
 
 
-def abstract_split(build: Callable[[], nnx.Module]) -> tuple[ModelDef, dict[str, Any]]:
-    """Returns the definition of what `build` makes and the shapes of its leaves; allocates nothing.
+def _refuse_hidden_arrays(graphdef: Any) -> None:
+    """Raises ValueError for an array that nnx took for a setting: one set while it is traced."""
+    for name, attribute in getattr(graphdef, "attributes", ()):
+        if isinstance(getattr(attribute, "value", None), jax.core.Tracer):
+            raise ValueError(
+                f"attribute {name!r} of a module is a plain array: write nnx.data(...) around it "
+                "for a constant, or nnx.Param(...) to train it"
+            )
 
-    nnx.eval_shape would leave a module's plain arrays as tracers of a trace that has ended.
+
+def abstract_split(build: Callable[[], nnx.Module]) -> tuple[ModelDef, dict[str, Any]]:
+    """Returns the definition of what `build` makes and the shapes of its leaves.
+
+    Nothing is allocated.
     """
     found: list[ModelDef] = []
 

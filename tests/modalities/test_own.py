@@ -65,7 +65,7 @@ class Encoder(nnx.Module):
         self.dense = nnx.Linear(8, width, rngs=rngs)
         self.norm = nnx.BatchNorm(width, momentum=0.5, rngs=rngs)
         self.drop = nnx.Dropout(drop, rngs=rngs)
-        self.window = jnp.hanning(8)
+        self.window = nnx.data(jnp.hanning(8))
     def __call__(self, inputs):
         return self.drop(self.norm(self.dense(inputs["signal"] * self.window[None])))
 
@@ -80,6 +80,12 @@ class Flat(nnx.Module):
         pass
     def __call__(self, inputs):
         return inputs["signal"].sum(axis=1)
+
+class Plain(nnx.Module):
+    def __init__(self, *, rngs):
+        self.window = jnp.hanning(8)
+    def __call__(self, inputs):
+        return inputs["signal"] * self.window[None]
 
 class Remembering(nnx.Module):
     def __init__(self, *, rngs):
@@ -202,6 +208,7 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"towers.wave.encoder": "own_waves:NUMBER"}, "no class of flax.nnx or flax.linen"),
         ({"towers.wave.encoder": "own_waves:Flat"}, r"shape \(b, f\).*b=2 it gives \(2,\)"),
         ({"towers.wave.encoder": "own_waves:Remembering"}, "module/seen is a Cache"),
+        ({"towers.wave.encoder": "own_waves:Plain"}, r"'window' .*nnx\.data"),
         ({"towers.wave.overrides": {"widht": 3}}, "no argument 'widht'; did you mean 'width'"),
         ({"towers.wave.preset": "tiny"}, "your own and has no preset"),
         ({"towers.wave.scan_layers": True}, "scan_layers and remat are for the built-in"),

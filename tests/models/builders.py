@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwcl_jax.models.leaves import split
+from cwcl_jax.models.leaves import abstract_split
 from cwcl_jax.models.tower import Tower
 from cwcl_jax.models.two_towers import build_two_towers
 
@@ -23,7 +23,8 @@ def abstract_two(configs, **changes):
     """Definition and shapes of two towers."""
     options = {"embed_dim": 8, "inverse_temperature": 10.0, "logit_bias": None, "dtype": "float32"}
     options |= changes
-    return split(nnx.eval_shape(lambda: build_two_towers(configs, **options, rngs=nnx.Rngs(0))))
+    arrays = {name: arrays_of(config) for name, config in configs.items()}
+    return abstract_split(lambda: build_two_towers(configs, arrays, **options, rngs=nnx.Rngs(0)))
 
 
 def two_towers(configs, **changes):
@@ -32,9 +33,19 @@ def two_towers(configs, **changes):
     return definition, filled(shapes)
 
 
+def arrays_of(config):
+    """What a built-in encoder must know of its inputs: only whether they are features."""
+    width = config.overrides.get("width", 0)
+    return {"features": ((width,), "float32")} if config.encoder == "precomputed" else {}
+
+
+def abstract_tower(config, embed_dim, dtype="float32"):
+    """Definition and shapes of a tower."""
+    options = {"embed_dim": embed_dim, "dtype": dtype}
+    return abstract_split(lambda: Tower(config, arrays_of(config), **options, rngs=nnx.Rngs(0)))
+
+
 def one_tower(config, embed_dim=8, dtype="float32"):
     """Definition and leaves of a tower."""
-    definition, shapes = split(
-        nnx.eval_shape(lambda: Tower(config, embed_dim=embed_dim, dtype=dtype, rngs=nnx.Rngs(0)))
-    )
+    definition, shapes = abstract_tower(config, embed_dim, dtype)
     return definition, filled(shapes)

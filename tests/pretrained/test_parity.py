@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from cwcl_jax.models.leaves import split
-from cwcl_jax.models.tower import Tower, TowerConfig
+from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
+from tests.models.builders import abstract_tower
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -40,9 +39,7 @@ def imported(config, folder):
     """The tower with the weights of a folder, every leaf accounted for."""
     config = TowerConfig(**config, weights=str(folder), head="none")
     width = config.overrides["width"]
-    definition, shapes = split(
-        nnx.eval_shape(lambda: Tower(config, embed_dim=width, dtype="float32", rngs=nnx.Rngs(0)))
-    )
+    definition, shapes = abstract_tower(config, width)
     leaves = import_tower(config, "x", {f"towers/x/{p}": s for p, s in shapes.items()}).leaves
     return definition.merge({p.removeprefix("towers/x/"): leaf for p, leaf in leaves.items()})
 
