@@ -6,6 +6,8 @@ zero; exp(entropy) is the effective number of positives. Of sigmoid losses the e
 least loss that the targets allow, and entropies are those of the weights' normalised rows.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -138,7 +140,7 @@ def of_nothing(scale) -> dict[str, Array]:
     return {"inverse_temperature": scale, "effective_positives": one, "masked_share": 0 * one}
 
 
-def of_dense(frame, found, scale) -> dict[str, Array]:
+def of_dense(frame, found, scale) -> dict[str, Any]:
     """The same as `of_softmax` from N x N arrays."""
     out = {f"loss_{name}": found[side].loss for side, name in _NAMES}
     out["inverse_temperature"] = scale

@@ -152,6 +152,7 @@ def _factors(stats, cotangents: dict[str, Array], epsilon: float, deficit: Array
     if "own" in cotangents:
         softmax.append(cotangents["own"] / stats["sum"])
     if "closed" in cotangents:
+        assert deficit is not None
         softmax.append(cotangents["closed"] / stats["sum"] * (1 + deficit))
     if "soft" in cotangents:
         share = cotangents["soft"] / (stats["weights"] + epsilon)

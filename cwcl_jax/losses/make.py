@@ -158,7 +158,7 @@ def own_loss(function: Callable[..., Any], name: str) -> LossFn:
         u, v, p, logit_scale, logit_bias=None, labels=None, targets=None, q=None, progress=None
     ):
         given = (u, v, p, logit_scale, logit_bias, labels, targets, q, progress)
-        values = dict(zip(_ARGUMENTS, given, strict=True))
+        values: dict[str, Any] = dict(zip(_ARGUMENTS, given, strict=True))
         result = function(**{argument: values[argument] for argument in wanted})
         loss, reported = result if isinstance(result, tuple) else (result, {})
         if jnp.shape(loss) != ():

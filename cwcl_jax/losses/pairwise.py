@@ -144,8 +144,10 @@ def _prepared(frame: Frame, inputs: Inputs) -> dict[str, Array]:
     found = {}
     own_weights = inputs.targets is None and len(inputs.u) > 1
     if frame.guided or (frame.needs_p and own_weights):
+        assert inputs.p is not None
         found["p"] = weights.prepared(frame.weights, inputs.p, detach=frame.detach_weights)
     if frame.needs_q and own_weights:
+        assert inputs.q is not None
         found["q"] = weights.prepared(frame.weights, inputs.q, detach=frame.detach_weights)
     return found
 
@@ -153,7 +155,7 @@ def _prepared(frame: Frame, inputs: Inputs) -> dict[str, Array]:
 def _extras(frame: Frame, inputs: Inputs, tiling: Tiling, rows, engine: Engine) -> Side:
     """What the sweeps need besides u and v; see `pair_losses`."""
     rows = {name: lax.stop_gradient(x) for name, x in rows.items()}
-    extras: Side = {}
+    extras: dict[str, Any] = {}
     of_features = tiling.source in ("cosine", "distance")
     for name, x in rows.items():
         if of_features or (tiling.guided and name == "p"):

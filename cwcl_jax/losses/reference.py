@@ -166,6 +166,7 @@ def sigmoid_targets(frame: Frame, inputs: Inputs) -> tuple[Array, Array]:
 
 def sigmoid(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
     """1/N sum_ij [t_ij log(1 + exp(-z_ij)) + (a - b t_ij) log(1 + exp(z_ij))]."""
+    assert inputs.logit_bias is not None
     z = pair_logits(inputs.u, inputs.v, inputs.logit_scale) + inputs.logit_bias
     targets, masked = sigmoid_targets(frame, inputs)
     a, b = frame.negatives

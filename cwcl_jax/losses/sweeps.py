@@ -176,7 +176,7 @@ def empty_stats(tiling: Tiling, n: int, dtype: jnp.dtype, side: str) -> Stats:
 def _reduce_tile(tiling: Tiling, tile: Tile, own: OwnPairs) -> tuple[Stats, Stats]:
     """What one tile says of its rows and columns."""
     if tiling.kind == "sigmoid":
-        sides = _reduce_sigmoid(tiling, tile, own)
+        sides: Any = _reduce_sigmoid(tiling, tile, own)
     else:
         masked = own.masked(tile.logits[0])
         both = (masked, own.masked(tile.logits[1]) if tiling.guided else masked)

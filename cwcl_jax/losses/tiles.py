@@ -5,6 +5,7 @@ over all tiles stand in `cwcl_jax.losses.sweeps`.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,9 @@ class Tile:
       masked: pairs that are left out; None where none are.
     """
 
-    logits: tuple[Array, Array]
-    weights: tuple[Array | None, Array | None] = (None, None)
-    masked: tuple[Array | None, Array | None] = (None, None)
+    logits: Any
+    weights: Any = (None, None)
+    masked: Any = (None, None)
 
 
 def make_tile(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -100,13 +101,13 @@ def with_constant_parameters(function: Callable[[Array], Array], dtype: jnp.dtyp
         return jax.make_jaxpr(function, return_shape=True)(cosine)
 
     example, _ = traced(jax.ShapeDtypeStruct((2, 2), dtype))
-    if not any(isinstance(x, jax.core.Tracer) for x in example.consts):
+    if not any(isinstance(x, core.Tracer) for x in example.consts):
         return function
-    constants = [_constant(x) if isinstance(x, jax.core.Tracer) else x for x in example.consts]
+    constants = [_constant(x) if isinstance(x, core.Tracer) else x for x in example.consts]
 
     def call(cosine):
         closed, shape = traced(cosine)
-        flat = jax.core.eval_jaxpr(closed.jaxpr, constants, cosine)
+        flat = core.eval_jaxpr(closed.jaxpr, constants, cosine)
         return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
     return call

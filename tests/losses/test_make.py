@@ -352,13 +352,3 @@ def test_a_loss_and_a_weight_function_by_module_and_name():
         make_loss(LossConfig(name=HERE + "not_a_scalar"))(u, v, p, 1.0)
     with pytest.raises(ValueError, match="a loss of your own, which mix does not reach"):
         LossConfig(name=HERE + "ten_line_loss", mix=(0.5,))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("x:", "does not name a loss"), ("no_such_module:f", "there is no module 'no_such_module'"),
-     (HERE + "nothing", "has no 'nothing'")],
-)  # fmt: skip
-def test_a_name_that_leads_nowhere_is_an_error(name, message):
-    with pytest.raises(ValueError, match=message):
-        make_loss(LossConfig(name=name))

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss, torch_reference, weights
-from cwcl_jax.losses import labels as labels_module
 from tests.losses import oracle
 
 
@@ -87,14 +86,3 @@ def test_an_all_zero_channel_has_the_gradient_zero_of_pytorch():
             np.testing.assert_allclose(
                 ours(jnp.asarray(profiles)), theirs.grad.numpy(), rtol=1e-9, atol=1e-14
             )
-
-
-def test_sets_of_labels_are_compared_as_sets():
-    rows = np.array([[1, 2, -1], [2, 1, 1], [2, 3, -1], [4, -1, -1], [-1, -1, -1], [3, 2, 1]])
-    sets = labels_module.label_sets(jnp.asarray(rows))
-    equal, overlap = oracle.label_matrices(rows)
-    np.testing.assert_array_equal(labels_module.same_labels(sets, sets), equal)
-    found = labels_module.label_weights(sets, sets, 0.25, jnp.dtype("float32"))
-    np.testing.assert_array_equal(found, np.maximum(equal, 0.25 * overlap))
-    # An empty set is like none, not even another empty one.
-    assert not np.asarray(found)[4].any()
