@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 Key = tuple[Any, ...]
 
@@ -116,7 +117,7 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
 def _refuse_hidden_arrays(graphdef: Any) -> None:
     """Raises ValueError for an array that nnx took for a setting: one set while it is traced."""
     for name, attribute in getattr(graphdef, "attributes", ()):
-        if isinstance(getattr(attribute, "value", None), jax.core.Tracer):
+        if isinstance(getattr(attribute, "value", None), Tracer):
             raise ValueError(
                 f"attribute {name!r} of a module is a plain array: write nnx.data(...) around it "
                 "for a constant, or nnx.Param(...) to train it"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.models.encoders import has_blocks
 from cwcl_jax.planning.estimate import Estimate, Planner
 from cwcl_jax.planning.inputs import can_be_embedded
 from cwcl_jax.training.options import MeshConfig

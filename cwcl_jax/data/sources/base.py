@@ -177,11 +177,11 @@ def call_with_options(
 
 def _type_of(parameter: inspect.Parameter) -> Any:
     """What an option is annotated with, else the type of its default; a user's may say neither."""
-    if parameter.annotation is not parameter.empty and not isinstance(parameter.annotation, str):
-        return parameter.annotation
-    named = {"str": str, "int": int, "float": float, "bool": bool}
-    if parameter.annotation in named:
-        return named[parameter.annotation]
+    said = parameter.annotation
+    if isinstance(said, str):  # of a module with postponed annotations
+        return {"int": int, "float": float, "bool": bool}.get(said, str)
+    if said is not parameter.empty:
+        return said
     return str if parameter.default in (parameter.empty, None) else type(parameter.default)
 
 
