@@ -237,6 +237,6 @@ class HeadRuns:
                 self._begun.clear()  # each holds the locked towers
             blueprint = make_blueprint(config, self._mesh)
             self._begun[key] = blueprint, *initialise(blueprint)
-        blueprint, *begun = self._begun[key]
+        blueprint, state, locked, sources = self._begun[key]
         own = dataclasses.replace(config, towers=blueprint.config.towers)
-        return dataclasses.replace(blueprint, config=own), *begun
+        return dataclasses.replace(blueprint, config=own), state, locked, sources

@@ -125,10 +125,9 @@ def kept_by_projection(
         return {}
     near_p, near_u = (_nearest(cosines, neighbours) for cosines in (p_cosines, u_cosines))
     shares = [np.isin(a, b).mean() for a, b in zip(near_p, near_u, strict=True)]
+    correlation = np.asarray(stats.spearmanr(p_cosines[upper], u_cosines[upper]))[0]
     return {
-        "structure_kept_by_projection": float(
-            stats.spearmanr(p_cosines[upper], u_cosines[upper]).statistic
-        ),
+        "structure_kept_by_projection": float(correlation),
         "neighbours_kept_by_projection": float(np.mean(shares)),
     }
 
