@@ -158,7 +158,9 @@ class Head:
                 raise ConfigError(f"--{flag}={value}: at least 1")
         require("--projections", self.projection, PROJECTIONS)
         try:
-            loss = dataclasses.replace(config.loss, **loss_fields(self.loss))
+            loss = dataclasses.replace(
+                config.loss, **({"weight_function": None} | loss_fields(self.loss))
+            )
         except ValueError as error:
             raise ConfigError(f"--losses={self.loss}: {error}") from error
         optimizer = dataclasses.replace(

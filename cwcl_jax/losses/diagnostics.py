@@ -140,8 +140,8 @@ def of_nothing(scale) -> dict[str, Array]:
     return {"inverse_temperature": scale, "effective_positives": one, "masked_share": 0 * one}
 
 
-def of_dense(frame, found, scale) -> dict[str, Any]:
-    """The same as `of_softmax` from N x N arrays."""
+def of_dense(frame, found, scale, mix) -> dict[str, Any]:
+    """The same as `of_softmax` from N x N arrays; `mix` is the positive pair's share."""
     out = {f"loss_{name}": found[side].loss for side, name in _NAMES}
     out["inverse_temperature"] = scale
     if not frame.config.diagnostics:
@@ -156,7 +156,11 @@ def of_dense(frame, found, scale) -> dict[str, Any]:
     chosen = chosen or [found["rows"]]
     figures = []
     for x in chosen:
-        targets = x.targets / x.targets.sum(axis=1, keepdims=True)
+        # As in the tiles of weights alone: a preset's epsilon is no part of these figures.
+        targets = x.targets
+        if x.weights is not None:
+            targets = mix * own + (1 - mix) * x.weights / x.weights.sum(axis=1, keepdims=True)
+        targets = targets / targets.sum(axis=1, keepdims=True)
         other = 0.0 if x.weights is None else jnp.where(own, 0, x.weights).sum() / max(n * n - n, 1)
         figures.append((-xlogx(targets).sum(axis=1).mean(), jnp.diagonal(targets).mean(), other))
     entropy, own_share, other = (sum(x) / len(figures) for x in zip(*figures, strict=True))

@@ -270,7 +270,7 @@ def _dense(frame: Frame, inputs: Inputs, scale: Array, engine: Engine):
     found = reference.directions(frame, inputs)
     losses = {side: x.loss for side, x in found.items()}
     values = reference.further_terms(frame, inputs, found)
-    return combine(frame, losses), values, diagnostics.of_dense(frame, found, scale)
+    return combine(frame, losses), values, diagnostics.of_dense(frame, found, scale, inputs.mix)
 
 
 def weight_extremes(frame: Frame, inputs: Inputs) -> Float[Array, " 3"] | None:

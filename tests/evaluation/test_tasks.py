@@ -343,7 +343,8 @@ def test_pictures_without_a_border_to_cut_are_left_out_and_counted(monkeypatch, 
 
     labels = [0, 1, 0, 0, 0, 0, 0]
     give_sources(monkeypatch, x=Encoded(labels, labels=labels, class_names=SHAPES))
-    data = dataclasses.replace(DATA, image=dataclasses.replace(DATA.image, max_pixels=10_000))
+    small = dataclasses.replace(DATA.inputs["image"], max_pixels=10_000)
+    data = dataclasses.replace(DATA, inputs={**DATA.inputs, "image": small})
     task = ZeroShot(source="memory:x", crop_border=2)
     encode = Analytic(MODEL, AXES)
     result = run_task("t", task, encode=encode, data=data, batch_size=4)

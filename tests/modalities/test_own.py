@@ -261,6 +261,7 @@ def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path):
     import linecache
 
     linecache.clearcache()
+    (tmp_path / "run" / "evaluated.json").unlink()  # the complete run is to be evaluated again
     with pytest.raises(ConfigError, match="the code of the wave tower changed"):
         train(config(total_steps=2, name="other"), tmp_path / "run")
 

@@ -128,10 +128,11 @@ class _KeptTables:
                     return self._tables[key]
             try:
                 table = decode()
+                # Kept before others may begin: who comes in between would decode it again.
+                self._keep(key, table)
             finally:
                 with self._lock:
                     self._running.pop(key, None)
-            self._keep(key, table)
             return table
 
     def _keep(self, key: Any, table: pa.Table) -> None:

@@ -92,9 +92,9 @@ def test_own_task_is_run_by_train_and_by_evaluate(folder):
     [
         ({"limt": 3}, r"tasks\.own has no field 'limt'; did you mean 'limit'\? \(fields: boot"),
         ({"limit": "many"}, r"tasks\.own\.limit must be int, got 'many'"),
-        ({"kind": "mytask:Rang"}, r"tasks\.own: .*the module mytask has no 'Rang'"),
-        ({"kind": "myjob:Rank"}, r"tasks\.own: .*finds no module 'myjob'; start where it lies"),
-        ({"kind": "mytask:"}, r"tasks\.own: .*'mytask:' is not of the form 'module:Name'"),
+        ({"kind": "mytask:Rang"}, r"tasks\.own: .*the module 'mytask' has no 'Rang'"),
+        ({"kind": "myjob:Rank"}, r"tasks\.own: .*there is no module 'myjob'; start Python in"),
+        ({"kind": "mytask:"}, r"tasks\.own: .*'mytask:' must have the form 'module:name'"),
         ({"kind": "mytask:TaskResult"}, r"tasks\.own: .*does not name a class that derives from"),
         ({"kind": "bare:Bare"}, r"tasks\.own: .*decorate the class with @dataclass"),
         ({"kind": "bare:NoRun"}, r"tasks\.own: .*abstract.* run"),

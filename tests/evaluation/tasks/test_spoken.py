@@ -92,7 +92,7 @@ def test_recordings_shorter_than_a_frame_are_counted(monkeypatch):
     test = recordings([100, 101], [0, 1], None, ["circle", "square"], samples=[399, 400])
     give_sources(monkeypatch, test=test)
     result = run(Keywords(source="memory:test"))
-    assert "1 recording(s) are shorter than one frame (400 samples)" in result.warnings[0]
+    assert "1 speech item(s) are shorter than one frame (400 samples)" in result.warnings[0]
 
 
 def test_recordings_of_one_sentence_are_resampled_together(monkeypatch):
