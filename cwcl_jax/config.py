@@ -178,10 +178,29 @@ def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
             raise ConfigError(_unknown(name, [*own, *kinds], "config.data"))
     used = [name for name, kind in kinds.items() if name in towers or kind().field]
     inputs = {
-        name: convert(kinds[name], data.get(name, {}), f"config.data.{name}") for name in used
+        name: convert(kinds[name], _given(data, name, kinds[name]), f"config.data.{name}")
+        for name in used
     }
     inputs |= {name: inputs[name].fitted(tower.overrides) for name, tower in towers.items()}
     return {k: v for k, v in data.items() if k in own} | {"inputs": inputs}
+
+
+def _given(data: Mapping[str, Any], name: str, kind: type[Modality]) -> Any:
+    """The options of a tower, without those that stand there only because of its name.
+
+    `defaults` gives the built-in modalities their options; a tower called "image" that reads
+    features has no use for a size.
+    """
+    given, usual = data.get(name, {}), MODALITIES.get(name, kind)
+    if usual is kind or not isinstance(given, Mapping):
+        return given
+    known = {field.name for field in dataclasses.fields(kind)} - {"field"}
+    unchanged = to_plain(usual())
+    return {
+        option: value
+        for option, value in given.items()
+        if option in known or option not in unchanged or value != unchanged[option]
+    }
 
 
 def _modality(name: str, tower: TowerConfig) -> type[Modality]:

@@ -138,7 +138,9 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
         else:
             given = content.pop("inputs")
         inputs = {
-            name: kind(**_with_tuples(given[name])).fitted(towers[name].overrides).unpacked(folder)
+            name: kind(**_with_tuples(given.get(name, {})))
+            .fitted(towers[name].overrides)
+            .unpacked(folder)
             for name, kind in kinds.items()
         }
         return ModelDescription(towers=towers, inputs=inputs, **content)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwcl_jax.models.leaves import split
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
 from tests.models.builders import abstract_tower

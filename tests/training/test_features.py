@@ -54,8 +54,10 @@ def test_pictures_that_are_the_same_are_read(tmp_path):
 def test_a_tower_without_an_encoder_takes_whatever_it_is_given(tmp_path):
     line = _embedded(tmp_path, SOURCE, "image")
     changes = {"towers.image.encoder": "precomputed", "towers.image.overrides": {"width": 4}}
-    config = toy_config(**changes, **{"data.train": line, "data.image.flip": True})
+    config = toy_config(**changes, **{"data.train": line, "data.image.size": 64})
     assert training_source(config).embedded == ("image",)
+    with pytest.raises(ConfigError, match=r"config\.data\.image has no field 'flip'"):
+        toy_config(**changes, **{"data.image.flip": True})
 
 
 def test_several_captions_are_refused_on_both_ways(tmp_path):
