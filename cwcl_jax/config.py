@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_dict
 
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.extension import is_reference
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.modalities import MODALITIES, Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
@@ -208,7 +209,8 @@ def _modality(name: str, tower: TowerConfig) -> type[Modality]:
     try:
         return modality_class(tower.modality or modality_of(tower.encoder))
     except ValueError as error:
-        raise ConfigError(f"config.towers.{name}.modality: {error}") from error
+        field = "modality" if tower.modality or is_reference(tower.encoder) else "encoder"
+        raise ConfigError(f"config.towers.{name}.{field}: {error}") from error
 
 
 def _unknown(name: str, known: list[str], where: str) -> str:

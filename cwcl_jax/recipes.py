@@ -52,6 +52,8 @@ def set_loss(config: Any, options: Mapping[str, Any]) -> None:
     if (fields["name"] == "cwcl") != (word == "weights"):
         other = "weights" if word == "loss" else "loss"
         raise ConfigError(f"{word}={value}: this is a name for the other option: {other}={value}")
+    if value == "affine":
+        del fields["weight_function"]  # cwcl's own: --config.loss.name=... then stays possible
     config.loss.update(fields)
 
 

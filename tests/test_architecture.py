@@ -27,7 +27,9 @@ ALLOWED = {
     "data": {"files", "modalities", "extension"},
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
     "evaluation": {"losses", "data", "modalities", "extension"},
-    "config": {"losses", "models", "modalities", "data", "evaluation", "training.options"},
+    "config": {
+        "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
+    },
     "exit_codes": {"config"},
     "cli": {"config", "exit_codes"},
     "training": {

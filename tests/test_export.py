@@ -118,7 +118,7 @@ def test_every_format_brings_the_tokenizer_wherever_it_comes_from(tmp_path, monk
         export(named, own, "safetensors")
         export(named, theirs, "transformers")
         again = load_model(own)
-        assert str(again.description.text.tokenizer).startswith(str(own))
+        assert str(again.description.inputs["text"].tokenizer).startswith(str(own))
         np.testing.assert_array_equal(again.process_text(texts)["tokens"], expected)
         np.testing.assert_array_equal(again.encode_text(texts), named.encode_text(texts))
         tokenizer = transformers.AutoTokenizer.from_pretrained(theirs)

@@ -11,9 +11,9 @@ def test_a_name_leads_to_its_object():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cwcl_jax.losses", "does not name a loss; write 'module:name'"),
-        ("cwcl_jax.losses:", "does not name a loss"),
-        ("no_such_module.inner:f", "there is no module 'no_such_module.inner'"),
+        ("cwcl_jax.losses", "a loss .* must have the form 'module:name'"),
+        ("cwcl_jax.losses:", "must have the form"),
+        ("no_such_module.inner:f", "there is no module 'no_such_module'.*PYTHONPATH"),
         ("cwcl_jax.losses:nothing", "'cwcl_jax.losses' has no 'nothing'"),
     ],
 )
@@ -25,5 +25,5 @@ def test_a_name_that_leads_nowhere_is_one_sentence(name, message):
 def test_an_error_inside_of_the_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "needs_more.py").write_text("import surely_not_installed\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="surely_not_installed"):
+    with pytest.raises(ValueError, match="imports 'surely_not_installed'"):
         import_named("needs_more:f", "a loss")

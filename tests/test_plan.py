@@ -86,7 +86,10 @@ def test_a_place_for_the_plan_is_looked_for_before_planning(tmp_path):
         ({"loss.name": "supervised"}, r"needs labels: set --config\.data\.labels"),
         ({"loss.name": "cellclip", "loss.weight_function": "relu"}, r"config\.loss: .*contradicts"),
         ({"towers.text.preset": "Q"}, r"config\.towers: unknown preset of encoder 'text': 'Q'"),
-        ({"towers.text.encoder": "txt", "towers.text.weights": "x"}, r"config\.towers: .*'text'"),
+        (
+            {"towers.text.encoder": "txt", "towers.text.weights": "x"},
+            r"config\.towers\.text\.encoder: .*'text'",
+        ),
         ({"towers.image.pooling": "max"}, r"config\.towers: pooling of a ViT is"),
     ],
 )

@@ -260,9 +260,9 @@ def test_recordings_longer_than_the_window_do_not_stop_a_locked_speech_encoder(c
     source = training_source(made)
     assert "speech" in source.embedded
     assert source.durations.max() > 1.5
-    assert toy(cache, **shorter).data.speech.random_crop
+    assert toy(cache, **shorter).data.inputs["speech"].random_crop
     drawn = toy(cache, argument, **shorter, **{"data.speech.random_crop": True})
-    with pytest.raises(ConfigError, match=r"config\.data\.speech\.random_crop=True changes"):
+    with pytest.raises(ConfigError, match=r"config\.data\.speech: random_crop=True changes"):
         training_source(drawn)
 
 
