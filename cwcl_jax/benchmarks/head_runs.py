@@ -159,7 +159,7 @@ class Head:
         require("--projections", self.projection, PROJECTIONS)
         try:
             loss = dataclasses.replace(
-                config.loss, **({"weight_function": None} | loss_fields(self.loss))
+                config.loss, **({"weight_function": ""} | loss_fields(self.loss))
             )
         except ValueError as error:
             raise ConfigError(f"--losses={self.loss}: {error}") from error
