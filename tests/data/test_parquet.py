@@ -1,6 +1,7 @@
 """Parquet files: which column is what, random access, damage, and what makes two files differ."""
 
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -50,13 +51,47 @@ def test_rows_of_several_files_come_in_order(files, pattern, keep):
 def test_only_the_columns_of_the_fields_are_decoded(files, monkeypatch):
     asked = []
     decode = row_groups_module.RowGroups._decode
+    monkeypatch.setattr(
+        row_groups_module.RowGroups,
+        "_decode",
+        lambda self, number, tops: asked.append(list(tops)) or decode(self, number, tops),
+    )
+    source = open_source(f"parquet:{files}")
+    assert source.read(3, ()) == {"id": "train-00000-of-00003.parquet/3"}
+    assert source.read(3, ("text", "eeg")).keys() == {"id", "text"}
+    assert source.read(3, {"label"})["label"] == 0
+    assert asked == [["caption"], ["label"]]
+    # The same row group is decoded once.
+    source.read(2, ("text",))
+    assert len(asked) == 2
 
-    def counted(self, number, tops):
-        if "caption" in tops:  # and not the labels alone, of which the classes are found once
-            calls.append(number)
-        return decode(self, number, tops)
 
-    monkeypatch.setattr(row_groups_module.RowGroups, "_decode", counted)
+def test_threads_read_the_same_from_a_small_cache(tmp_path, monkeypatch, caplog):
+    rows = table(24, pad=pa.array([bytes([n]) * 200_000 for n in range(24)]))
+    write_parquet(tmp_path / "a.parquet", rows, group=3)
+    source = open_source(f"parquet:{tmp_path}/a.parquet?audio=pad&memory_mib=1")
+    order = np.random.default_rng(1).integers(24, size=200).tolist()
+    with ThreadPoolExecutor(6) as pool:
+        for index, example in zip(order, pool.map(source.__getitem__, order), strict=True):
+            assert example["audio"] == bytes([index]) * 200_000
+            assert example["text"] == f"caption {index}"
+    assert source._store._kept._bytes <= 1 << 20
+    assert len([r for r in caplog.records if "keep=auto" in r.message]) == 1
+
+
+def test_a_row_group_that_several_threads_want_is_decoded_once(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", table(4))
+    source = open_source(f"parquet:{tmp_path}/a.parquet")
+    calls, meet = [], threading.Barrier(4)
+    decode = row_groups_module.RowGroups._decode
+    monkeypatch.setattr(
+        row_groups_module.RowGroups,
+        "_decode",
+        # Not those of the labels alone, of which the classes are found.
+        lambda self, number, tops: (
+            ("caption" in tops and calls.append(number)) or decode(self, number, tops)
+        ),
+    )
 
     def read(index):
         meet.wait()
