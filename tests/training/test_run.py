@@ -289,10 +289,11 @@ def test_a_bad_gradient_is_found_before_it_is_saved(tmp_path, monkeypatch, step)
     """Steps 2 and 4 are saved, and 4 is the last: no later loss could tell."""
     original = GradientFunction.__call__
 
-    def overflowing(self, params, locked, batch, number):
-        gradients, metrics = original(self, params, locked, batch, number)
+    def overflowing(self, params, locked, batch, number, *rest):
+        gradients, metrics, statistics = original(self, params, locked, batch, number, *rest)
         bad = number == step - 1  # counted from 0
-        return {k: jnp.where(bad, jnp.inf, v) for k, v in gradients.items()}, metrics
+        bad_gradients = {k: jnp.where(bad, jnp.inf, v) for k, v in gradients.items()}
+        return bad_gradients, metrics, statistics
 
     monkeypatch.setattr(GradientFunction, "__call__", overflowing)
     good = "none" if step == 2 else "step 2"

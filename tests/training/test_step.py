@@ -107,7 +107,7 @@ def test_chunks_give_the_gradients_of_the_whole_batch(towers, devices):
         blueprint, state, locked = setup({"accumulation_steps": chunks, **towers}, devices=devices)
         (batch,) = host_batches(blueprint.config, 1)
         batch = sharding.put_batch(blueprint.mesh, batch)
-        found, metrics = jax.jit(GradientFunction(blueprint))(
+        found, metrics, _ = jax.jit(GradientFunction(blueprint))(
             state.params, locked, batch, jnp.zeros((), jnp.int32)
         )
         return jax.device_get(found), float(metrics["loss"])
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_equations():
     blueprint, state, locked = setup()
     (batch,) = host_batches(blueprint.config, 1)
     batch = sharding.put_batch(blueprint.mesh, batch)
-    found, metrics = jax.jit(GradientFunction(blueprint))(
+    found, metrics, _ = jax.jit(GradientFunction(blueprint))(
         state.params, locked, batch, jnp.zeros((), jnp.int32)
     )
 
@@ -223,7 +223,7 @@ def test_weights_that_are_not_detached_train_their_tower(loss, chunks):
     blueprint, state, locked = setup(changes, devices=2)
     (batch,) = host_batches(blueprint.config, 1)
     batch = sharding.put_batch(blueprint.mesh, batch)
-    found, metrics = jax.jit(GradientFunction(blueprint))(
+    found, metrics, _ = jax.jit(GradientFunction(blueprint))(
         state.params, locked, batch, jnp.zeros((), jnp.int32)
     )
     dense_loss = make_loss(dataclasses.replace(blueprint.config.loss, form="dense"))
@@ -277,7 +277,7 @@ def test_distances_go_by_features_that_are_not_normalised():
     blueprint, state, locked = setup(changes)
     (batch,) = host_batches(blueprint.config, 1)
     batch = sharding.put_batch(blueprint.mesh, batch)
-    _, metrics = jax.jit(GradientFunction(blueprint))(
+    _, metrics, _ = jax.jit(GradientFunction(blueprint))(
         state.params, locked, batch, jnp.zeros((), jnp.int32)
     )
     model = blueprint.model_def.merge({**state.params, **locked})
