@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -42,6 +43,29 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def side_output(what: str) -> Iterator[None]:
+    """Goes on without an output that cannot be made, after a warning that says why.
+
+    For what a run can do without: pictures, TensorBoard, caches. Checkpoints, metrics and results
+    are written outside of it, and their errors end the run.
+
+    Args:
+      what: names the output in the warning.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: {what} could not be written: {reason}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from cwcl_jax.config import (
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
-from cwcl_jax.files import InUse, locked, replacing
+from cwcl_jax.files import InUse, locked, write_text
 from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.
@@ -66,12 +66,6 @@ _PACKAGES = (
     "numpy",
     "pillow",
 )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -235,6 +229,11 @@ def write_records(
 def write_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> None:
     """Records what the results in the folder belong to."""
     write_json(workdir / "evaluated.json", {"step": step, "evaluation": to_plain(evaluation)})
+
+
+def withdraw_evaluated(workdir: Path) -> None:
+    """Takes the record back before the results change: a run that dies then is evaluated again."""
+    (workdir / "evaluated.json").unlink(missing_ok=True)
 
 
 def is_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> bool:
