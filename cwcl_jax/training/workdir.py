@@ -34,7 +34,7 @@ from cwcl_jax.config import (
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
-from cwcl_jax.files import InUse, locked, write_text
+from cwcl_jax.files import InUse, locked, parse_json, write_text
 from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.
@@ -75,7 +75,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises ConfigError for a file that is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}); remove it: the next start of the run writes it again"
