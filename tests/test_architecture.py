@@ -26,7 +26,7 @@ ALLOWED = {
     "modalities": {"extension", *_BELOW_MODALITIES},
     "data": {"files", "modalities", "extension"},
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
-    "evaluation": {"losses", "data", "modalities", "extension"},
+    "evaluation": {"losses", "data", "modalities", "files", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
     },
@@ -40,7 +40,7 @@ ALLOWED = {
     "api": _LIBRARY,
     "planning": _LIBRARY,
     "benchmarks": _LIBRARY | {"arguments", "cli", "planning", "recipes", "reproduction"},
-    "reproduction": _LIBRARY | {"cli"},
+    "reproduction": _LIBRARY | {"cli", "files"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
 ENTRIES = {"train", "evaluate", "embed", "export", "plan", "reproduce", "compare_torch"}

@@ -30,6 +30,7 @@ from cwcl_jax.config import (
     ExperimentConfig,
     changed_fields,
     from_json,
+    tell_changes,
     to_json,
     to_plain,
 )
@@ -142,16 +143,16 @@ def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
     if not (workdir / "config.json").exists() or config.checkpoint.accept_changes:
         return
     old = load_config(workdir)
-    changed = [
-        path
-        for path in changed_fields(old, config)
+    changed = {
+        path: values
+        for path, values in changed_fields(old, config).items()
         if not (path.startswith(_FREE) or path.endswith(_FREE_IN_TOWERS))
-    ]
+    }
     if changed:
         raise ConfigError(
-            f"{workdir} holds a run with other settings ({', '.join(changed[:6])}"
-            f"{', ...' if len(changed) > 6 else ''}); give another --workdir, or resume with the "
-            "new settings by --config.checkpoint.accept_changes=True"
+            f"{workdir} holds a run with other settings ({tell_changes(changed)}); give another "
+            "--workdir, or resume with the new settings by "
+            "--config.checkpoint.accept_changes=True"
         )
 
 
@@ -191,8 +192,9 @@ def check_same_data(
     changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")
     if changed:
         raise ConfigError(
-            f"the training data changed since the run in {workdir} began ({', '.join(changed)}); "
-            "restore it, give another --workdir, or set --config.checkpoint.accept_changes=True"
+            f"the training data changed since the run in {workdir} began "
+            f"({tell_changes(changed)}); restore it, give another --workdir, or set "
+            "--config.checkpoint.accept_changes=True"
         )
 
 
