@@ -19,6 +19,7 @@ ALLOWED = {
     "files": set(),
     "extension": set(),
     "arguments": set(),
+    "early": set(),
     "losses": {"extension"},
     "weights": {"files", "data.installed"},
     "models": {"extension", "weights"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
     },
-    "exit_codes": {"config"},
+    "exit_codes": {"config", "early"},
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "pretrained", "evaluation", "config",
