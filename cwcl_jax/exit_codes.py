@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.early import PREEMPTED as PREEMPTED  # one of the codes
 
 DONE = 0
 FAILED = 1
 BAD_CONFIG = 2
 WATCHDOG = 43
-PREEMPTED = 75
 
 
 def exit_code(error: BaseException) -> int:

@@ -19,6 +19,7 @@ ALLOWED = {
     "files": set(),
     "extension": set(),
     "arguments": set(),
+    "early": set(),
     "losses": {"extension"},
     "weights": {"files", "data.installed"},
     "models": {"extension", "weights"},
@@ -26,11 +27,11 @@ ALLOWED = {
     "modalities": {"extension", *_BELOW_MODALITIES},
     "data": {"files", "modalities", "extension"},
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
-    "evaluation": {"losses", "data", "modalities", "extension"},
+    "evaluation": {"losses", "data", "modalities", "files", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
     },
-    "exit_codes": {"config"},
+    "exit_codes": {"config", "early"},
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "pretrained", "evaluation", "config",
@@ -40,7 +41,7 @@ ALLOWED = {
     "api": _LIBRARY,
     "planning": _LIBRARY,
     "benchmarks": _LIBRARY | {"arguments", "cli", "planning", "recipes", "reproduction"},
-    "reproduction": _LIBRARY | {"cli"},
+    "reproduction": _LIBRARY | {"cli", "files"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
 ENTRIES = {"train", "evaluate", "embed", "export", "plan", "reproduce", "compare_torch"}
