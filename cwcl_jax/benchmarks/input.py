@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from cwcl_jax.data import scenes
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import DataConfig, usual_inputs
@@ -31,6 +30,7 @@ from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.tar_index import build_index, load_index
 from cwcl_jax.modalities import ImageInputs
 from cwcl_jax.modalities.image import train_pixels
+from cwcl_jax.synthetic import scenes
 
 _INPUTS = ImageInputs(size=224, crop_min_area=0.5, flip=True)
 

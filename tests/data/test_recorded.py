@@ -6,11 +6,11 @@ import pickle
 import numpy as np
 import pytest
 
-from cwcl_jax.data.espeak import VOICE_SETS
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources import recorded as module
 from cwcl_jax.data.sources.base import Source
+from cwcl_jax.synthetic.espeak import VOICE_SETS
 
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("soxr")

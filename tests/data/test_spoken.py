@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.espeak import VARIANTS, VOICES, random_voice
 from cwcl_jax.data.rendering import render
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.synthetic.espeak import VARIANTS, VOICES, random_voice
 
 pytest.importorskip("espeakng_loader")
 
@@ -63,7 +63,7 @@ def test_voices_follow_the_index_and_the_seed(sentences):
 
 
 def test_every_voice_exists():
-    from cwcl_jax.data.espeak import Voice, speak
+    from cwcl_jax.synthetic.espeak import Voice, speak
 
     for name in VOICES:
         assert len(speak("yes", Voice(name))[0]) > 1000

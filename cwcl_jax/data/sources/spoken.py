@@ -8,10 +8,10 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.espeak import VOICE_SETS, VOICES, random_voice, speak
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
 from cwcl_jax.data.sources.recorded import Recorded, default_folder
+from cwcl_jax.synthetic.espeak import VOICE_SETS, VOICES, random_voice, speak
 
 
 class Spoken(SourceAround):
