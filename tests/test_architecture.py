@@ -16,7 +16,6 @@ _BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "draws", "skipping", "
 ALLOWED = {
     "files": set(),
     "extension": set(),
-    "arguments": set(),
     "losses": {"extension"},
     "weights": {"files", "data.installed"},
     "models": {"extension", "weights"},
@@ -39,8 +38,7 @@ ALLOWED = {
     "recipes": {"config", "losses"},
     "api": _LIBRARY,
     "planning": _LIBRARY,
-    "benchmarks": _LIBRARY
-    | {"synthetic", "arguments", "cli", "planning", "recipes", "reproduction"},
+    "benchmarks": _LIBRARY | {"synthetic", "cli", "planning", "recipes", "reproduction", "files"},
     "reproduction": _LIBRARY | {"cli"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
