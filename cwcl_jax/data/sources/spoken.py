@@ -2,7 +2,7 @@
 
 `spoken:commands:train?voices=train`, `spoken:tsv:/sentences.tsv?text=sentence&voices=en-us+f2`.
 `keep=auto` (or a folder) speaks everything once and reads it from there ever after;
-`cwcl_jax.data.rendering` writes files to listen to.
+`python -m cwcl_jax.speak` only speaks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
