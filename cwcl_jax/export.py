@@ -14,7 +14,6 @@ from pathlib import Path
 from cwcl_jax import cli
 from cwcl_jax.api import Model, load_model
 from cwcl_jax.config import ConfigError
-from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
 from cwcl_jax.pretrained.folder import below, save_folder
@@ -45,7 +44,7 @@ def _export_npz(model: Model, output: Path, dtype: str) -> None:
     if output.suffix != ".npz":
         raise ValueError(f"format npz writes one file: --output={output} must end in .npz")
     output.parent.mkdir(parents=True, exist_ok=True)
-    config = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
+    config = tower.encoder_settings()
     write_augreg_npz(output, config, below(model.leaves, vits[0]), dtype=dtype)
 
 
