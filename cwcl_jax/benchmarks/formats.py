@@ -21,6 +21,7 @@ from cwcl_jax import cli
 from cwcl_jax.benchmarks import harness
 from cwcl_jax.benchmarks.harness import Rate, Row, interleaved, rate, rate_rows
 from cwcl_jax.benchmarks.input import make_shards, rate_pipeline, reading, tars
+from cwcl_jax.config import ConfigError
 from cwcl_jax.data.pipeline import reader_threads
 from cwcl_jax.data.sources import Source, open_source
 
@@ -109,6 +110,8 @@ def _define(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     """Measures the formats."""
     threads = reader_threads(options.threads)
+    if options.pictures < options.batch:
+        raise ConfigError(f"--pictures={options.pictures}: fewer than a batch, {options.batch}")
     with tempfile.TemporaryDirectory() as name:
         lines = write_formats(Path(name), options.pictures, options.distinct)
         print(f"{options.pictures} pictures, {threads} threads, medians of {options.rounds} rounds")

@@ -32,7 +32,7 @@ from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import reader_threads, train_batches
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.tar_index import build_index, load_index
-from cwcl_jax.modalities import ImageInputs
+from cwcl_jax.modalities import FeatureInputs, ImageInputs
 from cwcl_jax.modalities.image import train_pixels
 from cwcl_jax.synthetic import scenes
 
@@ -103,7 +103,7 @@ def _rate_of_batches(batches: Iterator, size: int, seconds: float) -> Rate:
 
 def reading(line: str, threads: int) -> DataConfig:
     """Settings that read a source, pictures as all of these measurements take them."""
-    inputs = usual_inputs() | {"image": _INPUTS}
+    inputs = usual_inputs() | {"image": _INPUTS, "u": FeatureInputs(), "v": FeatureInputs()}
     return DataConfig(train=line, inputs=inputs, threads=threads)
 
 

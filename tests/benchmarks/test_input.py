@@ -21,6 +21,7 @@ def test_rates_are_measured_on_real_batches(tmp_path):
         benchmark.rate_bare(images, 0.05, 1),
         benchmark.rate_pipeline(benchmark.reading(line, 1), 0.05, 4),
         benchmark.rate_pipeline(stored, 0.05, 4, ("image",)),
+        benchmark.rate_pipeline(benchmark.reading("made:test?n=40", 1), 0.05, 4, ("u", "v")),
     ):
         assert rate.per_second > 0
         assert rate.cpu_ms > 0
