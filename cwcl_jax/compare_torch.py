@@ -2,8 +2,8 @@
 
 Every row is one form of the loss on one set of embeds; the reference is PyTorch autograd on the
 equations in float64 on the same (rounded) embeds. `--embeds=FILE.npz` takes arrays u, v and,
-optionally, p and logit_scale from your own model. Writes compare_torch.md and .json, and the loss
-curves of the same small training run in both frameworks. The exit code is 1 if a tolerance is
+optionally, p and logit_scale from your own model. Writes compare_torch.md and .json, with the
+losses of the same small training run in both frameworks. The exit code is 1 if a tolerance is
 exceeded. Needs `pip install cwcl_jax[torch]`.
 """
 
@@ -132,16 +132,21 @@ def compare(name, form, dtype, arrays, logit_scale, devices) -> Row:
         )
     else:
         ours = jax_gradients(name, form, dtype, arrays, logit_scale, devices)
-    row = {
+    used = devices if form in ("gathered", "ring") else 1
+    return row_of(name, form, dtype, arrays, logit_scale, used) | errors(ours, exact, dtype)
+
+
+def row_of(name, form, dtype, arrays, logit_scale, devices) -> Row:
+    """What a row compares."""
+    return {
         "loss": name,
         "form": form,
         "dtype": dtype,
         "n": len(arrays["u"]),
         "d": arrays["u"].shape[1],
         "inverse_temperature": round(float(np.exp(logit_scale)), 4),
-        "devices": devices if form in ("gathered", "ring") else 1,
+        "devices": devices,
     }
-    return row | errors(ours, exact, dtype)
 
 
 def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str) -> Row:
@@ -208,15 +213,7 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
     theirs = [np.concatenate([part[k] for part in parts]).astype(np.float64) for k in "uv"]
     theirs.append(np.asarray(parts[0]["logit_scale"], np.float64))
     ours = jax_gradients(name, "ring", "float32", arrays, float(np.float32(logit_scale)), world)
-    row = {
-        "loss": name,
-        "form": f"ring / gloo x {world}",
-        "dtype": "float32",
-        "n": len(arrays["u"]),
-        "d": arrays["u"].shape[1],
-        "inverse_temperature": round(float(np.exp(logit_scale)), 4),
-        "devices": world,
-    }
+    row = row_of(name, f"ring / gloo x {world}", "float32", arrays, logit_scale, world)
     return row | errors(ours, (float(parts[0]["loss"]), theirs), "float32")
 
 
@@ -275,29 +272,6 @@ def training_curves(name: str, steps: int, seed: int = 0) -> dict[str, list[floa
         "pytorch": torch_reference.train_two_towers(weights, batches, *settings),
         "jax": train_in_jax(weights, batches, *settings),
     }
-
-
-def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Loss curves of both frameworks, and their difference."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True)
-    for name, curve in curves.items():
-        above.plot(curve["pytorch"], label=f"{name}, PyTorch")
-        above.plot(curve["jax"], "--", label=f"{name}, JAX tiled")
-        difference = np.abs(np.subtract(curve["jax"], curve["pytorch"]))
-        below.semilogy(np.maximum(difference, 1e-9), label=name)
-    above.set_ylabel("loss")
-    below.set_ylabel("|difference|")
-    below.set_xlabel("step")
-    above.legend()
-    below.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _define(parser: argparse.ArgumentParser) -> None:
@@ -401,7 +375,6 @@ def main(options: argparse.Namespace) -> int:
     if options.steps:
         curves = {name: training_curves(name, options.steps) for name in ("cwcl", "contrastive")}
         report["training"] = curves
-        plot_curves(curves, out / "training.png")
         for name, curve in curves.items():
             drift = float(np.max(np.abs(np.subtract(curve["jax"], curve["pytorch"]))))
             print(f"training, {name}: largest difference of losses {drift:.2e}")

@@ -19,7 +19,6 @@ def test_the_forms_agree_with_pytorch_and_the_report_is_written(tmp_path):
     assert all(row["passed"] for row in report["rows"])
     curve = report["training"]["cwcl"]
     np.testing.assert_allclose(curve["jax"], curve["pytorch"], rtol=1e-4)
-    assert (out / "training.png").stat().st_size > 0
     assert "| cwcl | ring | float32 | 32 | 8 |" in (out / "compare_torch.md").read_text()
 
 
