@@ -25,7 +25,7 @@ from argparse import (
 )
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -166,7 +166,7 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     path = config_flags.get_config_filename(values["config"]).split(":")[0]
     _check_is_file(path)
     try:
-        value = values["config"].value
+        value: Any = values["config"].value
         is_config = hasattr(value, "to_dict")
     except OSError as error:  # met in the file, and kept until someone looks at the config
         raise ConfigError(f"--config={path}: {error.__cause__ or error}") from error

@@ -21,6 +21,7 @@ def test_the_command_writes_the_manifest_that_it_prints(tmp_path, capsys):
     rows = [made.read(i, ("text", "label")) for i in range(len(made))]
     assert [row["text"] for row in rows] == ["turn on the light", "what time is it now"]
     assert [row["label"] for row in rows] == [0, 1]
+    assert made.durations is not None
     assert all(0.3 < seconds < 3 for seconds in made.durations)
     for other, message in (
         (line + "&voices=en-us", "holds recordings of another source"),

@@ -162,7 +162,9 @@ def call_with_options(
     `shared` holds values that the opener may ask for by name, such as a cache folder.
     """
     parameters = list(inspect.signature(opener).parameters.values())[1:]
-    groups = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    groups: dict[str, Any] = {
+        p.name: p.annotation for p in parameters if is_dataclass(p.annotation)
+    }
     known = {p.name: p for p in parameters if p.name not in {*shared, *groups}}
     for group in groups.values():
         known |= inspect.signature(group).parameters

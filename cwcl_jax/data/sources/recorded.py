@@ -227,7 +227,8 @@ def _speak(source: Source, index: int, path: Path) -> dict[str, Any]:
     """Writes a recording; returns its line of the manifest, of length 0 if it cannot be spoken."""
     try:
         example = source.read(index, ("text", "label", "audio"))
-        samples = without_silence(resample(*example["audio"], RATE))
+        spoken, rate = example["audio"]
+        samples = without_silence(resample(spoken, rate, RATE))
     except BadExample:
         return {"duration": 0.0}
     if not len(samples):
