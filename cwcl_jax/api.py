@@ -19,7 +19,6 @@ from PIL import Image
 from cwcl_jax.modalities import Modality
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.modalities.text import TextTokenizer
-from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.leaves import ModelDef
 from cwcl_jax.pretrained.folder import (
     DESCRIPTION,
@@ -48,7 +47,7 @@ class Model:
         self.leaves = dict(leaves)
         self._encoders = {name: _encoder(model_def, name) for name in description.towers}
         for name, tower in description.towers.items():
-            settings = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
+            settings = tower.encoder_settings()
             description.inputs[name].check(
                 settings, options=f"inputs.{name}", overrides=f"towers.{name}", imported=False
             )

@@ -2,8 +2,8 @@
 
 Every row is one form of the loss on one set of embeds; the reference is PyTorch autograd on the
 equations in float64 on the same (rounded) embeds. `--embeds=FILE.npz` takes arrays u, v and,
-optionally, p and logit_scale from your own model. Writes compare_torch.md and .json, and the loss
-curves of the same small training run in both frameworks. The exit code is 1 if a tolerance is
+optionally, p and logit_scale from your own model. Writes compare_torch.md and .json, with the
+losses of the same small training run in both frameworks. The exit code is 1 if a tolerance is
 exceeded. Needs `pip install cwcl_jax[torch]`.
 """
 
@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,9 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from cwcl_jax.arguments import at_least, folder, names, positives, sizes
-from cwcl_jax.benchmarks.markdown import markdown
+from cwcl_jax import cli
+from cwcl_jax.benchmarks.harness import Row, markdown
+from cwcl_jax.config import ConfigError
 from cwcl_jax.losses import LossConfig, make_loss
 
 # Largest error allowed: of the value (relative, or absolute below 1), and of each gradient
@@ -48,7 +48,6 @@ TOLERANCES = {
     "tf32": (5e-2, 5e-2),
 }
 FORMS = ("dense", "fused", "gathered", "ring")
-Row = dict[str, Any]
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:
@@ -133,16 +132,21 @@ def compare(name, form, dtype, arrays, logit_scale, devices) -> Row:
         )
     else:
         ours = jax_gradients(name, form, dtype, arrays, logit_scale, devices)
-    row = {
+    used = devices if form in ("gathered", "ring") else 1
+    return row_of(name, form, dtype, arrays, logit_scale, used) | errors(ours, exact, dtype)
+
+
+def row_of(name, form, dtype, arrays, logit_scale, devices) -> Row:
+    """What a row compares."""
+    return {
         "loss": name,
         "form": form,
         "dtype": dtype,
         "n": len(arrays["u"]),
         "d": arrays["u"].shape[1],
         "inverse_temperature": round(float(np.exp(logit_scale)), 4),
-        "devices": devices if form in ("gathered", "ring") else 1,
+        "devices": devices,
     }
-    return row | errors(ours, exact, dtype)
 
 
 def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str) -> Row:
@@ -209,15 +213,7 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
     theirs = [np.concatenate([part[k] for part in parts]).astype(np.float64) for k in "uv"]
     theirs.append(np.asarray(parts[0]["logit_scale"], np.float64))
     ours = jax_gradients(name, "ring", "float32", arrays, float(np.float32(logit_scale)), world)
-    row = {
-        "loss": name,
-        "form": f"ring / gloo x {world}",
-        "dtype": "float32",
-        "n": len(arrays["u"]),
-        "d": arrays["u"].shape[1],
-        "inverse_temperature": round(float(np.exp(logit_scale)), 4),
-        "devices": world,
-    }
+    row = row_of(name, f"ring / gloo x {world}", "float32", arrays, logit_scale, world)
     return row | errors(ours, (float(parts[0]["loss"]), theirs), "float32")
 
 
@@ -278,63 +274,44 @@ def training_curves(name: str, steps: int, seed: int = 0) -> dict[str, list[floa
     }
 
 
-def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Loss curves of both frameworks, and their difference."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True)
-    for name, curve in curves.items():
-        above.plot(curve["pytorch"], label=f"{name}, PyTorch")
-        above.plot(curve["jax"], "--", label=f"{name}, JAX tiled")
-        difference = np.abs(np.subtract(curve["jax"], curve["pytorch"]))
-        below.semilogy(np.maximum(difference, 1e-9), label=name)
-    above.set_ylabel("loss")
-    below.set_ylabel("|difference|")
-    below.set_xlabel("step")
-    above.legend()
-    below.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; a mistake ends the process with exit code 2."""
-    parser = argparse.ArgumentParser(description="Compares loss and gradients with PyTorch.")
+def _define(parser: argparse.ArgumentParser) -> None:
     try:
         from cwcl_jax.losses import torch_reference
     except ModuleNotFoundError as error:
-        parser.error(f"{error}: pip install 'cwcl_jax[torch]'")
+        raise ConfigError(f"{error}: pip install 'cwcl_jax[torch]'") from error
     on_gpu = jax.default_backend() == "gpu"
     dtypes = ["float64", "float32", "bfloat16", *(["tf32", "float16"] if on_gpu else [])]
     # cellclip takes profiles of several channels, which this table has not.
     losses = [name for name in torch_reference.LOSSES if name != "cellclip"]
     add = parser.add_argument
     add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
-    add("--output", type=folder, default="runs/compare_torch", help="folder of the results")
-    add("--losses", type=names(losses), default=losses)
-    add("--forms", type=names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
-    add("--dtypes", type=names(list(TOLERANCES)), default=dtypes)
-    add("--sizes", type=sizes, default="256x64", help="N x d, comma-separated")
-    add("--inverse-temperatures", type=positives, default="14.3,100", help="1 / tau")
-    add("--devices", type=at_least(1), default=len(jax.devices()), help="of the sharded forms")
-    add("--processes", type=at_least(0), default=2, help="of PyTorch; 0 leaves it out")
-    add("--steps", type=at_least(0), default=100, help="of training; 0 leaves it out")
-    options = parser.parse_args(argv)
+    where = "runs/compare_torch"
+    add("--output", type=cli.folder, default=where, help="folder of the results")
+    add("--losses", type=cli.names(losses), default=losses)
+    add("--forms", type=cli.names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
+    add("--dtypes", type=cli.names(list(TOLERANCES)), default=dtypes)
+    add("--sizes", type=cli.sizes, default="256x64", help="N x d, comma-separated")
+    add("--inverse_temperatures", type=cli.positives, default="14.3,100", help="1 / tau")
+    devices = len(jax.devices())
+    add("--devices", type=cli.at_least(1), default=devices, help="of the sharded forms")
+    add("--processes", type=cli.at_least(0), default=2, help="of PyTorch; 0 leaves it out")
+    add("--steps", type=cli.at_least(0), default=100, help="of training; 0 leaves it out")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not go together."""
     for option in ("devices", "processes"):
         if getattr(options, option) > len(jax.devices()):
-            parser.error(f"--{option}={getattr(options, option)}: there are {len(jax.devices())}")
+            raise ConfigError(
+                f"--{option}={getattr(options, option)}: there are {len(jax.devices())}"
+            )
     if not (options.processes or combinations(options)):
-        parser.error("--forms=pytorch has no --dtypes=tf32: nothing is left to compare")
+        raise ConfigError("--forms=pytorch has no --dtypes=tf32: nothing is left to compare")
     if options.embeds and len(options.embeds["u"]) < multiple(options):
-        parser.error(
+        raise ConfigError(
             f"--embeds has {len(options.embeds['u'])} rows, fewer than the {multiple(options)} "
             "that split evenly: lower --devices or --processes"
         )
-    return options
 
 
 def combinations(options: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -386,9 +363,10 @@ def first_rows(embeds: dict[str, np.ndarray], even: int) -> dict[str, np.ndarray
     return {name: embeds[name][: n - n % even] for name in ("u", "v", "p")}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the comparison; returns the exit code."""
-    options = parse(argv)
+@cli.command(_define)
+def main(options: argparse.Namespace) -> int:
+    """Runs the comparison; fails where a tolerance is exceeded."""
+    check(options)
     out = options.output
     out.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
@@ -397,7 +375,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.steps:
         curves = {name: training_curves(name, options.steps) for name in ("cwcl", "contrastive")}
         report["training"] = curves
-        plot_curves(curves, out / "training.png")
         for name, curve in curves.items():
             drift = float(np.max(np.abs(np.subtract(curve["jax"], curve["pytorch"]))))
             print(f"training, {name}: largest difference of losses {drift:.2e}")
@@ -407,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} rows within their tolerance; see {out}.")
-    return 1 if failed else 0
+    return cli.FAILED if failed else cli.DONE
 
 
 if __name__ == "__main__":

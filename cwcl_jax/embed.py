@@ -9,10 +9,9 @@ plots. An interrupted command continues where it stopped.
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
@@ -20,18 +19,18 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 if TYPE_CHECKING:
     from cwcl_jax.training.watchdog import Watchdog
 
-if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag()
-    flags.declare_key_flag("config")  # so that --help shows it
-    _WORKDIR = flags.DEFINE_string("workdir", "", "A trained run, in place of --config.")
-    _OUTPUT = flags.DEFINE_string("output", "", "Folder of the embeddings.")
-    _MODALITY = flags.DEFINE_string("modality", "", "Tower; default: the locked one (U).")
-    _SOURCE = flags.DEFINE_string("source", "", "Source line; default: the training data.")
-    _WHAT = flags.DEFINE_enum(
-        "what", "features", ["features", "embeds"], "Before or after the head"
-    )
-    _DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "bfloat16", "float32"], "Stored as.")
-    _BATCH = flags.DEFINE_integer("batch_size", 256, "Examples per call.", lower_bound=1)
+
+def _define(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", default="", help="a trained run, in place of --config")
+    add("--output", required=True, help="folder of the embeddings")
+    add("--modality", default="", help="tower; default: the locked one (U)")
+    add("--source", default="", help="source line; default: the training data")
+    what = ["features", "embeds"]
+    add("--what", default="features", choices=what, help="before or after the head")
+    dtypes = ["float16", "bfloat16", "float32"]
+    add("--dtype", default="float16", choices=dtypes, help="stored as")
+    add("--batch_size", type=cli.at_least(1), default=256, help="examples per call")
 
 
 def embed(
@@ -113,35 +112,33 @@ def _report(done: int, total: int, seconds: float) -> None:
         print(f"{done}/{total} embedded, {rate:.0f}/s", end=end, file=sys.stderr, flush=True)
 
 
-def main(argv: list[str]) -> int:
-    """Resolves the flags and embeds."""
-    del argv
+@cli.command(_define, config=True)
+def main(options: Namespace) -> int:
+    """Embeds, alone or as one process of a job."""
     from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.workdir import load_config
 
-    if bool(_WORKDIR.value) == (_CONFIG.value is not None):
+    if bool(options.workdir) == (options.config is not None):
         raise ConfigError("give either --config=FILE or --workdir=RUN")
-    if not _OUTPUT.value:
-        raise ConfigError("--output is missing: the folder to write to")
-    config = load_config(Path(_WORKDIR.value)) if _WORKDIR.value else cli.resolve_config(_CONFIG)
+    config = options.config or load_config(Path(options.workdir))
     initialize(config.distributed)
 
     def run(watchdog: Watchdog) -> int:
         return embed(
             config,
-            workdir=_WORKDIR.value,
-            output=_OUTPUT.value,
-            modality=_MODALITY.value,
-            line=_SOURCE.value,
-            what=_WHAT.value,
-            dtype=_DTYPE.value,
-            batch_size=_BATCH.value,
+            workdir=options.workdir,
+            output=options.output,
+            modality=options.modality,
+            line=options.source,
+            what=options.what,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
             watchdog=watchdog,
         )
 
-    logs = Path(_OUTPUT.value) / "logs"
+    logs = Path(options.output) / "logs"
     return run_main(run, config.distributed, code_of=cli.exit_code, logs=logs)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

@@ -10,12 +10,12 @@ tests against another run that was evaluated on the same tasks. `--audio=a.wav
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_plain
@@ -45,32 +45,27 @@ class Options:
     templates: str = "name"
 
 
-def define_flags() -> Callable[[], Options]:
-    """Defines the flags; the result reads them after they were parsed."""
-    config = cli.define_config_flag()
-    flags.declare_key_flag("config")  # so that --help shows it
+def _define(parser: ArgumentParser) -> None:
     about = {
-        "workdir": "Folder of the run to evaluate.",
-        "tasks": "Names of tasks, separated by commas, or a JSON file of tasks; default: all.",
-        "output": "Folder for the results; default: WORKDIR/evaluation, or runs/NAME-imported.",
-        "compare": "Another run, evaluated before: paired tests against it.",
-        "audio": "One recording to classify (with --classes).",
-        "image": "One picture to classify (with --classes).",
-        "classes": "Class names for --audio or --image, separated by commas, or a file of them.",
-        "templates": "Prompts for --classes: name, simple, general or a file.",
+        "workdir": "folder of the run to evaluate",
+        "tasks": "names of tasks, separated by commas, or a JSON file of tasks; default: all",
+        "output": "folder for the results; default: WORKDIR/evaluation, or runs/NAME-imported",
+        "compare": "another run, evaluated before: paired tests against it",
+        "audio": "one recording to classify (with --classes)",
+        "image": "one picture to classify (with --classes)",
+        "classes": "class names for --audio or --image, separated by commas, or a file of them",
+        "templates": "prompts for --classes: name, simple, general or a file",
     }
-    holders = {
-        name: flags.DEFINE_string(name, "name" if name == "templates" else "", text)
-        for name, text in about.items()
-    }
-    step = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the latest.")
+    for name, text in about.items():
+        parser.add_argument(f"--{name}", default=getattr(Options, name), help=text)
+    parser.add_argument("--step", type=int, help="checkpoint to evaluate; default: the latest")
 
-    def read() -> Options:
-        values = {name: str(holder.value) for name, holder in holders.items()}
-        given = cli.resolve_config(config) if config.value is not None else None
-        return Options(config=given, step=step.value, **values)
 
-    return read
+@cli.command(_define, config=True)
+def main(options: Namespace) -> int:
+    """Evaluates what the command line asks for."""
+    fields = [field.name for field in dataclasses.fields(Options)]
+    return evaluate(Options(**{name: getattr(options, name) for name in fields}))
 
 
 def evaluate(options: Options) -> int:
@@ -258,5 +253,4 @@ def _rank_one(options: Options, encoder: Encoder, config: ExperimentConfig) -> N
 
 
 if __name__ == "__main__":
-    _read = define_flags()
-    cli.run(lambda argv: evaluate(_read()))
+    sys.exit(main())

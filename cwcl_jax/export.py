@@ -7,16 +7,13 @@ Formats:
     onnx          a folder with one file per tower, by jax2onnx where it is installed
 """
 
-import dataclasses
-from collections.abc import Callable
+import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-
-from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.api import Model, load_model
 from cwcl_jax.config import ConfigError
-from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
 from cwcl_jax.pretrained.folder import below, save_folder
@@ -47,46 +44,24 @@ def _export_npz(model: Model, output: Path, dtype: str) -> None:
     if output.suffix != ".npz":
         raise ValueError(f"format npz writes one file: --output={output} must end in .npz")
     output.parent.mkdir(parents=True, exist_ok=True)
-    config = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
+    config = tower.encoder_settings()
     write_augreg_npz(output, config, below(model.leaves, vits[0]), dtype=dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line asks for."""
-
-    source: str
-    output: Path
-    format: str
-    dtype: str
-    step: int | None
-    allow_code: bool = False
-
-
-def define_flags() -> Callable[[], Options]:
-    """Defines the flags; the result reads them after they were parsed."""
-    source = flags.DEFINE_string("source", "", "Workdir of a run, or an exported folder.")
-    output = flags.DEFINE_string("output", "", "Folder to write; a file for npz.")
-    form = flags.DEFINE_enum("format", "safetensors", FORMATS, "What to write.")
-    dtype = flags.DEFINE_enum("dtype", "float32", ("float32", "float16"), "Numbers of an npz.")
-    step = flags.DEFINE_integer("step", None, "Checkpoint of the run; default: the latest.")
-    allow_code = flags.DEFINE_boolean(
-        "allow_code", False, "Import the modules that an exported folder names, which runs them."
-    )
-
-    def read() -> Options:
-        for flag in (source, output):
-            if not flag.value:
-                raise ConfigError(f"--{flag.name} is missing; see --help")
-        return Options(
-            source.value, Path(output.value), form.value, dtype.value, step.value, allow_code.value
-        )
-
-    return read
+def _define(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--source", required=True, help="workdir of a run, or an exported folder")
+    add("--output", required=True, type=Path, help="folder to write; a file for npz")
+    add("--format", default="safetensors", choices=FORMATS, help="what to write")
+    add("--dtype", default="float32", choices=["float32", "float16"], help="numbers of an npz")
+    add("--step", type=int, help="checkpoint of the run; default: the latest")
+    about = "import the modules that an exported folder names, which runs them"
+    cli.switch(parser, "allow_code", False, about)
 
 
-def main(options: Options) -> None:
-    """Load and write."""
+@cli.command(_define)
+def main(options: Namespace) -> None:
+    """Loads and writes."""
     try:
         # A run's own code is imported as training did; a folder from elsewhere may be a stranger's.
         allowed = options.allow_code or (Path(options.source) / "checkpoints").is_dir()
@@ -98,5 +73,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    _read = define_flags()
-    cli.run(lambda argv: main(_read()))
+    sys.exit(main())

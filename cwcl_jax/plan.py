@@ -14,26 +14,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
-
-from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.models.tower import TowerConfig
 
-if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag()
-    flags.declare_key_flag("config")  # so that --help shows it
-    _MESH = flags.DEFINE_string("mesh", "", "Chip and number of devices, for example a100x4.")
-    _COMPILE = flags.DEFINE_bool("compile", True, "Compile the step; without: work and state only.")
-    _SEARCH = flags.DEFINE_bool("search", True, "Compile more batches to find the largest one.")
-    _VARIANTS = flags.DEFINE_bool("variants", False, "Also say what other settings would change.")
-    _EFFICIENCY = flags.DEFINE_float(
-        "efficiency", 0.5, "Share of the roofline that a real run is taken to reach."
-    )
-    _OUTPUT = flags.DEFINE_string("output", "", "Also write the plan to this file.")
+
+def _define(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--mesh", required=True, help="chip and number of devices, for example a100x4")
+    cli.switch(parser, "compile", True, "do not compile the step: work and state only")
+    cli.switch(parser, "search", True, "do not compile more batches to find the largest one")
+    cli.switch(parser, "variants", False, "also say what other settings would change")
+    about = "share of the roofline that a real run is taken to reach"
+    add("--efficiency", type=float, default=0.5, help=about)
+    add("--output", default="", help="also write the plan to this file")
 
 
 def plan(
@@ -134,34 +133,32 @@ def virtual_devices(count: int) -> None:
     jax.config.update("jax_num_cpu_devices", count)
 
 
-def main(argv: list[str]) -> int:
-    """Resolves the flags, prints the plan."""
-    del argv
+@cli.command(_define, config=True)
+def main(options: Namespace) -> int:
+    """Prints the plan."""
     from cwcl_jax.planning.chips import parse_mesh
 
-    if not _MESH.value:
-        raise ConfigError("--mesh is missing: a chip and a number of devices, such as a100x4")
-    output = Path(_OUTPUT.value)
-    if _OUTPUT.value and (output.is_dir() or not output.parent.is_dir()):
+    output = Path(options.output)
+    if options.output and (output.is_dir() or not output.parent.is_dir()):
         raise ConfigError(f"--output={output}: name a file in a folder that exists")
-    config = cli.resolve_config(_CONFIG)
-    virtual_devices(parse_mesh(_MESH.value)[1])
+    config = cli.required(options.config)
+    virtual_devices(parse_mesh(options.mesh)[1])
     sections = plan(
         config,
-        _MESH.value,
-        compile_step=_COMPILE.value,
-        search=_SEARCH.value,
-        variants=_VARIANTS.value,
-        efficiency=_EFFICIENCY.value,
+        options.mesh,
+        compile_step=options.compile,
+        search=options.search,
+        variants=options.variants,
+        efficiency=options.efficiency,
     )
     told = []
     for section in sections:
         told.append(section + "\n")
         print(section, end="\n\n", flush=True)
-    if _OUTPUT.value:
+    if options.output:
         output.write_text("\n".join(told), encoding="utf-8")
     return cli.DONE
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

@@ -14,34 +14,26 @@ from __future__ import annotations
 import itertools
 import shlex
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-
-from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError
 
-if __name__ == "__main__":
-    _TABLE = flags.DEFINE_list("table", [], "Numbers of tables, 4 to 8.")
-    _FIGURE = flags.DEFINE_list("figure", [], "Numbers of figures, 5 to 8.")
-    _ABLATION = flags.DEFINE_list("ablation", [], "weights, speech_weights, batch.")
-    _SCALE = flags.DEFINE_enum("scale", "embedded", ["embedded", "paper"], "Which runs.")
-    _SEEDS = flags.DEFINE_integer(
-        # Below the seed of the run that others start from.
-        "seeds",
-        3,
-        "Seeds 0, 1, ... of every run.",
-        lower_bound=1,
-        upper_bound=1000,
-    )
-    _STEPS = flags.DEFINE_integer(
-        "steps", 0, "Steps of every run; 0 = the config's.", lower_bound=0
-    )
-    _OUTPUT = flags.DEFINE_string("output", "runs/reproduction", "Folder of the page.")
-    _RUNS = flags.DEFINE_string("runs", "runs/reproduce", "Folder of the runs.")
-    _SCENES = flags.DEFINE_string("scenes", "", "More of configs/lit_cwcl.py's argument.")
-    _SPEECH = flags.DEFINE_string("speech", "", "More of configs/speech_cwcl.py's argument.")
+
+def _define(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--table", type=cli.counts, default=[], help="numbers of tables, 4 to 8")
+    add("--figure", type=cli.counts, default=[], help="numbers of figures, 5 to 8")
+    add("--ablation", type=cli.words, default=[], help="weights, speech_weights, batch")
+    add("--scale", choices=["embedded", "paper"], default="embedded", help="which runs")
+    add("--seeds", type=cli.at_least(1), default=3, help="seeds 0, 1, ... of every run")
+    add("--steps", type=cli.at_least(0), default=0, help="of every run; 0: the config's")
+    add("--output", type=Path, default=Path("runs/reproduction"), help="folder of the page")
+    add("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
+    add("--scenes", default="", help="more of configs/lit_cwcl.py's argument")
+    add("--speech", default="", help="more of configs/speech_cwcl.py's argument")
 
 
 def reproduce(
@@ -130,33 +122,34 @@ def _both_losses(file: str, arguments: Sequence[str]) -> list[str]:
 _EMBEDDED_ONLY = ("figure", "ablation", "steps", "scenes", "speech", "output", "runs")
 
 
-def main(argv: list[str]) -> int:
-    """Resolves the flags and makes the page, or prints the cluster's commands."""
-    del argv
-    from cwcl_jax.reproduction.experiments import Scale
+@cli.command(_define)
+def main(options: Namespace) -> int:
+    """Makes the page, or prints the cluster's commands."""
+    from cwcl_jax.reproduction.experiments import PRETRAINING_SEED, Scale
 
-    tables = cli.whole_numbers("table", _TABLE.value)
-    figures = cli.whole_numbers("figure", _FIGURE.value)
-    if _SCALE.value == "paper":
+    if options.scale == "paper":
+        plain = main.parse([])
         for name in _EMBEDDED_ONLY:
-            if flags.FLAGS[name].present:
+            if getattr(options, name) != getattr(plain, name):
                 raise ConfigError(
                     f"--scale=paper prints the commands of tables: leave --{name} out"
                 )
-        print(paper_commands(tables, _SEEDS.value))
+        print(paper_commands(options.table, options.seeds))
         return cli.DONE
-    if not (tables or figures or _ABLATION.value):
+    if not (options.table or options.figure or options.ablation):
         raise ConfigError("nothing to do: name --table, --figure or --ablation; see --help")
+    if options.seeds > PRETRAINING_SEED:
+        raise ConfigError(f"--seeds={options.seeds}: at most {PRETRAINING_SEED}")
     try:
         page = reproduce(
-            tables,
-            figures,
-            _ABLATION.value,
-            seeds=_SEEDS.value,
-            scale=Scale(_STEPS.value, _SCENES.value, _SPEECH.value),
-            output=Path(_OUTPUT.value),
-            runs=Path(_RUNS.value),
-            made_by=shlex.join(["python", "-m", "cwcl_jax.reproduce", *sys.argv[1:]]),
+            options.table,
+            options.figure,
+            options.ablation,
+            seeds=options.seeds,
+            scale=Scale(options.steps, options.scenes, options.speech),
+            output=options.output,
+            runs=options.runs,
+            made_by=shlex.join(["python", "-m", "cwcl_jax.reproduce", *options.argv]),
         )
     except KeyboardInterrupt:
         print("\nstopped between two runs; the same command goes on", file=sys.stderr)
@@ -166,4 +159,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

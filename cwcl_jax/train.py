@@ -4,6 +4,8 @@ The same command resumes an interrupted run, and says so when it is complete. Ex
 75 saved and stopped on request, 2 bad settings, 43 a deadline passed, 1 anything else.
 """
 
+import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from cwcl_jax.early import leave_on_request
@@ -11,23 +13,20 @@ from cwcl_jax.early import leave_on_request
 if __name__ == "__main__":
     leave_on_request()
 
-from absl import flags
-
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError
 
-_CONFIG = cli.define_config_flag()
-flags.declare_key_flag("config")  # so that --help shows it
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; by default runs/ and the config's name and argument."
-)
+
+def _define(parser: ArgumentParser) -> None:
+    about = "folder of the run; by default runs/ and the config's name and argument"
+    parser.add_argument("--workdir", help=about)
 
 
-def main(argv: list[str]) -> int:
-    """Resolves the flags and trains, alone or as one process of a job."""
-    del argv
-    config = cli.resolve_config(_CONFIG)
-    workdir = _WORKDIR.value or f"runs/{config.name}"
+@cli.command(_define, config=True)
+def main(options: Namespace) -> int:
+    """Trains, alone or as one process of a job."""
+    config = cli.required(options.config)
+    workdir = options.workdir or f"runs/{config.name}"
     if "://" in workdir:
         raise ConfigError(
             f"--workdir={workdir}: a bucket must be mounted (gcsfuse, Filestore, NFS); give the "
@@ -50,4 +49,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Toy programs run for milliseconds: half of the time of a compilation goes into optimising them.
-# JAX's own tests do so too. Processes that run a documented command as it is documented set it to 0.
+# JAX's own tests do so too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402

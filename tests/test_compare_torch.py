@@ -19,7 +19,6 @@ def test_the_forms_agree_with_pytorch_and_the_report_is_written(tmp_path):
     assert all(row["passed"] for row in report["rows"])
     curve = report["training"]["cwcl"]
     np.testing.assert_allclose(curve["jax"], curve["pytorch"], rtol=1e-4)
-    assert (out / "training.png").stat().st_size > 0
     assert "| cwcl | ring | float32 | 32 | 8 |" in (out / "compare_torch.md").read_text()
 
 
@@ -61,7 +60,7 @@ def test_embeds_that_cannot_be_compared_are_errors(tmp_path, arrays, message):
         ("--forms=foo", "'foo' is none of pytorch, dense"),
         ("--dtypes=int8", "'int8' is none of float64"),
         ("--sizes=256", "'256' is not N x d"),
-        ("--inverse-temperatures=14.3,-1", "above 0"),
+        ("--inverse_temperatures=14.3,-1", "above 0"),
         ("--devices=1000", "--devices=1000: there are"),
         ("--devices=0", "'0' is not a whole number from 1 on"),
         ("--processes=1000", "--processes=1000: there are"),
@@ -71,17 +70,14 @@ def test_embeds_that_cannot_be_compared_are_errors(tmp_path, arrays, message):
     ],
 )
 def test_mistakes_end_with_exit_code_2_and_name_the_option(option, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        compare_torch.main([option])
-    assert ended.value.code == 2
+    assert compare_torch.main([option]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert option.split("=")[0] in said
 
 
 def test_pytorch_alone_in_tf32_is_nothing_to_compare(capsys):
-    with pytest.raises(SystemExit):
-        compare_torch.main(["--forms=pytorch", "--dtypes=tf32", "--processes=0"])
+    assert compare_torch.main(["--forms=pytorch", "--dtypes=tf32", "--processes=0"]) == 2
     assert "nothing is left to compare" in capsys.readouterr().err
 
 
@@ -105,8 +101,7 @@ def test_rows_that_do_not_split_evenly_are_left_out_and_told(tmp_path, capsys):
 def test_too_few_rows_to_split_are_an_error(tmp_path, capsys):
     path = tmp_path / "embeds.npz"
     np.savez(path, **compare_torch.made_embeds(3, 8))
-    with pytest.raises(SystemExit):
-        compare_torch.main([f"--embeds={path}", "--devices=4"])
+    assert compare_torch.main([f"--embeds={path}", "--devices=4"]) == 2
     assert "has 3 rows, fewer than the 4 that split evenly" in capsys.readouterr().err
 
 
@@ -119,15 +114,12 @@ def test_files_that_are_no_npz_are_named(tmp_path, capsys):
         ("broken.npz", "is not a .npz file"),
         ("empty.npz", "is not a .npz file"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            compare_torch.main([f"--embeds={tmp_path / name}"])
-        assert ended.value.code == 2
+        assert compare_torch.main([f"--embeds={tmp_path / name}"]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_file_as_output_folder_is_an_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for output in ("file", "file/below"):
-        with pytest.raises(SystemExit):
-            compare_torch.main([f"--output={tmp_path / output}"])
+        assert compare_torch.main([f"--output={tmp_path / output}"]) == 2
         assert "file is a file; name a folder" in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 
 from cwcl_jax.config import ConfigError
-from cwcl_jax.evaluate import Options, evaluate
+from cwcl_jax.evaluate import Options, evaluate, main
 from cwcl_jax.evaluation.runner import run_tasks
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
@@ -251,13 +249,6 @@ def test_features_come_from_before_the_head(config, encoder):
     assert features.shape == (3, 32)
 
 
-def test_command_without_a_run_ends_with_one_line_and_code_2():
-    done = subprocess.run(
-        [sys.executable, "-m", "cwcl_jax.evaluate", "--workdir=absent-run"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: absent-run is not the folder")
+def test_command_without_a_run_ends_with_one_line_and_code_2(capsys):
+    assert main(["--workdir=absent-run"]) == 2
+    assert capsys.readouterr().err.startswith("error: absent-run is not the folder")

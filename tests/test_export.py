@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from cwcl_jax.api import Model, load_model
-from cwcl_jax.export import export
+from cwcl_jax.export import export, main
 from cwcl_jax.modalities import ImageInputs, TextInputs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import import_tower
@@ -212,19 +211,17 @@ def test_scanned_and_half_precision_models_export_the_same_numbers(tmp_path):
     np.testing.assert_array_equal(one, stacked[1].astype(jax.numpy.float32))
 
 
-def test_command_line_exports_and_reports_errors_in_one_line(tmp_path):
+def test_command_line_exports_and_reports_errors_in_one_line(tmp_path, capsys):
     two = model()
     save_folder(tmp_path / "own", two.description, two.leaves)
-    command = [sys.executable, "-m", "cwcl_jax.export", f"--source={tmp_path / 'own'}"]
-    good = [*command, "--format=npz", f"--output={tmp_path / 'x.npz'}"]
-    done = subprocess.run(good, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    source = f"--source={tmp_path / 'own'}"
+    assert main([source, "--format=npz", f"--output={tmp_path / 'x.npz'}"]) == 0
     assert (tmp_path / "x.npz").exists()
-    bad = [*command, "--format=transformers", f"--output={tmp_path / 'y'}"]
-    done = subprocess.run(bad, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert "error: the text tower (text, pooling 'mean') does not fit" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main([source, "--format=transformers", f"--output={tmp_path / 'y'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the text tower (text, pooling 'mean') does not fit")
+    assert main([source]) == 2
+    assert "arguments are required: --output" in capsys.readouterr().err
 
 
 def test_onnx_files_give_equal_embeds_at_any_batch_size(tmp_path):

@@ -18,6 +18,7 @@ from tests.planning.wide import wide_config
 from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parent.parent
+CONFIG = f"--config={ROOT}/configs/lit_cwcl.py"
 
 
 def plan(*arguments, **options):
@@ -61,20 +62,18 @@ def test_command_prints_the_whole_plan(tmp_path):
     assert output.read_text() == result.stdout.rstrip("\n") + "\n"
 
 
-@pytest.mark.multiprocess
-def test_a_mistake_is_one_line():
-    result = run("--config=configs/lit_cwcl.py", "--mesh=b100x4")
-    assert result.returncode == BAD_CONFIG
-    assert "no chip of that name; did you mean" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_a_mistake_is_one_line(capsys):
+    assert command.main([CONFIG, "--mesh=b100x4"]) == BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "no chip of that name; did you mean" in said
+    assert len(said.strip().splitlines()) == 1
 
 
-@pytest.mark.multiprocess
-def test_a_place_for_the_plan_is_looked_for_before_planning(tmp_path):
+def test_a_place_for_the_plan_is_looked_for_before_planning(tmp_path, capsys):
     for place in (tmp_path, tmp_path / "no" / "plan.txt"):
-        result = run("--config=configs/lit_cwcl.py", "--mesh=a100", f"--output={place}")
-        assert result.returncode == BAD_CONFIG
-        assert result.stderr.startswith(f"error: --output={place}: name a file in a folder")
+        assert command.main([CONFIG, "--mesh=a100", f"--output={place}"]) == BAD_CONFIG
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --output={place}: name a file in a folder")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from cwcl_jax.cli import BAD_CONFIG, DONE
 from cwcl_jax.config import ConfigError, to_json
-from cwcl_jax.reproduce import paper_commands, reproduce
+from cwcl_jax.reproduce import main, paper_commands, reproduce
 from cwcl_jax.reproduction.experiments import Scale
 from cwcl_jax.reproduction.runs import load_experiment
 
@@ -52,20 +52,21 @@ def test_paper_scale_trains_every_experiment_once():
     assert {line.split()[-1] for line in shared} <= workdirs
 
 
-@pytest.mark.multiprocess
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     for arguments, message in (
         ([], "nothing to do"),
         (["--table=3"], "--table=3: choose one of"),
-        (["--table=four"], "numbers separated by commas"),
+        (["--table=four"], "--table: 'four' is not a list of whole numbers from 1 on"),
         (["--figure=9"], "--figure=9: choose one of"),
-        (["--table=4", "--seeds=0"], "--seeds=0"),
+        (["--table=4", "--seeds=0"], "--seeds: '0' is not a whole number from 1 on"),
+        (["--table=4", "--seeds=1001"], "--seeds=1001: at most 1000"),
         (["--scale=paper", "--steps=4"], "--scale=paper prints the commands of tables: leave --st"),
     ):
-        result = run(*arguments)
-        assert result.returncode == BAD_CONFIG, result.stderr
-        assert message in result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1
+        assert main(arguments) == BAD_CONFIG
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["output", "runs"])

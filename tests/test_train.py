@@ -8,22 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from cwcl_jax import train
 from cwcl_jax.cli import BAD_CONFIG, DONE, PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments):
-    return subprocess.run(
-        ["timeout", "-s", "KILL", "600", sys.executable, "-m", "cwcl_jax.train", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def in_the_projects_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -35,7 +30,9 @@ def run(*arguments):
             "no field 'learnin_rate'; did you mean 'learning_rate'",
         ),
         (["--config=configs/lit_cwcl.py", "--config.seed=x"], "--config.seed=x"),
-        (["--config=configs/lit_cwcl.py", "--confg=x"], "Did you mean: config"),
+        (["--config=configs/lit_cwcl.py", "--workdr=x"], "--workdr; did you mean --workdir?"),
+        (["--confg=x"], "unknown option --confg; did you mean --config?"),
+        (["--config.seed=3"], "--config.seed=3: --config is missing"),
         (["--config=configs/lit_cwcl.py", "now"], "unexpected argument 'now'"),
         (["--config=configs", "--config.seed=3"], "--config=configs: this is a folder"),
         (["--config=configs"], "--config=configs: this is a folder"),
@@ -53,18 +50,17 @@ def run(*arguments):
         ),
     ],
 )
-def test_mistake_is_one_line_and_exit_code_2(arguments, message):
-    is_told(run(*arguments), message)
+def test_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+    is_told(arguments, message, capsys)
 
 
-def is_told(result, message):
-    assert result.returncode == BAD_CONFIG
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in result.stderr
+def is_told(arguments, message, capsys):
+    assert train.main(arguments) == BAD_CONFIG
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -76,24 +72,51 @@ def is_told(result, message):
         ("x = 1\n", "the file defines no function get_config()"),
     ],
 )
-def test_mistake_in_the_config_file_is_one_line_and_exit_code_2(tmp_path, text, message):
+def test_mistake_in_the_config_file_is_one_line_and_exit_code_2(tmp_path, text, message, capsys):
     file = tmp_path / "mine.py"
     file.write_text(text)
-    is_told(run(f"--config={file}"), message)
+    is_told([f"--config={file}"], message, capsys)
+
+
+def test_a_mistake_ends_the_process_with_exit_code_2():
+    command = [sys.executable, "-m", "cwcl_jax.train", "--config=configs/nope.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == BAD_CONFIG
+    assert done.stderr == (
+        "error: --config=configs/nope.py: there is no such file; try --config=configs/lit_cwcl.py\n"
+    )
+
+
+def test_one_process_may_read_several_command_lines(capsys):
+    """Overrides of the one are not in the next; hyphens and spaces are as good."""
+    for words, seed, workdir in (
+        (["--config.seed=3", "--workdir=a"], 3, "a"),
+        (["--config.seed", "4"], 4, None),
+    ):
+        options = train.main.parse(["--config", "configs/lit_cwcl.py", *words])
+        assert (options.config.seed, options.workdir) == (seed, workdir)
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m cwcl_jax.train ")
+    assert "The same command resumes an interrupted run" in shown
+
+
+def test_paper_recipe_without_its_data_names_path_and_option(tmp_path, capsys):
+    code = train.main(["--config=configs/lit_cwcl.py:paper", f"--workdir={tmp_path}"])
+    assert code == BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "/data/cc12m/00000.tar" in said
+    assert "--config.data.train=" in said
 
 
 @pytest.mark.multiprocess
-def test_paper_recipe_without_its_data_names_path_and_option(tmp_path):
-    result = run("--config=configs/lit_cwcl.py:paper", f"--workdir={tmp_path}")
-    assert result.returncode == BAD_CONFIG
-    assert "/data/cc12m/00000.tar" in result.stderr
-    assert "--config.data.train=" in result.stderr
-
-
-@pytest.mark.multiprocess
-def test_short_default_run_with_overrides(tmp_path):
+def test_short_default_run_with_overrides(tmp_path, capsys):
     workdir = tmp_path / "run"
-    overrides = [
+    arguments = [
+        "--config=configs/lit_cwcl.py",
+        f"--workdir={workdir}",
         "--config.seed=3",
         "--config.total_steps=2",
         "--config.global_batch_size=32",
@@ -104,14 +127,14 @@ def test_short_default_run_with_overrides(tmp_path):
         "--config.evaluation.tasks.colour.max_items=100",
         "--config.evaluation.tasks.combination.max_items=100",
     ]
-    result = run("--config=configs/lit_cwcl.py", f"--workdir={workdir}", *overrides)
+    command = ["timeout", "-s", "KILL", "600", sys.executable, "-m", "cwcl_jax.train", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == DONE, result.stderr
     assert "locked" in result.stdout
     assert "chance" in result.stdout
     assert (workdir / "template_robustness.png").exists()
-    again = run("--config=configs/lit_cwcl.py", f"--workdir={workdir}", *overrides)
-    assert again.returncode == DONE
-    assert "is complete (2 steps)" in again.stdout
+    assert train.main(arguments) == DONE
+    assert "is complete (2 steps)" in capsys.readouterr().out
 
 
 @pytest.mark.multiprocess

@@ -2,22 +2,26 @@
 
 Writes pictures of a usual web size, each with a caption, as tars, as Parquet files with row groups
 of several sizes, and as `datasets` saves them. Two rates each, in random order: rows of encoded
-bytes out of the source, and training batches with everything that is done to a picture.
+bytes out of the source, and training batches with everything that is done to a picture. Writes
+formats.md and formats.json; `ratio` is a rate beside that of tars in the same round (median).
 """
 
 import argparse
 import json
-import statistics
+import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cwcl_jax.benchmarks.input import Rate, make_shards, rate_pipeline, reading
+from cwcl_jax import cli
+from cwcl_jax.benchmarks import harness
+from cwcl_jax.benchmarks.harness import Rate, Row, interleaved, rate, rate_rows
+from cwcl_jax.benchmarks.input import make_shards, rate_pipeline, reading, tars
+from cwcl_jax.config import ConfigError
 from cwcl_jax.data.pipeline import reader_threads
 from cwcl_jax.data.sources import Source, open_source
 
@@ -29,14 +33,13 @@ def write_formats(folder: Path, count: int, distinct: int) -> dict[str, str]:
     """Writes `count` pictures in every format; returns the source lines by what they are."""
     per_file = count // _FILES
     images = make_shards(folder, _FILES, per_file, distinct)
-    tars = f"tars:{folder}/{{00000..{_FILES - 1:05d}}}.tar"
     parts = []
     for first in range(0, count, per_file):
         numbers = range(first, first + per_file)
         pictures = [{"bytes": images[n % len(images)], "path": None} for n in numbers]
         texts = [f"a picture number {n - first}" for n in numbers]
         parts.append(pa.table({"image": pa.array(pictures, _MEDIA), "text": texts}))
-    lines = {"tars": tars}
+    lines = {"tars": tars(folder, _FILES)}
     for rows in (10, 100, per_file):
         where = folder / f"groups-{rows}"
         where.mkdir()
@@ -63,67 +66,58 @@ def _write_saved(folder: Path, parts: list[pa.Table]) -> Path:
     return folder
 
 
-def rate_rows(source: Source, seconds: float, threads: int) -> Rate:
+def rate_rows_of(source: Source, seconds: float, threads: int) -> Rate:
     """Rows a second, picture and caption, in random order."""
     order = np.random.default_rng(0).permutation(len(source))
-    begin, cpu = time.perf_counter(), time.process_time()
 
-    def work(first: int) -> int:
-        done = 0
-        while not done or time.perf_counter() - begin < seconds:
-            source.read(int(order[(first + done * threads) % len(order)]), ("image", "text"))
-            done += 1
-        return done
+    def read(number: int) -> int:
+        source.read(int(order[number % len(order)]), ("image", "text"))
+        return 1
 
-    with ThreadPoolExecutor(threads) as pool:
-        done = sum(pool.map(work, range(threads)))
-    used = time.process_time() - cpu
-    return Rate(done / (time.perf_counter() - begin), 1000 * used / done)
+    return rate(read, seconds, threads)
 
 
-def measure(lines: dict[str, str], options: argparse.Namespace, threads: int) -> dict[str, list]:
+def measure(
+    lines: dict[str, str], options: argparse.Namespace, threads: int
+) -> dict[str, list[Row]]:
     """Rates of rows and of batches by format; the formats alternate."""
     sources = {what: open_source(line) for what, line in lines.items()}
-    found: dict[str, list[tuple[Rate, Rate]]] = {what: [] for what in lines}
     for source in sources.values():  # fills memory and caches, unpacks
-        rate_rows(source, options.seconds, threads)
-    for _ in range(options.rounds):
-        for what, line in lines.items():
-            rows = rate_rows(sources[what], options.seconds, threads)
-            config = reading(line, threads)
-            found[what].append((rows, rate_pipeline(config, options.seconds, options.batch)))
-    return found
+        rate_rows_of(source, options.seconds, threads)
+    rows = {
+        what: partial(rate_rows_of, source, options.seconds, threads)
+        for what, source in sources.items()
+    }
+    batches = {
+        what: partial(rate_pipeline, reading(line, threads), options.seconds, options.batch)
+        for what, line in lines.items()
+    }
+    first = next(iter(lines))
+    return {
+        "rows": rate_rows(interleaved(rows, rounds=options.rounds), first),
+        "pictures in batches": rate_rows(interleaved(batches, rounds=options.rounds), first),
+    }
 
 
-def print_table(found: dict[str, list[tuple[Rate, Rate]]]) -> None:
-    """Medians over the rounds, processor time in brackets."""
-    print("| source | rows/s (processor us a row) | images/s in batches (processor ms an image) |")
-    print("|---|---|---|")
-    for what, rounds in found.items():
-        row, image = (
-            Rate(*(statistics.median(values) for values in zip(*rates, strict=True)))
-            for rates in zip(*rounds, strict=True)
-        )
-        told = f"{row.per_second:,.0f} ({1000 * row.cpu_ms:.0f})"
-        print(f"| {what} | {told} | {image.per_second:,.0f} ({image.cpu_ms:.2f}) |")
+def _define(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", type=cli.at_least(_FILES), default=2000, help="of a format")
+    about = "different ones among them"
+    parser.add_argument("--distinct", type=cli.at_least(1), default=200, help=about)
+    harness.define_rates(parser, "formats", rounds=5)
 
 
-def main() -> None:
-    """Prints a table of the formats."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--distinct", type=int, default=200, help="different ones among them")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
-    parser.add_argument("--threads", type=int, default=0, help="0 = one for each usable core")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="formats alternate; medians count")
-    options = parser.parse_args()
+@cli.command(_define)
+def main(options: argparse.Namespace) -> None:
+    """Measures the formats."""
     threads = reader_threads(options.threads)
+    if options.pictures < options.batch:
+        raise ConfigError(f"--pictures={options.pictures}: fewer than a batch, {options.batch}")
     with tempfile.TemporaryDirectory() as name:
         lines = write_formats(Path(name), options.pictures, options.distinct)
         print(f"{options.pictures} pictures, {threads} threads, medians of {options.rounds} rounds")
-        print_table(measure(lines, options, threads))
+        tables = measure(lines, options, threads)
+    harness.report(options.output, "formats", tables, dict.fromkeys(tables, harness.RATES))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,35 +14,38 @@ nearest).
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from cwcl_jax import cli
 from cwcl_jax.benchmarks.head_runs import Head, HeadRuns, check_batch
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.evaluation.tables import Table
+from cwcl_jax.files import replacing
 from cwcl_jax.reproduction.measures import Spread, difference
 
-if __name__ == "__main__":
-    _CONFIG = cli.define_config_flag()
-    flags.declare_key_flag("config")
-    _LOSSES = flags.DEFINE_list("losses", ["contrastive", "affine"], "Short names, see losses.")
-    _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds 0, 1, ... of heads and order.", lower_bound=1)
-    _PROJECTIONS = flags.DEFINE_list("projections", [], "trained, none; by default the config's.")
-    _BATCHES = flags.DEFINE_list("batches", [], "Batch sizes, learning rate in proportion.")
-    _STEPS = flags.DEFINE_list("steps", [], "Steps of a head; by default the config's examples.")
-    _GROUP = flags.DEFINE_integer("group", 1, "Near duplicates that come together.", lower_bound=1)
-    _TASKS = flags.DEFINE_list("tasks", [], "Names of tasks; by default all of the config's.")
-    _BASELINE = flags.DEFINE_string("baseline", "contrastive", "The loss that gains are over.")
-    _OUTPUT = flags.DEFINE_string("output", "heads.json", "File of all results; it is continued.")
+
+def _define(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--losses", type=cli.words, default="contrastive,affine", help="short names")
+    add("--seeds", type=cli.at_least(1), default=3, help="seeds 0, 1, ... of heads and order")
+    add("--projections", type=cli.words, default=[], help="trained,none; by default the config's")
+    add("--batches", type=cli.counts, default=[], help="sizes, learning rate in proportion")
+    add("--steps", type=cli.counts, default=[], help="of a head; by default the config's examples")
+    add("--group", type=cli.at_least(1), default=1, help="near duplicates that come together")
+    add("--tasks", type=cli.words, default=[], help="names; by default all of the config's")
+    add("--baseline", default="contrastive", help="the loss that gains are over")
+    about = "file of all results; it is continued"
+    add("--output", type=Path, default=Path("heads.json"), help=about)
 
 
 def compare(
@@ -166,37 +169,35 @@ def with_tasks(config: ExperimentConfig, names: Sequence[str]) -> ExperimentConf
     )
 
 
-def main(argv: list[str]) -> int:
+@cli.command(_define, config=True)
+def main(options: argparse.Namespace) -> None:
     """Runs what is missing in the output file, and prints the table."""
-    del argv
-    config = with_tasks(cli.resolve_config(_CONFIG), _TASKS.value)
+    config = with_tasks(cli.required(options.config), options.tasks)
     heads = wanted_heads(
         config,
-        _LOSSES.value,
-        projections=_PROJECTIONS.value,
-        batches=cli.whole_numbers("batches", _BATCHES.value),
-        steps=cli.whole_numbers("steps", _STEPS.value),
-        group=_GROUP.value,
+        options.losses,
+        projections=options.projections,
+        batches=options.batches,
+        steps=options.steps,
+        group=options.group,
     )
     for head in heads:
         head.variant(config, 0)  # what cannot be, before anything is trained
-    output, settings = Path(_OUTPUT.value), config_hash(config)
-    records = read_records(output, settings)
+    settings = config_hash(config)
+    records = read_records(options.output, settings)
     done = {(Head(**record["head"]), record["seed"]) for record in records}
     runs: HeadRuns | None = None
-    for seed, head in itertools.product(range(_SEEDS.value), heads):
+    for seed, head in itertools.product(range(options.seeds), heads):
         if (head, seed) in done:
             continue
         runs = runs or _runs(config, heads)
         start = time.perf_counter()
         record = {"head": dataclasses.asdict(head), "seed": seed, "settings": settings}
         records.append(record | {"metrics": runs.run(head, seed)})
-        temporary = output.with_suffix(".unfinished")
-        temporary.write_text(json.dumps(records, indent=1))
-        temporary.replace(output)
+        with replacing(options.output) as partial:
+            partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
         print(f"{head} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(compare(records, headline(records), _BASELINE.value).text())
-    return cli.DONE
+    print(compare(records, headline(records), options.baseline).text())
 
 
 def _runs(config: ExperimentConfig, heads: Sequence[Head]) -> HeadRuns:
@@ -207,4 +208,4 @@ def _runs(config: ExperimentConfig, heads: Sequence[Head]) -> HeadRuns:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    sys.exit(main())

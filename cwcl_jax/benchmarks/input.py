@@ -3,34 +3,38 @@
 Makes tars of JPEGs of a usual web size and reads them as training does, to uint8 batches of 224.
 Beside it stand the bare decoder (the same images from memory, nothing else) and the `webdataset`
 package with the same decode, where it is installed. All use the same number of cores. Then come
-rates of what is not decoded: drawn scenes, arrays, stored embeddings.
+rates of what is not decoded: drawn scenes, arrays, stored embeddings. Writes input.md and
+input.json; `ratio` is a rate beside the pipeline's of the same round (median), `cpu_ratio` the
+same of processor time, in which webdataset's workers do not count.
 """
 
 import argparse
 import io
 import os
-import resource
-import statistics
+import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cwcl_jax.data import scenes
+from cwcl_jax import cli
+from cwcl_jax.benchmarks import harness
+from cwcl_jax.benchmarks.harness import Rate, interleaved, peak_resident_bytes, rate, rate_rows
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import DataConfig, usual_inputs
 from cwcl_jax.data.pipeline import reader_threads, train_batches
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.tar_index import build_index, load_index
-from cwcl_jax.modalities import ImageInputs
+from cwcl_jax.modalities import FeatureInputs, ImageInputs
 from cwcl_jax.modalities.image import train_pixels
+from cwcl_jax.synthetic import scenes
 
 _INPUTS = ImageInputs(size=224, crop_min_area=0.5, flip=True)
 
@@ -55,6 +59,11 @@ def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
+def tars(folder: Path, shards: int = 4) -> str:
+    """The source line of what `make_shards` writes."""
+    return f"tars:{folder}/{{00000..{shards - 1:05d}}}.tar"
+
+
 def make_shards(folder: Path, shards: int, per_shard: int, distinct: int = 200) -> list[bytes]:
     """Writes img2dataset-like tars; returns the distinct JPEGs."""
     images = [make_jpeg(number) for number in range(distinct)]
@@ -71,48 +80,30 @@ def make_shards(folder: Path, shards: int, per_shard: int, distinct: int = 200) 
     return images
 
 
-class Rate(NamedTuple):
-    """Images per second, and processor milliseconds an image (steady on a busy machine)."""
-
-    per_second: float
-    cpu_ms: float
-
-
 def rate_bare(images: list[bytes], seconds: float, threads: int) -> Rate:
     """Decoding alone."""
 
-    def work(number: int) -> int:
-        done, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < seconds:
-            data = images[(number + done * threads) % len(images)]
-            train_pixels(data, _INPUTS, Draws(number, done))
-            done += 1
-        return done
+    def decode(number: int) -> int:
+        train_pixels(images[number % len(images)], _INPUTS, Draws(number))
+        return 1
 
-    begin, cpu = time.perf_counter(), time.process_time()
-    with ThreadPoolExecutor(threads) as pool:
-        done = sum(pool.map(work, range(threads)))
-    return _rate_of(done, begin, cpu)
+    return rate(decode, seconds, threads)
 
 
-def _rate_of(done: int, begin: float, cpu: float) -> Rate:
-    used = time.process_time() - cpu
-    return Rate(done / (time.perf_counter() - begin), 1000 * used / done)
+def _rate_of_batches(batches: Iterator, size: int, seconds: float) -> Rate:
+    def take(number: int) -> int:
+        del number
+        next(batches)
+        return size
 
-
-def _rate(batches: Iterator, size: int, seconds: float) -> Rate:
     for _ in range(3):  # What was prepared ahead does not count.
         next(batches)
-    done, begin, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - begin < seconds:
-        next(batches)
-        done += size
-    return _rate_of(done, begin, cpu)
+    return rate(take, seconds)
 
 
 def reading(line: str, threads: int) -> DataConfig:
     """Settings that read a source, pictures as all of these measurements take them."""
-    inputs = usual_inputs() | {"image": _INPUTS}
+    inputs = usual_inputs() | {"image": _INPUTS, "u": FeatureInputs(), "v": FeatureInputs()}
     return DataConfig(train=line, inputs=inputs, threads=threads)
 
 
@@ -122,7 +113,7 @@ def rate_pipeline(
     """Ready training batches, captions tokenized."""
     batches = train_batches(config, modalities, seed=0, global_batch_size=batch)
     try:
-        return _rate(batches, batch, seconds)
+        return _rate_of_batches(batches, batch, seconds)
     finally:
         batches.close()
 
@@ -132,16 +123,14 @@ def _decode_for_webdataset(sample: tuple[bytes, bytes]) -> tuple[np.ndarray, str
     return train_pixels(data, _INPUTS, Draws(len(data))), text.decode()
 
 
-def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> Rate | None:
-    """`webdataset` with its worker processes (whose time is not ours); None where it is missing."""
-    try:
-        from webdataset import WebDataset, WebLoader  # pyright: ignore
-    except ImportError:
-        return None
+def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> Rate:
+    """`webdataset` with its worker processes."""
+    from webdataset import WebDataset, WebLoader  # pyright: ignore
+
     dataset = WebDataset(paths * 1000, shardshuffle=False, empty_check=False)
     dataset = dataset.shuffle(200).to_tuple("jpg", "txt").map(_decode_for_webdataset)
     loader = WebLoader(dataset.batched(batch), batch_size=None, num_workers=workers)
-    return _rate(iter(loader), batch, seconds)
+    return _rate_of_batches(iter(loader), batch, seconds)
 
 
 def time_to_index(folder: Path, samples: int = 10_000) -> float:
@@ -184,7 +173,7 @@ def memory_over_epochs(line: str, threads: int) -> list[float]:
     for _ in range(5):
         for _ in range(batches.steps_per_epoch):
             next(batches)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        peaks.append(peak_resident_bytes() / 2**20)
     batches.close()
     return peaks
 
@@ -200,64 +189,54 @@ def write_store(folder: Path, count: int = 20_000, width: int = 768) -> str:
     return f"embeddings:{store}"
 
 
-def _alternate(
-    images: list[bytes], line: str, paths: list[str], options: Any, threads: int
-) -> dict[str, list[Rate]]:
-    """Rates of all kinds, round by round, so that a busy machine slows each alike."""
-    rates: dict[str, list[Rate]] = {"bare": [], "pipeline": [], "webdataset": []}
-    for _ in range(options.rounds):
-        rates["bare"].append(rate_bare(images, options.seconds, threads))
-        config = reading(line, threads)
-        rates["pipeline"].append(rate_pipeline(config, options.seconds, options.batch))
-        other = rate_webdataset(paths, options.seconds, threads, options.batch)
-        rates["webdataset"] += [] if other is None else [other]
-    return rates
+def compare(
+    images: list[bytes], folder: Path, options: argparse.Namespace, threads: int
+) -> dict[str, list[harness.Row]]:
+    """Tables: pictures in tars, each kind in turns; and what is not decoded."""
+    seconds, batch = options.seconds, options.batch
+    config = reading(tars(folder), threads)
+    kinds = {
+        "pipeline": partial(rate_pipeline, config, seconds, batch),
+        "bare decoder": partial(rate_bare, images, seconds, threads),
+    }
+    if find_spec("webdataset"):
+        paths = [str(path) for path in sorted(folder.glob("0*.tar"))]
+        kinds["webdataset"] = partial(rate_webdataset, paths, seconds, threads, batch)
+    open_source(config.train)
+    other = {
+        "embedded scenes at 64": (DataConfig(threads=threads), 128, ("image", "text")),
+        "two arrays, 64 and 96 wide": (reading("made:train", threads), 1024, ("u", "v")),
+        "stored vectors, 768 wide": (reading(write_store(folder), threads), 1024, ("image",)),
+    }
+    made = {
+        what: partial(rate_pipeline, config, seconds, size, modalities)
+        for what, (config, size, modalities) in other.items()
+    }
+    return {
+        "pictures": rate_rows(interleaved(kinds, rounds=options.rounds), "pipeline"),
+        "not decoded": rate_rows(interleaved(made), next(iter(made))),
+    }
 
 
-def _print_rates(rates: dict[str, list[Rate]]) -> None:
-    for kind, values in rates.items():
-        if values:
-            listed = ", ".join(f"{rate.per_second:.0f} ({rate.cpu_ms:.2f})" for rate in values)
-            print(f"{kind}: images/s (processor ms an image): {listed}")
-    ours = rates["pipeline"]
-    for kind in ("bare", "webdataset"):
-        pairs = list(zip(ours, rates[kind], strict=False))
-        if pairs:
-            ratio = statistics.median(a.per_second / b.per_second for a, b in pairs)
-            print(f"pipeline / {kind}, rate, median of rounds: {ratio:.2f}")
-    cpu = statistics.median(b.cpu_ms / a.cpu_ms for a, b in zip(ours, rates["bare"], strict=True))
-    print(f"bare / pipeline, processor time, median of rounds: {cpu:.2f}")
-
-
-def main() -> None:
-    """Prints every figure with what it is compared to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
-    parser.add_argument("--threads", type=int, default=0, help="0 = one for each usable core")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=8, help="kinds alternate; medians count")
-    options = parser.parse_args()
+@cli.command(partial(harness.define_rates, name="input", rounds=8))
+def main(options: argparse.Namespace) -> None:
+    """Measures everything, each with what it is compared to."""
     threads = reader_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = make_shards(folder, shards=4, per_shard=250)
-        print(f"{threads} threads, JPEG 512x384, {np.mean([len(i) for i in images]) / 1024:.0f} KB")
-        line = f"tars:{folder}/{{00000..00003}}.tar"
-        paths = [str(path) for path in sorted(folder.glob("0*.tar"))]
-        open_source(line)
-        _print_rates(_alternate(images, line, paths, options, threads))
-        made = {
-            "embedded scenes at 64": (DataConfig(threads=threads), 128, ("image", "text")),
-            "two arrays, 64 and 96 wide": (reading("made:train", threads), 1024, ("u", "v")),
-            "stored vectors, 768 wide": (reading(write_store(folder), threads), 1024, ("image",)),
+        size = np.mean([len(image) for image in images]) / 1024
+        print(f"{threads} threads, JPEG 512x384, {size:.0f} KB")
+        tables = compare(images, folder, options, threads)
+        other = {
+            "peak MB after one epoch, two, ...": memory_over_epochs(tars(folder), threads),
+            "seconds to index 10,000 samples, cold": time_to_index(folder),
+            "seconds from 1,000 shards to a batch": time_to_first_batch(folder, images),
         }
-        for what, (config, batch, modalities) in made.items():
-            rate = rate_pipeline(config, options.seconds, batch, modalities)
-            print(f"{what}: {rate.per_second:.0f} examples/s")
-        print(f"peak memory over epochs: {memory_over_epochs(line, threads)} MB")
-        print(f"index of 10,000 samples, cold: {time_to_index(folder):.2f} s")
-        print(f"1,000 indexed shards to first batch: {time_to_first_batch(folder, images):.2f} s")
+    tables["other"] = [{"what": what, "value": value} for what, value in other.items()]
+    columns = dict.fromkeys(tables, harness.RATES) | {"other": ("what", "value")}
+    harness.report(options.output, "input", tables, columns)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

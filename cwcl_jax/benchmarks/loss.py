@@ -4,21 +4,21 @@ Every measurement runs in a fresh process. In it, calls of the loss alternate wi
 square matrix product; the floor is the loss's matrix flops (8 N^2 d, or 6 N^2 d with u constant) at
 the rate of that product. Wall times are the fastest of all rounds. CPU times (all threads) tell the
 same on a machine that others use, save for what waits. Memory is the peak above that before the
-first call; on a GPU the device's own count. Writes loss.md, loss.json and loss.png.
+first call; on a GPU the device's own count. Writes loss.md and loss.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from cwcl_jax.arguments import folder, names, sizes
-from cwcl_jax.benchmarks.markdown import markdown
-from cwcl_jax.benchmarks.process import peak_resident_bytes, run_fresh
+from cwcl_jax import cli
+from cwcl_jax.benchmarks import harness
+from cwcl_jax.benchmarks.harness import Row, interleaved, peak_resident_bytes, run_fresh
 from cwcl_jax.losses.presets import PRESETS
 
 FORMS = (
@@ -94,7 +94,18 @@ def torch_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable
     return torch_reference.benchmark_calls(form.rsplit(" ", 1)[1], u, v, dtype)
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
+def timed(call: Callable[[], Any]) -> Callable[[], tuple[float, float]]:
+    """Wall and processor seconds of a call."""
+
+    def run() -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    return run
+
+
+def measure(job: Row) -> Row:
     """One form at one size, in this process."""
     form, n, d = job["form"], job["n"], job["d"]
     if form.startswith(("gathered", "ring")):
@@ -108,15 +119,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     before = peak_resident_bytes()
     run()
     extra = peak_resident_bytes() - before
-    times: dict[str, list[tuple[float, float]]] = {"loss": [], "product": []}
-    start = time.perf_counter()
-    while len(times["loss"]) < 2 or time.perf_counter() - start < job["seconds"]:
-        for name, function in (("product", product), ("loss", run)):
-            wall, cpu = time.perf_counter(), time.process_time()
-            function()
-            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    (wall, cpu), (square_wall, square_cpu) = (
-        tuple(min(x) for x in zip(*times[name], strict=True)) for name in ("loss", "product")
+    cases = {"product": timed(product), "loss": timed(run)}
+    times = interleaved(cases, rounds=2, seconds=job["seconds"])
+    (square_wall, square_cpu), (wall, cpu) = (
+        tuple(min(x) for x in zip(*times[name], strict=True)) for name in cases
     )
     flops = (6 if "constant" in form else 8) * n * n * d
     share = flops / (2 * 4096**3)
@@ -140,70 +146,37 @@ def device_peak_mb() -> float:
     return statistics.get("peak_bytes_in_use", 0) / 2**20
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Time and memory over the number of pairs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
-    for form in dict.fromkeys(row["form"] for row in rows):
-        points = sorted((r for r in rows if r["form"] == form and "failed" not in r), key=_size)
-        for axis, name in zip(axes, ("seconds", "extra_mb"), strict=True):
-            values = [max(r[name], 1e-3) for r in points]
-            axis.loglog([r["n"] for r in points], values, "o-", label=form)
-    for axis, label in zip(axes, ("seconds, value and gradient", "extra memory, MB"), strict=True):
-        axis.set_xlabel("pairs")
-        axis.set_ylabel(label)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _size(row: dict[str, Any]) -> int:
-    return row["n"]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures all forms and sizes; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Time and memory of the losses.")
+def _define(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     default = "1024x512,4096x512,16384x768,65536x512"
-    parser.add_argument("--sizes", type=sizes, default=default, help="N x d, comma-separated")
-    forms = names((*FORMS, *PRESET_FORMS), separator=";")
-    parser.add_argument("--forms", type=forms, default=list(FORMS), help="separated by ;")
-    dtypes = names(["float32", "bfloat16", "float16"])
-    parser.add_argument("--dtypes", type=dtypes, default="float32", help="on a GPU also bfloat16")
-    parser.add_argument("--seconds", type=float, default=10.0, help="least time of a measurement")
-    parser.add_argument("--dense-gb", type=float, default=8.0, help="leave out larger dense forms")
-    parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument(
-        "--output", type=folder, default="runs/benchmark_loss", help="folder of the results"
-    )
-    parser.add_argument("--job", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    add("--sizes", type=cli.sizes, default=default, help="N x d, comma-separated")
+    forms = cli.names((*FORMS, *PRESET_FORMS), separator=";")
+    add("--forms", type=forms, default=list(FORMS), help="separated by ;")
+    dtypes = cli.names(["float32", "bfloat16", "float16"])
+    add("--dtypes", type=dtypes, default="float32", help="on a GPU also bfloat16")
+    add("--seconds", type=float, default=10.0, help="least time of a measurement")
+    add("--dense_gb", type=float, default=8.0, help="leave out larger dense forms")
+    harness.define(parser, "loss")
+    harness.define_job(parser)
+
+
+@cli.command(_define)
+def main(options: argparse.Namespace) -> int:
+    """Measures all forms and sizes; fails where a measurement does."""
     if options.job:
-        print(json.dumps(measure(json.loads(options.job))))
-        return 0
+        print(json.dumps(measure(options.job)))
+        return cli.DONE
     rows = []
-    for n, d in options.sizes:
-        for dtype in options.dtypes:
-            for form in options.forms:
-                job = {"form": form, "n": n, "d": d, "dtype": dtype, "seconds": options.seconds}
-                gb = _DENSE_ARRAYS * n * n * 4 / 1e9
-                if "dense" in form and gb > options.dense_gb:
-                    rows.append(job | {"failed": f"left out: needs about {gb:.0f} GB"})
-                else:
-                    rows.append(run_fresh("cwcl_jax.benchmarks.loss", job, options.timeout))
-                print(markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
-    out = options.output
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "loss.json").write_text(json.dumps(rows, indent=1))
-    (out / "loss.md").write_text(markdown(rows, COLUMNS))
-    plot(rows, out / "loss.png")
-    measured = [row for row in rows if not str(row.get("failed", "left out")).startswith("left")]
-    return 1 if measured else 0
+    for (n, d), dtype, form in itertools.product(options.sizes, options.dtypes, options.forms):
+        job = {"form": form, "n": n, "d": d, "dtype": dtype, "seconds": options.seconds}
+        gb = _DENSE_ARRAYS * n * n * 4 / 1e9
+        if "dense" in form and gb > options.dense_gb:
+            rows.append(job | {"failed": f"left out: needs about {gb:.0f} GB"})
+        else:
+            rows.append(run_fresh("cwcl_jax.benchmarks.loss", job, options.timeout))
+        print(harness.markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
+    harness.report(options.output, "loss", {"losses": rows}, {"losses": COLUMNS})
+    return harness.code_of(rows)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,16 @@ trained weights, in values of float32:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
-from cwcl_jax.arguments import at_least, counts, folder, names
-from cwcl_jax.benchmarks.markdown import markdown
+from cwcl_jax import cli
+from cwcl_jax.benchmarks import harness
+from cwcl_jax.benchmarks.harness import Row, run_fresh
 
 FORMS = ("gathered", "ring")
 # The largest devices of one link: NVLink 3 has 300 GB/s each way; between nodes eight adapters
@@ -68,7 +66,7 @@ def made_batch(config: Any, rows: int) -> dict[str, Any]:
     }
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any] | None:
+def measure(job: Row) -> Row | None:
     """One process's part of a measurement; the result on process 0."""
     import jax
 
@@ -130,50 +128,7 @@ def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str,
     }
 
 
-def run_job(job: dict[str, Any], processes: int, devices: int, timeout: float) -> dict[str, Any]:
-    """A measurement by several processes on this machine; adds "failed" if it comes to nothing."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "cwcl_jax.benchmarks.step", f"--job={json.dumps(job)}"]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    children = [
-        subprocess.Popen(
-            command,
-            env=os.environ
-            | {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "CWCL_NUM_PROCESSES": str(processes),
-                "CWCL_PROCESS_ID": str(rank),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": flags,
-                "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
-            },
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    row = job | {"processes": processes}
-    try:
-        output, errors = children[0].communicate(timeout=timeout)
-        for child in children:
-            child.wait(timeout=60)
-    except subprocess.TimeoutExpired:
-        return row | {"failed": f"no result after {timeout:.0f} s"}
-    finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    if children[0].returncode:
-        lines = errors.strip().splitlines() or [f"exit code {children[0].returncode}"]
-        return row | {"failed": lines[-1][:200]}
-    return row | json.loads(output.strip().splitlines()[-1])
-
-
-def on_paper() -> list[dict[str, Any]]:
+def on_paper() -> list[Row]:
     """What A100s would send for the paper's image-text experiment, and how long at least."""
     d, k, weights = 1024, 1024, paper_weights()
     rows = []
@@ -221,40 +176,37 @@ COMPUTED = (
 )  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures all forms and numbers of processes; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Weak scaling of the train step.")
-    parser.add_argument("--processes", type=counts, default="1,2,4")
-    parser.add_argument(
-        "--devices", type=at_least(1), default=1, help="CPU devices of each process"
-    )
-    parser.add_argument("--examples", type=at_least(1), default=64, help="of each device")
-    parser.add_argument("--forms", type=names(FORMS), default=list(FORMS))
-    parser.add_argument("--steps", type=at_least(2), default=12, help="the first is not counted")
-    parser.add_argument("--timeout", type=float, default=600.0)
-    parser.add_argument(
-        "--output", type=folder, default="runs/benchmark_step", help="folder of the results"
-    )
-    parser.add_argument("--job", default="", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+def _define(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--processes", type=cli.counts, default="1,2,4", help="numbers of them")
+    add("--devices", type=cli.at_least(1), default=1, help="CPU devices of each process")
+    add("--examples", type=cli.at_least(1), default=64, help="of each device")
+    add("--forms", type=cli.names(FORMS), default=list(FORMS), help="of the loss")
+    add("--steps", type=cli.at_least(2), default=12, help="the first is not counted")
+    harness.define(parser, "step")
+    harness.define_job(parser)
+
+
+@cli.command(_define)
+def main(options: argparse.Namespace) -> int:
+    """Measures all forms and numbers of processes; fails where a measurement does."""
     if options.job:
-        result = measure(json.loads(options.job))
+        result = measure(options.job)
         if result is not None:
             print(json.dumps(result))
-        return 0
+        return cli.DONE
     rows = []
-    for form in options.forms:
-        for processes in options.processes:
-            job = {"form": form, "examples": options.examples, "steps": options.steps}
-            rows.append(run_job(job, processes, options.devices, options.timeout))
-            print(markdown(rows[-1:], MEASURED).splitlines()[-1], flush=True)
-    computed = on_paper()
-    print(markdown(computed, COMPUTED))
-    out = options.output
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "step.json").write_text(json.dumps({"measured": rows, "on_paper": computed}, indent=1))
-    (out / "step.md").write_text(markdown(rows, MEASURED) + "\n" + markdown(computed, COMPUTED))
-    return 1 if any("failed" in row for row in rows) else 0
+    for form, processes in itertools.product(options.forms, options.processes):
+        job = {"form": form, "examples": options.examples, "steps": options.steps}
+        row = run_fresh(
+            "cwcl_jax.benchmarks.step", job, options.timeout,
+            processes=processes, devices=options.devices,
+        )  # fmt: skip
+        rows.append(row | {"processes": processes})
+        print(harness.markdown(rows[-1:], MEASURED).splitlines()[-1], flush=True)
+    tables = {"measured": rows, "on_paper": on_paper()}
+    harness.report(options.output, "step", tables, {"measured": MEASURED, "on_paper": COMPUTED})
+    return harness.code_of(rows)
 
 
 if __name__ == "__main__":

@@ -167,11 +167,6 @@ class Frame:
             and not self.terms.get("negatives")
         )
 
-    @property
-    def tiles_read_features(self) -> bool:
-        """Whether a tile needs the features of its rows and columns, which then travel too."""
-        return self.guided or (self.weights.of_features and not self.closed)
-
 
 def require_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `allowed`."""

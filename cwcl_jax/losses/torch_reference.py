@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 Tensor = torch.Tensor
-TermsFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def similarity_weights(p: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from cwcl_jax.data.captions import TOKENIZER_FILE
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.installed import inside_package
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
+from cwcl_jax.synthetic.captions import TOKENIZER_FILE
 
 _SETTINGS = "tokenizer_config.json"
 # What the special tokens are called where a file does not say so.

@@ -44,6 +44,14 @@ class TowerConfig:
     """What it reads: "image", "text", "speech", "features", or "module:Name" of your own; "" is
     what the encoder reads."""
 
+    def encoder_settings(self) -> Any:
+        """The encoder's own settings: those of the preset, with what is overridden.
+
+        Raises:
+          ValueError: there is no such encoder, preset, field or pooling.
+        """
+        return encoder_config(self.encoder, self.preset, self.overrides, self.pooling)
+
 
 class Tower(nnx.Module):
     """Encoder, pooling and head over one kind of input."""
@@ -63,7 +71,7 @@ class Tower(nnx.Module):
           config: the tower's settings.
           arrays: name -> (shape, dtype) of one example's inputs, as the tower's modality says.
         """
-        settings = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
+        settings = config.encoder_settings()
         execution = Execution(
             dtype=jnp.dtype(config.dtype or dtype),
             scan_layers=config.scan_layers,

@@ -82,11 +82,6 @@ def traffic(hlo: str) -> dict[str, Traffic]:
     }
 
 
-def total_sent_bytes(hlo: str) -> float:
-    """What one device sends in one run of the program."""
-    return sum(collective.sent_bytes for collective in collectives(hlo))
-
-
 def _sum(found: Iterable[Collective]) -> Traffic:
     found = list(found)
     return Traffic(

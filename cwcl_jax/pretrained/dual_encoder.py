@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.pretrained.folder import ModelDescription, below
 from cwcl_jax.weights.writers import write_safetensors
 
@@ -90,8 +89,7 @@ def write_dual_encoder(
 
 
 def _settings(description: ModelDescription, modality: str) -> Any:
-    tower = description.towers[modality]
-    return encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
+    return description.towers[modality].encoder_settings()
 
 
 def _projection(

@@ -190,7 +190,7 @@ def check_settings(path: Path, config: TowerConfig) -> None:
 
 
 def _different(settings: Mapping[str, Any], config: TowerConfig) -> dict[str, Any]:
-    chosen = encoder_config(config.encoder, config.preset, config.overrides, config.pooling)
+    chosen = config.encoder_settings()
     return {
         name: value for name, value in settings.items() if not _same(getattr(chosen, name), value)
     }

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from cwcl_jax.config import ConfigError
 from cwcl_jax.evaluation.tasks.spoken import Intent, Keywords
-from cwcl_jax.reproduction.paper import TABLES
 from cwcl_jax.reproduction.runs import Run, load_experiment
 
 SCENES = "configs/lit_cwcl.py"
@@ -86,14 +85,31 @@ class Scale:
 
 
 METHODS = {"CL": "loss=contrastive", "CWCL": ""}
+# Of the run whose speech encoder counts as pretrained: none of the others', so that no run starts
+# from its own random numbers.
+PRETRAINING_SEED = 1000
+# What is read of a run: the task and the metric. Column -> these.
+Read = Mapping[str, tuple[str, str]]
 
 
-def table(number: int, scale: Scale) -> Experiment:
-    """The experiment that stands for one of the paper's tables."""
-    made = {4: _table4, 5: _table5, 6: _table6, 7: _table7, 8: _table8}
-    if number not in made:
-        raise ConfigError(f"--table={number}: choose one of {', '.join(map(str, made))}")
-    return made[number](scale)
+def _by_run(
+    title: str, runs: Mapping[str, Run], read: Read, about: str, paper: int = 0
+) -> Experiment:
+    """Every row is a run; all are read alike."""
+    rows = {name: tuple(Cell(run, *what) for what in read.values()) for name, run in runs.items()}
+    return Experiment(title, paper, tuple(read), rows, about)
+
+
+def _by_column(
+    title: str, scale: Scale, columns: Mapping[str, Callable[[str], Run]], about: str, paper: int
+) -> Experiment:
+    """Every column is a way to make a method's run, of which the intents are read."""
+    intent = speech_tasks(scale)[0]
+    rows = {
+        method: tuple(Cell(make(method), intent, "rank@1") for make in columns.values())
+        for method in METHODS
+    }
+    return Experiment(f"{title}, intents, top-1", paper, tuple(columns), rows, about)
 
 
 def scene_runs(scale: Scale) -> dict[str, Run]:
@@ -104,31 +120,22 @@ def scene_runs(scale: Scale) -> dict[str, Run]:
     }
 
 
-def _table4(scale: Scale) -> Experiment:
-    columns = [(way, k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-    return Experiment(
-        "Retrieval (Table 4)",
-        4,
-        TABLES[4].columns,
-        {
-            method: tuple(Cell(run, "retrieval", f"{way}_rank@{k}") for way, k in columns)
-            for method, run in scene_runs(scale).items()
-        },
-        "Ours: 1,000 drawn scenes with captions. The paper's: MS-COCO validation.",
-    )
+def _speech(scale: Scale, name: str, *entries: str, after: Run | None = None) -> Run:
+    return scale.run(SPEECH, f"speech-{name}", _joined(*entries), after=after)
 
 
-def _speech(scale: Scale, name: str, *entries: str, after: Run | None = None, options=()) -> Run:
-    return scale.run(SPEECH, f"speech-{name}", _joined(*entries), *options, after=after)
+def speech_runs(scale: Scale) -> dict[str, Run]:
+    """CL and CWCL on spoken commands, from scratch."""
+    return {
+        method: _speech(scale, f"scratch-{method.lower()}", argument)
+        for method, argument in METHODS.items()
+    }
 
 
 def pretrained_speech(scale: Scale) -> Run:
-    """The run whose speech encoder counts as pretrained: plain contrastive, from scratch.
-
-    Its seed is none of the others', so that no run starts from its own random numbers.
-    """
+    """The run whose speech encoder counts as pretrained: plain contrastive, from scratch."""
     run = _speech(scale, "pretraining", "loss=contrastive")
-    return dataclasses.replace(run, seed=1000)
+    return dataclasses.replace(run, seed=PRETRAINING_SEED)
 
 
 def speech_tasks(scale: Scale) -> list[str]:
@@ -141,114 +148,129 @@ def speech_tasks(scale: Scale) -> list[str]:
     return [name for kind in names for name in kind]
 
 
-def _from_scratch(scale: Scale, method: str) -> Run:
-    return _speech(scale, f"scratch-{method.lower()}", METHODS[method])
+def _class_columns(scale: Scale, metric: str) -> dict[str, tuple[str, str]]:
+    """Each task with classes, with the data set's templates and with general ones (#).
+
+    Args:
+      metric: with a place for the templates, such as "rank{}@1".
+    """
+    return {
+        task.replace("_", " ") + mark: (task, metric.format(suffix))
+        for task in speech_tasks(scale)
+        for mark, suffix in (("", ""), ("#", "_general"))
+    }
 
 
-def _from_pretrained(scale: Scale, method: str) -> Run:
-    first = pretrained_speech(scale)
-    return _speech(scale, f"init-{method.lower()}", METHODS[method], "init={init}", after=first)
+def _retrieval(first: str, second: str, ranks: tuple[int, ...]) -> dict[str, tuple[str, str]]:
+    """Recall both ways between two modalities, each named by its first letter."""
+    ways = ((first, second), (second, first))
+    return {
+        f"{a[0].upper()}->{b[0].upper()} R@{k}": ("retrieval", f"{a}_to_{b}_rank@{k}")
+        for a, b in ways
+        for k in ranks
+    }
 
 
-def _locked(scale: Scale, method: str, lock: str) -> Run:
-    """From the pretrained encoder, with a quarter of the steps."""
-    steps = (scale.steps or load_experiment(SPEECH, scale.speech).total_steps) // 4
-    short = dataclasses.replace(scale, steps=max(1, steps))
-    entries = METHODS[method], f"lock={lock}", "init={init}"
-    name = f"lock-{lock}-{method.lower()}"
-    return _speech(short, name, *entries, after=pretrained_speech(scale))
+def table(number: int, scale: Scale) -> Experiment:
+    """The experiment that stands for one of the paper's tables."""
+    made = {4: _table4, 5: _table5, 6: _table6, 7: _table7, 8: _table8}
+    if number not in made:
+        raise ConfigError(f"--table={number}: choose one of {', '.join(map(str, made))}")
+    return made[number](scale)
+
+
+def _table4(scale: Scale) -> Experiment:
+    return _by_run(
+        "Retrieval (Table 4)",
+        scene_runs(scale),
+        _retrieval("image", "text", (1, 5, 10)),
+        "Ours: 1,000 drawn scenes with captions. The paper's: MS-COCO validation.",
+        4,
+    )
 
 
 def _table5(scale: Scale) -> Experiment:
     scale.refuse("speech", "init", "Table 5 compares initialisations")
-    intent = speech_tasks(scale)[0]
-    rows = {
-        method: tuple(
-            Cell(run, intent, "rank@1")
-            for run in (_from_scratch(scale, method), _from_pretrained(scale, method))
-        )
-        for method in METHODS
-    }
-    return Experiment(
-        "Random against pretrained speech encoder (Table 5), intents, top-1",
-        5,
-        ("random initialisation", "pretrained"),
-        rows,
+    first = pretrained_speech(scale)
+
+    def pretrained(method: str) -> Run:
+        name = f"init-{method.lower()}"
+        return _speech(scale, name, METHODS[method], "init={init}", after=first)
+
+    return _by_column(
+        "Random against pretrained speech encoder (Table 5)",
+        scale,
+        {"random initialisation": speech_runs(scale).__getitem__, "pretrained": pretrained},
         "Ours: spoken commands of the package's grammar, a small convolutional encoder; pretrained "
         "means trained before with CL under another seed. The paper's: Whisper and SLURP.",
+        5,
     )
 
 
 def _table6(scale: Scale) -> Experiment:
-    intent = speech_tasks(scale)[0]
-    locks = ("none", "speech", "text", "both")
-    for lock in locks:  # now, and not hours later: some of them refuse other options
+    locks = {"none locked": "none", "speech": "speech", "text": "text", "both": "both"}
+    for lock in locks.values():  # now, and not hours later: some of them refuse other options
         load_experiment(SPEECH, _joined(scale.speech, f"lock={lock}"))
-    rows = {
-        method: tuple(Cell(_locked(scale, method, lock), intent, "rank@1") for lock in locks)
-        for method in METHODS
-    }
-    return Experiment(
-        "What is locked (Table 6), intents, top-1",
-        6,
-        ("none locked", "speech", "text", "both"),
-        rows,
+    steps = (scale.steps or load_experiment(SPEECH, scale.speech).total_steps) // 4
+    short = dataclasses.replace(scale, steps=max(1, steps))
+    first = pretrained_speech(scale)
+
+    def locked(lock: str) -> Callable[[str], Run]:
+        return lambda method: _speech(
+            short, f"lock-{lock}-{method.lower()}", METHODS[method], f"lock={lock}", "init={init}",
+            after=first,
+        )  # fmt: skip
+
+    return _by_column(
+        "What is locked (Table 6)",
+        scale,
+        {name: locked(lock) for name, lock in locks.items()},
         "Ours: every run from the pretrained speech encoder of Table 5, with a quarter of its "
         "steps (a step costs six times as much where the text tower trains). Without "
         "--speech=projection=trained the text side has a projection in the last column only; in "
         "the paper's it probably has one in all.",
+        6,
     )
 
 
 def _table7(scale: Scale) -> Experiment:
-    intent = speech_tasks(scale)[0]
-    base = load_experiment(SPEECH, scale.speech)
-    sizes = tuple(base.global_batch_size * factor // 2 for factor in (1, 2, 4))
-    rows = {}
-    for method, argument in METHODS.items():
-        cells = []
-        for size in sizes:
-            if size == base.global_batch_size:
-                cells.append(Cell(_from_scratch(scale, method), intent, "rank@1"))
-                continue
-            # The config keeps the number of examples; a number of steps is one for its own batch.
-            steps = max(1, scale.steps * base.global_batch_size // size) if scale.steps else 0
-            fitting = dataclasses.replace(scale, steps=steps)
-            name = f"batch{size}-{method.lower()}"
-            run = _speech(fitting, name, argument, f"batch={size}")
-            cells.append(Cell(run, intent, "rank@1"))
-        rows[method] = tuple(cells)
-    return Experiment(
-        "Batch size with the learning rate in proportion (Table 7), intents, top-1",
-        7,
-        tuple(f"batch {size}" for size in sizes),
-        rows,
+    base = load_experiment(SPEECH, scale.speech).global_batch_size
+
+    def sized(size: int) -> Callable[[str], Run]:
+        if size == base:
+            return speech_runs(scale).__getitem__
+        # The config keeps the number of examples; a number of steps is one for its own batch.
+        steps = max(1, scale.steps * base // size) if scale.steps else 0
+        fitting = dataclasses.replace(scale, steps=steps)
+        return lambda method: _speech(
+            fitting, f"batch{size}-{method.lower()}", METHODS[method], f"batch={size}"
+        )
+
+    return _by_column(
+        "Batch size with the learning rate in proportion (Table 7)",
+        scale,
+        {f"batch {size}": sized(size) for size in (base // 2, base, 2 * base)},
         "Ours: the same number of examples in every run, as the paper's epochs.",
+        7,
     )
 
 
 def _table8(scale: Scale) -> Experiment:
-    runs = {method: _from_scratch(scale, method) for method in METHODS}
-    sets = [(task, suffix) for task in speech_tasks(scale) for suffix in ("", "_general")]
-    rows = {
-        method: tuple(Cell(run, task, f"rank{suffix}@5") for task, suffix in sets)
-        for method, run in runs.items()
-    }
-    rows["text itself"] = tuple(
-        Cell(runs["CWCL"], task, f"text_rank{suffix}@5") for task, suffix in sets
-    )
-    return Experiment(
+    runs = speech_runs(scale)
+    made = _by_run(
         "Zero-shot intents and keywords, top-5 (Table 8); # general templates",
-        8,
-        tuple(task.replace("_", " ") + "#" * bool(suffix) for task, suffix in sets),
-        rows,
+        runs,
+        _class_columns(scale, "rank{}@5"),
         "Ours: spoken commands, MiniLM as text tower; new intents are those never trained on.",
+        8,
     )
+    texts = _class_columns(scale, "text_rank{}@5").values()
+    bound = tuple(Cell(runs["CWCL"], *what) for what in texts)
+    return dataclasses.replace(made, rows={**made.rows, "text itself": bound})
 
 
 # Weight functions by their short names, see `losses.short_names`. uniform knows no similarities.
 SCENE_WEIGHTS = {
-    "affine": "affine (the paper's)",
     "exp0.05": "exp, temperature 0.05",
     "exp0.1": "exp, temperature 0.1",
     "exp0.3": "exp, temperature 0.3",
@@ -259,6 +281,10 @@ SCENE_WEIGHTS = {
     "uniform": "uniform (no similarities)",
 }
 SPEECH_WEIGHTS = ("uniform0.53", "relu2", "calibrated_relu0.5")
+_ABLATED = {
+    **{task: (task, "rank@1") for task in SCENE_TASKS},
+    **_retrieval("image", "text", (1,)),
+}
 
 
 def ablation(kind: str, scale: Scale) -> Experiment:
@@ -273,44 +299,31 @@ def ablation(kind: str, scale: Scale) -> Experiment:
     return made[kind](scale)
 
 
-_ABLATED = (
-    *((task, "rank@1") for task in SCENE_TASKS),
-    ("retrieval", "image_to_text_rank@1"),
-    ("retrieval", "text_to_image_rank@1"),
-)
-_ABLATED_COLUMNS = (*SCENE_TASKS, "I->T R@1", "T->I R@1")
+def _beside_affine(runs: Mapping[str, Run], more: Mapping[str, Run]) -> dict[str, Run]:
+    return {"CL": runs["CL"], "affine (the paper's)": runs["CWCL"], **more}
 
 
 def _ablate_weights(scale: Scale) -> Experiment:
     scale.refuse("scenes", "weights", "the ablation compares weight functions")
-    made = scene_runs(scale)
-    runs = {"CL": made["CL"], SCENE_WEIGHTS["affine"]: made["CWCL"]}
-    for short, name in SCENE_WEIGHTS.items():
-        if short != "affine":
-            runs[name] = scale.run(SCENES, f"scenes-weights-{short}", f"weights={short}")
-    return Experiment(
+    more = {
+        name: scale.run(SCENES, f"scenes-weights-{short}", f"weights={short}")
+        for short, name in SCENE_WEIGHTS.items()
+    }
+    return _by_run(
         "Weight functions, scenes, top-1 and R@1",
-        0,
-        _ABLATED_COLUMNS,
-        {name: tuple(Cell(run, *what) for what in _ABLATED) for name, run in runs.items()},
+        _beside_affine(scene_runs(scale), more),
+        _ABLATED,
         "The same runs, but for the function that turns the locked tower's cosines into weights.",
     )
 
 
 def _ablate_speech_weights(scale: Scale) -> Experiment:
     scale.refuse("speech", "weights", "the ablation compares weight functions")
-    tasks = speech_tasks(scale)
-    read = [(task, f"rank{suffix}@1") for task in tasks for suffix in ("", "_general")]
-    read += [("retrieval", f"{way}_rank@1") for way in ("speech_to_text", "text_to_speech")]
-    columns = [task.replace("_", " ") + "#" * general for task in tasks for general in (0, 1)]
-    runs = {"CL": _from_scratch(scale, "CL"), "affine (the paper's)": _from_scratch(scale, "CWCL")}
-    for name in SPEECH_WEIGHTS:
-        runs[name] = _speech(scale, f"weights-{name}", f"weights={name}")
-    return Experiment(
+    more = {name: _speech(scale, f"weights-{name}", f"weights={name}") for name in SPEECH_WEIGHTS}
+    return _by_run(
         "Weight functions, spoken sentences, top-1 and R@1; # general templates",
-        0,
-        (*columns, "S->T R@1", "T->S R@1"),
-        {name: tuple(Cell(run, *what) for what in read) for name, run in runs.items()},
+        _beside_affine(speech_runs(scale), more),
+        _class_columns(scale, "rank{}@1") | _retrieval("speech", "text", (1,)),
         "From scratch, the same runs but for the function that turns the locked tower's cosines "
         "into weights; uniform0.53 knows no similarities.",
     )
@@ -319,7 +332,7 @@ def _ablate_speech_weights(scale: Scale) -> Experiment:
 def _ablate_batch(scale: Scale) -> Experiment:
     base = load_experiment(SCENES, scale.scenes)
     steps, size = scale.steps or base.total_steps, base.global_batch_size
-    rows = {}
+    runs = {}
     for batch in (size // 4, size // 2, size, 2 * size):
         options = (
             f"--config.global_batch_size={batch}",
@@ -329,14 +342,12 @@ def _ablate_batch(scale: Scale) -> Experiment:
         )
         for method, run in scene_runs(scale).items():
             if batch != size:
-                run = dataclasses.replace(
-                    run, name=f"scenes-batch{batch}-{method.lower()}", options=options
-                )
-            rows[f"{method}, batch {batch}"] = tuple(Cell(run, *what) for what in _ABLATED)
-    return Experiment(
+                name = f"scenes-batch{batch}-{method.lower()}"
+                run = dataclasses.replace(run, name=name, options=options)
+            runs[f"{method}, batch {batch}"] = run
+    return _by_run(
         "Batch size with the learning rate in proportion, scenes, top-1 and R@1",
-        0,
-        _ABLATED_COLUMNS,
-        rows,
+        runs,
+        _ABLATED,
         "The same number of examples in every run and in its warm-up.",
     )

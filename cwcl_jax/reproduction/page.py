@@ -14,13 +14,13 @@ from cwcl_jax.reproduction.measures import Spread, difference, verdict
 from cwcl_jax.reproduction.paper import TABLES
 
 _PACKAGES = ("cwcl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-Numbers = Mapping[str, Sequence[Spread | None]]
+Numbers = Mapping[str, Sequence[Spread]]
 
 
 def table_section(experiment: Experiment, numbers: Numbers, seeds: Sequence[int]) -> str:
     """Our table, the paper's, the differences from the baseline, and a sentence about them."""
     parts = [f"## {experiment.title}", experiment.about]
-    rows = tuple((name, *map(_cell, cells)) for name, cells in numbers.items())
+    rows = tuple((name, *map(str, cells)) for name, cells in numbers.items())
     title = f"Ours, per cent ({_seeds(seeds)})"
     parts.append(Table(title, ("", *experiment.columns), rows).markdown().strip())
     if experiment.paper:
@@ -41,10 +41,6 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"mean over seeds {', '.join(map(str, seeds))} ± half of Student's 95 % interval"
 
 
-def _cell(value: Spread | None) -> str:
-    return "" if value is None else str(value)
-
-
 def _pairs(experiment: Experiment, numbers: Numbers) -> list[tuple[str, str, str, Spread]]:
     """(method, baseline, column, difference) of every method with a baseline of its kind.
 
@@ -56,9 +52,8 @@ def _pairs(experiment: Experiment, numbers: Numbers) -> list[tuple[str, str, str
         base = name.replace("CWCL", "CL", 1) if "CWCL" in name else first
         if base not in numbers or base == name or name.startswith(("CL", "text")):
             continue
-        for column, a, b in zip(experiment.columns, numbers[base], cells, strict=True):
-            if a is not None and b is not None:
-                found.append((name, base, column, difference(a, b)))
+        pairs = zip(experiment.columns, numbers[base], cells, strict=True)
+        found += [(name, base, column, difference(a, b)) for column, a, b in pairs]
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cwcl_jax.config import ConfigError
 from cwcl_jax.evaluation.compare import draw_matrices, load_items
 from cwcl_jax.reproduction import experiments, figures, page
-from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
+from cwcl_jax.reproduction.experiments import Experiment, Scale
 from cwcl_jax.reproduction.measures import Spread, difference, spread
 from cwcl_jax.reproduction.processes import run_process
 from cwcl_jax.reproduction.runs import Run, Runner
@@ -46,16 +46,13 @@ class Maker:
             for run in experiment.runs:
                 self._complete(run, seed)
         numbers = {
-            name: [None if cell is None else self._number(cell) for cell in row]
-            for name, row in _padded(experiment).items()
+            name: [spread(self.folders(cell.run), cell.task, cell.metric) for cell in row]
+            for name, row in experiment.rows.items()
         }
         return page.table_section(experiment, numbers, self.seeds)
 
     def _complete(self, run: Run, seed: int) -> Path:
         return self.runner.complete(dataclasses.replace(run, seed=seed))
-
-    def _number(self, cell: Cell) -> Spread:
-        return spread(self.folders(cell.run), cell.task, cell.metric)
 
     def figure5(self) -> str:
         """Accuracy over the number of templates."""
@@ -137,12 +134,6 @@ def _falls(curves: Mapping[str, Mapping[str, Mapping[int, Spread]]]) -> str:
         )
         for task, methods in curves.items()
     )
-
-
-def _padded(experiment: Experiment) -> dict[str, list[Cell | None]]:
-    """Rows with None where a method has no number for a column."""
-    width = len(experiment.columns)
-    return {name: [*row, *[None] * (width - len(row))] for name, row in experiment.rows.items()}
 
 
 def similarity_picture(path: Path, scale: Scale, *, scenes: int = 300) -> Path:

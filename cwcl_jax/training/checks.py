@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.losses.options import resolve
-from cwcl_jax.models.encoders import encoder_config
 
 
 def check_inputs(config: ExperimentConfig) -> None:
@@ -17,7 +16,7 @@ def check_inputs(config: ExperimentConfig) -> None:
             "source's classes) or =text (pairs with equal captions)"
         )
     for name, tower in config.towers.items():
-        settings = encoder_config(tower.encoder, tower.preset, tower.overrides, tower.pooling)
+        settings = tower.encoder_settings()
         try:
             config.data.inputs_of(name).check(
                 settings,

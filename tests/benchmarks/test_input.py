@@ -1,5 +1,4 @@
 import io
-from types import SimpleNamespace
 
 from PIL import Image
 
@@ -13,35 +12,19 @@ def test_pictures_have_the_size_of_photographs():
     assert 25_000 < len(data) < 90_000
 
 
-def test_rates_are_measured_on_real_batches(tmp_path, capsys):
+def test_rates_are_measured_on_real_batches(tmp_path):
     images = benchmark.make_shards(tmp_path, shards=2, per_shard=6, distinct=3)
-    line = f"tars:{tmp_path}/{{00000..00001}}.tar"
+    line = benchmark.tars(tmp_path, 2)
     assert len(open_source(line)) == 12
-    bare = benchmark.rate_bare(images, 0.05, 1)
-    ours = benchmark.rate_pipeline(benchmark.reading(line, 1), 0.05, 4)
     stored = benchmark.reading(benchmark.write_store(tmp_path, count=20, width=8), 1)
-    for rate in (bare, ours, benchmark.rate_pipeline(stored, 0.05, 4, ("image",))):
+    for rate in (
+        benchmark.rate_bare(images, 0.05, 1),
+        benchmark.rate_pipeline(benchmark.reading(line, 1), 0.05, 4),
+        benchmark.rate_pipeline(stored, 0.05, 4, ("image",)),
+        benchmark.rate_pipeline(benchmark.reading("made:test?n=40", 1), 0.05, 4, ("u", "v")),
+    ):
         assert rate.per_second > 0
         assert rate.cpu_ms > 0
-    benchmark._print_rates({"bare": [bare], "pipeline": [ours], "webdataset": []})
-    printed = capsys.readouterr().out
-    assert "pipeline / bare" in printed
-    assert "pipeline / webdataset" not in printed
-
-
-def test_rounds_alternate_between_the_kinds(tmp_path, monkeypatch):
-    called = []
-    for kind in ("bare", "pipeline", "webdataset"):
-
-        def record(*_, kind=kind):
-            called.append(kind)
-            return benchmark.Rate(1.0, 1.0) if kind != "webdataset" else None
-
-        monkeypatch.setattr(benchmark, f"rate_{kind}", record)
-    options = SimpleNamespace(rounds=2, seconds=1.0, batch=4)
-    rates = benchmark._alternate([], "line", [], options, 1)
-    assert called == ["bare", "pipeline", "webdataset"] * 2
-    assert rates["webdataset"] == []
 
 
 def test_the_index_of_a_small_tar_is_timed(tmp_path):

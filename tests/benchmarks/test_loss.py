@@ -3,7 +3,6 @@ import json
 import pytest
 
 from cwcl_jax.benchmarks import loss
-from cwcl_jax.benchmarks.process import run_fresh
 
 
 @pytest.mark.multiprocess
@@ -11,16 +10,10 @@ def test_every_measurement_is_written_down(tmp_path):
     flags = ["--sizes=64x8,128x8", "--forms=fused cwcl;dense torch cwcl", "--seconds=0"]
     code = loss.main([*flags, f"--output={tmp_path}", "--dense-gb=0.0002"])
     assert code == 0
-    rows = json.loads((tmp_path / "loss.json").read_text())
+    rows = json.loads((tmp_path / "loss.json").read_text())["losses"]
     assert [row["form"] for row in rows] == ["fused cwcl", "dense torch cwcl"] * 2
     assert all(rows[i]["seconds"] > 0 and rows[i]["of_matmul_rate"] > 0 for i in (0, 1, 2))
     assert rows[3]["failed"].startswith("left out")
-    assert (tmp_path / "loss.png").stat().st_size > 0
-
-
-def test_a_failed_measurement_is_named():
-    row = run_fresh("cwcl_jax.benchmarks.loss", {"form": "fused cwcl"}, 60)
-    assert "KeyError" in row["failed"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +25,5 @@ def test_a_failed_measurement_is_named():
     ],
 )
 def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        loss.main([option])
-    assert ended.value.code == 2
+    assert loss.main([option]) == 2
     assert message in capsys.readouterr().err

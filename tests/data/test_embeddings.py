@@ -126,7 +126,7 @@ def test_training_reads_vectors_instead_of_pictures(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("a picture was drawn")
 
-    monkeypatch.setattr("cwcl_jax.data.scenes.draw", refuse)
+    monkeypatch.setattr("cwcl_jax.synthetic.scenes.draw", refuse)
     config = DataConfig(train=f"{LINE}&embeds={tmp_path}", threads=1)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=10)
     batch = next(batches)

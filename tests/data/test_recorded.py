@@ -6,11 +6,11 @@ import pickle
 import numpy as np
 import pytest
 
-from cwcl_jax.data.espeak import VOICE_SETS
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources import recorded as module
 from cwcl_jax.data.sources.base import Source
+from cwcl_jax.synthetic.espeak import VOICE_SETS
 
 pytest.importorskip("espeakng_loader")
 pytest.importorskip("soxr")
@@ -70,10 +70,26 @@ def test_recordings_and_durations_come_back(here, tmp_path):
 
 def test_an_interrupted_folder_is_continued(here, tmp_path):
     module.Recorded(Tones(), tmp_path)[0]
-    (tmp_path / "recordings-00001.npy").unlink()
+    (tmp_path / "parts" / "00001.jsonl").unlink()
     source = module.Recorded(Tones(), tmp_path)
     assert len(source[5]["audio"][0]) == 9600
     assert here == [[0, 1, 2], [1]]
+
+
+def test_the_manifest_reads_the_same_and_is_written_last(here, tmp_path):
+    source = module.Recorded(Tones(), tmp_path)
+    source[0]
+    (tmp_path / "manifest.jsonl").unlink()  # a stop came before it
+    module.record(Tones(), tmp_path)
+    table = open_source(f"jsonl:{tmp_path}/manifest.jsonl")
+    assert len(table) == 8
+    pairs = [(i, j) for i, j in enumerate(k for k in range(10) if k % 5 != 4)]
+    for row, index in pairs:
+        assert table.read(row, ("text",))["text"] == f"tone {index}"
+        assert table.durations[row] == source.durations[index]
+        sound = (tmp_path / "audio" / f"{index:08d}.wav").read_bytes()
+        assert table.read(row, ("audio",))["audio"] == sound
+        np.testing.assert_array_equal(np.frombuffer(sound[44:], "<i2"), source[index]["audio"][0])
 
 
 def test_recordings_of_another_source_are_refused(here, tmp_path):
@@ -118,9 +134,11 @@ def test_bytes_depend_neither_on_the_number_of_processes_nor_on_interruptions(tm
     source = open_source("spoken:commands:train?n=300&voices=train")
     for folder, processes in (("one", 1), ("two", 2)):
         module.record(source, tmp_path / folder, processes=processes)
-    (tmp_path / "one" / "recordings-00001.npy").unlink()
+    (tmp_path / "one" / "parts" / "00001.jsonl").unlink()
     module.record(source, tmp_path / "one")
-    for name in ("recordings-00000.int16", "recordings-00001.int16", "recordings-00001.npy"):
+    files = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*")}
+    assert len(files) == 300 + 2 + 2  # recordings, parts, description and manifest
+    for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

@@ -1,14 +1,10 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.espeak import VARIANTS, VOICES, random_voice
-from cwcl_jax.data.rendering import render
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.synthetic.espeak import VARIANTS, VOICES, random_voice
 
 pytest.importorskip("espeakng_loader")
 
@@ -63,7 +59,7 @@ def test_voices_follow_the_index_and_the_seed(sentences):
 
 
 def test_every_voice_exists():
-    from cwcl_jax.data.espeak import Voice, speak
+    from cwcl_jax.synthetic.espeak import Voice, speak
 
     for name in VOICES:
         assert len(speak("yes", Voice(name))[0]) > 1000
@@ -77,57 +73,3 @@ def test_scenes_can_be_spoken():
     source = open_source("spoken:scenes:train?n=4&voices=en-us")
     assert len(source) == 4
     assert len(source[0]["audio"][0]) > 5000
-
-
-def test_rendered_recordings_are_a_manifest_and_continue(sentences, tmp_path):
-    pytest.importorskip("soundfile")
-    source = open_source(sentences)
-    manifest = render(source, tmp_path / "out")
-    kept = open_source(f"jsonl:{manifest}")
-    assert [kept.read(i, ("text",))["text"] for i in range(len(kept))] == [
-        "turn on the light",
-        "what time is it now",
-    ]
-    assert all(0.3 < seconds < 3 for seconds in kept.durations)
-    before = kept[0]["audio"]
-    assert before[:4] == b"fLaC"
-    (tmp_path / "out" / "audio" / "00000002.flac").unlink()
-    render(source, tmp_path / "out")
-    assert open_source(f"jsonl:{manifest}")[0]["audio"] == before
-    assert (tmp_path / "out" / "audio" / "00000002.flac").exists()
-
-
-def test_a_folder_of_other_recordings_is_refused(sentences, tmp_path):
-    """Or its recordings would stand beside the texts of this source."""
-    pytest.importorskip("soundfile")
-    out = tmp_path / "out"
-    render(open_source(sentences), out)
-    before = (out / "manifest.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="another source, voices or seed: name another folder"):
-        render(open_source(sentences + "&voices=en-us"), out)
-    assert (out / "manifest.jsonl").read_bytes() == before
-    (out / "fingerprint.txt").unlink()
-    with pytest.raises(ValueError, match="another source"):
-        render(open_source(sentences), out)
-
-
-def test_a_manifest_keeps_the_names_of_classes(sentences, tmp_path):
-    pytest.importorskip("soundfile")
-    kept = open_source(f"jsonl:{render(open_source(sentences), tmp_path / 'out')}")
-    assert kept.class_names == ["on", "time"]
-    assert [kept.read(i, ("label",))["label"] for i in range(2)] == [0, 1]
-
-
-def test_the_command_writes_the_manifest_that_it_prints(sentences, tmp_path):
-    pytest.importorskip("soundfile")
-    command = [sys.executable, "-m", "cwcl_jax.data.rendering", sentences, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(open_source(f"jsonl:{done.stdout.strip()}")) == 2
-
-
-def test_only_spoken_sources_are_rendered(sentences, tmp_path):
-    pytest.importorskip("soundfile")
-    with pytest.raises(ValueError, match="put spoken: before"):
-        render(open_source(sentences.removeprefix("spoken:")), tmp_path / "out")
-    assert not (tmp_path / "out").exists()

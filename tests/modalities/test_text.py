@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from cwcl_jax.data.captions import TOKENIZER_FILE
 from cwcl_jax.modalities import TextInputs
 from cwcl_jax.modalities.text import load_tokenizer
+from cwcl_jax.synthetic.captions import TOKENIZER_FILE
 
 
 def test_captions_are_padded_on_the_right_to_one_length():

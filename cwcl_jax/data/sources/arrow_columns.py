@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.types as pat
 
 from cwcl_jax.data.sources.base import NO_CLASSES
-from cwcl_jax.data.sources.named import parse_names
+from cwcl_jax.data.sources.named import ColumnOptions, parse_names
 
 _MEDIA = ("Image", "Audio")
 FIELDS = ("image", "audio", "text", "label", "id")
@@ -36,19 +36,6 @@ _WANTED = {
     "raw": "numbers, or lists of numbers of any depth",
     "features": "numbers, or lists of numbers of any depth",
 }
-
-
-@dataclass(frozen=True)
-class ColumnOptions:
-    """The options of a source line that name columns; `text` may name several, by commas."""
-
-    image: str = ""
-    audio: str = ""
-    text: str = ""
-    label: str = ""
-    id: str = ""
-    raw: str = ""
-    features: str = ""
 
 
 @dataclass(frozen=True)

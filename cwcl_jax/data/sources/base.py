@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
@@ -158,10 +158,16 @@ def call_with_options(
 ) -> Source:
     """Calls `opener(first, option=value...)`, options converted as its annotations say.
 
+    A parameter that is annotated with a dataclass stands for options named after its fields.
     `shared` holds values that the opener may ask for by name, such as a cache folder.
     """
     parameters = list(inspect.signature(opener).parameters.values())[1:]
-    known = {p.name: p for p in parameters if p.name not in shared}
+    groups: dict[str, Any] = {
+        p.name: p.annotation for p in parameters if is_dataclass(p.annotation)
+    }
+    known = {p.name: p for p in parameters if p.name not in {*shared, *groups}}
+    for group in groups.values():
+        known |= inspect.signature(group).parameters
     arguments = {p.name: shared[p.name] for p in parameters if p.name in shared}
     for name, value in line.options.items():
         if name not in known:
@@ -172,6 +178,9 @@ def call_with_options(
                 f"{', '.join(sorted([*known, 'embeds', 'weight']))}."
             )
         arguments[name] = _convert(line.kind, name, value, _type_of(known[name]))
+    for name, group in groups.items():
+        own = inspect.signature(group).parameters.keys() & arguments.keys()
+        arguments[name] = group(**{option: arguments.pop(option) for option in own})
     return opener(first, **arguments)
 
 

@@ -8,9 +8,9 @@ split), `new_intent` (intents that are not), `keywords` (single words that are n
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from cwcl_jax.data import commands
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
+from cwcl_jax.synthetic import commands
 
 # Part of the fingerprint: raise it when the grammar changes.
 _VERSION = 1

@@ -5,6 +5,7 @@ Nothing is guessed from what an array is called.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,25 @@ from cwcl_jax.data.skipping import BadExample
 
 # Fields of an example that hold something else than an array, whoever makes it.
 _TAKEN = ("id", "text", "audio", "label", "features")
+
+
+@dataclass(frozen=True)
+class ColumnOptions:
+    """The options of a source line that name columns, where their types or names do not tell.
+
+    Attributes:
+      image, audio, label, id: a column each.
+      text: one, or several by commas.
+      raw, features: columns of numbers, as NAME or NAME:COLUMN.
+    """
+
+    image: str = ""
+    audio: str = ""
+    text: str = ""
+    label: str = ""
+    id: str = ""
+    raw: str = ""
+    features: str = ""
 
 
 def parse_names(raw: str, features: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import expand_pattern, require
+from cwcl_jax.data.sources.named import ColumnOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,13 +28,7 @@ def open_parquet(
     path: str,
     *,
     split: str = "",
-    image: str = "",
-    audio: str = "",
-    text: str = "",
-    label: str = "",
-    id: str = "",
-    raw: str = "",
-    features: str = "",
+    named: ColumnOptions,
     root: str = "",
     keep: str = "",
     memory_mib: int = 1024,
@@ -43,13 +38,12 @@ def open_parquet(
 
     Args:
       split: of a folder whose files are called SPLIT-00000-of-00003.parquet, the one to read.
-      image, audio, text, label, id: columns, where their types or names do not tell.
-      raw, features: columns of numbers, as NAME or NAME:COLUMN.
+      named: which column is what.
       root: the folder that paths in the rows are relative to; by default the files' own.
       keep: a folder in which the columns are unpacked once, or "auto": one in the cache folder.
       memory_mib: decoded row groups that stay in memory, in MiB.
     """
-    from cwcl_jax.data.sources.arrow_columns import ColumnOptions, choose_columns
+    from cwcl_jax.data.sources.arrow_columns import choose_columns
     from cwcl_jax.data.sources.arrow_rows import ArrowRows
     from cwcl_jax.data.sources.row_groups import RowGroups
     from cwcl_jax.data.sources.unpacked import Unpacked
@@ -59,8 +53,7 @@ def open_parquet(
     paths = _find(path, split)
     store = RowGroups(paths, memory_mib)
     schemas = store.schemas()
-    options = ColumnOptions(image, audio, text, label, id, raw, features)
-    columns = choose_columns(schemas[0], options, f"parquet:{path}")
+    columns = choose_columns(schemas[0], named, f"parquet:{path}")
     _check_alike(paths, schemas, columns)
     folder = Path(root or os.path.commonpath([file.absolute().parent for file in paths]))
     rows = ArrowRows(store, columns, folder)

@@ -1,10 +1,11 @@
 """Recordings of a spoken source kept in a folder: made once, by all cores, and read ever after.
 
-A folder holds `description.json` and, for every 256 examples, raw int16 samples at 16 kHz with
-their ends. Each of these files is spoken by a process of its own, from a fresh state of espeak-ng,
-so its bytes depend neither on the number of cores nor on interruptions. Files appear only when
-complete, so an interrupted run continues with those that are missing. Nothing is decoded or
-resampled when the recordings are read, and their lengths are known.
+A folder holds `description.json`, a WAV file (16 bit, 16 kHz) for every example, and
+`manifest.jsonl`, which `jsonl:` reads: to listen to, or to bring elsewhere. Each 256 examples are
+spoken by a process of its own, from a fresh state of espeak-ng, so their bytes depend neither on
+the number of cores nor on interruptions. A part's list of examples appears when its recordings are
+complete, so an interrupted run continues with those that are missing. Nothing is resampled when
+the recordings are read, and their lengths are known.
 """
 
 import functools
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int16, Int64
+from jaxtyping import Float64, Int16
 
 from cwcl_jax.data.audio import resample
 from cwcl_jax.data.options import cache_home
@@ -31,7 +33,7 @@ from cwcl_jax.files import locked, replacing
 
 RATE = 16_000
 _SHARD = 256
-_VERSION = 2  # 1: not the same bytes every time
+_VERSION = 3  # 1: not the same bytes every time; 2: 256 examples in one file
 _AUDIBLE = 30  # of 32767
 
 
@@ -45,42 +47,31 @@ class Recorded(SourceAround):
         super().__init__(source)
         self.folder = Path(folder)
         self._lock = threading.Lock()
-        self._shards: list[tuple[np.ndarray, Int64[np.ndarray, " n"]]] = []
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         if "audio" not in fields:
             return self.source.read(index, fields)
         example = self.source.read(index, {*fields} - {"audio"})
-        shard, row = divmod(index, _SHARD)
-        samples, ends = self._opened()[shard]
-        start, end = (int(ends[row - 1]) if row else 0), int(ends[row])
-        if start == end:
+        if not self.durations[index]:
             raise BadExample("audio empty", f"{example['id']} could not be spoken")
-        example["audio"] = (np.array(samples[start:end]), RATE)
+        with wave.open(str(_recording(self.folder, index))) as file:
+            samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        example["audio"] = (samples.astype(np.int16), RATE)
         return example
 
     @functools.cached_property
     def durations(self) -> Float64[np.ndarray, " n"]:
-        """Seconds of every recording."""
-        lengths = [np.diff(ends, prepend=0) for _, ends in self._opened()]
-        return np.concatenate(lengths) / RATE
+        """Seconds of every recording, 0 where there is none."""
+        with self._lock:
+            record(self.source, self.folder)
+            lists = _lists(self.folder, len(self.source))
+            return np.asarray([row["duration"] for path in lists for row in _rows(path)])
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
 
-    def _opened(self) -> list[tuple[np.ndarray, Int64[np.ndarray, " n"]]]:
-        with self._lock:
-            if not self._shards:
-                record(self.source, self.folder)
-                self._shards = [
-                    (_samples(path), np.load(path.with_suffix(".npy")))
-                    for path in _paths(self.folder, len(self.source))
-                ]
-        return self._shards
-
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_lock", "durations")}
-        return {**kept, "_shards": []}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "durations")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -101,7 +92,8 @@ def record(source: Source, folder: Path, *, processes: int = 0) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_description(source, folder)
-    if not _missing(folder, len(source)):
+    manifest = folder / "manifest.jsonl"
+    if manifest.exists() and not _missing(folder, len(source)):
         return
     with locked(folder / "lock", waiting=lambda: None):
         missing = _missing(folder, len(source))
@@ -109,6 +101,10 @@ def record(source: Source, folder: Path, *, processes: int = 0) -> None:
             usable = getattr(os, "sched_getaffinity", None)
             cores = len(usable(0)) if usable else os.cpu_count() or 1
             _record_in_processes(source, folder, missing, processes or min(cores, len(missing)))
+        spoken = [row for path in _lists(folder, len(source)) for row in _rows(path)]
+        lines = [json.dumps(row) + "\n" for row in spoken if row["duration"]]
+        with replacing(manifest) as partial:
+            partial.write_text("".join(lines), encoding="utf-8")
 
 
 def _check_description(source: Source, folder: Path) -> None:
@@ -132,18 +128,20 @@ def _told(description: dict[str, Any]) -> str:
     )
 
 
-def _paths(folder: Path, count: int) -> list[Path]:
-    return [folder / f"recordings-{shard:05d}.int16" for shard in range(-(-count // _SHARD))]
+def _lists(folder: Path, count: int) -> list[Path]:
+    return [folder / "parts" / f"{shard:05d}.jsonl" for shard in range(-(-count // _SHARD))]
 
 
 def _missing(folder: Path, count: int) -> list[int]:
-    paths = _paths(folder, count)
-    return [shard for shard, path in enumerate(paths) if not path.with_suffix(".npy").exists()]
+    return [shard for shard, path in enumerate(_lists(folder, count)) if not path.exists()]
 
 
-def _samples(path: Path) -> np.ndarray:
-    # A file without samples cannot be mapped.
-    return np.memmap(path, np.int16, "r") if path.stat().st_size else np.zeros(0, np.int16)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _recording(folder: Path, index: int) -> Path:
+    return folder / "audio" / f"{index:08d}.wav"
 
 
 def _record_in_processes(source: Source, folder: Path, shards: list[int], count: int) -> None:
@@ -215,24 +213,36 @@ def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
 
 
 def speak_shard(source: Source, folder: Path, shard: int) -> None:
-    """Writes one file of a folder."""
-    path = _paths(folder, len(source))[shard]
-    rows = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
-    pieces = [_spoken(source, row) for row in rows]
+    """Writes the recordings of one part of a folder, and then their list."""
+    path = _lists(folder, len(source))[shard]
+    for parent in (path.parent, folder / "audio"):
+        parent.mkdir(exist_ok=True)
+    indices = range(shard * _SHARD, min(len(source), (shard + 1) * _SHARD))
+    rows = [_speak(source, index, _recording(folder, index)) for index in indices]
     with replacing(path) as partial:
-        partial.write_bytes(b"".join(piece.tobytes() for piece in pieces))
-    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    with replacing(path.with_suffix(".npy")) as partial, partial.open("wb") as file:
-        np.save(file, ends)
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _spoken(source: Source, index: int) -> np.ndarray:
-    """Samples of an example at the kept rate; none where it cannot be spoken."""
+def _speak(source: Source, index: int, path: Path) -> dict[str, Any]:
+    """Writes a recording; returns its line of the manifest, of length 0 if it cannot be spoken."""
     try:
-        samples, rate = source.read(index, ("audio",))["audio"]
+        example = source.read(index, ("text", "label", "audio"))
+        spoken, rate = example["audio"]
+        samples = without_silence(resample(spoken, rate, RATE))
     except BadExample:
-        return np.zeros(0, np.int16)
-    return without_silence(resample(samples, rate, RATE))
+        return {"duration": 0.0}
+    if not len(samples):
+        return {"duration": 0.0}
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(samples.astype("<i2").tobytes())
+    row = {"id": example["id"], "audio": f"audio/{path.name}", "text": example.get("text")}
+    if "label" in example:  # by name, as manifests have it, where there are names
+        names = source.class_names
+        row["label"] = example["label"] if names is None else names[example["label"]]
+    return row | {"duration": len(samples) / RATE}
 
 
 def without_silence(samples: Int16[np.ndarray, " n"]) -> Int16[np.ndarray, " m"]:

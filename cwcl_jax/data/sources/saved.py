@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cwcl_jax.data.sources.base import Source
+from cwcl_jax.data.sources.named import ColumnOptions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,30 +24,22 @@ def open_saved(
     path: str,
     *,
     split: str = "",
-    image: str = "",
-    audio: str = "",
-    text: str = "",
-    label: str = "",
-    id: str = "",
-    raw: str = "",
-    features: str = "",
+    named: ColumnOptions,
     root: str = "",
 ) -> Source:
     """Opens a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
     Args:
       split: which of a DatasetDict; not needed where there is only one.
-      image, audio, text, label, id: columns, where their types or names do not tell.
-      raw, features: columns of numbers, as NAME or NAME:COLUMN.
+      named: which column is what.
       root: the folder that paths in the rows are relative to; by default the data set's.
     """
-    from cwcl_jax.data.sources.arrow_columns import ColumnOptions, choose_columns
+    from cwcl_jax.data.sources.arrow_columns import choose_columns
     from cwcl_jax.data.sources.arrow_rows import ArrowRows
 
     folder = _split_folder(Path(path), split)
     store = SavedRows(folder)
-    options = ColumnOptions(image, audio, text, label, id, raw, features)
-    columns = choose_columns(store.schema, options, f"hf:{folder}")
+    columns = choose_columns(store.schema, named, f"hf:{folder}")
     return ArrowRows(store, columns, Path(root) if root else folder)
 
 

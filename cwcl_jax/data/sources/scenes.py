@@ -3,9 +3,9 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from cwcl_jax.data import captions, scenes
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
+from cwcl_jax.synthetic import captions, scenes
 
 # Part of the fingerprint: raise it when a drawing or a caption changes.
 _VERSION = 1

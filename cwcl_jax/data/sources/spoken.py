@@ -2,16 +2,16 @@
 
 `spoken:commands:train?voices=train`, `spoken:tsv:/sentences.tsv?text=sentence&voices=en-us+f2`.
 `keep=auto` (or a folder) speaks everything once and reads it from there ever after;
-`cwcl_jax.data.rendering` writes files to listen to.
+`python -m cwcl_jax.speak` only speaks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.espeak import VOICE_SETS, VOICES, random_voice, speak
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
 from cwcl_jax.data.sources.recorded import Recorded, default_folder
+from cwcl_jax.synthetic.espeak import VOICE_SETS, VOICES, random_voice, speak
 
 
 class Spoken(SourceAround):

@@ -254,12 +254,6 @@ def open_clip_benchmark(path: str, *, split: str = "test", cache_dir: str = "") 
     return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names)
 
 
-def clip_benchmark_templates(path: str) -> list[str] | None:
-    """The data set's own prompt templates, with `{}` for the class, where it has any."""
-    lines = _lines_if_there(Path(path) / "zeroshot_classification_templates.txt")
-    return None if lines is None else [line.replace("{c}", "{}") for line in lines]
-
-
 def _lines_if_there(path: Path) -> list[str] | None:
     if not path.exists():
         return None

@@ -4,11 +4,11 @@ import re
 import numpy as np
 import pytest
 
-from cwcl_jax.data import captions, scenes
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.scenes import _VERSION
 from cwcl_jax.modalities import TextInputs
 from cwcl_jax.modalities.text import load_tokenizer
+from cwcl_jax.synthetic import captions, scenes
 
 # Table 3 of the paper.
 TEMPLATES = (

@@ -7,9 +7,9 @@ templates then matters at evaluation, as it does in the paper's Figure 5.
 
 from pathlib import Path
 
-from cwcl_jax.data import scenes
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.data.scenes import (
+from cwcl_jax.synthetic import scenes
+from cwcl_jax.synthetic.scenes import (
     BACKGROUND_NAMES,
     COLOUR_NAMES,
     PATTERNS,
@@ -174,7 +174,7 @@ def vocabulary() -> list[str]:
 def build_tokenizer():
     """The package's tokenizer: whole words of `vocabulary`, anything else spelt letter by letter.
 
-    `python -m cwcl_jax.data.captions` writes it to `TOKENIZER_FILE`.
+    `python -m cwcl_jax.synthetic.captions` writes it to `TOKENIZER_FILE`.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cwcl_jax.data import commands
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.synthetic import commands
 
 
 def texts(line):

@@ -1,0 +1,39 @@
+"""Spoken sentences as files: `python -m cwcl_jax.speak spoken:commands:test?task=intent FOLDER`.
+
+WAV files and a manifest, to listen to or to bring elsewhere: `jsonl:FOLDER/manifest.jsonl` reads
+the same examples. The folder is what `keep=FOLDER` makes and reads. An interrupted command
+continues where it was.
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from cwcl_jax import cli
+from cwcl_jax.config import ConfigError
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.sources.recorded import Recorded, record
+from cwcl_jax.data.sources.spoken import Spoken
+
+
+def _define(parser: ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="source line of spoken sentences")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the recordings")
+
+
+@cli.command(_define)
+def main(options: Namespace) -> None:
+    """Speaks what the folder lacks, and prints the path of its manifest."""
+    try:
+        source = open_source(options.source)
+        source = source.source if isinstance(source, Recorded) else source
+        if not isinstance(source, Spoken):
+            raise ConfigError("only spoken sources are written: put spoken: before the source line")
+        record(source, options.folder)
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    print(options.folder / "manifest.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the package makes itself: pictures, captions, sentences, voices; functions of integers."""
