@@ -259,7 +259,9 @@ def _values(a: Items, b: Items) -> dict[str, tuple[np.ndarray, np.ndarray, np.nd
             continue  # the first k templates are all templates: not a second test
         if key.endswith("_rank") and "owner" in a:
             way = key.removesuffix("_rank")
-            groups = a["owner"] if len(a[key]) == len(a["owner"]) != len(a["ids"]) else None
+            # Queries of one group are drawn together; results of before name no group of items.
+            of_items = a.get("owner_of_ids", np.arange(len(a["ids"])))
+            groups = of_items if len(a[key]) == len(a["ids"]) else a["owner"]
             for k in _KS["retrieval"]:
                 values[f"{way}_R@{k}"] = (a[key] <= k, b[key] <= k, groups)
         elif key.startswith(("rank", "text_rank")):

@@ -359,10 +359,9 @@ def test_pictures_without_a_border_to_cut_are_left_out_and_counted(monkeypatch, 
 def test_captions_of_several_items_limit_what_a_perfect_model_reaches(monkeypatch):
     """Every item is its caption: what is wrong then is what equal captions make wrong."""
     texts = ["circle", "square", "circle", "star", "circle", "square"]
-    values = [SHAPES.index(text) for text in texts]
-    give_sources(monkeypatch, x=Memory(values, texts=texts))
+    give_sources(monkeypatch, x=Memory(range(6), texts=texts))
     task = Retrieval(source="memory:x", recall_k=(1, 2, 3))
-    result = run(task, Analytic(MODEL, AXES))
+    result = run(task, Analytic(table(*(AXES[text] for text in texts)), AXES))
     assert result.metrics["text_to_image_R@1"] == 0.5
     assert result.extras["reachable"] == {
         key: value for key, value in result.metrics.items() if "_R@" in key
@@ -385,3 +384,47 @@ def test_too_many_bad_examples_name_the_task(monkeypatch):
     give_sources(monkeypatch, x=Broken([0] * 30, labels=[0] * 30, class_names=SHAPES))
     with pytest.raises(TooManyBadExamples, match="evaluation task 't': 11 of the 11"):
         run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+
+
+NUMBERS = ["one", "two", "three"]
+
+
+def test_a_picture_with_one_row_for_each_caption_is_one_item(monkeypatch):
+    """OpenCLIP's table of COCO: a perfect encoder finds everything."""
+    texts = [f"{number} {word}" for number in NUMBERS for word in SHAPES]
+    give_sources(monkeypatch, x=Memory([0, 0, 0, 1, 1, 1, 2, 2, 2], texts=texts))
+    perfect = Analytic(MODEL, dict(zip(NUMBERS, np.eye(3), strict=True)))
+    result = run(Retrieval(source="memory:x"), perfect)
+    assert result.metrics["image_to_text_R@1"] == result.metrics["text_to_image_R@1"] == 1.0
+    assert result.items["ids"].tolist() == ["item-0", "item-3", "item-6"]
+    assert result.items["owner"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert result.chance["text_to_image_R@1"] == pytest.approx(1 / 3)
+    assert result.extras["reachable"] == {}
+    assert any("there are 3 image items" in warning for warning in result.warnings)
+
+
+class Described(Memory):
+    """Pictures with several recordings each: a recording's level is the number of its picture."""
+
+    def read(self, index, fields):
+        example = super().read(index, fields)
+        if "audio" in fields:
+            samples = np.full(800 + index, self.values[index], np.int16)
+            example["audio"] = (samples, 16_000)
+        return example
+
+
+def test_several_recordings_of_one_picture_are_all_right(monkeypatch):
+    give_sources(monkeypatch, x=Described([0, 0, 1, 1, 1, 2]))
+    task = Retrieval(source="memory:x", tower="speech", partner="image")
+    result = run(task, Analytic(MODEL, AXES))
+    assert result.metrics["speech_to_image_R@1"] == result.metrics["image_to_speech_R@1"] == 1.0
+    assert len(result.items["ids"]) == 6 and len(result.items["owner"]) == 3
+    assert result.chance["image_to_speech_R@1"] == pytest.approx((2 + 3 + 1) / 6 / 3)
+
+
+def test_items_that_stand_twice_in_a_classification_are_counted_aloud(monkeypatch):
+    source = Memory([0, 1, 2, 2], labels=[0, 1, 2, 2], class_names=SHAPES)
+    give_sources(monkeypatch, x=source)
+    result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+    assert any("1 of 4 items of memory:x repeat" in warning for warning in result.warnings)

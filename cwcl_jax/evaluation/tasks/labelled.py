@@ -81,4 +81,10 @@ def embed_items(
             f"item {items.ids[int(np.argmin(items.labels))]} of {task.source!r} has no label; this "
             "task needs a source with labels."
         )
+    distinct = len(set(items.content))
+    if distinct < len(items):
+        runner.warn(
+            f"{len(items) - distinct} of {len(items)} items of {task.source} repeat the "
+            f"{task.tower} input of an earlier one, and count as often as they stand there."
+        )
     return items, classes.of_labels(items.labels)
