@@ -6,7 +6,10 @@ texts = model.encode_text(["a photo of a cat", "a photo of a dog"])
 print(model.similarity(images, texts))
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities import Modality
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.modalities.text import TextTokenizer
@@ -127,6 +131,7 @@ class Model:
         listed = inputs.listed(items)
         if not listed:
             return self._no_rows()
+        _warn_of_losses(inputs, listed)
         return np.concatenate(
             [
                 self.encode(tower, inputs.batch(listed[i : i + batch_size], first=i))
@@ -185,6 +190,18 @@ class Model:
 
     def _no_rows(self) -> np.ndarray:
         return np.zeros((0, self.description.embed_dim), np.float32)
+
+
+def _warn_of_losses(inputs: Modality, items: Sequence[Any]) -> None:
+    """Says how many of the items the tower does not see whole."""
+    if type(inputs).lost is Modality.lost:
+        return
+    remarks: Counter[str] = Counter()
+    for item in items:
+        with suppress(BadExample, OSError, ValueError):  # told where it is encoded
+            remarks.update(inputs.lost(inputs.opened(item)))
+    for remark, count in remarks.items():
+        warnings.warn(f"{count} of {len(items)} items are {remark}", stacklevel=4)
 
 
 def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]:

@@ -18,6 +18,7 @@ from cwcl_jax.exit_codes import (  # noqa: F401
     BAD_CONFIG,
     DONE,
     FAILED,
+    MISTAKES,
     PREEMPTED,
     WATCHDOG,
     exit_code,
@@ -81,11 +82,11 @@ def whole_numbers(flag: str, values: Sequence[str]) -> list[int]:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main` and exits with its code.
 
-    A ConfigError, here or in `main`, is one line on stderr and exit code 2.
+    A mistake in settings or data, here or in `main`, is one line on stderr and exit code 2.
     """
     try:
         app.run(lambda argv: sys.exit(main(argv) or DONE), flags_parser=_parse_flags)
-    except ConfigError as error:
+    except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_CONFIG)
 

@@ -202,3 +202,10 @@ def test_a_tower_without_preset_is_trained_and_exported_with_its_folders_sizes(t
     assert again.leaves["towers/image/encoder/norm/scale"].shape == (16,)
     expected = trained.encode_image(pictures())
     np.testing.assert_allclose(again.encode_image(pictures()), expected, atol=1e-6)
+
+
+def test_texts_that_are_cut_are_told():
+    with pytest.warns(UserWarning, match="1 of 2 items are cut at max_tokens=12"):
+        model().encode_text(
+            ["a star", "a red circle and a blue square and a green star and a ring"]
+        )

@@ -88,7 +88,7 @@ class Processor:
                 continue
             value = _field(example, modality.field)
             if length is not None and modality.lengths:
-                modality = modality.at_length(length)
+                modality = modality.fitting(value, length)
             draws = Draws(*key, *stream_of(tower, modality))
             prepared[tower] = modality.prepare(value, draws)
         if self.config.labels:
@@ -115,6 +115,13 @@ class Processor:
             if tower in self.raw
             else {"features": _features(example, tower, modality)}
             for tower, modality in self.inputs.items()
+        }
+
+    def lost(self, example: Example) -> dict[str, tuple[str, ...]]:
+        """What of an example its inputs do not hold, by tower (see `Modality.lost`)."""
+        return {
+            tower: modality.lost(_field(example, modality.field))
+            for tower, modality in self.raw.items()
         }
 
     def finish(self, examples: Sequence[dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """Runs tasks: gives them opened sources, labels, and embeddings of items and sentences."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from cwcl_jax.data.content import row_keys
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, open_source
@@ -114,8 +116,22 @@ class Runner:
                 clock=self.clock,
                 tower=tower,
             )
+            self._tell_of_losses(new, tower)
             known.update(zip([(tower, features, s) for s in new], embeds, strict=True))
         return np.stack([known[tower, features, sentence] for sentence in sentences])
+
+    def _tell_of_losses(self, sentences: Sequence[str], tower: str) -> None:
+        """Warns of sentences that the tower does not see whole, or cannot tell apart for it."""
+        reader = self.data.inputs_of(tower)
+        lost = {s: remarks for s in sentences if (remarks := reader.lost(s))}
+        for remark, count in Counter(r for remarks in lost.values() for r in remarks).items():
+            self.warn(f"{count} of {len(sentences)} {tower} sentences are {remark}.")
+        equal = len(lost) - len(set(row_keys(reader.batch(list(lost))))) if lost else 0
+        if equal:
+            self.warn(
+                f"{equal} of them have the same tokens as an earlier one: the {tower} tower cannot "
+                "tell them apart."
+            )
 
     def warn(self, message: str) -> None:
         """Adds a warning, once."""
@@ -142,6 +158,9 @@ class Runner:
                 remarks = self.data.inputs_of(tower).remarks(batch[tower])
                 for remark, rows in remarks.items():
                     counts[remark] = counts.get(remark, 0) + int(np.sum(rows & batch["valid"]))
+            for lost, valid in zip(batch["lost"], batch["valid"], strict=True):
+                for remark in lost.get(tower, ()) if valid else ():
+                    counts[remark] = counts.get(remark, 0) + 1
             yield batch
         for remark, count in counts.items():
             if count:

@@ -153,6 +153,17 @@ class Modality:
         del arrays
         return {}
 
+    def lost(self, value: Any) -> tuple[str, ...]:
+        """Says what of a raw value its arrays do not hold; () where they hold all of it.
+
+        Each remark completes "12 of 100 texts are ..."; equal ones are counted together.
+
+        Raises:
+          BadExample: the value cannot be used.
+        """
+        del value
+        return ()
+
     def without_border(self, value: Any, pixels: int) -> Any:
         """Returns a raw value without `pixels` on every side, where there is such a border."""
         del value, pixels
@@ -173,6 +184,15 @@ class Modality:
     def at_length(self, length: float) -> "Modality":
         """Returns the same modality for batches of another length."""
         raise NotImplementedError(f"{type(self).__name__} has one length only: {length}")
+
+    def fitting(self, value: Any, length: float) -> "Modality":
+        """Returns `at_length(length)`.
+
+        Raises:
+          BadExample: the value is longer than its source said when the batch was put together.
+        """
+        del value
+        return self.at_length(length)
 
     # Files.
 

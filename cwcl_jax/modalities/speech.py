@@ -27,6 +27,8 @@ _EDGE_SECONDS = 0.25
 _LOUDEST = 2.0
 # Peak of a recording (of 32767) below which nothing can be heard.
 _SILENCE = 8
+# What a listed duration may be short of the file's.
+_ROUNDED_SECONDS = 0.1
 _FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
 # One analysis window of the log-mel features; a shorter recording holds no frame of its own.
 FRAME_SECONDS = 0.025
@@ -106,9 +108,8 @@ class SpeechInputs(Modality):
         )
 
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Names recordings that hold little to hear, or are longer than what is heard of them."""
+        """Names recordings that hold little to hear, or too much."""
         frame = round(FRAME_SECONDS * self.sample_rate)
-        limit = round(self.max_seconds * self.sample_rate)
         length = np.asarray(arrays["length"])
         loudness = np.abs(np.asarray(arrays["waveform"]).astype(np.int32))
         clipped = np.sum(loudness >= _FULL_SCALE, axis=1) > _CLIPPED_SHARE * length
@@ -116,9 +117,13 @@ class SpeechInputs(Modality):
             f"shorter than one frame ({frame} samples), padded with silence": length < frame,
             "silent": loudness.max(axis=1) < _SILENCE,
             f"clipped: more than {_CLIPPED_SHARE:.0%} of the samples at full scale": clipped,
-            f"at least {self.max_seconds:g} s long (max_seconds), of which no more is heard": length
-            >= limit,
         }
+
+    def lost(self, value: Any) -> tuple[str, ...]:
+        """Names a recording of which only a part is heard."""
+        with _opened(value) as (frames, rate, _):
+            longer = frames > (self.max_seconds + FRAME_SECONDS) * rate
+        return (f"longer than max_seconds={self.max_seconds:g}, and cut there",) if longer else ()
 
     @property
     def lengths(self) -> tuple[float, ...]:
@@ -136,6 +141,18 @@ class SpeechInputs(Modality):
 
     def at_length(self, length: float) -> "SpeechInputs":
         return dataclasses.replace(self, max_seconds=length)
+
+    def fitting(self, value: Any, length: float) -> "SpeechInputs":
+        with _opened(value) as (frames, rate, _):
+            seconds = frames / rate
+        # Lists round to hundredths, and compressed files end with some padding.
+        if length < self.max_seconds and seconds > length + _ROUNDED_SECONDS:
+            raise BadExample(
+                "audio longer than listed",
+                f"{seconds:.2f} s in a batch of up to {length:g} s: correct the column duration "
+                "(seconds), or set buckets=()",
+            )
+        return self.at_length(length)
 
 
 def _is_pair(item: Any) -> bool:

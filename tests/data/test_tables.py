@@ -173,10 +173,10 @@ def test_lengths_of_recordings_are_known_where_a_manifest_lists_them(tmp_path):
     rows = [{"audio": "a.wav", "duration": 1.5}, {"audio": "b.wav"}, {"audio": "c", "duration": 4}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest = open_source(f"jsonl:{tmp_path}/m.jsonl")
-    assert list(manifest.durations) == [1.5, 2.75, 4.0]  # an unknown one counts as average
+    assert list(manifest.durations) == [1.5, np.inf, 4.0]  # of any length
     (tmp_path / "m.csv").write_text("wav,s,bad\na.wav,1.5,one\nb.wav,nan,\nc.wav,4,-2\n")
     table = open_source(f"csv:{tmp_path}/m.csv?duration=s")
-    assert list(table.durations) == [1.5, 2.75, 4.0]
+    assert list(table.durations) == [1.5, np.inf, 4.0]
     assert open_source(f"csv:{tmp_path}/m.csv").durations is None
     assert open_source(f"csv:{tmp_path}/m.csv?duration=bad").durations is None
     # Batches of recordings of like lengths are others where the lengths are.
@@ -196,3 +196,17 @@ def test_manifests_are_read_row_by_row(tmp_path):
     assert (len(source), source.read(20_000, ())["id"]) == (20_001, "last.jpg")
     # The file has 11 MB; the first thousand rows are looked at for their columns.
     assert peak < 4e6
+
+
+def test_durations_of_zero_are_no_durations(tmp_path, caplog):
+    """torchaudio.info of an MP3 gave 0 frames, and manifests say so."""
+
+    def opened(*seconds):
+        rows = [{"audio": f"{i}.mp3", "duration": s} for i, s in enumerate(seconds)]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_source(f"jsonl:{tmp_path}/m.jsonl")
+
+    with pytest.raises(ValueError, match="duration is 0 in 2 of 3 rows"):
+        opened(0, 0.0, 1)
+    assert list(opened(0, 2, 1).durations) == [np.inf, 2.0, 1.0]
+    assert "0 in 1 of 3 rows" in caplog.text

@@ -419,7 +419,8 @@ def test_several_recordings_of_one_picture_are_all_right(monkeypatch):
     task = Retrieval(source="memory:x", tower="speech", partner="image")
     result = run(task, Analytic(MODEL, AXES))
     assert result.metrics["speech_to_image_R@1"] == result.metrics["image_to_speech_R@1"] == 1.0
-    assert len(result.items["ids"]) == 6 and len(result.items["owner"]) == 3
+    assert len(result.items["ids"]) == 6
+    assert len(result.items["owner"]) == 3
     assert result.chance["image_to_speech_R@1"] == pytest.approx((2 + 3 + 1) / 6 / 3)
 
 
@@ -428,3 +429,23 @@ def test_items_that_stand_twice_in_a_classification_are_counted_aloud(monkeypatc
     give_sources(monkeypatch, x=source)
     result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
     assert any("1 of 4 items of memory:x repeat" in warning for warning in result.warnings)
+
+
+def test_captions_that_are_cut_are_counted_and_those_that_become_equal(monkeypatch):
+    long = "a photo of a circle and a square and a star " * 3
+    give_sources(monkeypatch, x=Memory([0, 1, 2], texts=[long + "one", long + "two", "three"]))
+    result = run(Retrieval(source="memory:x"), Analytic(MODEL, AXES))
+    said = " ".join(result.warnings)
+    assert "2 of 3 text sentences are cut at max_tokens=24" in said
+    assert "1 of them have the same tokens as an earlier one" in said
+
+
+def test_recordings_that_are_cut_are_counted(monkeypatch):
+    source = Memory([0, 1], modality="speech", samples=[800, 8000], texts=["circle", "square"])
+    give_sources(monkeypatch, x=source)
+    task = Retrieval(source="memory:x", tower="speech", partner="text")
+    result = run(task, Analytic(MODEL, AXES))
+    assert any(
+        "1 speech item(s) are longer than max_seconds=0.1, and cut" in warning
+        for warning in result.warnings
+    )

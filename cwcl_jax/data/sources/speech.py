@@ -11,7 +11,7 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import require
-from cwcl_jax.data.sources.tables import Table, read_json_lines, table_of_rows, with_averages
+from cwcl_jax.data.sources.tables import Table, known_seconds, read_json_lines, table_of_rows
 
 TEN_COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 
@@ -95,8 +95,8 @@ def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray
     if not file.exists():
         return None
     known = {row["clip"]: row["duration[ms]"] for row in _read_tsv(file, "clip", "duration[ms]")}
-    # A clip that the list lacks counts as average.
-    return with_averages([float(known.get(row["audio"] or "") or "nan") / 1000 for row in rows])
+    # A clip that the list lacks may be of any length.
+    return known_seconds([float(known.get(row["audio"] or "") or "nan") / 1000 for row in rows])
 
 
 def open_slurp(

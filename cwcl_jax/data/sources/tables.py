@@ -114,7 +114,7 @@ def table_of_rows(
 ) -> Table:
     """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
 
-    "duration" is in seconds; where a row has none it counts as average.
+    "duration" is in seconds; a row without one may be of any length (inf).
 
     The rows are read one by one. With `named_classes`, labels that are numbers are names too.
     """
@@ -128,8 +128,28 @@ def table_of_rows(
     durations = None
     if "duration" in columns:
         column = columns.pop("duration")
-        durations = with_averages([_seconds(column[row]) for row in range(len(column))])
+        durations = known_seconds(listed_seconds(column))
     return Table(columns, root=root, class_names=names, durations=durations, hint=hint)
+
+
+def listed_seconds(column: StringColumn) -> list[float]:
+    """Lengths as a table lists them, nan where it lists none.
+
+    Raises:
+      ValueError: most are 0, as a tool writes that could not read the files.
+    """
+    seconds = [_seconds(column[row]) for row in range(len(column))]
+    zeros = sum(length == 0 for length in seconds)
+    if zeros > len(seconds) / 2:
+        raise ValueError(
+            f"the column duration is 0 in {zeros} of {len(seconds)} rows, which no recording is: "
+            "write the seconds of the files, or leave the column out."
+        )
+    if zeros:
+        _LOG.warning(
+            "The duration is 0 in %d of %d rows; they count as unknown.", zeros, len(seconds)
+        )
+    return [length or math.nan for length in seconds]
 
 
 def _seconds(text: str | None) -> float:
@@ -141,13 +161,13 @@ def _seconds(text: str | None) -> float:
     return seconds if 0 <= seconds < math.inf else math.nan
 
 
-def with_averages(seconds: Sequence[float]) -> np.ndarray | None:
-    """Lengths with the average in place of nan; None where none is known."""
+def known_seconds(seconds: Sequence[float]) -> np.ndarray | None:
+    """Lengths with infinity in place of nan: room for any length; None where none is known."""
     lengths = np.array(seconds, np.float64)
     unknown = np.isnan(lengths)
     if unknown.all():
         return None
-    return np.where(unknown, lengths[~unknown].mean(), lengths)
+    return np.where(unknown, math.inf, lengths)
 
 
 def _as_text(value: Any, field: str) -> str | None:
