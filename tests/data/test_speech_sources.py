@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from cwcl_jax.data.skipping import BadExample

@@ -1,6 +1,7 @@
 import json
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from cwcl_jax.data.skipping import BadExample
