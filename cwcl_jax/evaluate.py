@@ -159,6 +159,9 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
     encoder, sources = imported_encoder(options.config)
     for modality, source in sources.items():
         print(f"{modality} tower: {source.source}")
+        if source.random or not source.sha256:
+            parts = sorted({path.split("/")[2] for path in source.random}) or ["whole tower"]
+            print(f"warning: {' and '.join(parts)} of the {modality} tower: random, untrained")
     return encoder, options.config, sources
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -99,6 +100,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
+            _say_of_start(blueprint, state, start)
             if config.optimizer.warmup_steps > config.total_steps:
                 say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
@@ -114,6 +116,17 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
         say(f"stopped {done}; the same command resumes")
         return PREEMPTED
     return DONE
+
+
+def _say_of_start(blueprint: Blueprint, state: TrainState, start: int) -> None:
+    """What the weights' files decide, and what they leave random for good."""
+    scale = state.params.get("logit_scale")
+    if not start and scale is not None:
+        say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
+    for name, tower in blueprint.config.towers.items():
+        leaves = {path for path in blueprint.abstract if path.startswith(f"towers/{name}/")}
+        if leaves and not leaves & blueprint.trained and not tower.weights:
+            say(f"warning: the {name} tower has no weights and does not train: it stays random")
 
 
 _UNFINISHED_WARMUP = (

@@ -7,7 +7,7 @@ the two towers, which leaves train, and where each lies on the mesh; building on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,14 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.extension import import_named, is_reference, source_hash
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
-from cwcl_jax.models.locking import decide
+from cwcl_jax.models.locking import LOGIT_PATHS, decide
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
 from cwcl_jax.pretrained import complete, import_tower
 from cwcl_jax.training import sharding
 from cwcl_jax.training.optimizer import make_optimizer
+from cwcl_jax.weights.locate import locate
+from cwcl_jax.weights.readers import open_weights
 
 Leaves = dict[str, Any]
 
@@ -61,11 +63,13 @@ class TowerSource:
       source: path of the weights, or "initialised".
       sha256: of the weights' file.
       code: names and hashes of the user's classes that the tower is made of.
+      random: leaves that the weights do not hold, such as a new head.
     """
 
     source: str
     sha256: str
     code: str = ""
+    random: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +263,39 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
         with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
         imported |= result.leaves
-        sources[modality] = TowerSource(result.source, result.sha256, code_of(tower))
+        sources[modality] = TowerSource(
+            result.source, result.sha256, code_of(tower), result.initialised
+        )
+        _check_filled(blueprint, modality, result.initialised)
+    imported |= {path: put(path, x) for path, x in _logits_of_files(blueprint).items()}
     return imported, sources
+
+
+def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str]) -> None:
+    """Raises ConfigError where weights leave random what will never train."""
+    left = [path for path in initialised if path not in blueprint.trained]
+    if left:
+        tower = f"config.towers.{modality}"
+        raise ConfigError(
+            f"{tower}.weights={blueprint.config.towers[modality].weights!r} holds nothing for "
+            f"{', '.join(left[:3])}, which would stay random: nothing of it trains with "
+            f"tune={blueprint.config.towers[modality].tune!r}. Set {tower}.head='none' for the "
+            f"encoder's own features, or {tower}.tune='head' to train a head above it"
+        )
+
+
+def _logits_of_files(blueprint: Blueprint) -> dict[str, np.ndarray]:
+    """Logit scale and bias of a file that both towers come from, as CLIP's and SigLIP's hold."""
+    config = blueprint.config
+    names = {tower.weights for tower in config.towers.values()}
+    if not config.temperature.from_weights or len(names) > 1 or "" in names:
+        return {}
+    weights = open_weights(locate(*names))
+    return {
+        name: np.asarray(weights.read(name), np.float32).reshape(())
+        for name in LOGIT_PATHS
+        if name in weights.entries and name in blueprint.abstract
+    }
 
 
 def code_of(tower: TowerConfig) -> str:
