@@ -144,6 +144,15 @@ class Modality:
         """
         del settings, options, overrides, imported
 
+    def check_files(self, folder: Path, options: str) -> None:
+        """Raises ValueError where the files beside imported weights ask for other inputs.
+
+        Args:
+          folder: of the weights.
+          options: path of this modality's options, for error messages.
+        """
+        del folder, options
+
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns what a reader of results should know of some items.
 

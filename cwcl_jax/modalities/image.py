@@ -6,6 +6,7 @@ side resized, the centre cut out. Normalisation to a tower's range happens on th
 
 import dataclasses
 import io
+import json
 import math
 import struct
 from pathlib import Path
@@ -19,6 +20,7 @@ from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 
+PROCESSOR = "preprocessor_config.json"
 FILTERS = {str(kind.name).lower(): kind for kind in Image.Resampling}
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 # Not all that Pillow can open: its reader of EPS starts a PostScript interpreter on the file.
@@ -114,6 +116,15 @@ class ImageInputs(Modality):
                 "imported position grid is resampled)"
             )
 
+    def check_files(self, folder: Path, options: str) -> None:
+        asked = _asked_by(folder, self.size)
+        different = {name: x for name, x in asked.items() if x != getattr(self, name)}
+        if different:
+            flags = " ".join(f"--{options}.{name}={value}" for name, value in different.items())
+            raise ValueError(
+                f"the {PROCESSOR} beside the weights prepares pictures in another way: set {flags}"
+            )
+
     def without_border(self, value: Any, pixels: int) -> Image.Image:
         """Returns a picture without `pixels` on every side.
 
@@ -128,6 +139,30 @@ class ImageInputs(Modality):
             )
         decode_rgb(opened)  # in place: what cannot be decoded is refused here, and not by crop
         return opened.crop((pixels, pixels, width - pixels, height - pixels))
+
+
+def _asked_by(folder: Path, size: int) -> dict[str, Any]:
+    """The options that an image processor's file beside weights stands for, as far as it says.
+
+    How far pictures are resized counts only at the processor's own `size`.
+    """
+    file = folder / PROCESSOR
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not isinstance(content, dict) or not content.get("do_resize", True):
+        return {}
+    asked: dict[str, Any] = {}
+    if isinstance(content.get("resample"), int):
+        asked["resample"] = Image.Resampling(content["resample"]).name.lower()
+    resize, crop = content.get("size"), content.get("crop_size")
+    cropped = content.get("do_center_crop", crop is not None)
+    if not isinstance(resize, dict):  # an old file: its meaning is a matter of its class
+        return asked
+    asked["squash"] = "height" in resize and not cropped
+    short = resize.get("shortest_edge", resize.get("height"))
+    cut = crop.get("height") if isinstance(crop, dict) else crop
+    if cropped and cut == size and short is not None:
+        asked["eval_resize"] = 0 if short == size else short
+    return asked
 
 
 def open_picture(item: Any) -> bytes | Image.Image:
@@ -190,9 +225,7 @@ def eval_pixels(data: bytes | Image.Image, inputs: ImageInputs) -> UInt8[np.ndar
 
 def _around(width: int, height: int, short: int) -> tuple[int, int]:
     """Width and height with a shorter side of `short`; the longer one is rounded down."""
-    return (
-        (short, short * height // width) if width <= height else (short * width // height, short)
-    )
+    return (short, short * height // width) if width <= height else (short * width // height, short)
 
 
 def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:

@@ -262,6 +262,7 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
             continue
         with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
+        _check_inputs_of_files(blueprint.config, modality)
         imported |= result.leaves
         sources[modality] = TowerSource(
             result.source, result.sha256, code_of(tower), result.initialised
@@ -269,6 +270,15 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
         _check_filled(blueprint, modality, result.initialised)
     imported |= {path: put(path, x) for path, x in _logits_of_files(blueprint).items()}
     return imported, sources
+
+
+def _check_inputs_of_files(config: ExperimentConfig, tower: str) -> None:
+    path = locate(config.towers[tower].weights)
+    folder = path if path.is_dir() else path.parent
+    try:
+        config.data.inputs_of(tower).check_files(folder, f"config.data.{tower}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str]) -> None:

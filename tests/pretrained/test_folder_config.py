@@ -217,6 +217,16 @@ def test_an_own_export_brings_its_sizes(tmp_path):
     assert complete(TowerConfig("whisper", weights=str(tmp_path))).overrides == {}
 
 
+def test_a_published_whisper_hears_the_silence_behind_a_recording(tmp_path):
+    """As it was trained; `attend_padding=False` is the cheaper way, by name."""
+    for preset in ("", "whisper-tiny"):
+        config = TowerConfig("whisper", preset, weights=str(tmp_path))
+        assert complete(config).overrides["attend_padding"] is True
+        cheaper = dataclasses.replace(config, overrides={"attend_padding": False})
+        assert complete(cheaper).overrides["attend_padding"] is False
+    assert complete(TowerConfig("whisper", "whisper-tiny")).overrides == {}
+
+
 def test_an_own_exports_unseen_settings_are_compared(tmp_path):
     own_export(tmp_path)
     for change, named in (({"heads": 4}, "heads=2"), ({"activation": "gelu_erf"}, "'relu'")):
