@@ -205,9 +205,23 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         data=config.data,
         features=partial(kept.encode, output="features"),
         weights_from=config.loss.weights_from,
+        seen=_seen(config) if options.workdir else {},
     )
     if is_primary():
         _write(options, config, results, others, kept.encoder.step)
+
+
+def _seen(config: ExperimentConfig) -> dict[str, str]:
+    """What of the tasks' data the run was trained on, where its training data is at hand."""
+    from cwcl_jax.data.sources import open_source
+    from cwcl_jax.evaluation.runner import seen_in_training
+
+    try:
+        train = open_source(config.data.train, cache_dir=config.data.cache_dir)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        print(f"the training data is not at hand, to compare the tasks' data with it: {error}")
+        return {}
+    return seen_in_training(config.evaluation, train, config.data)
 
 
 def _write(

@@ -19,7 +19,7 @@ from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
-from cwcl_jax.data.sources import Source, open_source
+from cwcl_jax.data.sources import Source, check_training_line, open_source
 from cwcl_jax.data.sources.base import require_fields
 
 __all__ = ["EvalBatches", "TrainBatches", "eval_batches", "reader_threads", "train_batches"]
@@ -50,6 +50,7 @@ class TrainBatches:
                 f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
                 "use a multiple of their number."
             )
+        check_training_line(config.train)
         self.source = source or open_source(config.train, cache_dir=config.cache_dir)
         length = len(self.source)
         self._processor = Processor(config, towers, self.source.embedded)

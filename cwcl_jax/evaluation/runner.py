@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 
 from cwcl_jax.data.content import row_keys
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.overlap import shared_examples
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, open_source
 from cwcl_jax.evaluation.encoding import (
@@ -224,10 +226,11 @@ def run_tasks(
     data: DataConfig,
     features: Encode | None = None,
     weights_from: str = "",
+    seen: Mapping[str, str] = MappingProxyType({}),
 ) -> list[TaskResult]:
-    """All tasks of `config`, in its order."""
+    """All tasks of `config`, in its order; `seen` says what of a task's data was trained on."""
     shared = Runner(encode, data, config.batch_size, features, weights_from)
-    return [
+    results = [
         run_task(
             name,
             task,
@@ -240,3 +243,20 @@ def run_tasks(
         )
         for name, task in config.tasks.items()
     ]
+    return [
+        replace(result, warnings=(*result.warnings, f"{seen[result.name]}."))
+        if result.name in seen
+        else result
+        for result in results
+    ]
+
+
+def seen_in_training(config: EvaluationConfig, train: Source, data: DataConfig) -> dict[str, str]:
+    """What of the tasks' data is among the training data, by the names of the tasks."""
+    found = {}
+    for name, task in config.tasks.items():
+        source = open_source(task.source, cache_dir=data.cache_dir)
+        told = shared_examples(train, source, {data.inputs_of(task.tower).field or "text"})
+        if told:
+            found[name] = told
+    return found

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.data.sources import Source
 from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
 from cwcl_jax.evaluation.report import terminal_report, write_report
 from cwcl_jax.evaluation.results import TaskResult
-from cwcl_jax.evaluation.runner import run_tasks
+from cwcl_jax.evaluation.runner import run_tasks, seen_in_training
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
 from cwcl_jax.training.kept_rows import KeptRows
@@ -22,6 +23,13 @@ class Evaluator:
     def __init__(self, config: ExperimentConfig, workdir: Path):
         self._config = config
         self._workdir = workdir
+        self._seen: dict[str, str] = {}
+
+    def compare_with(self, train: Source) -> list[str]:
+        """Looks for the tasks' data in the training data; what was found, in words."""
+        config = self._config
+        self._seen = seen_in_training(config.evaluation, train, config.data)
+        return [f"evaluation task {name}: {told}" for name, told in self._seen.items()]
 
     def check_sources(self) -> None:
         """Raises ConfigError for a task that cannot run: now, not after the last step."""
@@ -75,6 +83,7 @@ class Evaluator:
             data=self._config.data,
             features=partial(kept.encode, output="features"),
             weights_from=self._config.loss.weights_from,
+            seen=self._seen,
         )
         kept.save()
         return results

@@ -17,7 +17,7 @@ import jax
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import cache_home, given_as_features, reads_features
-from cwcl_jax.data.sources import Embedded, Source, open_source
+from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
 from cwcl_jax.data.survey import Loss, survey, too_much
 from cwcl_jax.files import locked
 from cwcl_jax.modalities.text import OUTSIDE_SCENES
@@ -42,6 +42,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
       ConfigError: the data is not the same in every epoch.
       FileNotFoundError, ValueError: the data cannot be read.
     """
+    check_training_line(config.data.train)
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
     embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
     _check_repeatable(config, embedded, source, "embeds=")

@@ -101,6 +101,8 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
             _say_of_start(blueprint, state, start)
+            for told in evaluator.compare_with(batches.source):
+                say(f"warning: {told}")
             if config.optimizer.warmup_steps > config.total_steps:
                 say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")

@@ -211,3 +211,16 @@ def test_durations_of_zero_are_no_durations(tmp_path, caplog):
         opened(0, 0.0, 1)
     assert list(opened(0, 2, 1).durations) == [np.inf, 2.0, 1.0]
     assert "0 in 1 of 3 rows" in caplog.text
+
+
+def test_equal_tables_of_other_files_have_other_fingerprints(tmp_path):
+    """`folder:train` and `folder:test` whose files are numbered alike are not one data set."""
+
+    def written(name, seed):
+        (tmp_path / name / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "cat" / "0.jpg").write_bytes(jpeg(seed))
+        return open_source(f"folder:{tmp_path}/{name}").fingerprint()
+
+    assert written("train", 1) != written("test", 2)
+    assert written("train", 1) == written("copy", 1)
+    assert written("train", 1) != written("train", 3)  # changed after the fact

@@ -2,10 +2,12 @@
 
 import csv
 import difflib
+import functools
 import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +23,8 @@ from cwcl_jax.data.sources.texts import captions_of
 _LOG = logging.getLogger(__name__)
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
 _FILE_FIELDS = ("image", "audio")
+# Files that take part in a fingerprint: enough to tell data sets apart, few enough to be quick.
+_FILES_LOOKED_AT, _HEAD_BYTES = 64, 1 << 16
 # Between several captions in one string of a column.
 _NEXT_CAPTION = "\x1e"
 
@@ -96,7 +100,31 @@ class Table(Source):
         # Which examples stand in one batch depends on them.
         lengths = self._durations
         seconds = [] if lengths is None else [hashlib.sha256(lengths.tobytes()).hexdigest()]
-        return fingerprint_of("table", self._class_names, parts, *seconds)
+        return fingerprint_of("table", self._class_names, parts, *seconds, *self._files)
+
+    @functools.cached_property
+    def _files(self) -> list[str]:
+        """What some of the named files hold: tables of equal names may mean other pictures."""
+        made = [name for name in _FILE_FIELDS if name in self.columns]
+        rows = (
+            np.unique(np.linspace(0, len(self) - 1, _FILES_LOOKED_AT).astype(int)) if made else ()
+        )
+        found = []
+        for name in made:
+            for row in rows:
+                value = self.columns[name][int(row)]
+                found.append("" if value is None else _content_of(self.locate(value)))
+        return found
+
+
+def _content_of(file: Path) -> str:
+    """The size of a file and a hash of its beginning; "" where it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            head = hashlib.sha256(opened.read(_HEAD_BYTES)).hexdigest()[:16]
+            return f"{os.fstat(opened.fileno()).st_size}-{head}"
+    except (OSError, ValueError):
+        return ""
 
 
 def join_captions(captions: Sequence[str]) -> str:
