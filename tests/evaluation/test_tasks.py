@@ -22,6 +22,10 @@ SHAPES = ["circle", "square", "star"]
 AXES = dict(zip(SHAPES, np.eye(3), strict=True))
 
 
+def prompts_of(result):
+    return result.extras["prompt_sets"][""]
+
+
 def table(*rows):
     """Grey value -> embedding."""
     full = np.zeros((256, 3))
@@ -449,3 +453,26 @@ def test_recordings_that_are_cut_are_counted(monkeypatch):
         "1 speech item(s) are longer than max_seconds=0.1, and cut" in warning
         for warning in result.warnings
     )
+
+
+def test_a_sources_own_templates_are_the_usual_ones(monkeypatch):
+    """A CLIP_benchmark folder brings them; a task that names others gets these."""
+    source = Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES)
+    source.templates = ["{c}", "a view of {c}"]
+    give_sources(monkeypatch, x=source)
+    own = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+    assert prompts_of(own) == ("source", 6)
+    assert (
+        prompts_of(run(ZeroShot(source="memory:x", templates="simple"), Analytic(MODEL, AXES)))[0]
+        == "simple"
+    )
+    source.templates = ()
+    with pytest.raises(ValueError, match="brings no templates"):
+        run(ZeroShot(source="memory:x", templates="source"), Analytic(MODEL, AXES))
+
+
+def test_class_names_of_another_language_than_the_templates_are_warned_of(monkeypatch):
+    source = Memory([0, 1], labels=[0, 1], class_names=["круг", "квадрат"])
+    give_sources(monkeypatch, x=source)
+    result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+    assert any("templates are English" in warning for warning in result.warnings)

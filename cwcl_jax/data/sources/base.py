@@ -31,6 +31,7 @@ class Source:
 
     Attributes:
       class_names: class names in label order, where examples have labels.
+      templates: the data set's own prompt templates, with {c} for the class, where it has any.
       durations: length of every example (float64; seconds of recordings), where known without
         reading.
       embedded: names of the features that come with the examples.
@@ -40,6 +41,7 @@ class Source:
     """
 
     class_names: Sequence[str] | None = None
+    templates: Sequence[str] = ()
     durations: np.ndarray | None = None
     embedded: Sequence[str] = ()
     stores: Mapping[str, Sequence[Any]] = MappingProxyType({})
@@ -93,6 +95,10 @@ class SourceAround(Source):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def templates(self) -> Sequence[str]:
+        return self.source.templates
 
     @property
     def durations(self) -> np.ndarray | None:

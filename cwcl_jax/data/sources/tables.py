@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import read_bytes, require_file
@@ -113,18 +114,17 @@ class Table(Source):
         for name in made:
             for row in rows:
                 value = self.columns[name][int(row)]
-                found.append("" if value is None else _content_of(self.locate(value)))
+                found.append("" if value is None else self._content(value))
         return found
 
-
-def _content_of(file: Path) -> str:
-    """The size of a file and a hash of its beginning; "" where it cannot be read."""
-    try:
-        with open(file, "rb") as opened:
-            head = hashlib.sha256(opened.read(_HEAD_BYTES)).hexdigest()[:16]
-            return f"{os.fstat(opened.fileno()).st_size}-{head}"
-    except (OSError, ValueError):
-        return ""
+    def _content(self, name: str) -> str:
+        """The size of a file and a hash of its beginning; "" where it cannot be read."""
+        try:
+            with open(self.locate(name), "rb") as opened:
+                head = hashlib.sha256(opened.read(_HEAD_BYTES)).hexdigest()[:16]
+                return f"{os.fstat(opened.fileno()).st_size}-{head}"
+        except (OSError, ValueError, BadExample):
+            return ""
 
 
 def join_captions(captions: Sequence[str]) -> str:

@@ -59,11 +59,13 @@ class Tars(Source):
         text: str = "txt",
         cache_dir: str = "",
         class_names: Sequence[str] | None = None,
+        templates: Sequence[str] = (),
     ):
         if text not in ("txt", "lines") and not text.startswith("json:"):
             raise ValueError(f"text={text!r} of a tar source must be txt, lines or json:FIELD.")
         self.paths = list(paths)
         self.text = text
+        self.templates = templates
         self._class_names = class_names
         self._indexes = _load_indexes(self.paths, cache_dir)
         self.starts = [0, *accumulate(len(index) for index in self._indexes)]
@@ -250,14 +252,9 @@ def open_clip_benchmark(path: str, *, split: str = "test", cache_dir: str = "") 
     except ValueError as error:
         raise ValueError(f"{count} must hold one number.") from error
     names = _lines_if_there(Path(path) / "classnames.txt")
+    templates = _lines_if_there(Path(path) / "zeroshot_classification_templates.txt") or ()
     paths = [str(folder / f"{number}.tar") for number in range(shards)]
-    return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names)
-
-
-def clip_benchmark_templates(path: str) -> list[str] | None:
-    """The data set's own prompt templates, with `{}` for the class, where it has any."""
-    lines = _lines_if_there(Path(path) / "zeroshot_classification_templates.txt")
-    return None if lines is None else [line.replace("{c}", "{}") for line in lines]
+    return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names, templates=templates)
 
 
 def _lines_if_there(path: Path) -> list[str] | None:

@@ -46,12 +46,13 @@ from cwcl_jax.evaluation.zero_shot import (
 class Classification(Labelled):
     """Items against class embeddings from prompts.
 
-    `templates` is "simple" (Table 3), "general" (A.3.5), "name" (the bare class name), "dataset"
-    (sentences of `template_source`, by class) or a file of the user's (`prompts.load_templates`).
+    `templates` is "simple" (Table 3), "general" (A.3.5), "name" (the bare class name), "source"
+    (those that stand beside the data, as in CLIP_benchmark's folders), "dataset" (sentences of
+    `template_source`, by class) or a file of the user's (`prompts.load_templates`).
     """
 
     text_tower: str = "text"  # reads the prompts
-    templates: str = ""  # "" = those that are usual for the kind
+    templates: str = ""  # "" = the source's own, else those that are usual for the kind
     template_counts: tuple[int, ...] = ()  # e.g. (1, 5, 10): also with the first k templates
     template_source: str = ""  # source whose sentences are the templates of "dataset"
     sentences_per_class: int = 0  # at most so many of them per class; 0 = all
@@ -88,8 +89,8 @@ class Classification(Labelled):
 
     def check(self, towers: Collection[str], cache_dir: str = "") -> None:
         self.require_tower("text_tower", towers)
-        task_templates(self)
         super().check(towers, cache_dir)
+        task_templates(self, self.opened("source", cache_dir).templates)
         if self.template_source:
             self.opened("template_source", cache_dir)
 
@@ -130,7 +131,7 @@ def run_classification(name: str, task: Classification, runner: Runner) -> TaskR
     """top-k accuracies and mean per-class recall, for every prompt set of the task."""
     view, classes = candidates(task, runner)
     # Before the items: a missing file of prompts should not cost their encoding.
-    sets = prompt_sets(task, classes, runner)
+    sets = prompt_sets(task, classes, runner, view.templates)
     items, labels = embed_items(view, classes, task, runner)
     tally = _Tally({}, {}, {}, {})
     texts = task.reference_texts(items)
