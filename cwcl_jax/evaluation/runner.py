@@ -44,14 +44,31 @@ class Runner:
     known_sentences: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
     def open(
-        self, line: str, *, max_items: int = 0, crop_border: int = 0, option: str = "source"
+        self,
+        line: str,
+        *,
+        max_items: int = 0,
+        crop_border: int = 0,
+        option: str = "source",
+        seed: int = 0,
     ) -> View:
-        """The source that `line` names, cut to `max_items` (0 = all); `option` named it."""
+        """The source that `line` names, or `max_items` of it (0 = all), drawn evenly by `seed`.
+
+        `option` named the line.
+        """
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
         source = open_source(line, cache_dir=self.data.cache_dir)
-        count = min(len(source), max_items or len(source))
-        return self._view(source, np.arange(count), crop_border)
+        if not max_items or max_items >= len(source):
+            return self._view(source, np.arange(len(source)), crop_border)
+        self.warn(
+            f"{max_items} of {len(source)} examples of {line}, drawn evenly with seed {seed} "
+            "(max_items)."
+        )
+        # One from each of so many equal stretches: data is often sorted by class.
+        edges = np.linspace(0, len(source), max_items + 1).astype(np.int64)
+        drawn = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+        return self._view(source, drawn, crop_border)
 
     def select(self, view: View, chosen: Int[np.ndarray, "n"]) -> View:
         """Some examples of `view`, by their place in it."""

@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
+from cwcl_jax.files import matching
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -266,7 +268,7 @@ def weights_file(path: Path) -> Path:
         if (path / name).exists():
             return path / name
     for pattern in ("*.safetensors", "*.npz"):
-        found = sorted(path.glob(pattern))
+        found = matching(path, pattern)
         if len(found) == 1:
             return found[0]
     raise FileNotFoundError(

@@ -355,7 +355,7 @@ def test_an_index_of_the_first_version_is_made_again(tmp_path):
     kept.write_bytes(json.dumps(old | {"version": 1}).encode() + b"\n" + table)
     index = load_index(str(path))
     assert (len(index), index.checksum) == (2, expected)
-    assert json.loads(kept.read_bytes().split(b"\n", 1)[0])["version"] == 2
+    assert json.loads(kept.read_bytes().split(b"\n", 1)[0])["version"] == 3
 
 
 def test_more_tars_than_open_files(tmp_path):

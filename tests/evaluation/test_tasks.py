@@ -476,3 +476,16 @@ def test_class_names_of_another_language_than_the_templates_are_warned_of(monkey
     give_sources(monkeypatch, x=source)
     result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
     assert any("templates are English" in warning for warning in result.warnings)
+
+
+def test_some_items_of_sorted_data_are_of_all_classes(monkeypatch):
+    labels = np.repeat([0, 1, 2], 10).tolist()
+    give_sources(monkeypatch, x=Memory(labels, labels=labels, class_names=SHAPES))
+    drawn = [
+        run(ZeroShot(source="memory:x", max_items=6, seed=seed), Analytic(MODEL, AXES))
+        for seed in (0, 0, 1)
+    ]
+    assert np.bincount(drawn[0].items["labels"]).tolist() == [2, 2, 2]
+    ids = [result.items["ids"].tolist() for result in drawn]
+    assert ids[0] == ids[1] != ids[2]
+    assert any("6 of 30 examples of memory:x, drawn evenly" in w for w in drawn[0].warnings)

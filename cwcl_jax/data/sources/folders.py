@@ -8,6 +8,7 @@ from cwcl_jax.data.sources.files import require
 from cwcl_jax.data.sources.tables import Table, table_of_rows
 from cwcl_jax.data.sources.tar_index import PARTS
 from cwcl_jax.data.sources.texts import lines_of, text_of_bytes
+from cwcl_jax.files import is_hidden
 
 
 def open_folder(path: str, *, captions: bool = False) -> Table:
@@ -38,7 +39,8 @@ def _folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Folders in order, with their files; links are followed, but not back to where they lie."""
     for name, subfolders, files in os.walk(root, followlinks=True):
         folder = Path(name)
-        yield folder, files
+        yield folder, [file for file in files if not is_hidden(file)]
+        subfolders[:] = [sub for sub in subfolders if not is_hidden(sub)]
         links = [sub for sub in subfolders if (folder / sub).is_symlink()]
         real = folder.resolve() if links else folder
         back = {sub for sub in links if real.is_relative_to((folder / sub).resolve())}

@@ -207,7 +207,7 @@ def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -
         "validation": _names_in(root / "validation_list.txt"),
         "test": _names_in(root / "testing_list.txt"),
     }
-    words = [d.name for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith("_")]
+    words = [d.name for d in sorted(root.iterdir()) if d.is_dir() and d.name[0] not in "._"]
     if classes == 10:
         words = [word for word in TEN_COMMANDS if word in words]
     rows = []
@@ -215,7 +215,7 @@ def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -
         for name in sorted(os.listdir(root / word)):
             file = f"{word}/{name}"
             where = next((key for key, names in lists.items() if file in names), "train")
-            if name.endswith(".wav") and where == split:
+            if name.endswith(".wav") and name[0] != "." and where == split:
                 rows.append({"id": file, "audio": file, "text": word, "label": word})
     if not rows:
         raise ValueError(f"{root} has no recordings of split={split!r} (train, validation, test).")

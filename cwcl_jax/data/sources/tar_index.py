@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from cwcl_jax.data.options import cache_home
-from cwcl_jax.files import replacing
+from cwcl_jax.files import is_hidden, replacing
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 2  # 1: without a checksum, and another choice among several pictures
+_VERSION = 3  # 1: without a checksum; 2: with what stands in hidden folders
 _BLOCK = 512
 # One read of this much holds many headers of small members; a disk gives it faster than the
 # headers one by one (300 against 150 MB/s cold).
@@ -186,7 +186,8 @@ def _meaning(name: bytes) -> tuple[bytes, str | None, bool]:
     """Key and part (None = of no use) of a member; whether all of its extension says so."""
     folder, _, base = name.rpartition(b"/")
     stem, dot, ending = base.partition(b".")
-    if not dot or not stem:
+    hidden = any(map(is_hidden, folder.decode("utf-8", "replace").strip("./").split("/")))
+    if not dot or not stem or hidden:
         return b"", None, False
     extension = ending.decode("ascii", "replace").lower()
     part = _PART_OF.get(extension)

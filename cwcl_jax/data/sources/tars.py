@@ -19,6 +19,7 @@ from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.tar_index import TarIndex, load_index
 from cwcl_jax.data.sources.texts import captions_of, lines_of, text_of_bytes
+from cwcl_jax.files import matching
 
 _LOG = logging.getLogger(__name__)
 # Descriptors kept open; systems allow a process about a thousand by default.
@@ -235,7 +236,7 @@ def _warn_of_losses(paths: Sequence[str], indexes: Sequence[TarIndex]) -> None:
 def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
     """Opens `tars:/data/{00000..01242}.tar?text=json:caption`; a folder means all its tars."""
     if os.path.isdir(path):
-        paths = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        paths = [str(tar) for tar in matching(Path(path), "*.tar")]
         if not paths:
             raise FileNotFoundError(f"The folder {path} holds no .tar files.")
     else:

@@ -25,7 +25,9 @@ class Cropped(Task):
         at_least(0, self, "crop_border")
 
     def open(self, runner: Runner) -> View:
-        return runner.open(self.source, max_items=self.max_items, crop_border=self.crop_border)
+        return runner.open(
+            self.source, max_items=self.max_items, crop_border=self.crop_border, seed=self.seed
+        )
 
 
 @dataclass(frozen=True)
