@@ -29,6 +29,8 @@ _USUAL = {
 # The package's own tokenizer, made for captions of its own scenes.
 _OWN = "scenes"
 OUTSIDE_SCENES = "outside the words of the package's tokenizer for scenes, spelt in letters"
+# What stands for bytes that no UTF-8 can be, in this package's reading or an earlier one.
+_REPLACED = "\ufffd"
 # Whether examples have several captions is a matter of the source: a few of them tell.
 _LOOKED_AT = 100
 
@@ -142,13 +144,16 @@ class TextInputs(Modality):
 
 
 def usable_captions(value: Any) -> list[str]:
-    """Returns the captions of an example that hold any text.
+    """Returns the captions of an example that hold any text, all of it readable.
 
     Raises:
       BadExample: there is none.
     """
     options = [value] if isinstance(value, str) else value
-    usable = [text.strip() for text in options if text and text.strip()]
+    filled = [text.strip() for text in options if text and text.strip()]
+    usable = [text for text in filled if _REPLACED not in text]
+    if filled and not usable:
+        raise BadExample("text not UTF-8", f"{filled[0][:40]!r}: convert its file to UTF-8")
     if not usable:
         raise BadExample("text empty")
     return usable
@@ -236,6 +241,8 @@ class TextTokenizer:
         encoded = self._fast.encode(caption)
         pieces = [encoded, *encoded.overflowing]
         remarks = [f"cut at max_tokens={self.max_tokens}"] if encoded.overflowing else []
+        if _REPLACED in caption:
+            remarks.append("not UTF-8 in their file: letters are lost (U+FFFD)")
         unknown = self.special_tokens.get("unk_token")
         tokens = [token for piece in pieces for token in piece.tokens]
         if self.is_own and any(token.startswith("##") or token == unknown for token in tokens):

@@ -14,6 +14,7 @@ from pathlib import Path
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Source
+from cwcl_jax.data.sources.base import columns_taken
 from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
@@ -100,6 +101,8 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
+            for told in columns_taken(batches.source):
+                say(f"training data: {told}")
             _say_of_start(blueprint, state, start)
             for told in evaluator.compare_with(batches.source):
                 say(f"warning: {told}")

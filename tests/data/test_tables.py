@@ -1,3 +1,4 @@
+import csv
 import json
 import tracemalloc
 
@@ -6,7 +7,7 @@ import pytest
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.data.sources.base import require_fields
+from cwcl_jax.data.sources.base import columns_taken, require_fields
 from tests.data.making import jpeg
 
 
@@ -154,7 +155,7 @@ def test_other_separators_are_refused(tmp_path):
 
 
 def test_usual_columns_are_found_in_any_case(tmp_path):
-    (tmp_path / "p.csv").write_text("URL,TEXT,Caption,Filepath,caption\nu,yes,no,a.jpg,also\n")
+    (tmp_path / "p.csv").write_text("URL,TEXT,Filepath\nu,yes,a.jpg\n")
     source = open_source(f"csv:{tmp_path}/p.csv")
     assert source.read(0, ("text",)) == {"id": "a.jpg", "text": "yes"}
 
@@ -224,3 +225,48 @@ def test_equal_tables_of_other_files_have_other_fingerprints(tmp_path):
     assert written("train", 1) != written("test", 2)
     assert written("train", 1) == written("copy", 1)
     assert written("train", 1) != written("train", 3)  # changed after the fact
+
+
+CAPTIONS = [
+    "a plain cat",
+    'a sign that says "STOP"',
+    "two lines\nof one caption",
+    'the "best" dog',
+    'a 5" nail',
+]
+
+
+def test_a_table_with_tabs_that_pandas_wrote_is_not_read_as_text(tmp_path):
+    file = tmp_path / "p.tsv"
+    with open(file, "w", newline="") as opened:
+        writer = csv.writer(opened, delimiter="\t", lineterminator="\n")
+        writer.writerow(("filepath", "title"))
+        writer.writerows((f"{i}.png", caption) for i, caption in enumerate(CAPTIONS))
+    with pytest.raises(ValueError, match="quoting=on if these enclose fields"):
+        open_source(f"csv:{file}")
+    table = open_source(f"csv:{file}?quoting=on")
+    assert [table.read(i, ("text",))["text"] for i in range(len(table))] == CAPTIONS
+    file.write_text('filepath\ttitle\n0.png\t"STOP" says a sign\n1.png\ta 5" nail\n')
+    assert open_source(f"csv:{file}").read(0, ("text",))["text"] == '"STOP" says a sign'
+
+
+def test_two_columns_that_may_be_the_text_are_told_where_it_is_needed(tmp_path):
+    (tmp_path / "t.csv").write_text("filepath,title,text\na.png,The page,A cat on a mat\n")
+    source = open_source(f"csv:{tmp_path}/t.csv")
+    with pytest.raises(
+        ValueError, match=r"2 columns that may be the text \(title, text\); .*text="
+    ):
+        require_fields(source, ("image", "text"), "line")
+    chosen = open_source(f"csv:{tmp_path}/t.csv?text=text")
+    require_fields(chosen, ("image", "text"), "line")
+    assert columns_taken(chosen) == ["image from filepath, text from text"]
+    assert chosen.read(0, ("text",))["text"] == "A cat on a mat"
+
+
+def test_a_column_of_files_is_what_the_files_are(tmp_path):
+    """The metadata.csv of an audio folder calls its recordings `file_name`, as one of pictures."""
+    (tmp_path / "metadata.csv").write_text("file_name,transcription\na.wav,hello\n")
+    source = open_source(f"csv:{tmp_path}/metadata.csv?text=transcription")
+    assert set(source.columns) == {"audio", "text"}
+    (tmp_path / "m.jsonl").write_text('{"path": "a.jpg", "text": "a cat"}\n')
+    assert set(open_source(f"jsonl:{tmp_path}/m.jsonl").columns) == {"image", "text"}
