@@ -201,7 +201,10 @@ class EmbeddingStore:
         names, bodies = [name for name, _ in parts], [body for _, body in parts]
         if not all(bodies):
             return names, None
-        return names, self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
+        vectors = self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
+        flat = vectors.reshape(len(vectors), -1)
+        usable = np.isfinite(flat).all() and flat.any(axis=1).all()
+        return names, vectors if usable else None
 
     def _vectors(self, body: bytes, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
         return np.frombuffer(body, self._dtype).astype(np.float32).reshape(shape)

@@ -129,7 +129,7 @@ class EvalBatches:
         batch["index"] = np.array([index for index, _, _ in rows], np.int64)
         batch["valid"] = np.array([inputs is not None for _, inputs, _ in rows])
         labels = [example.get("label", -1) for _, _, example in rows]
-        batch["label"] = np.array(labels, np.int32)
+        batch["label"] = np.array(labels, np.int64)
         batch["lost"] = [example.get("lost", {}) for _, _, example in rows]
         batch["id"] = [example.get("id", "") for _, _, example in rows]
         return batch

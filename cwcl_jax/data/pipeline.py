@@ -50,8 +50,10 @@ class TrainBatches:
                 f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
                 "use a multiple of their number."
             )
-        check_training_line(config.train)
-        self.source = source or open_source(config.train, cache_dir=config.cache_dir)
+        if source is None:
+            check_training_line(config.train)
+            source = open_source(config.train, cache_dir=config.cache_dir)
+        self.source = source
         length = len(self.source)
         self._processor = Processor(config, towers, self.source.embedded)
         self._seed = seed

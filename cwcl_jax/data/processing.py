@@ -98,7 +98,7 @@ class Processor:
     def _label(self, example: Example, prepared: Mapping[str, Any]) -> np.int32:
         """Equal for pairs that the options call alike."""
         if self.config.labels == "class":
-            return np.int32(_field(example, "label"))
+            return _in_32_bits(_field(example, "label"))
         # The caption that a tower reads, if one does, so that label and input agree.
         read = [
             prepared[tower]
@@ -153,6 +153,12 @@ def _field(example: Example, name: str) -> Any:
     if value is None:
         raise BadExample(f"{name} missing", f"the example has {', '.join(example)}")
     return value
+
+
+def _in_32_bits(label: int) -> np.int32:
+    """The label, or a hash of it where it is too large."""
+    small = -(1 << 31) <= label < 1 << 31
+    return np.int32(label if small else zlib.crc32(str(int(label)).encode()) & 0x7FFFFFFF)
 
 
 def _features(example: Example, tower: str, modality: Modality) -> np.ndarray:

@@ -257,3 +257,20 @@ def test_training_refuses_ids_that_do_not_belong(tmp_path):
     writer.write(writer.pending()[0], [f"other {i}" for i in range(COUNT)], VECTORS)
     with pytest.raises(ValueError, match="belongs to 'other"):
         _batches(open_source(f"{LINE}&embeds={tmp_path}"), 1)
+
+
+def test_a_stored_vector_of_zeros_is_named_and_not_used(tmp_path):
+    rows = VECTORS.copy()
+    rows[7] = 0
+    writer = EmbeddingWriter(tmp_path, _description(shard_size=64))
+    source = open_source(LINE)
+    ids = [source.read(i, ())["id"] for i in range(COUNT)]
+    writer.write(range(COUNT), ids, rows)
+    for line in (f"embeddings:{tmp_path}", f"{LINE}&embeds={tmp_path}"):
+        opened = open_source(line)
+        with pytest.raises(BadExample, match=f"features all zero: {ids[7]}"):
+            opened.read(7, ("features",))
+        assert opened.vectors(np.array([6, 7])) is None
+        assert opened.vectors(np.array([5, 6]))["image"].shape == (2, DIM)
+    with pytest.raises(BadExample, match="item 1"):
+        FeatureInputs().batch([np.ones(3), np.zeros(3)])
