@@ -252,7 +252,7 @@ def load_run(
     """Definition, leaves and description of a run's model, on the default device."""
     from cwcl_jax.training.encode import restore
 
-    restored = restore(workdir, step, devices=jax.local_devices()[:1])
+    restored = restore(workdir, step, devices=jax.local_devices()[:1], compact=False)
     blueprint = restored.blueprint
     config = blueprint.config
     description = ModelDescription(

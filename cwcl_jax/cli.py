@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -35,6 +37,55 @@ def define_config_flag() -> flags.FlagHolder:
     )
 
 
+# Settings of encoders that the command line gives: tower, name or "" for several, text.
+_OVERRIDES: list[tuple[str, str, str]] = []
+_OVERRIDE = re.compile(r"--?config\.towers\.([\w-]+)\.overrides(?:\.(\w+))?(=.*)?", re.DOTALL)
+
+
+def _take_overrides(argv: Sequence[str]) -> list[str]:
+    """The arguments without settings of encoders, which are kept for `resolve_config`.
+
+    The flags' library knows neither the names of such settings nor how to add to them.
+    """
+    _OVERRIDES.clear()
+    rest, waiting = [], iter(argv)
+    for argument in waiting:
+        match = _OVERRIDE.fullmatch(argument)
+        if match is None:
+            rest.append(argument)
+            continue
+        text = match[3][1:] if match[3] else next(waiting, "")
+        _OVERRIDES.append((match[1], match[2] or "", text))
+    return rest
+
+
+def with_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain config with the encoders' settings of the command line beside its own.
+
+    Raises:
+      ConfigError: there is no such tower, or several settings are no dict.
+    """
+    config = dict(config)
+    for tower, name, text in _OVERRIDES:
+        option = f"--config.towers.{tower}.overrides"
+        towers = config.get("towers", {})
+        if tower not in towers:
+            raise ConfigError(f"{option}: the towers are {', '.join(towers)}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        if not name and not isinstance(value, dict):
+            raise ConfigError(
+                f'{option}={text}: settings by name are wanted, as {option}.NAME=VALUE or "'
+                "{'NAME': VALUE}\""
+            )
+        own = dict(towers[tower].get("overrides") or {})
+        changed = own | ({name: value} if name else value)
+        config["towers"] = {**towers, tower: {**towers[tower], "overrides": changed}}
+    return config
+
+
 def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
     """The frozen experiment that the flags name.
 
@@ -52,7 +103,7 @@ def resolve_config(flag: flags.FlagHolder) -> ExperimentConfig:
     if not is_config:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {flag.value!r}")
     _make_importable(Path(path).resolve().parent)
-    return from_config_dict(flag.value)
+    return from_config_dict(with_overrides(flag.value.to_dict()))
 
 
 def _make_importable(folder: Path) -> None:
@@ -93,7 +144,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        # The flags' library looks for overrides of a config in sys.argv itself.
+        whole, sys.argv = sys.argv, _take_overrides(argv)
+        try:
+            rest = flags.FLAGS(sys.argv)
+        finally:
+            sys.argv = whole
     except flags.Error as error:
         # A config file's own error comes as the text of a traceback; its last line says it.
         lines = [line for line in str(error).splitlines() if line.strip()]

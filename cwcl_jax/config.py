@@ -58,7 +58,8 @@ class ExperimentConfig:
       global_batch_size: pairs in one step over all devices and processes.
       accumulation_steps: chunks that the towers run over; the loss still sees the whole batch.
       embed_dim: width of the shared embedding space.
-      dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay float32.
+      dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay
+        float32, but for locked kernels during a run, which lie in it to save memory.
       towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
     """
 
@@ -104,6 +105,11 @@ def check(config: ExperimentConfig) -> None:
     for field in ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim"):
         if getattr(config, field) < 1:
             raise ConfigError(f"config.{field} must be at least 1, got {getattr(config, field)}")
+    if config.global_batch_size == 1:
+        raise ConfigError(
+            "config.global_batch_size=1 trains nothing: a pair alone has no other to be told from, "
+            "and the loss 0"
+        )
     if config.global_batch_size % config.accumulation_steps:
         raise ConfigError(
             f"config.global_batch_size={config.global_batch_size} is not divisible by "

@@ -192,15 +192,26 @@ class TrainBatches:
         return self._counter.kinds
 
     def get_state(self) -> dict[str, int]:
-        """Where the iterator stands: the number of the next step. Independent of the hosts."""
-        return {"step": self._step}
+        """Where the iterator stands: the next step, and examples of its epoch before it.
+
+        Independent of the hosts.
+        """
+        epoch, step = divmod(self._step, self.steps_per_epoch)
+        return {"step": self._step, "epoch": epoch, "examples": step * self._global_size}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Continues from a state of `get_state`, of any number of hosts."""
+        """Continues from a state of `get_state`, of any number of hosts and any batch size.
+
+        Where the batch size changed, the next batch begins with the first example that no batch
+        had, or up to a batch later, since batches begin at multiples of their size.
+        """
         if "step" not in state:
             raise ValueError(f"No position of the data: expected {{'step': n}}, got {dict(state)}.")
         self.close()
         self._step = int(state["step"])
+        if "examples" in state:  # an earlier version saved the step alone
+            begun = -(-int(state["examples"]) // self._global_size)
+            self._step = int(state["epoch"]) * self.steps_per_epoch + begun
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides which arrays come at which step; compare before resuming."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,14 +38,14 @@ def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
       source: the examples; those that cannot be used are left out.
       inputs: of the towers that read raw values, by name.
     """
-    losers = {t: m for t, m in inputs.items() if type(m).lost is not Modality.lost}
+    losers = {tower: m for tower, m in inputs.items() if _says_something(m)}
     counts: dict[str, Counter[str]] = {tower: Counter() for tower in losers}
     looked_at = Counter[str]()
     for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)):
         for tower, modality in losers.items():
             try:
                 value = source.read(int(index), (modality.field,)).get(modality.field)
-                remarks = () if value is None else modality.lost(value)
+                remarks = () if value is None else _remarks(modality, value)
             except BadExample:
                 continue
             looked_at[tower] += value is not None
@@ -54,6 +55,21 @@ def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
         for tower, remarks in counts.items()
         for remark, count in remarks.items()
     ]
+
+
+def _says_something(modality: Modality) -> bool:
+    kind = type(modality)
+    return kind.lost is not Modality.lost or kind.remarks is not Modality.remarks
+
+
+def _remarks(modality: Modality, value: Any) -> list[str]:
+    """All remarks about a raw value and its arrays."""
+    found = list(modality.lost(value))
+    if type(modality).remarks is not Modality.remarks:
+        (arrays,) = modality.finish([modality.prepare(value)])
+        rows = {name: np.asarray(array)[None] for name, array in arrays.items()}
+        found += [remark for remark, marked in modality.remarks(rows).items() if marked.any()]
+    return found
 
 
 def too_much(losses: Collection[Loss], limit: float) -> Loss | None:

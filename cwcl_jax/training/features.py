@@ -100,7 +100,7 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
 def _remedy(config: ExperimentConfig, loss: Loss) -> str:
     options = f"config.data.{loss.tower}"
     if loss.remark != OUTSIDE_SCENES:
-        return f"set the length in {options} to what the data needs, or choose other data"
+        return f"repair or choose the data, or set a length in {options} that fits it"
     weights = config.towers[loss.tower].weights
     hint = (
         f", for example the one that belongs to the tower's weights, {weights}" if weights else ""

@@ -144,11 +144,15 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
     )
 
 
-def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = True) -> Blueprint:
+def make_blueprint(
+    config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = True, compact: bool = True
+) -> Blueprint:
     """The static side of a run; no array is allocated.
 
     Args:
       check_batch: whether the global batch must fit the mesh; training needs it.
+      compact: whether locked kernels lie in the compute dtype, as a run needs them; False keeps
+        what their files hold.
 
     Raises:
       ConfigError: the towers cannot be built as described, the global batch does not divide over
@@ -175,7 +179,7 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
     except ValueError as error:
         raise ConfigError(str(error)) from error
     abstract = {
-        path: _locked_storage(leaf, config, path) if path not in trained else leaf
+        path: _locked_storage(leaf, config, path) if compact and path not in trained else leaf
         for path, leaf in abstract.items()
     }
     return Blueprint(config, mesh, model_def, _with_shardings(mesh, abstract), trained)

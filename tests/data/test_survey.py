@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from cwcl_jax.config import ConfigError
@@ -67,3 +68,12 @@ def test_a_recording_that_is_longer_than_its_list_says_is_no_part_of_the_batch()
         inputs.fitting(four, 1.0)
     assert inputs.fitting(four, 8.0).max_seconds == 8.0
     assert inputs.fitting((np.ones(16_100, np.int16), 16_000), 1.0).max_seconds == 1.0
+
+
+def test_silent_recordings_are_told_before_the_first_step(tmp_path):
+    for name, level in (("a", 0), ("b", 9000), ("c", 9000)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(8_000, level, np.int16), 16_000)
+    rows = "".join(f"{name}.wav,hello\n" for name in "abc")
+    (tmp_path / "t.csv").write_text("audio,text\n" + rows)
+    losses = survey(open_source(f"csv:{tmp_path}/t.csv"), {"speech": SpeechInputs()})
+    assert [str(loss) for loss in losses] == ["1 of 3 speech inputs are silent"]

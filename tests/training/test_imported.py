@@ -36,6 +36,15 @@ def test_a_locked_tower_is_not_left_with_a_random_projection(exported):
         import_towers(blueprint_of(toy_config(**(changes | more))))
 
 
+def test_locked_kernels_are_small_in_a_run_and_whole_where_a_model_is_taken_out(exported):
+    config = toy_config(**{"dtype": "bfloat16", "towers.image.weights": exported})
+    for compact, dtype in ((True, "bfloat16"), (False, "float32")):
+        mesh = sharding.make_mesh(config.mesh)
+        blueprint = make_blueprint(config, mesh, check_batch=False, compact=compact)
+        kernels = {leaf.dtype for p, leaf in blueprint.abstract_locked.items() if "kernel" in p}
+        assert {str(kind) for kind in kernels} == {dtype}
+
+
 def test_the_logit_scale_of_one_file_for_both_towers_is_taken(exported):
     both = {"towers.image.weights": exported, "towers.text.weights": exported}
 
