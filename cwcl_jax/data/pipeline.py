@@ -71,7 +71,7 @@ class TrainBatches:
         self.steps_per_epoch = self.examples_per_epoch // global_batch_size
         self._check(config, length)
         self._buckets = self._make_buckets(config)
-        self._counter = SkipCounter(config.max_skipped_share)
+        self._counter = SkipCounter(config.max_skipped_share, length)
         self._config = config
         self._reader = ChunkedReader(
             self._load, local_size=self._local_size, steps=_ENDLESS // self._local_size,
@@ -179,7 +179,7 @@ class TrainBatches:
                 key = (self._seed, 21, epoch, position)
                 return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
-                self._counter.add_skipped(name, error)
+                self._counter.add_skipped(name, error, index)
             index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
         raise RuntimeError(
             f"{_MAX_REPLACEMENTS} examples in a row were unusable at position {position} of epoch "
@@ -188,7 +188,7 @@ class TrainBatches:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Number of skipped examples by kind, on this host, since the iterator was made."""
+        """Number of different skipped examples by kind, on this host, since it was made."""
         return self._counter.kinds
 
     def get_state(self) -> dict[str, int]:

@@ -27,6 +27,9 @@ from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities.features import only_features
 
+# Fields of tasks that name data.
+_SOURCES = ("source", "train_source", "template_source")
+
 
 @dataclass
 class Runner:
@@ -41,6 +44,8 @@ class Runner:
     warnings: list[str] = field(default_factory=list)
     # What earlier tasks of the same evaluation have embedded: items, and sentences by tower.
     known_items: dict[Any, tuple[Items, list[str]]] = field(default_factory=dict)
+    # Fingerprints of the sources that were opened, by line.
+    opened: dict[str, str] = field(default_factory=dict)
     known_sentences: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
     def open(
@@ -59,6 +64,7 @@ class Runner:
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
         source = open_source(line, cache_dir=self.data.cache_dir)
+        self.opened[line] = source.fingerprint()
         if not max_items or max_items >= len(source):
             return self._view(source, np.arange(len(source)), crop_border)
         self.warn(
@@ -231,6 +237,9 @@ def _completed(result: Any, task: Task, runner: Runner) -> TaskResult:
     return replace(
         result,
         metrics={key: float(value) for key, value in result.metrics.items()},
+        items=result.items
+        and {**result.items, "data": np.asarray([f"{k} {v}" for k, v in runner.opened.items()])},
+        data=dict(runner.opened),
         warnings=tuple(runner.warnings),
         seconds=dict(runner.clock.seconds),
     )
@@ -266,6 +275,19 @@ def run_tasks(
         else result
         for result in results
     ]
+
+
+def fingerprints(config: EvaluationConfig, data: DataConfig) -> dict[str, dict[str, str]]:
+    """What the data of every task is now: option -> fingerprint, by the tasks' names."""
+    found = {}
+    for name, task in config.tasks.items():
+        lines = {option: getattr(task, option, "") for option in _SOURCES}
+        found[name] = {
+            option: open_source(line, cache_dir=data.cache_dir).fingerprint()
+            for option, line in lines.items()
+            if line
+        }
+    return found
 
 
 def seen_in_training(config: EvaluationConfig, train: Source, data: DataConfig) -> dict[str, str]:

@@ -27,6 +27,8 @@ _EDGE_SECONDS = 0.25
 _LOUDEST = 2.0
 # Peak of a recording (of 32767) below which nothing can be heard.
 _SILENCE = 8
+# Of an encoder with a table of positions: two frames of 10 ms.
+_POSITION_SECONDS = 0.02
 # What a listed duration may be short of the file's.
 _ROUNDED_SECONDS = 0.1
 _FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
@@ -96,6 +98,16 @@ class SpeechInputs(Modality):
             if samples >= longest:
                 return {**arrays, "waveform": arrays["waveform"][:, :samples]}
         return arrays
+
+    def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
+        del imported
+        positions = getattr(settings, "max_positions", None)
+        if positions is not None and self.max_seconds > positions * _POSITION_SECONDS:
+            raise ValueError(
+                f"{options}.max_seconds={self.max_seconds:g}, but the tower hears "
+                f"{positions * _POSITION_SECONDS:g} s: lower it, or raise max_positions in "
+                f"{overrides}"
+            )
 
     def varies(self, source: Any) -> str:
         durations = source.durations

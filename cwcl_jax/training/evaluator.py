@@ -10,7 +10,7 @@ from cwcl_jax.data.sources import Source
 from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
 from cwcl_jax.evaluation.report import terminal_report, write_report
 from cwcl_jax.evaluation.results import TaskResult
-from cwcl_jax.evaluation.runner import run_tasks, seen_in_training
+from cwcl_jax.evaluation.runner import fingerprints, run_tasks, seen_in_training
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
 from cwcl_jax.training.kept_rows import KeptRows
@@ -64,6 +64,13 @@ class Evaluator:
         if is_primary():
             write_text(self._table_path, table + "\n")
         return table, _flat(results)
+
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Of the tasks' data; empty where some of it is not at hand."""
+        try:
+            return fingerprints(self._config.evaluation, self._config.data)
+        except (FileNotFoundError, ValueError, ImportError):
+            return {}
 
     def has_results(self) -> bool:
         return self._table_path.exists()

@@ -17,6 +17,7 @@ import jax
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import cache_home, given_as_features, reads_features
+from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
 from cwcl_jax.data.survey import Loss, survey, too_much
 from cwcl_jax.files import locked
@@ -63,6 +64,14 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         return source
     _check_repeatable(config, locked, source, "config.data.keep_locked_features=True")
     check_inputs(blueprint.config)
+    # What batches ask of the settings: now, and not after hours of embedding.
+    train_batches(
+        config.data,
+        config.tower_names,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        source=source,
+    ).close()
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
     for tower in locked:

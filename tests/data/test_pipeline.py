@@ -519,6 +519,19 @@ def test_evaluation_is_dealt_to_hosts_in_equal_steps(hosts):
             np.testing.assert_array_equal(joined, batch[name])
 
 
+def test_an_example_is_counted_as_unusable_once_however_many_epochs_meet_it():
+    """A run that passes its first epoch does not end in the second one for the same files."""
+    counter = SkipCounter(0.01, length=90)
+    for _ in range(5):
+        counter.add_read(81)
+        for index in range(9):
+            counter.add_skipped(f"example {index}", BadExample("image unreadable"), index)
+    assert counter.total == 9
+    with pytest.raises(TooManyBadExamples, match="11 of the 90 examples"):
+        for index in range(9, 30):
+            counter.add_skipped(f"example {index}", BadExample("image unreadable"), index)
+
+
 def test_a_position_is_counted_in_examples_so_that_the_batch_may_change():
     config = DataConfig(train="scenes:train?n=48", threads=1)
 

@@ -19,6 +19,7 @@ from cwcl_jax.evaluation.runner import Runner
 from cwcl_jax.evaluation.significance import bootstrap_intervals
 from cwcl_jax.evaluation.tables import (
     Table,
+    drawn_groups,
     interval_notes,
     metric_cells,
     metric_header,
@@ -157,7 +158,7 @@ def run_classification(name: str, task: Classification, runner: Runner) -> TaskR
         items={"ids": np.asarray(items.ids), "labels": labels, "predicted": predicted}
         | ({} if groups is None else {"groups": groups})
         | tally.ranks
-        | {"class_names": np.asarray(classes.titles)}
+        | {"class_names": np.asarray(classes.titles), "top_k": np.asarray(task.top_k)}
         | {f"prompts{chosen.suffix}": chosen.described() for chosen in sets},
         extras={
             "class_names": classes.titles,
@@ -218,7 +219,8 @@ def _table(results: Sequence[TaskResult]) -> Table:
             for top in tops:
                 row += metric_cells(result, f"{prefix}{top}{suffix}", first=top == tops[0])
             row.append(percent_of(result, f"{prefix}mean_per_class_recall{suffix}"))
-            rows.append((*row, str(len(result.items["labels"]))))
+            count, texts = str(len(result.items["labels"])), drawn_groups(result)
+            rows.append((*row, f"{count} ({texts} texts)" if texts else count))
     notes = interval_notes(results)
     if any("_general" in result.extras["prompt_sets"] for result in results):
         notes.append("general: the templates of A.3.5, the columns marked # in the paper's tables.")

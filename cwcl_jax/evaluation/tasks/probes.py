@@ -144,7 +144,12 @@ def run_probe(name: str, task: Probe, runner: Runner) -> TaskResult:
         metrics=metrics,
         chance=chance,
         intervals=bootstrap_intervals(hits, task),
-        items={"ids": np.asarray(tested.ids), "labels": test_labels} | ranks,
+        items={
+            "ids": np.asarray(tested.ids),
+            "labels": test_labels,
+            "top_k": np.asarray(task.top_k),
+        }
+        | ranks,
         extras={"class_names": classes.titles},
     )
 

@@ -86,6 +86,7 @@ def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
             "ids": np.asarray(items.ids),
             "owner": owner,
             "owner_of_ids": sides.of_items,
+            "recall_k": np.asarray(task.recall_k),
             f"{forward}_rank": to_partner,
             f"{backward}_rank": to_item,
         },
