@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import sys
 import traceback
@@ -133,13 +134,17 @@ def whole_numbers(flag: str, values: Sequence[str]) -> list[int]:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Parses the flags, calls `main` and exits with its code.
 
-    A mistake in settings or data, here or in `main`, is one line on stderr and exit code 2.
+    A mistake in settings or data, here or in `main`, is one line on stderr and exit code 2; an
+    OSError (a full disk, a file that cannot be read) is one line and exit code 1. With
+    CWCL_TRACEBACK=1 in the environment both are shown with their traceback.
     """
     try:
         app.run(lambda argv: sys.exit(main(argv) or DONE), flags_parser=_parse_flags)
-    except MISTAKES as error:
+    except (*MISTAKES, OSError) as error:
+        if os.environ.get("CWCL_TRACEBACK", "0") != "0":
+            traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_CONFIG)
+        sys.exit(exit_code(error))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.skipping import TooManyBadExamples
+from cwcl_jax.early import PREEMPTED as PREEMPTED  # one of the codes
 
 DONE = 0
 FAILED = 1
 BAD_CONFIG = 2
 WATCHDOG = 43
-PREEMPTED = 75
 # What a person has to correct, in the settings or in the data: the same command cannot go on.
 MISTAKES = (ConfigError, TooManyBadExamples)
 

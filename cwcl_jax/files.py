@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # What `flock` says on a file system without locks: Lustre mounted so, some NFS.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -42,6 +45,41 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what a JSON text says.
+
+    Raises:
+      ValueError: it is no JSON or no UTF-8, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def side_output(what: str) -> Iterator[None]:
+    """Goes on without an output that cannot be made, after a warning that says why.
+
+    For what a run can do without: pictures, TensorBoard, caches. Checkpoints, metrics and results
+    are written outside of it, and their errors end the run.
+
+    Args:
+      what: names the output in the warning.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: {what} could not be written: {reason}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

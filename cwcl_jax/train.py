@@ -6,6 +6,11 @@ The same command resumes an interrupted run, and says so when it is complete. Ex
 
 from pathlib import Path
 
+from cwcl_jax.early import leave_on_request
+
+if __name__ == "__main__":
+    leave_on_request()
+
 from absl import flags
 
 from cwcl_jax import cli

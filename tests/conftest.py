@@ -18,6 +18,10 @@ _CACHE = tempfile.TemporaryDirectory(prefix="cwcl_jax_compilation_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Toy programs run for milliseconds: half of the time of a compilation goes into optimising them.
+# JAX's own tests do so too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the variables above
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "files": set(),
     "extension": set(),
     "arguments": set(),
+    "early": set(),
     "losses": {"extension"},
     "weights": {"files", "data.installed"},
     "models": {"extension", "weights"},
@@ -26,21 +27,21 @@ ALLOWED = {
     "modalities": {"extension", *_BELOW_MODALITIES},
     "data": {"files", "modalities", "extension"},
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
-    "evaluation": {"losses", "data", "modalities", "extension"},
+    "evaluation": {"losses", "data", "modalities", "files", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
     },
-    "exit_codes": {"config"},
+    "exit_codes": {"config", "early", "data.skipping"},
     "cli": {"config", "exit_codes"},
     "training": {
-        "losses", "models", "modalities", "data", "pretrained", "evaluation", "config",
+        "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
         "exit_codes", "files", "extension",
     },
     "recipes": {"config", "losses"},
     "api": _LIBRARY,
     "planning": _LIBRARY,
     "benchmarks": _LIBRARY | {"arguments", "cli", "planning", "recipes", "reproduction"},
-    "reproduction": _LIBRARY | {"cli"},
+    "reproduction": _LIBRARY | {"cli", "files"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
 ENTRIES = {"train", "evaluate", "embed", "export", "plan", "reproduce", "compare_torch"}

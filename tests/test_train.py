@@ -1,12 +1,14 @@
 """The command line of training: overrides, mistakes, exit codes."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from cwcl_jax.cli import BAD_CONFIG, DONE
+from cwcl_jax.cli import BAD_CONFIG, DONE, PREEMPTED
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,3 +112,30 @@ def test_short_default_run_with_overrides(tmp_path):
     again = run("--config=configs/lit_cwcl.py", f"--workdir={workdir}", *overrides)
     assert again.returncode == DONE
     assert "is complete (2 steps)" in again.stdout
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_in_the_first_seconds_ends_with_75(tmp_path, number):
+    """While jax is imported: there is nothing to save, and no crash to be told."""
+    command = [sys.executable, "-m", "cwcl_jax.train", "--config=tests/training/toy_file.py"]
+    child = subprocess.Popen(
+        [*command, f"--workdir={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        maps = Path(f"/proc/{child.pid}/maps")
+        deadline = time.monotonic() + 60
+        while "_multiarray_umath" not in maps.read_text():  # numpy, before jax
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == PREEMPTED, errors
+    assert "stopped before training began" in errors
+    assert "Traceback" not in errors

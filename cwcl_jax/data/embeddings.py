@@ -20,6 +20,7 @@ from cwcl_jax.files import replacing
 
 _VERSION = 1
 _DESCRIPTION = "description.json"
+_AGAIN = "delete the folder and make the embeddings again"
 _DTYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
@@ -67,10 +68,13 @@ class EmbeddingDescription:
                 f"{folder} holds no embeddings ({_DESCRIPTION} is missing); make them with "
                 "python -m cwcl_jax.embed."
             )
-        values = json.loads(file.read_text())
-        if values.pop("version", None) != _VERSION:
-            raise ValueError(f"{file} is of another version; make the embeddings again.")
-        return cls(**{**values, "shape": tuple(values["shape"])})
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.pop("version", None) != _VERSION:
+                raise ValueError(f"{file} is of another version; make the embeddings again.")
+            return cls(**{**values, "shape": tuple(values["shape"])})
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); {_AGAIN}.") from error
 
     def require(self, folder: str | Path, **expected: Any) -> None:
         """Raises ValueError when a field of this description is not as expected."""
@@ -188,7 +192,7 @@ class EmbeddingStore:
         return self.description.count
 
     def __getitem__(self, index: int) -> tuple[str, Float[np.ndarray, "..."] | None]:
-        name, body = _parts(self._records[index])
+        ((name, body),) = self._read([index])
         if not body:
             return name, None
         return name, self._vectors(body, self.description.shape)
@@ -197,7 +201,7 @@ class EmbeddingStore:
         self, indices: Int64[np.ndarray, " n"]
     ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
         """Ids and vectors of many examples in one call; no vectors where one is unusable."""
-        parts = [_parts(record) for record in self._records.__getitems__(indices.tolist())]
+        parts = self._read(indices.tolist())
         names, bodies = [name for name, _ in parts], [body for _, body in parts]
         if not all(bodies):
             return names, None
@@ -205,6 +209,13 @@ class EmbeddingStore:
         flat = vectors.reshape(len(vectors), -1)
         usable = np.isfinite(flat).all() and flat.any(axis=1).all()
         return names, vectors if usable else None
+
+    def _read(self, indices: list[int]) -> list[tuple[str, bytes]]:
+        """Ids and bytes of examples. The files hold checksums, which their reader compares."""
+        try:
+            return [_parts(record) for record in self._records.__getitems__(indices)]
+        except (RuntimeError, UnicodeError) as error:
+            raise ValueError(f"{self.folder} is damaged ({error}); {_AGAIN}.") from error
 
     def _vectors(self, body: bytes, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
         return np.frombuffer(body, self._dtype).astype(np.float32).reshape(shape)

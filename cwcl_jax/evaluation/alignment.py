@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cwcl_jax.evaluation.zero_shot import normalise
+from cwcl_jax.files import replacing
 
 
 def choose_items(
@@ -153,7 +154,7 @@ def write_matrix(
 ) -> Path:
     """The matrix as CSV: id and class of the row, then one column per text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "class", *(column_ids or ids)])
         for name, label, row in zip(ids, class_names, matrix, strict=True):

@@ -1,8 +1,9 @@
 """Text files of the user's: class names, templates, tasks, baselines."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from cwcl_jax.files import parse_json
 
 
 def read_text(path: Path) -> str:
@@ -23,7 +24,8 @@ def read_json(path: Path) -> Any:
     Raises:
       ValueError: it is neither UTF-8 nor JSON.
     """
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error

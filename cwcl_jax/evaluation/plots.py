@@ -8,6 +8,8 @@ from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cwcl_jax.files import replacing
+
 # Distinguishable without colour vision, also in grey by their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
@@ -115,5 +117,6 @@ def _save(figure: Figure, path: Path) -> Path:
     # The canvas is made here, so that a program's own matplotlib backend is never touched.
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    with replacing(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=130, bbox_inches="tight")
     return path

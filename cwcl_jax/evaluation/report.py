@@ -19,6 +19,7 @@ from cwcl_jax.evaluation.robustness import (
 )
 from cwcl_jax.evaluation.tables import Table, warning_lines
 from cwcl_jax.evaluation.tasks.base import KINDS, Task
+from cwcl_jax.files import replacing, side_output, write_text
 
 # Classes of one task that results.md lists; the CSV has all of them.
 _SHOWN_CLASSES = 30
@@ -84,7 +85,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     records = clip_benchmark_records(results, model=model, pretrained=pretrained)
     files = [folder / "results.json"]
-    files[0].write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    write_text(files[0], json.dumps(records, indent=2) + "\n")
     for old in (folder / "items").glob("*.npz"):
         if old.stem not in {result.name for result in results}:
             old.unlink()
@@ -95,9 +96,12 @@ def write_report(
     curves, chance = template_curves(results)
     if curves:
         path = folder / "template_robustness.png"
-        files.append(plot_template_robustness(curves, path, chance=chance))
+        with side_output(path.name):
+            files.append(plot_template_robustness(curves, path, chance=chance))
     if points := robustness_points(results):
-        files.append(plot_effective_robustness(points, folder / "robustness.png"))
+        path = folder / "robustness.png"
+        with side_output(path.name):
+            files.append(plot_effective_robustness(points, path))
     return files
 
 
@@ -117,7 +121,7 @@ def write_page(
     """Writes results.md; `more_tables` are comparisons that are made outside."""
     path = folder / "results.md"
     tables = [*all_tables(results, baselines_file=baselines_file), *more_tables]
-    path.write_text(markdown_report(results, tables, title), encoding="utf-8")
+    write_text(path, markdown_report(results, tables, title))
     return path
 
 
@@ -220,11 +224,14 @@ def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
         return []
     files = [folder / "items" / f"{result.name}.npz"]
     files[0].parent.mkdir(exist_ok=True)
-    with files[0].open("wb") as file:
+    with replacing(files[0]) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **result.items)  # pyright: ignore[reportArgumentType]
     if rows := result.extras.get("per_class"):
         files.append(folder / f"{result.name}_classes.csv")
-        with files[-1].open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(files[-1]) as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -233,5 +240,6 @@ def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
         table, picture = folder / f"{result.name}.csv", folder / f"{result.name}.png"
         files.append(write_matrix(table, result.items["matrix"], ids, names))
         tower = result.task.tower
-        files.append(draw_matrices({result.name: result.items}, picture, tower=tower))
+        with side_output(picture.name):
+            files.append(draw_matrices({result.name: result.items}, picture, tower=tower))
     return files

@@ -215,6 +215,8 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         return
     if not data:
         raise BadExample("audio empty", "no bytes")
+    if missing := _missing_bytes(data):
+        raise BadExample("audio cut off", f"{missing} bytes of its samples are missing")
     soundfile = import_package("soundfile")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -232,6 +234,23 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         # soundfile's message names the buffer by its address; the reason stands beside it.
         raise BadExample("audio unreadable", getattr(error, "error_string", str(error))) from error
+
+
+def _missing_bytes(data: bytes) -> int:
+    """How many bytes a WAV file claims and does not hold; libsndfile reads it as a shorter one.
+
+    0 and the largest number stand for a length that its writer did not know, as in a stream.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return 0
+    position = 12
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"data":
+            known = 0 < size < 0xFFFF_0000
+            return max(0, position + 8 + size - len(data)) if known else 0
+        position += 8 + size + size % 2
+    return 0
 
 
 def open_recording(item: Any) -> bytes | tuple[np.ndarray, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from cwcl_jax.extension import is_reference
-from cwcl_jax.files import replacing
+from cwcl_jax.files import parse_json, replacing
 from cwcl_jax.modalities import Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.leaves import ModelDef, abstract_split
@@ -122,10 +122,10 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
     """
     path = folder / DESCRIPTION
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         version = content.pop("format")
         towers = {name: TowerConfig(**fields) for name, fields in content.pop("towers").items()}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a description of a model: {error!r}") from error
     if version not in (1, _FORMAT):
         raise ValueError(f"{path}: format {version}, this version reads {_FORMAT}: update cwcl_jax")
@@ -150,7 +150,7 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
 
 def check_code_is_allowed(file: Path, allow_code: bool) -> None:
     """Raises PermissionError where a file names modules that would be imported."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = parse_json(file.read_bytes())
     tasks = content.get("evaluation", {}).get("tasks", {})
     named = [
         part[field]

@@ -7,13 +7,13 @@ named as such, and so is a setting that changes the numbers but no shape.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cwcl_jax.files import parse_json
 from cwcl_jax.models.augment import SpeechAugment
 from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
@@ -60,7 +60,7 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: not a JSON file: {error}") from error
     if not isinstance(content, dict):

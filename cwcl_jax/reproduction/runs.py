@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
+from cwcl_jax.files import write_text
 from cwcl_jax.pretrained.folder import DESCRIPTION
 from cwcl_jax.reproduction.processes import run_process
-from cwcl_jax.training.workdir import write_text
 
 _RECORD = "reproduce.json"
 

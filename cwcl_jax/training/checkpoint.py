@@ -2,10 +2,17 @@
 
 Locked leaves are not saved: their source and hash are in the run's `towers.json`. This is the
 only module that imports orbax.
+
+Neither orbax nor the file format checks what it reads: a flipped bit would be restored in silence.
+So each checkpoint holds a digest of every leaf and of its own metadata, and restoring compares.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +20,17 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.training.coordination import gather
+from cwcl_jax.training.digest import digests
 from cwcl_jax.training.options import CheckpointConfig
 from cwcl_jax.training.state import TrainState
+
+# Beside the checkpoints: those that were found damaged.
+_SET_ASIDE = "damaged"
+
+
+class DamagedCheckpointError(ConfigError):
+    """What is on disk is not what was saved; the message names the step and the way out."""
 
 
 class Checkpoints:
@@ -54,10 +70,11 @@ class Checkpoints:
           data_state: JSON-able position of the data, equal on all processes.
         """
         self.wait()
+        parts = _checkpointables(state)
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
-            _checkpointables(state),
-            custom_metadata={"data": data_state},
+            parts,
+            custom_metadata=_sealed({"data": data_state, "digests": digests(_leaves(parts))}),
             force=True,
         )
         if not self._asynchronous:
@@ -78,15 +95,57 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: no such step.
-          ConfigError: the checkpoint is damaged, or holds other leaves than the settings want.
+          DamagedCheckpointError: it is not what was saved.
+          ConfigError: it holds other leaves than the settings want.
+          OSError: it cannot be read at the moment.
         """
-        loaded = self._load(step, _checkpointables(target))
-        metadata: Any = self._checkpointer.metadata(step).custom_metadata
-        if not metadata or "data" not in metadata:
-            raise self._damaged(step, "the position of the data is missing")
+        loaded, data_state = self._load(step, _checkpointables(target))
         statistics = loaded.get("statistics", {})
         state = TrainState(params=loaded["params"], **loaded["rest"], statistics=statistics)
-        return state, metadata["data"]
+        return state, data_state
+
+    def restore_newest(
+        self, target: TrainState, *, timeout: float, warn: Callable[[str], None]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position of the newest step that is whole; all processes agree on it.
+
+        Damaged newer steps are moved into the folder `damaged` beside the checkpoints.
+
+        Args:
+          timeout: seconds to wait for other processes.
+          warn: told about each damaged step.
+
+        Raises as `restore` does; DamagedCheckpointError where no step is whole.
+        """
+        damage, damaged = "", []
+        for step in reversed(self.steps):
+            restored, damage = None, ""
+            try:
+                restored = self.restore(step, target)
+            except DamagedCheckpointError as error:
+                damage = str(error)
+            damage = max(gather(f"restored step {step}", damage, timeout))
+            if restored is not None and not damage:
+                self._set_aside(damaged, timeout)
+                return restored
+            warn(f"warning: {damage}")
+            damaged.append(step)
+        raise DamagedCheckpointError(
+            f"no checkpoint in {self._checkpointer.directory} is whole ({damage}); restore the "
+            "folder from a copy, or give a new --workdir to begin anew"
+        )
+
+    def _set_aside(self, steps: list[int], timeout: float) -> None:
+        """Moves damaged steps away, since the run will save these steps again."""
+        if not steps:
+            return
+        directory = Path(self._checkpointer.directory)
+        if jax.process_index() == 0:
+            for step in steps:
+                (directory.parent / _SET_ASIDE).mkdir(exist_ok=True)
+                os.replace(directory / str(step), _unused(directory.parent / _SET_ASIDE, step))
+        gather("damaged steps moved", "", timeout)
+        self._checkpointer.reload()
 
     def restore_model(self, step: int, target: TrainState) -> dict[str, Any]:
         """Only the leaves of the model at `step`, into ShapeDtypeStructs with shardings.
@@ -94,10 +153,11 @@ class Checkpoints:
         Raises as `restore` does.
         """
         wanted = {k: v for k, v in _checkpointables(target).items() if k != "rest"}
-        loaded = self._load(step, wanted)
+        loaded, _ = self._load(step, wanted)
         return {**loaded["params"], **loaded.get("statistics", {})}
 
-    def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, step: int, targets: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parts of a checkpoint that `targets` name, checked, and the data's position."""
         if step not in self.steps:
             raise FileNotFoundError(
                 f"{self._checkpointer.directory} holds no checkpoint of step {step}; it holds "
@@ -106,20 +166,30 @@ class Checkpoints:
         try:
             saved: Any = self._checkpointer.checkpointables_metadata(step).metadata or {}
             if missing := [name for name in targets if not saved.get(name)]:
-                raise self._damaged(step, f"the list of its {missing[0]} cannot be read")
+                raise ValueError(f"the list of its {missing[0]} cannot be read")
             _check_leaves({name: saved[name] for name in targets}, targets)
-            return self._checkpointer.load_checkpointables(step, targets)
+            loaded = self._checkpointer.load_checkpointables(step, targets)
+            metadata = self._checkpointer.metadata(step).custom_metadata
+            _check_seal(metadata)
+            _check_digests(loaded, metadata.get("digests"))
+            return loaded, metadata["data"]
         except ConfigError:
             raise
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            _read_everything(Path(self._checkpointer.directory) / str(step))
             raise self._damaged(step, _reason(error)) from error
 
-    def _damaged(self, step: int, reason: str) -> ConfigError:
-        earlier = [other for other in self.steps if other < step]
-        return ConfigError(
-            f"the checkpoint {self._checkpointer.directory}/{step} is damaged ({reason}); remove "
-            "that folder, and the same command "
-            + (f"goes on from step {earlier[-1]}" if earlier else "begins anew: there is no other")
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
+        others = [other for other in self.steps if other != step]
+        newest = max((other for other in others if other < step), default=max(others, default=None))
+        return DamagedCheckpointError(
+            f"the checkpoint {self._checkpointer.directory}/{step} is damaged ({reason}); "
+            + (
+                f"the newest other step is {newest}: `train` goes back to it by itself, other "
+                f"commands take --step={newest}"
+                if newest is not None
+                else "there is no other step"
+            )
         )
 
     def close(self) -> None:
@@ -140,6 +210,69 @@ def _checkpointables(state: TrainState) -> dict[str, Any]:
     """The parts of a checkpoint. Most models have no statistics: their checkpoints name none."""
     parts = {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
     return parts | ({"statistics": state.statistics} if state.statistics else {})
+
+
+def _leaves(parts: Any) -> dict[str, Any]:
+    """Path -> leaf of a checkpoint's parts."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(parts)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
+def _sealed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata with a checksum of itself."""
+    return metadata | {"crc32": _crc32(metadata)}
+
+
+def _crc32(metadata: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+
+
+def _check_seal(metadata: Any) -> None:
+    """Raises ValueError for metadata that are not what was saved."""
+    if not metadata or "data" not in metadata:
+        raise ValueError("the position of the data is missing")
+    content = {name: value for name, value in metadata.items() if name != "crc32"}
+    if metadata != {"data": metadata["data"]} and metadata.get("crc32") != _crc32(content):
+        raise ValueError("its metadata are not those that were saved")
+
+
+def _check_digests(loaded: dict[str, Any], saved: Mapping[str, int] | None) -> None:
+    """Raises ValueError for a leaf that is not what was saved."""
+    if saved is None:  # a checkpoint of an earlier version, which had none
+        return
+    found = digests(_leaves(loaded))
+    bad = sorted(path for path, value in found.items() if saved.get(path) != value)
+    if bad:
+        more = f" and {len(bad) - 1} more leaves" if len(bad) > 1 else ""
+        raise ValueError(f"{bad[0]}{more} differ from their checksum")
+
+
+def _unused(folder: Path, step: int) -> Path:
+    """A name in `folder` that is free."""
+    number, path = 1, folder / str(step)
+    while path.exists():
+        number, path = number + 1, folder / f"{step}.{number}"
+    return path
+
+
+def _read_everything(folder: Path) -> None:
+    """Reads each file of a checkpoint, to tell damage from trouble: orbax hides which it was.
+
+    Raises:
+      OSError: a file or folder cannot be read at the moment; names it.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
+        for path in (Path(parent, name) for name in names):
+            try:
+                with path.open("rb") as file:
+                    while file.read(1 << 24):
+                        pass
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:
@@ -168,11 +301,7 @@ def _check_leaves(saved: Any, wanted: Any) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
 def _reason(error: BaseException) -> str:

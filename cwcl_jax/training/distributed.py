@@ -193,7 +193,17 @@ def initialize(config: DistributedConfig) -> None:
         initialization_timeout=config.initialization_timeout,
         heartbeat_timeout_seconds=config.heartbeat_timeout,
         shutdown_timeout_seconds=int(config.shutdown_timeout) or 300,
+        coordinator_bind_address=bind_address(layout.coordinator),
     )
+
+
+def bind_address(coordinator: str | None) -> str | None:
+    """Where the coordination service listens: at 127.0.0.1 only if all processes are here.
+
+    None leaves it to jax, which listens on all interfaces without asking who connects.
+    """
+    host, _, port = (coordinator or "").rpartition(":")
+    return f"127.0.0.1:{port}" if host and _is_loopback(host) else None
 
 
 def is_primary() -> bool:

@@ -56,6 +56,7 @@ class Loop:
         progress: Progress,
         evaluate: Callable[[TrainState, int], dict[str, float]],
         watchdog: Watchdog,
+        stop: StopSignal,
     ):
         self._config = config
         self._workdir = workdir
@@ -65,8 +66,10 @@ class Loop:
         self._progress = progress
         self._evaluate = evaluate
         self._watchdog = watchdog
+        self._stop = stop
         self._unread: deque[_Pending] = deque()
         self._last_values: dict[str, float] = {}
+        self._failure: OSError | None = None
 
     def run(
         self,
@@ -74,7 +77,6 @@ class Loop:
         locked: Leaves,
         done: int,
         batches: DeviceInput,
-        stop: StopSignal,
         *,
         evaluation_is_missing: bool = False,
     ) -> tuple[TrainState, bool]:
@@ -85,8 +87,9 @@ class Loop:
 
         Raises:
           NonFiniteLossError: checkpoints made before it remain.
+          OSError: metrics could not be written; all processes saved and stopped before.
         """
-        config = self._config
+        config, stop = self._config, self._stop
         clock = _Clock(config.global_batch_size, batches)
         start, stopping = done, done < config.total_steps and stop.requested()
         if evaluation_is_missing and not stopping:
@@ -113,6 +116,8 @@ class Loop:
                     self._save(done, state, batch)
                 clock.restart()
         self._progress.end()
+        if self._failure is not None:
+            raise self._failure
         return state, not stopping
 
     def _advance(
@@ -136,8 +141,7 @@ class Loop:
         """Reads what the devices have computed, checks every step of it, writes the last one."""
         values = self._read_metrics()
         values |= clock.lap(done)
-        for writer in self._writers:
-            writer.write(done, values)
+        self._write(done, values)
         remaining = (self._config.total_steps - done) * clock.seconds_per_step
         self._progress.show(done, values, eta_seconds=remaining)
 
@@ -200,9 +204,18 @@ class Loop:
                 values = self._evaluate(state, done)
         except Stopped:
             return False
-        for writer in self._writers:
-            writer.write(done, values)
+        self._write(done, values)
         return True
+
+    def _write(self, done: int, values: dict[str, float]) -> None:
+        """Gives the values to all sinks; where one fails, the run saves and stops."""
+        for writer in self._writers:
+            try:
+                writer.write(done, values)
+            except OSError as error:
+                if self._failure is None:
+                    self._stop.request()
+                self._failure = self._failure or error
 
 
 class _Clock:

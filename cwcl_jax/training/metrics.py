@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
 import math
+import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from cwcl_jax.config import ExperimentConfig, to_plain
-from cwcl_jax.training.workdir import write_text
+from cwcl_jax.config import ConfigError, ExperimentConfig, to_plain
+from cwcl_jax.files import side_output, write_text
 
 
 @runtime_checkable
@@ -28,70 +33,144 @@ class JsonLines:
     """One JSON object a line in `metrics.jsonl`; the record that plots are made from."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        # Without a buffer: what could not be written must not be tried again by `close`.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a record.
+
+        Raises:
+          OSError: it could not be written as a whole; names the file.
+        """
         # JSON has no NaN; null is what every reader understands.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **finite}) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written != len(line):  # what a full disk took
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
+class SideWriter:
+    """A sink that a run can do without: its first error is a warning and its end."""
+
+    def __init__(self, name: str, make: Callable[[], Writer]):
+        """Makes the sink.
+
+        Args:
+          name: what a warning calls it.
+          make: returns the sink; its errors count like those of `write`.
+        """
+        self._name = name
+        self._writer: Writer | None = None
+        with self._guarded():
+            self._writer = make()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes as long as the sink works."""
+        if self._writer is not None:
+            with self._guarded():
+                self._writer.write(step, values)
+
+    def close(self) -> None:
+        """Closes the sink."""
+        if self._writer is not None:
+            with self._guarded():
+                self._writer.close()
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        done = False
+        with side_output(f"{self._name} (the run goes on without it)"):
+            yield
+            done = True
+        if not done:
+            self._writer = None
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, in order; a line torn by a kill is passed over."""
+    """Returns the records of a metrics file, in order.
+
+    A line that a kill tore, or that is damaged, is passed over.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
-def truncate_json_lines(path: Path, after_step: int) -> None:
-    """Drops the records after `after_step`: a resumed run writes them again."""
-    if path.exists():
-        records = [record for record in read_json_lines(path) if record["step"] <= after_step]
-        # Whole or not at all: on a full disk the old records must stay.
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+def truncate_json_lines(path: Path, after_step: int, *, evaluate: bool = False) -> None:
+    """Drops the records after `after_step`: a resumed run writes them again.
+
+    Args:
+      evaluate: drops the evaluation of `after_step` too.
+    """
+    if not path.exists():
+        return
+    records = [record for record in read_json_lines(path) if record["step"] <= after_step]
+    if evaluate:
+        records = [
+            record
+            for record in records
+            if record["step"] < after_step or not any(n.startswith("evaluation/") for n in record)
+        ]
+    # Whole or not at all: on a full disk the old records must stay.
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 class TensorBoard:
     """TensorBoard event files; what earlier starts wrote after `start_step` is hidden."""
 
     def __init__(self, directory: Path, start_step: int):
-        from tensorboardX import SummaryWriter
+        # Not SummaryWriter: it writes from a thread, and waits for ever once that has failed.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        # It hides its purge step too. Files are named after the second of their start: without the
-        # step a second one of the same second would replace the first.
-        self._writer = SummaryWriter(
-            str(directory), purge_step=start_step + 1, filename_suffix=f".{start_step:012d}"
-        )
+        directory.mkdir(parents=True, exist_ok=True)
+        # Files are named after the second of their start: without the step a second one of the same
+        # second would replace the first.
+        self._writer = EventsWriter(str(directory / "events"), f".{start_step:012d}")
+        # TensorBoard hides the step of a session's start too.
+        self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step to the file."""
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._event(step, summary=scalar(name, value))
+        self._writer.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._writer.close()
+
+    def _event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 class WeightsAndBiases:
     """A Weights & Biases run; the folder keeps its id, by which later starts go on with it."""
 
     def __init__(self, project: str, workdir: Path, config: ExperimentConfig):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ImportError(
-                "config.logging.wandb_project is set but wandb is not installed; "
-                "pip install 'cwcl_jax[wandb]' or unset it"
-            ) from error
+        import wandb  # pyright: ignore[reportMissingImports]
+
         self._run = wandb.init(
             project=project,
             id=_wandb_id(workdir),
@@ -116,15 +195,32 @@ def _wandb_id(workdir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def make_writers(workdir: Path, config: ExperimentConfig, start_step: int) -> list[Writer]:
-    """The sinks that the config asks for; a resumed run continues their files."""
+def check_writers(config: ExperimentConfig) -> None:
+    """Raises ConfigError for a sink whose library is missing."""
+    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "config.logging.wandb_project is set but wandb is not installed; "
+            "pip install 'cwcl_jax[wandb]' or unset it"
+        )
+
+
+def make_writers(
+    workdir: Path, config: ExperimentConfig, start_step: int, *, evaluate: bool = False
+) -> list[Writer]:
+    """Makes the sinks that the config asks for; a resumed run continues their files.
+
+    Args:
+      evaluate: whether step `start_step` is evaluated anew.
+    """
     path = workdir / "metrics.jsonl"
-    truncate_json_lines(path, start_step)
+    truncate_json_lines(path, start_step, evaluate=evaluate)
     writers: list[Writer] = [JsonLines(path)]
     if config.logging.tensorboard:
-        writers.append(TensorBoard(workdir / "tensorboard", start_step))
-    if config.logging.wandb_project:
-        writers.append(WeightsAndBiases(config.logging.wandb_project, workdir, config))
+        folder = workdir / "tensorboard"
+        writers.append(SideWriter("TensorBoard's file", lambda: TensorBoard(folder, start_step)))
+    if project := config.logging.wandb_project:
+        make = partial(WeightsAndBiases, project, workdir, config)
+        writers.append(SideWriter("the Weights & Biases run", make))
     return writers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cwcl_jax.files import replacing
 from cwcl_jax.training.metrics import read_json_lines
 
 _PANELS = (
@@ -35,7 +36,8 @@ def plot_losses(metrics: Path, output: Path) -> None:
         if len(names) > 1:
             axis.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    with replacing(output) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
 
 

@@ -16,6 +16,7 @@ from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Source
 from cwcl_jax.data.sources.base import columns_taken
 from cwcl_jax.exit_codes import DONE, PREEMPTED
+from cwcl_jax.files import side_output
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
@@ -32,7 +33,7 @@ from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
-from cwcl_jax.training.metrics import Progress, make_writers, read_json_lines
+from cwcl_jax.training.metrics import Progress, check_writers, make_writers, read_json_lines
 from cwcl_jax.training.plots import plot_losses
 from cwcl_jax.training.state import (
     Blueprint,
@@ -54,6 +55,7 @@ from cwcl_jax.training.workdir import (
     environment,
     is_evaluated,
     only_user,
+    withdraw_evaluated,
     write_evaluated,
     write_records,
 )
@@ -75,6 +77,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
 
 
 def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
+    check_writers(config)
     check_same_run(workdir, config)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     check_inputs(blueprint.config)
@@ -103,6 +106,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
                 evaluator.check_sources()
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
+            start = int(state.step)
             check_same_sources(workdir, sources, config)
             check_features(blueprint, batches.source, sources)
             if is_primary():
@@ -222,10 +226,15 @@ def _open_source(config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal)
 def _start_state(
     blueprint: Blueprint, checkpoints: Checkpoints, batches: Batches, start: int
 ) -> tuple[TrainState, Leaves, dict[str, TowerSource]]:
-    """The state of step `start`, with `batches` moved to its position."""
+    """The state of step `start`, or of an earlier one where that is damaged.
+
+    `batches` is moved to its position.
+    """
     if not start:
         return initialise(blueprint)
-    state, data_state = checkpoints.restore(start, blueprint.abstract_state())
+    state, data_state = checkpoints.restore_newest(
+        blueprint.abstract_state(), timeout=blueprint.config.distributed.barrier_timeout, warn=say
+    )
     batches.set_state(data_state)
     return state, *locked_leaves(blueprint)
 
@@ -280,9 +289,10 @@ class _Fit:
             progress=Progress(config.total_steps),
             evaluate=evaluate,
             watchdog=self._watchdog,
+            stop=stop,
         )
         try:
-            return loop.run(state, locked, start, device_input, stop, evaluation_is_missing=missing)
+            return loop.run(state, locked, start, device_input, evaluation_is_missing=missing)
         finally:
             device_input.close()
             for writer in writers:
@@ -325,16 +335,21 @@ def _finish(
     encoder.on_batch = _between_batches(stop.requested, watchdog)
     config = blueprint.config
     with watchdog.phase("evaluation", "after the last step"):
+        if is_primary():
+            withdraw_evaluated(workdir)
         try:
             table, metrics = evaluator.run_and_write(encoder)
         except Stopped:
             return False
         if is_primary():
             # Opened anew: a complete run may only be evaluated, and has no loop.
-            for writer in make_writers(workdir, config, encoder.step) if metrics else ():
-                writer.write(encoder.step, metrics)
+            for writer in make_writers(workdir, config, encoder.step, evaluate=True):
+                if metrics:
+                    writer.write(encoder.step, metrics)
                 writer.close()
-            plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+            with side_output("losses.png"):
+                plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+            # Last: a run that dies before it is evaluated again.
             write_evaluated(workdir, encoder.step, config.evaluation, evaluator.fingerprints())
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")

@@ -58,6 +58,10 @@ class StopSignal(_Request):
     def __enter__(self) -> Any:
         return super().__enter__() if jax.process_count() == 1 else self
 
+    def request(self) -> None:
+        """Asks all processes to save and stop, as a scheduler does."""
+        signal.raise_signal(signal.SIGTERM)
+
     def requested(self) -> bool:
         """Whether all processes should save and stop now; all of them call it equally often."""
         if jax.process_count() == 1:

@@ -30,11 +30,12 @@ from cwcl_jax.config import (
     ExperimentConfig,
     changed_fields,
     from_json,
+    tell_changes,
     to_json,
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
-from cwcl_jax.files import InUse, locked, replacing
+from cwcl_jax.files import InUse, locked, parse_json, write_text
 from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.
@@ -68,12 +69,6 @@ _PACKAGES = (
 )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
@@ -81,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Raises ConfigError for a file that is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise ConfigError(
             f"{path} is damaged ({error}); remove it: the next start of the run writes it again"
@@ -148,16 +143,16 @@ def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
     if not (workdir / "config.json").exists() or config.checkpoint.accept_changes:
         return
     old = load_config(workdir)
-    changed = [
-        path
-        for path in changed_fields(old, config)
+    changed = {
+        path: values
+        for path, values in changed_fields(old, config).items()
         if not (path.startswith(_FREE) or path.endswith(_FREE_IN_TOWERS))
-    ]
+    }
     if changed:
         raise ConfigError(
-            f"{workdir} holds a run with other settings ({', '.join(changed[:6])}"
-            f"{', ...' if len(changed) > 6 else ''}); give another --workdir, or resume with the "
-            "new settings by --config.checkpoint.accept_changes=True"
+            f"{workdir} holds a run with other settings ({tell_changes(changed)}); give another "
+            "--workdir, or resume with the new settings by "
+            "--config.checkpoint.accept_changes=True"
         )
 
 
@@ -197,8 +192,9 @@ def check_same_data(
     changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")
     if changed:
         raise ConfigError(
-            f"the training data changed since the run in {workdir} began ({', '.join(changed)}); "
-            "restore it, give another --workdir, or set --config.checkpoint.accept_changes=True"
+            f"the training data changed since the run in {workdir} began "
+            f"({tell_changes(changed)}); restore it, give another --workdir, or set "
+            "--config.checkpoint.accept_changes=True"
         )
 
 
@@ -238,6 +234,11 @@ def write_evaluated(
     """Records what the results in the folder belong to; `data` are fingerprints by task."""
     record = {"step": step, "evaluation": to_plain(evaluation), "data": dict(data)}
     write_json(workdir / "evaluated.json", record)
+
+
+def withdraw_evaluated(workdir: Path) -> None:
+    """Takes the record back before the results change: a run that dies then is evaluated again."""
+    (workdir / "evaluated.json").unlink(missing_ok=True)
 
 
 def is_evaluated(

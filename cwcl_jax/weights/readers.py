@@ -7,6 +7,7 @@
 
 import dataclasses
 import json
+import math
 import struct
 import zipfile
 import zlib
@@ -16,8 +17,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from cwcl_jax.files import matching
+from cwcl_jax.files import matching, parse_json
+
+_DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +65,17 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.source = str(path)
         self._path = path
-        size = path.stat().st_size
+        try:
+            # The library checks what a header claims: sizes, types, gaps, overlaps, the file's end.
+            with safe_open(path, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: truncated, damaged, or not a safetensors file ({error}): fetch it again"
+            ) from error
         with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            if 8 + length > size:
-                raise ValueError(f"{path}: truncated, or not a safetensors file: fetch it again")
-            try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ValueError(f"{path}: the safetensors header is broken: {error}") from error
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._start = 8 + length
         self._offsets = {name: tuple(value["data_offsets"]) for name, value in header.items()}
@@ -78,12 +83,6 @@ class SafetensorsFile:
             name: Entry(tuple(value["shape"]), _safetensors_dtype(path, name, value["dtype"]))
             for name, value in header.items()
         }
-        end = self._start + max((stop for _, stop in self._offsets.values()), default=0)
-        if end > size:
-            last = max(self._offsets, key=lambda name: self._offsets[name][1])
-            raise ValueError(
-                f"{path}: truncated: {last!r} ends at byte {end} of {size}: fetch it again"
-            )
 
     def read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
@@ -119,9 +118,14 @@ class ShardedFile:
 def _weight_map(index: Path) -> dict[str, str]:
     """Array's name -> file's name."""
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        found = dict(parse_json(index.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: not an index of shards: {error!r}") from error
+    for name in found.values():
+        # A name with folders could point anywhere, and an index at itself.
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix == ".json":
+            raise ValueError(f"{index}: {name!r} is not the name of a weights file beside it")
+    return found
 
 
 def _shards(index: Path) -> list[Path]:
@@ -143,11 +147,13 @@ class NpzFile:
             raise ValueError(
                 f"{path}: truncated, or not an .npz file ({error}): fetch it again"
             ) from error
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path}: damaged ({error}): fetch it again") from error
         members = [name for name in self._archive.namelist() if name.endswith(".npy")]
         self.entries = {name.removesuffix(".npy"): self._header(name) for name in members}
 
     def _header(self, member: str) -> Entry:
-        with self._archive.open(member) as file:
+        with self._open(member) as file:
             try:
                 version = np.lib.format.read_magic(file)
                 read = {
@@ -155,20 +161,34 @@ class NpzFile:
                     (2, 0): np.lib.format.read_array_header_2_0,
                 }[version]
                 shape, _, dtype = read(file)
-            except (ValueError, KeyError) as error:
+            except (*_DAMAGE, KeyError) as error:
                 raise ValueError(f"{self.source}: array {member!r} has no NumPy header") from error
         if dtype.hasobject:
             raise ValueError(
                 f"{self.source}: {member!r} holds pickled Python objects, which are never loaded: "
                 "save plain arrays"
             )
+        size, claimed = self._archive.getinfo(member).file_size, math.prod(shape) * dtype.itemsize
+        if not 0 <= claimed <= size:
+            raise ValueError(
+                f"{self.source}: array {member!r} says that it has {claimed} bytes, in a file of "
+                f"{size}: fetch it again"
+            )
         return Entry(shape, _without_void(dtype))
 
+    def _open(self, member: str) -> zipfile.ZipExtFile:
+        try:
+            return self._archive.open(member)
+        except (*_DAMAGE, NotImplementedError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.source}: array {member!r} is damaged ({error}): fetch the file again"
+            ) from error
+
     def read(self, name: str) -> np.ndarray:
-        with self._archive.open(f"{name}.npy") as file:
+        with self._open(f"{name}.npy") as file:
             try:
                 array = np.lib.format.read_array(file, allow_pickle=False)
-            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            except _DAMAGE as error:
                 raise ValueError(
                     f"{self.source}: array {name!r} is damaged ({error}): fetch the file again"
                 ) from error

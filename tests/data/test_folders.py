@@ -86,3 +86,21 @@ def test_hidden_members_and_tars_are_left_out(tmp_path):
     (tmp_path / "._0.tar").write_bytes(b"Mac")
     source = open_source(f"tars:{tmp_path}")
     assert [source.read(i, ())["id"] for i in range(len(source))] == ["0.tar/a", "0.tar/./b"]
+
+
+def test_a_folder_is_read_once_whatever_links_lead_to_it(tmp_path, caplog):
+    """Links in a circle, to a sibling, to a folder above, and two to one folder elsewhere."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "a", root / "b", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(jpeg(1))
+    (root / "a" / "circle").symlink_to(root)
+    (root / "b" / "sibling").symlink_to(root / "a")
+    (root / "b" / "above").symlink_to(tmp_path)
+    (root / "c").symlink_to(elsewhere)
+    (root / "d").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root / "b")
+    source = open_source(f"folder:{root}")
+    found = sorted(source.read(index, ("image",))["id"] for index in range(len(source)))
+    assert len(found) == 3
+    assert "5 links to folders that are read anyway are not followed" in caplog.text

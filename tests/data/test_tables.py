@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -270,3 +271,24 @@ def test_a_column_of_files_is_what_the_files_are(tmp_path):
     assert set(source.columns) == {"audio", "text"}
     (tmp_path / "m.jsonl").write_text('{"path": "a.jpg", "text": "a cat"}\n')
     assert set(open_source(f"jsonl:{tmp_path}/m.jsonl").columns) == {"image", "text"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_pipes_and_devices_are_no_examples_and_no_tables(tmp_path, make):
+    """Opening a pipe waits for ever; a device never ends."""
+    make(tmp_path / "1.jpg")
+    (tmp_path / "table.csv").write_text("filepath,caption\n1.jpg,a cat\n")
+    source = open_source(f"csv:{tmp_path / 'table.csv'}")
+    with pytest.raises(BadExample, match="no regular file"):
+        source.read(0, ("image",))
+    make(tmp_path / "odd.csv")
+    with pytest.raises(ValueError, match="no regular file"):
+        open_source(f"csv:{tmp_path / 'odd.csv'}")
+
+
+def test_a_line_that_is_nested_too_deeply_is_skipped(tmp_path, caplog):
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "a.jsonl").write_text(f'{deep}\n{{"image": "1.jpg", "text": "a cat"}}\n')
+    source = open_source(f"jsonl:{tmp_path / 'a.jsonl'}")
+    assert "line 1 is not a JSON object" in caplog.text
+    assert source.read(1, ("text",))["text"] == "a cat"

@@ -481,3 +481,13 @@ def test_tars_say_which_fields_they_lack(tmp_path):
     assert "text" not in open_source(f"tars:{tmp_path}/0.tar?text=json:caption").lacks
     write_tar(tmp_path / "0.tar", [("0.cls", b"1"), ("0.txt", b"x")])
     assert set(open_source(f"tars:{tmp_path}").lacks) == {"audio", "image"}
+
+
+def test_a_member_with_an_endless_name_is_damage(tmp_path):
+    """A table of names is as wide as its longest one."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("1.txt", "x" * 60_000 + ".txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match="60005 bytes: damaged"):
+        open_source(f"tars:{path}")

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.training import checkpoint as checkpoint_module
 from cwcl_jax.training import sharding
-from cwcl_jax.training.checkpoint import Checkpoints
+from cwcl_jax.training.checkpoint import Checkpoints, DamagedCheckpointError
 from cwcl_jax.training.options import CheckpointConfig
 from cwcl_jax.training.state import initialise, make_blueprint
 from tests.training.toy import toy_config
@@ -99,22 +100,82 @@ def unfinished_coroutines():
 def test_a_damaged_checkpoint_is_named_with_the_one_before(saved, pattern):
     spoil(saved, pattern)
     before = unfinished_coroutines()
-    message = rf"{re.escape(str(saved))}/4 is damaged .*remove that folder.*goes on from step 2"
+    message = rf"{re.escape(str(saved))}/4 is damaged .*--step=2"
     target = blueprint().abstract_state()
-    with (
-        Checkpoints(saved, CheckpointConfig()) as checkpoints,
-        pytest.raises(ConfigError, match=message),
-    ):
-        checkpoints.restore(4, target)
+    told = []
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        with pytest.raises(DamagedCheckpointError, match=message):
+            checkpoints.restore(4, target)
+        state, data_state = checkpoints.restore_newest(target, timeout=10, warn=told.append)
+        assert checkpoints.steps == [2]
+    assert data_state == {"position": 2}
+    assert len(told) == 1
+    assert re.search(message, told[0])
+    assert sorted(path.name for path in (saved.parent / "damaged").iterdir()) == ["4"]
     # Here, where their warnings are expected; reads under way hold them back.
     deadline = time.monotonic() + 300
     while unfinished_coroutines() - before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    shutil.rmtree(saved / "4")
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:
-        assert checkpoints.latest_step == 2
-        assert checkpoints.restore(2, target)[1] == {"position": 2}
+        checkpoints.save(4, state, {"position": 4})
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        assert checkpoints.restore(4, target)[1] == {"position": 4}
+
+
+def changed_at_random(folder, rng):
+    """Flips a bit of a random file, or zeroes 512 bytes of it."""
+    path = rng.choice([path for path in folder.rglob("*") if path.is_file()])
+    content = bytearray(path.read_bytes())
+    place = rng.integers(len(content))
+    if rng.random() < 0.5:
+        content[place] ^= 1 << rng.integers(8)
+    else:
+        content[place : place + 512] = bytes(len(content[place : place + 512]))
+    path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("count", [8, pytest.param(120, marks=pytest.mark.slow)])
+def test_no_flipped_bit_is_restored_in_silence(two_saved, state, tmp_path, count):
+    target = blueprint().abstract_state()
+    rng = np.random.default_rng(count)
+    for number in range(count):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_saved / "4", folder / "4")
+        changed_at_random(folder, rng)
+        with Checkpoints(folder, CheckpointConfig(), read_only=True) as checkpoints:
+            try:
+                restored, data_state = checkpoints.restore(4, target)
+            except DamagedCheckpointError:
+                continue
+        assert data_state == {"position": 4}
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_checkpoint_without_digests_is_restored(tmp_path, state, monkeypatch):
+    """Those of earlier versions."""
+    monkeypatch.setattr(checkpoint_module, "_sealed", lambda metadata: {"data": metadata["data"]})
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(4, state, {"position": 4})
+        checkpoints.wait()
+        restored, data_state = checkpoints.restore(4, blueprint().abstract_state())
+    assert data_state == {"position": 4}
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_whole_checkpoint_is_told_with_the_way_out(saved):
+    for step in ("2", "4"):
+        shutil.rmtree(saved / step / "params")
+    with (
+        Checkpoints(saved, CheckpointConfig()) as checkpoints,
+        pytest.raises(DamagedCheckpointError, match=r"no checkpoint in .* new --workdir"),
+    ):
+        checkpoints.restore_newest(blueprint().abstract_state(), timeout=10, warn=print)
+    assert (saved / "4").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from cwcl_jax.cli import BAD_CONFIG, DONE, FAILED, PREEMPTED, WATCHDOG, exit_cod
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.training import distributed
-from cwcl_jax.training.distributed import Layout, check_addresses, find_layout
+from cwcl_jax.training.distributed import Layout, bind_address, check_addresses, find_layout
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.run import _common_settings
@@ -134,6 +134,13 @@ def test_loopback_coordinator_is_refused_for_several_hosts_only():
     check_addresses(layout, {})
     with pytest.raises(ConfigError, match="loopback address, but the job has several hosts"):
         check_addresses(layout, {"SLURM_STEP_NUM_NODES": "2"})
+
+
+def test_a_job_of_one_machine_listens_to_itself_only():
+    """jax listens on all interfaces, and a stranger's connection can end the job."""
+    assert bind_address("127.0.0.1:1234") == bind_address("localhost:1234") == "127.0.0.1:1234"
+    assert bind_address("192.0.2.7:1234") is None
+    assert bind_address(None) is None
 
 
 def test_differing_processes_are_named():

@@ -110,6 +110,24 @@ def test_results_of_other_evaluation_settings_are_made_again(finished, tmp_path,
         assert train(config, workdir) == DONE
         assert expected in capsys.readouterr().out
     assert json.loads((workdir / "results.json").read_text())[0]["dataset"] == source
+    assert evaluated_steps(workdir) == [4]
+
+
+def evaluated_steps(workdir):
+    records = read_json_lines(workdir / "metrics.jsonl")
+    return [r["step"] for r in records if any(name.startswith("evaluation/") for name in r)]
+
+
+@pytest.mark.parametrize("lost", ["evaluated.json", "results.txt"])
+def test_an_evaluation_that_was_cut_short_is_made_again_once(finished, tmp_path, lost):
+    """A run that dies after its evaluation's record leaves no mark that all is written."""
+    workdir = shutil.copytree(finished, tmp_path / "cut")
+    for path in [workdir / lost, *(workdir / "items").iterdir(), workdir / "results.json"]:
+        path.unlink()
+    assert train(toy_config(), workdir) == DONE
+    assert evaluated_steps(workdir) == [4]
+    for name in ("results.json", "results.txt", "evaluated.json", "items/shape.npz"):
+        assert (workdir / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):

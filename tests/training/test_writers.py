@@ -7,7 +7,8 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from cwcl_jax.training.metrics import WeightsAndBiases, make_writers
+from cwcl_jax.config import ConfigError
+from cwcl_jax.training.metrics import WeightsAndBiases, check_writers, make_writers
 from tests.training.toy import toy_config
 
 
@@ -108,7 +109,8 @@ def test_weights_and_biases_goes_on_with_the_run_of_the_folder_alone(tmp_path, m
     assert {options["name"] for options in calls} == {"seed0"}
 
 
-def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"cwcl_jax\[wandb\]"):
-        WeightsAndBiases("scenes", tmp_path, toy_config())
+def test_missing_wandb_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"cwcl_jax\[wandb\]"):
+        check_writers(toy_config(**{"logging.wandb_project": "scenes"}))
+    check_writers(toy_config())

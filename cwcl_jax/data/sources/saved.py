@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cwcl_jax.data.sources.base import Source
+from cwcl_jax.files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,7 +81,7 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}. Save the data set again.") from error
     if not isinstance(value, dict):

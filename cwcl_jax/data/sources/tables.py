@@ -4,7 +4,6 @@ import csv
 import difflib
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
@@ -21,6 +20,7 @@ from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import read_bytes, require_file
 from cwcl_jax.data.sources.tar_index import PARTS
 from cwcl_jax.data.sources.texts import captions_of
+from cwcl_jax.files import parse_json
 
 _LOG = logging.getLogger(__name__)
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
@@ -430,7 +430,7 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 row = None
             if not isinstance(row, dict):

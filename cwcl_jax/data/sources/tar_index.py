@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from cwcl_jax.files import is_hidden, replacing
 _LOG = logging.getLogger(__name__)
 _VERSION = 3  # 1: without a checksum; 2: with what stands in hidden folders
 _BLOCK = 512
+# Names are short: a table of them is as wide as its longest one.
+_LONGEST_HEADER = 1 << 15
 # One read of this much holds many headers of small members; a disk gives it faster than the
 # headers one by one (300 against 150 MB/s cold).
 _WINDOW = 1 << 19
@@ -80,6 +83,8 @@ class TarIndex:
 def load_index(path: str, cache_dir: str = "") -> TarIndex:
     """The index of a tar: read if one of the same size and time is kept, built otherwise."""
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no regular file, but tars are read at random offsets.")
     for place in _places(path, cache_dir):
         index = _read(place)
         if index and (index.tar_size, index.tar_mtime) == (status.st_size, status.st_mtime_ns):
@@ -242,6 +247,8 @@ def _members(
         kind = header[156:157]
         size = size_override if size_override >= 0 else _number(header[124:136])
         start = position + _BLOCK
+        if kind in b"Lx" and size > _LONGEST_HEADER:
+            raise ValueError(f"{path}: a member's name or header has {size} bytes: damaged.")
         if start + size > end:
             yield None, start, size, b""
             return

@@ -1,7 +1,6 @@
 """Tars of img2dataset and webdataset, and CLIP_benchmark's folders of them, at random access."""
 
 import functools
-import json
 import logging
 import os
 import time
@@ -19,7 +18,7 @@ from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.tar_index import TarIndex, load_index
 from cwcl_jax.data.sources.texts import captions_of, lines_of, text_of_bytes
-from cwcl_jax.files import matching
+from cwcl_jax.files import matching, parse_json
 
 _LOG = logging.getLogger(__name__)
 # Descriptors kept open; systems allow a process about a thousand by default.
@@ -182,7 +181,7 @@ class Tars(Source):
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise BadExample("json unreadable", str(error)) from error
     if not isinstance(value, dict):
