@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -274,3 +275,31 @@ def test_a_stored_vector_of_zeros_is_named_and_not_used(tmp_path):
         assert opened.vectors(np.array([5, 6]))["image"].shape == (2, DIM)
     with pytest.raises(BadExample, match="item 1"):
         FeatureInputs().batch([np.ones(3), np.zeros(3)])
+
+
+def test_damaged_features_are_told(tmp_path):
+    """Flipped bits and zeroed blocks in any file: the same vectors or an error, nothing else."""
+    _write(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(40):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        path = rng.choice(sorted(folder.iterdir()))
+        content = bytearray(path.read_bytes())
+        place = rng.choice(np.flatnonzero(np.frombuffer(content, np.uint8)))  # no padding
+        if number % 2:
+            content[place] ^= 1 << rng.integers(8)
+        else:
+            content[place : place + 512] = bytes(len(content[place : place + 512]))
+        path.write_bytes(content)
+        try:
+            store = EmbeddingStore(folder)
+            _, vectors = store.rows(np.arange(COUNT))
+        except ValueError as error:
+            refused += 1
+            told = str(error)
+            assert str(folder) in told
+            continue
+        if store.description == _description():  # else it would be called stale
+            np.testing.assert_array_equal(vectors, VECTORS)
+    assert refused > 20
