@@ -30,7 +30,7 @@ ALLOWED = {
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
     },
-    "exit_codes": {"config"},
+    "exit_codes": {"config", "data.skipping"},
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "pretrained", "evaluation", "config",
