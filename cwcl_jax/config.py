@@ -19,11 +19,13 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.evaluation.files import read_json
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.extension import is_reference
 from cwcl_jax.losses.options import LossConfig
@@ -311,6 +313,26 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
     if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
         raise ConfigError(f"{path} must be {kind.__name__}, got {value!r}")
     return value
+
+
+def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
+    """`config` with the tasks that `--tasks` names."""
+    plain = to_plain(config)
+    tasks = plain["evaluation"]["tasks"]
+    if chosen.endswith(".json"):
+        if not Path(chosen).is_file():
+            raise ConfigError(f"--tasks={chosen}: there is no such file")
+        tasks = read_json(Path(chosen))
+    elif chosen:
+        names = [name.strip() for name in chosen.split(",")]
+        unknown = [name for name in names if name not in tasks]
+        if unknown:
+            raise ConfigError(f"--tasks={chosen}: no task {unknown[0]!r}; there are {list(tasks)}")
+        tasks = {name: tasks[name] for name in names}
+    if not tasks:
+        raise ConfigError("there are no tasks: name a JSON file of tasks in --tasks")
+    plain["evaluation"]["tasks"] = tasks
+    return from_config_dict(plain)
 
 
 def to_json(config: ExperimentConfig) -> str:

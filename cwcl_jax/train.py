@@ -14,12 +14,15 @@ if __name__ == "__main__":
 from absl import flags
 
 from cwcl_jax import cli
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, with_tasks
 
 _CONFIG = cli.define_config_flag()
 flags.declare_key_flag("config")  # so that --help shows it
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; by default runs/ and the config's name and argument."
+)
+_TASKS = flags.DEFINE_string(
+    "tasks", "", "Some of the config's tasks, separated by commas, or a JSON file of tasks."
 )
 
 
@@ -27,6 +30,8 @@ def main(argv: list[str]) -> int:
     """Resolves the flags and trains, alone or as one process of a job."""
     del argv
     config = cli.resolve_config(_CONFIG)
+    if _TASKS.value:
+        config = with_tasks(config, _TASKS.value)
     workdir = _WORKDIR.value or f"runs/{config.name}"
     if "://" in workdir:
         raise ConfigError(

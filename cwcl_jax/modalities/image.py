@@ -116,6 +116,10 @@ class ImageInputs(Modality):
                 "imported position grid is resampled)"
             )
 
+    def of_folder(self, folder: Path) -> "ImageInputs":
+        """Returns the inputs as the image processor beside weights makes them."""
+        return dataclasses.replace(self, **_asked_by(folder, self.size))
+
     def check_files(self, folder: Path, options: str) -> None:
         asked = _asked_by(folder, self.size)
         different = {name: x for name, x in asked.items() if x != getattr(self, name)}

@@ -22,14 +22,12 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.extension import import_named, is_reference, source_hash
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
-from cwcl_jax.models.locking import LOGIT_PATHS, decide
+from cwcl_jax.models.locking import decide
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
-from cwcl_jax.pretrained import complete, import_tower
+from cwcl_jax.pretrained import complete, folder_of, import_tower, logits_of
 from cwcl_jax.training import sharding
 from cwcl_jax.training.optimizer import make_optimizer
-from cwcl_jax.weights.locate import locate
-from cwcl_jax.weights.readers import open_weights
 
 Leaves = dict[str, Any]
 
@@ -277,8 +275,7 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
 
 
 def _check_inputs_of_files(config: ExperimentConfig, tower: str) -> None:
-    path = locate(config.towers[tower].weights)
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(config.towers[tower].weights)
     try:
         config.data.inputs_of(tower).check_files(folder, f"config.data.{tower}")
     except ValueError as error:
@@ -304,12 +301,7 @@ def _logits_of_files(blueprint: Blueprint) -> dict[str, np.ndarray]:
     names = {tower.weights for tower in config.towers.values()}
     if not config.temperature.from_weights or len(names) > 1 or "" in names:
         return {}
-    weights = open_weights(locate(*names))
-    return {
-        name: np.asarray(weights.read(name), np.float32).reshape(())
-        for name in LOGIT_PATHS
-        if name in weights.entries and name in blueprint.abstract
-    }
+    return {k: x for k, x in logits_of(*names).items() if k in blueprint.abstract}
 
 
 def code_of(tower: TowerConfig) -> str:
