@@ -8,7 +8,7 @@ The names below are imported on first use, so that `import cwcl_jax` stays light
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cwcl_jax.api import load_model
+    from cwcl_jax.api import load_embeddings, load_model
     from cwcl_jax.losses import (
         LossConfig,
         channel_profiles,
@@ -23,12 +23,14 @@ __all__ = [
     "channel_profiles",
     "contrastive_loss",
     "cwcl_loss",
+    "load_embeddings",
     "load_model",
     "make_loss",
     "sigmoid_loss",
 ]
 
-_HOME = dict.fromkeys(__all__, "cwcl_jax.losses") | {"load_model": "cwcl_jax.api"}
+_HOME = dict.fromkeys(__all__, "cwcl_jax.losses")
+_HOME |= dict.fromkeys(("load_embeddings", "load_model"), "cwcl_jax.api")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,9 +6,13 @@ texts = model.encode_text(["a photo of a cat", "a photo of a dog"])
 print(model.similarity(images, texts))
 """
 
+import json
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +20,14 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from cwcl_jax.modalities import Modality
+from cwcl_jax.data.embeddings import EmbeddingStore
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities import ImageInputs, Modality, TextInputs
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.modalities.text import TextTokenizer
 from cwcl_jax.models.leaves import ModelDef
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained import complete, import_tower, logits_of
 from cwcl_jax.pretrained.folder import (
     DESCRIPTION,
     ModelDescription,
@@ -28,6 +36,7 @@ from cwcl_jax.pretrained.folder import (
 )
 
 Audio = str | Path | bytes | tuple[np.ndarray, int]
+Errors = Literal["raise", "skip"]
 Picture = str | Path | bytes | Image.Image | np.ndarray | jax.Array
 
 
@@ -94,27 +103,45 @@ class Model:
         return self.process(self._reader_of("speech"), recordings)
 
     def encode_image(
-        self, images: Picture | Sequence[Picture], *, batch_size: int = 64
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        batch_size: int = 64,
+        errors: Errors = "raise",
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of pictures."""
-        return self.encode_items(self._reader_of("image"), images, batch_size=batch_size)
+        """Embeds of pictures; see `encode_items`."""
+        tower = self._reader_of("image")
+        return self.encode_items(tower, images, batch_size=batch_size, errors=errors)
 
     def encode_text(
-        self, texts: str | Sequence[str], *, batch_size: int = 256
+        self, texts: str | Sequence[str], *, batch_size: int = 256, errors: Errors = "raise"
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of texts."""
-        return self.encode_items(self._reader_of("text"), texts, batch_size=batch_size)
+        """Embeds of texts; see `encode_items`."""
+        tower = self._reader_of("text")
+        return self.encode_items(tower, texts, batch_size=batch_size, errors=errors)
 
     def encode_speech(
-        self, recordings: Audio | Sequence[Audio], *, batch_size: int = 32
+        self,
+        recordings: Audio | Sequence[Audio],
+        *,
+        batch_size: int = 32,
+        errors: Errors = "raise",
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of recordings."""
-        return self.encode_items(self._reader_of("speech"), recordings, batch_size=batch_size)
+        """Embeds of recordings; see `encode_items`."""
+        tower = self._reader_of("speech")
+        return self.encode_items(tower, recordings, batch_size=batch_size, errors=errors)
 
     def encode_items(
-        self, tower: str, items: Any, *, batch_size: int = 64
+        self, tower: str, items: Any, *, batch_size: int = 64, errors: Errors = "raise"
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of one item or many, as the tower's modality takes them.
+
+        Args:
+          tower: its name.
+          items: paths, arrays and whatever else the modality takes.
+          batch_size: items of one call of the encoder.
+          errors: "raise" at an item that cannot be read; "skip" gives it a row of NaN and a
+            warning, so that rows and items still belong together.
 
         Raises:
           BadExample: an item that cannot be used, by its path or its number in the list.
@@ -126,12 +153,40 @@ class Model:
         listed = inputs.listed(items)
         if not listed:
             return self._no_rows()
-        return np.concatenate(
-            [
-                self.encode(tower, inputs.batch(listed[i : i + batch_size], first=i))
-                for i in range(0, len(listed), batch_size)
-            ]
-        )
+        if errors not in ("raise", "skip"):
+            raise ValueError(f"errors={errors!r} must be 'raise' or 'skip'")
+        _warn_of_losses(inputs, listed)
+        if errors == "raise":
+            return np.concatenate(
+                [
+                    self.encode(tower, inputs.batch(listed[i : i + batch_size], first=i))
+                    for i in range(0, len(listed), batch_size)
+                ]
+            )
+        return self._encode_usable(tower, listed, batch_size)
+
+    def _encode_usable(self, tower: str, items: Sequence[Any], size: int) -> np.ndarray:
+        """A row for every item, NaN where it cannot be used."""
+        inputs, bad = self._inputs(tower), []
+        embeds = np.full((len(items), self.description.embed_dim), np.nan, np.float32)
+        for start in range(0, len(items), size):
+            rows: dict[int, dict[str, np.ndarray]] = {}
+            for number, item in enumerate(items[start : start + size], start):
+                try:
+                    rows[number] = inputs.batch([item], first=number)
+                except (BadExample, OSError, ValueError) as error:
+                    bad.append(str(error))
+            if rows:
+                names = inputs.arrays()
+                joined = {k: np.concatenate([row[k] for row in rows.values()]) for k in names}
+                embeds[list(rows)] = self.encode(tower, joined)
+        if bad:
+            warnings.warn(
+                f"{len(bad)} of {len(items)} items cannot be used and have rows of NaN; the first: "
+                f"{bad[0]}",
+                stacklevel=4,
+            )
+        return embeds
 
     def encode(self, tower: str, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "b d"]:
         """Embeds of one batch of arrays by name, as `process` gives them.
@@ -186,6 +241,18 @@ class Model:
         return np.zeros((0, self.description.embed_dim), np.float32)
 
 
+def _warn_of_losses(inputs: Modality, items: Sequence[Any]) -> None:
+    """Says how many of the items the tower does not see whole."""
+    if type(inputs).lost is Modality.lost:
+        return
+    remarks: Counter[str] = Counter()
+    for item in items:
+        with suppress(BadExample, OSError, ValueError):  # told where it is encoded
+            remarks.update(inputs.lost(inputs.opened(item)))
+    for remark, count in remarks.items():
+        warnings.warn(f"{count} of {len(items)} items are {remark}", stacklevel=4)
+
+
 def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]:
     @jax.jit
     def encode(leaves: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> jax.Array:
@@ -194,8 +261,17 @@ def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]
     return encode
 
 
+def _is_clip(config: Path) -> bool:
+    if not config.is_file():
+        return False
+    content = json.loads(config.read_text(encoding="utf-8"))
+    return isinstance(content, dict) and content.get("model_type") == "clip"
+
+
 def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = False) -> Model:
-    """Load an exported folder, or a run's workdir at a step (by default its latest checkpoint).
+    """Load an exported folder, a run's workdir at a step (by default the latest), or a CLIP.
+
+    A CLIP is a folder that transformers' `CLIPModel` was saved in, with its tokenizer.
 
     Args:
       path: the folder.
@@ -220,6 +296,8 @@ def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = 
     if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
         check_code_is_allowed(folder / "config.json", allow_code)
         return Model(*load_run(folder, step))
+    if _is_clip(folder / "config.json"):
+        return Model(*load_clip(folder))
     found = "does not exist" if not folder.exists() else f"holds neither {DESCRIPTION}"
     raise FileNotFoundError(
         f"{folder} {found}{'' if not folder.exists() else ' nor config.json and checkpoints/'}: "
@@ -228,13 +306,59 @@ def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = 
     )
 
 
+def load_embeddings(folder: str | Path) -> tuple[list[str], Float[np.ndarray, "n d"]]:
+    """Ids and vectors that `python -m cwcl_jax.embed` wrote, in the order of the source.
+
+    Returns:
+      The ids, and float32 rows; rows of NaN for examples that could not be used.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or it is not complete.
+    """
+    store = EmbeddingStore(folder)
+    vectors = np.full((len(store), *store.description.shape), np.nan, np.float32)
+    ids = []
+    for row in range(len(store)):
+        name, vector = store[row]
+        ids.append(name)
+        if vector is not None:
+            vectors[row] = vector
+    return ids, vectors
+
+
+def load_clip(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
+    """Definition, leaves and description of a CLIP that transformers saved."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    encoders = {"image": "vit", "text": "text"}
+    towers = {
+        name: complete(TowerConfig(encoder, weights=str(folder), tune="none"))
+        for name, encoder in encoders.items()
+    }
+    image, text = (
+        encoder_config(t.encoder, t.preset, t.overrides, t.pooling) for t in towers.values()
+    )
+    inputs = {
+        "image": ImageInputs(size=image.image_size).of_folder(folder),
+        "text": TextInputs(tokenizer=str(folder), max_tokens=text.max_tokens),
+    }
+    description = ModelDescription(
+        towers, embed_dim=content.get("projection_dim", 512), inputs=inputs
+    )
+    definition, abstract = description.abstract()
+    leaves = {}
+    for name, tower in towers.items():
+        leaves |= import_tower(tower, name, abstract).leaves
+    leaves["logit_scale"] = jnp.asarray(logits_of(str(folder))["logit_scale"])
+    return definition, leaves, description
+
+
 def load_run(
     workdir: Path, step: int | None = None
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
     """Definition, leaves and description of a run's model, on the default device."""
     from cwcl_jax.training.encode import restore
 
-    restored = restore(workdir, step, devices=jax.local_devices()[:1])
+    restored = restore(workdir, step, devices=jax.local_devices()[:1], compact=False)
     blueprint = restored.blueprint
     config = blueprint.config
     description = ModelDescription(

@@ -3,8 +3,8 @@
     @cli.command(_define, config=True)
     def main(options: Namespace) -> int: ...
 
-makes `main(argv)` a function that returns the exit code. A mistake in the options, or a ConfigError
-in `main`, is one line on stderr and exit code 2; an OSError (a full disk, a file that cannot be
+makes `main(argv)` a function that returns the exit code. A mistake in the options, the settings
+or the data is one line on stderr and exit code 2; an OSError (a full disk, a file that cannot be
 read) is one line and exit code 1. With CWCL_TRACEBACK=1 in the environment both are shown with
 their traceback. Options are written --with_underscores;
 --with-hyphens are the same. The second half of this file are types of options.
@@ -12,6 +12,7 @@ their traceback. Options are written --with_underscores;
 
 from __future__ import annotations
 
+import ast
 import difflib
 import faulthandler
 import functools
@@ -26,7 +27,7 @@ from argparse import (
     Namespace,
     RawDescriptionHelpFormatter,
 )
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ from cwcl_jax.exit_codes import (  # noqa: F401
     BAD_CONFIG,
     DONE,
     FAILED,
+    MISTAKES,
     PREEMPTED,
     WATCHDOG,
     exit_code,
@@ -98,7 +100,7 @@ class Command:
             if argv is None:  # this process is the command's own
                 _set_up_process(options.verbosity)
             return self._body(options) or DONE
-        except (ConfigError, OSError) as error:
+        except (*MISTAKES, OSError) as error:
             if os.environ.get("CWCL_TRACEBACK", "0") != "0":
                 traceback.print_exception(error)
             print(f"error: {error}", file=sys.stderr)
@@ -166,8 +168,9 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     # The module of a config file read before, whose names ml_collections would leave in this one's.
     sys.modules.pop("config_config", None)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=["", *argv])
-    _parse_flags(values, argv, parser)
+    settings, rest = _settings_of_encoders(argv)
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=["", *rest])
+    _parse_flags(values, rest, parser)
     path = config_flags.get_config_filename(values["config"]).split(":")[0]
     _check_is_file(path)
     try:
@@ -178,7 +181,54 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     if not is_config:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {value!r}")
     _make_importable(Path(path).resolve().parent)
-    return from_config_dict(value)
+    return from_config_dict(with_settings(value.to_dict(), settings))
+
+
+# A setting of an encoder that the command line gives: tower, name or "" for several, text.
+_Setting = tuple[str, str, str]
+_SETTING = re.compile(r"--?config\.towers\.([\w-]+)\.overrides(?:\.(\w+))?(=.*)?", re.DOTALL)
+
+
+def _settings_of_encoders(argv: Sequence[str]) -> tuple[list[_Setting], list[str]]:
+    """The settings of encoders among the arguments, and the other arguments.
+
+    The flags' library knows neither the names of such settings nor how to add to them.
+    """
+    settings, rest, waiting = [], [], iter(argv)
+    for argument in waiting:
+        if match := _SETTING.fullmatch(argument):
+            text = match[3][1:] if match[3] else next(waiting, "")
+            settings.append((match[1], match[2] or "", text))
+        else:
+            rest.append(argument)
+    return settings, rest
+
+
+def with_settings(config: Mapping[str, Any], settings: Sequence[_Setting]) -> dict[str, Any]:
+    """A plain config with the encoders' settings of the command line beside its own.
+
+    Raises:
+      ConfigError: there is no such tower, or several settings are no dict.
+    """
+    config = dict(config)
+    for tower, name, text in settings:
+        option = f"--config.towers.{tower}.overrides"
+        towers = config.get("towers", {})
+        if tower not in towers:
+            raise ConfigError(f"{option}: the towers are {', '.join(towers)}")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        if not name and not isinstance(value, dict):
+            raise ConfigError(
+                f'{option}={text}: settings by name are wanted, as {option}.NAME=VALUE or "'
+                "{'NAME': VALUE}\""
+            )
+        own = dict(towers[tower].get("overrides") or {})
+        changed = own | ({name: value} if name else value)
+        config["towers"] = {**towers, tower: {**towers[tower], "overrides": changed}}
+    return config
 
 
 def _make_importable(folder: Path) -> None:

@@ -19,11 +19,13 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.evaluation.files import read_json
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.extension import is_reference
 from cwcl_jax.losses.options import LossConfig
@@ -58,7 +60,8 @@ class ExperimentConfig:
       global_batch_size: pairs in one step over all devices and processes.
       accumulation_steps: chunks that the towers run over; the loss still sees the whole batch.
       embed_dim: width of the shared embedding space.
-      dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay float32.
+      dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay
+        float32, but for locked kernels during a run, which lie in it to save memory.
       towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
     """
 
@@ -104,6 +107,11 @@ def check(config: ExperimentConfig) -> None:
     for field in ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim"):
         if getattr(config, field) < 1:
             raise ConfigError(f"config.{field} must be at least 1, got {getattr(config, field)}")
+    if config.global_batch_size == 1:
+        raise ConfigError(
+            "config.global_batch_size=1 trains nothing: a pair alone has no other to be told from, "
+            "and the loss 0"
+        )
     if config.global_batch_size % config.accumulation_steps:
         raise ConfigError(
             f"config.global_batch_size={config.global_batch_size} is not divisible by "
@@ -305,6 +313,26 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
     if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
         raise ConfigError(f"{path} must be {kind.__name__}, got {value!r}")
     return value
+
+
+def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
+    """`config` with the tasks that `--tasks` names."""
+    plain = to_plain(config)
+    tasks = plain["evaluation"]["tasks"]
+    if chosen.endswith(".json"):
+        if not Path(chosen).is_file():
+            raise ConfigError(f"--tasks={chosen}: there is no such file")
+        tasks = read_json(Path(chosen))
+    elif chosen:
+        names = [name.strip() for name in chosen.split(",")]
+        unknown = [name for name in names if name not in tasks]
+        if unknown:
+            raise ConfigError(f"--tasks={chosen}: no task {unknown[0]!r}; there are {list(tasks)}")
+        tasks = {name: tasks[name] for name in names}
+    if not tasks:
+        raise ConfigError("there are no tasks: name a JSON file of tasks in --tasks")
+    plain["evaluation"]["tasks"] = tasks
+    return from_config_dict(plain)
 
 
 def to_json(config: ExperimentConfig) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,7 @@ def embed(
 
     Raises:
       ConfigError: settings, data or weights that cannot work, or a folder of something else.
+      TooManyBadExamples: a larger share than `data.max_skipped_share` is unusable.
     """
     import jax
 
@@ -93,14 +95,16 @@ def embed(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    watchdog = watchdog or unwatched()
+    watchdog, told = watchdog or unwatched(), Counter[str]()
     with IndependentStop() as stop, watchdog.phase("embedding"):
         finished = embed_source(
             encoder, source, writer, config.data,
             output=what, batch_size=batch_size, progress=_report,
-            stop=lambda done: stop.requested(), watchdog=watchdog,
+            stop=lambda done: stop.requested(), watchdog=watchdog, told=told,
         )  # fmt: skip
         finished = all_finished(finished, stop.requested, watchdog)
+    for remark, count in told.items():
+        print(f"warning: {count} of the examples embedded now are {remark}")
     print(f"{len(source)} vectors of {width} {dtype} in {output}" if finished else "stopped")
     return cli.DONE if finished else cli.PREEMPTED
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cwcl_jax import cli
-from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_plain
+from cwcl_jax.config import ConfigError, ExperimentConfig, with_tasks
 
 if TYPE_CHECKING:
     from cwcl_jax.evaluation.compare import Items
@@ -92,7 +92,7 @@ def _evaluate(options: Options, watchdog: Watchdog) -> int:
                 _rank_one(options, encoder, config)
             else:
                 kept = KeptRows(encoder, sources)
-                _run_tasks(options, kept, _with_tasks(config, options.tasks))
+                _run_tasks(options, kept, with_tasks(config, options.tasks))
                 kept.save()
     except (ValueError, FileNotFoundError, ImportError, TooManyBadExamples) as error:
         raise ConfigError(str(error)) from error
@@ -154,29 +154,10 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
     encoder, sources = imported_encoder(options.config)
     for modality, source in sources.items():
         print(f"{modality} tower: {source.source}")
+        if source.random or not source.sha256:
+            parts = sorted({path.split("/")[2] for path in source.random}) or ["whole tower"]
+            print(f"warning: {' and '.join(parts)} of the {modality} tower: random, untrained")
     return encoder, options.config, sources
-
-
-def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
-    """`config` with the tasks that `--tasks` names."""
-    from cwcl_jax.evaluation.files import read_json
-
-    plain = to_plain(config)
-    tasks = plain["evaluation"]["tasks"]
-    if chosen.endswith(".json"):
-        if not Path(chosen).is_file():
-            raise ConfigError(f"--tasks={chosen}: there is no such file")
-        tasks = read_json(Path(chosen))
-    elif chosen:
-        names = [name.strip() for name in chosen.split(",")]
-        unknown = [name for name in names if name not in tasks]
-        if unknown:
-            raise ConfigError(f"--tasks={chosen}: no task {unknown[0]!r}; there are {list(tasks)}")
-        tasks = {name: tasks[name] for name in names}
-    if not tasks:
-        raise ConfigError("there are no tasks: name a JSON file of tasks in --tasks")
-    plain["evaluation"]["tasks"] = tasks
-    return from_config_dict(plain)
 
 
 def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> None:
@@ -197,9 +178,23 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         data=config.data,
         features=partial(kept.encode, output="features"),
         weights_from=config.loss.weights_from,
+        seen=_seen(config) if options.workdir else {},
     )
     if is_primary():
         _write(options, config, results, others, kept.encoder.step)
+
+
+def _seen(config: ExperimentConfig) -> dict[str, str]:
+    """What of the tasks' data the run was trained on, where its training data is at hand."""
+    from cwcl_jax.data.sources import open_source
+    from cwcl_jax.evaluation.runner import seen_in_training
+
+    try:
+        train = open_source(config.data.train, cache_dir=config.data.cache_dir)
+    except (FileNotFoundError, ValueError, ImportError) as error:
+        print(f"the training data is not at hand, to compare the tasks' data with it: {error}")
+        return {}
+    return seen_in_training(config.evaluation, train, config.data)
 
 
 def _write(

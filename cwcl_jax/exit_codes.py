@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.early import PREEMPTED as PREEMPTED  # one of the codes
 
 DONE = 0
 FAILED = 1
 BAD_CONFIG = 2
 WATCHDOG = 43
+# What a person has to correct, in the settings or in the data: the same command cannot go on.
+MISTAKES = (ConfigError, TooManyBadExamples)
 
 
 def exit_code(error: BaseException) -> int:
@@ -17,4 +20,4 @@ def exit_code(error: BaseException) -> int:
         return error.code
     if isinstance(error, TimeoutError):
         return WATCHDOG
-    return BAD_CONFIG if isinstance(error, ConfigError) else FAILED
+    return BAD_CONFIG if isinstance(error, MISTAKES) else FAILED

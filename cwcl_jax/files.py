@@ -205,3 +205,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is what programs leave beside people's own (`._x`, `__MACOSX`)."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern, in order, without hidden ones."""
+    return sorted(file for file in folder.glob(pattern) if not is_hidden(file.name))

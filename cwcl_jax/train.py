@@ -14,18 +14,22 @@ if __name__ == "__main__":
     leave_on_request()
 
 from cwcl_jax import cli
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, with_tasks
 
 
 def _define(parser: ArgumentParser) -> None:
     about = "folder of the run; by default runs/ and the config's name and argument"
     parser.add_argument("--workdir", help=about)
+    about = "some of the config's tasks, separated by commas, or a JSON file of tasks"
+    parser.add_argument("--tasks", default="", help=about)
 
 
 @cli.command(_define, config=True)
 def main(options: Namespace) -> int:
     """Trains, alone or as one process of a job."""
     config = cli.required(options.config)
+    if options.tasks:
+        config = with_tasks(config, options.tasks)
     workdir = options.workdir or f"runs/{config.name}"
     if "://" in workdir:
         raise ConfigError(

@@ -9,6 +9,7 @@ from PIL import Image
 
 import cwcl_jax
 from cwcl_jax.api import Model
+from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities import FeatureInputs, ImageInputs, SpeechInputs, TextInputs
 from cwcl_jax.models.tower import TowerConfig
@@ -33,7 +34,7 @@ SPEECH = TowerConfig(
 
 INPUTS = {
     "image": ImageInputs(size=16),
-    "text": TextInputs(max_tokens=12),
+    "text": TextInputs(max_tokens=16),
     "speech": SpeechInputs(max_seconds=0.5),
 }
 
@@ -86,7 +87,7 @@ def test_inputs_that_a_tower_cannot_read_are_errors_in_words(tmp_path):
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         two.encode_text(TEXTS, batch_size=0)
     with pytest.raises(ValueError, match=r"text tower \(text\) reads tokens and mask, not tokens"):
-        two.encode("text", {"tokens": np.zeros((1, 12), np.int32)})
+        two.encode("text", {"tokens": np.zeros((1, 16), np.int32)})
     with pytest.raises(ValueError, match="reads pixels, not nothing"):
         two.encode("image", {})
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -202,3 +203,29 @@ def test_a_tower_without_preset_is_trained_and_exported_with_its_folders_sizes(t
     assert again.leaves["towers/image/encoder/norm/scale"].shape == (16,)
     expected = trained.encode_image(pictures())
     np.testing.assert_allclose(again.encode_image(pictures()), expected, atol=1e-6)
+
+
+def test_texts_that_are_cut_are_told():
+    with pytest.warns(UserWarning, match="1 of 2 items are cut at max_tokens=16"):
+        model().encode_text(["a star", "a red circle and a star" + " and a ring" * 6])
+
+
+def test_items_that_cannot_be_read_may_be_left_out_by_rows_of_nan():
+    two, good = model(), pictures()
+    with pytest.warns(UserWarning, match="1 of 3 items cannot be used .*item 1: "):
+        rows = two.encode_image([good[0], b"no picture", good[1]], batch_size=2, errors="skip")
+    assert np.isnan(rows[1]).all()
+    np.testing.assert_allclose(rows[[0, 2]], two.encode_image(good[:2]), atol=1e-6)
+    with pytest.raises(ValueError, match="errors='ignore' must be 'raise' or 'skip'"):
+        two.encode_image(good, errors="ignore")
+
+
+def test_embeddings_on_disk_come_back_with_their_ids(tmp_path):
+    description = EmbeddingDescription("image", (2,), "float16", 3, "source", "weights")
+    vectors = np.array([[1, 0], [0, 1], [3, 4]], np.float32)
+    writer = EmbeddingWriter(tmp_path, description)
+    writer.write(range(3), ["a", "b", "c"], vectors, np.array([True, False, True]))
+    ids, rows = cwcl_jax.load_embeddings(tmp_path)
+    assert ids == ["a", "b", "c"]
+    np.testing.assert_array_equal(rows[[0, 2]], vectors[[0, 2]])
+    assert np.isnan(rows[1]).all()

@@ -30,10 +30,10 @@ ALLOWED = {
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
     },
-    "exit_codes": {"config", "early"},
+    "exit_codes": {"config", "early", "data.skipping"},
     "cli": {"config", "exit_codes"},
     "training": {
-        "losses", "models", "modalities", "data", "pretrained", "evaluation", "config",
+        "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
         "exit_codes", "files", "extension",
     },
     "recipes": {"config", "losses"},

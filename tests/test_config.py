@@ -36,6 +36,7 @@ def test_unknown_field_names_the_nearest_known_one():
     [
         ("total_steps", "many", r"config\.total_steps must be int"),
         ("total_steps", True, r"config\.total_steps must be int"),
+        ("global_batch_size", 1, r"global_batch_size=1 trains nothing"),
         ("total_steps", 0, r"config\.total_steps must be at least 1"),
         ("accumulation_steps", 3, r"global_batch_size=16 is not divisible"),
         ("dtype", "float16", r"config\.dtype"),

@@ -1,11 +1,14 @@
 """Embeddings of a source: written once, trained from, refused when stale, continued if cut off."""
 
+import json
+
 import numpy as np
 import pytest
 
 from cwcl_jax.cli import DONE, PREEMPTED
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.embeddings import EmbeddingStore
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.embed import embed
 from cwcl_jax.modalities.image import eval_pixels
@@ -138,3 +141,20 @@ def test_interrupted_command_continues(tmp_path, monkeypatch):
 def test_unknown_modality_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"--modality=sound: the towers are"):
         embed(toy_config(), workdir="", output=str(tmp_path), modality="sound")
+
+
+def test_several_captions_and_many_unusable_examples_are_told(tmp_path, capsys):
+    rows = [{"title": ["a star", "a red star"] if n < 3 else ""} for n in range(5)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(share):
+        config = toy_config(**{"data.max_skipped_share": share})
+        return embed(
+            config, workdir="", output=str(tmp_path / f"{share}"), modality="text",
+            line=f"jsonl:{tmp_path}/t.jsonl", batch_size=5,
+        )  # fmt: skip
+
+    with pytest.raises(TooManyBadExamples, match=r"2 of 5 examples are unusable \(text empty: 2\)"):
+        run(0.2)
+    assert run(0.5) == DONE
+    assert "3 of the examples embedded now are with several captions" in capsys.readouterr().out

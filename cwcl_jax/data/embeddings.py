@@ -185,7 +185,10 @@ class EmbeddingStore:
         paths = [
             str(self.description.shard_path(folder, s)) for s in range(self.description.shards)
         ]
-        self._records = ArrayRecordDataSource(paths)
+        try:
+            self._records = ArrayRecordDataSource(paths)
+        except RuntimeError as error:
+            raise self._damaged(error) from error
         self._dtype = _DTYPES[self.description.dtype]
 
     def __len__(self) -> int:
@@ -205,14 +208,20 @@ class EmbeddingStore:
         names, bodies = [name for name, _ in parts], [body for _, body in parts]
         if not all(bodies):
             return names, None
-        return names, self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
+        vectors = self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
+        flat = vectors.reshape(len(vectors), -1)
+        usable = np.isfinite(flat).all() and flat.any(axis=1).all()
+        return names, vectors if usable else None
 
     def _read(self, indices: list[int]) -> list[tuple[str, bytes]]:
         """Ids and bytes of examples. The files hold checksums, which their reader compares."""
         try:
             return [_parts(record) for record in self._records.__getitems__(indices)]
         except (RuntimeError, UnicodeError) as error:
-            raise ValueError(f"{self.folder} is damaged ({error}); {_AGAIN}.") from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.folder} is damaged ({error}); {_AGAIN}.")
 
     def _vectors(self, body: bytes, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
         return np.frombuffer(body, self._dtype).astype(np.float32).reshape(shape)

@@ -27,8 +27,9 @@ class EvalBatches:
     Every pass counts its unusable examples anew, each of them once; `skipped` is of the last pass.
 
     Beside the inputs a batch has "index", "valid" (False for filling and for unusable examples,
-    whose inputs repeat another example), "id", and what the source tells besides: "label" (-1
-    where there is none that can be read) and "captions" (lists of strings, possibly none).
+    whose inputs repeat another example), "id", "lost" (what the inputs do not hold, by tower), and
+    what the source tells besides: "label" (-1 where there is none that can be read) and "captions"
+    (lists of strings, possibly none).
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class EvalBatches:
         try:
             example = self._read(index)
             inputs = self._processor.eval_example(example)
+            example["lost"] = self._processor.lost(example)
         except BadExample as error:
             counter.add_skipped(f"example {index} ({example.get('id', '?')})", error)
             return index, None, example
@@ -127,7 +129,8 @@ class EvalBatches:
         batch["index"] = np.array([index for index, _, _ in rows], np.int64)
         batch["valid"] = np.array([inputs is not None for _, inputs, _ in rows])
         labels = [example.get("label", -1) for _, _, example in rows]
-        batch["label"] = np.array(labels, np.int32)
+        batch["label"] = np.array(labels, np.int64)
+        batch["lost"] = [example.get("lost", {}) for _, _, example in rows]
         batch["id"] = [example.get("id", "") for _, _, example in rows]
         return batch
 

@@ -43,6 +43,9 @@ class DataConfig:
     keep_locked_features: bool = False
     # The run fails when a larger share of the examples read so far was unusable.
     max_skipped_share: float = 0.01
+    # Training is refused when a larger share of a sample of the data is cut on its way to a tower,
+    # at max_tokens or max_seconds, or spelt in letters by the package's own tokenizer.
+    max_cut_share: float = 0.5
 
     def __post_init__(self):
         if self.labels not in ("", "class", "text"):
@@ -53,6 +56,7 @@ class DataConfig:
             threads=(0, ENDLESS),
             prefetch=(0, ENDLESS),
             max_skipped_share=(0, 1),
+            max_cut_share=(0, 1),
         )
 
     def inputs_of(self, tower: str) -> Modality:

@@ -19,7 +19,7 @@ from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
 from cwcl_jax.data.skipping import BadExample, SkipCounter
-from cwcl_jax.data.sources import Source, open_source
+from cwcl_jax.data.sources import Source, check_training_line, open_source
 from cwcl_jax.data.sources.base import require_fields
 
 __all__ = ["EvalBatches", "TrainBatches", "eval_batches", "reader_threads", "train_batches"]
@@ -50,7 +50,10 @@ class TrainBatches:
                 f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
                 "use a multiple of their number."
             )
-        self.source = source or open_source(config.train, cache_dir=config.cache_dir)
+        if source is None:
+            check_training_line(config.train)
+            source = open_source(config.train, cache_dir=config.cache_dir)
+        self.source = source
         length = len(self.source)
         self._processor = Processor(config, towers, self.source.embedded)
         self._seed = seed
@@ -68,7 +71,7 @@ class TrainBatches:
         self.steps_per_epoch = self.examples_per_epoch // global_batch_size
         self._check(config, length)
         self._buckets = self._make_buckets(config)
-        self._counter = SkipCounter(config.max_skipped_share)
+        self._counter = SkipCounter(config.max_skipped_share, length)
         self._config = config
         self._reader = ChunkedReader(
             self._load, local_size=self._local_size, steps=_ENDLESS // self._local_size,
@@ -176,7 +179,7 @@ class TrainBatches:
                 key = (self._seed, 21, epoch, position)
                 return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
-                self._counter.add_skipped(name, error)
+                self._counter.add_skipped(name, error, index)
             index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
         raise RuntimeError(
             f"{_MAX_REPLACEMENTS} examples in a row were unusable at position {position} of epoch "
@@ -185,19 +188,30 @@ class TrainBatches:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Number of skipped examples by kind, on this host, since the iterator was made."""
+        """Number of different skipped examples by kind, on this host, since it was made."""
         return self._counter.kinds
 
     def get_state(self) -> dict[str, int]:
-        """Where the iterator stands: the number of the next step. Independent of the hosts."""
-        return {"step": self._step}
+        """Where the iterator stands: the next step, and examples of its epoch before it.
+
+        Independent of the hosts.
+        """
+        epoch, step = divmod(self._step, self.steps_per_epoch)
+        return {"step": self._step, "epoch": epoch, "examples": step * self._global_size}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Continues from a state of `get_state`, of any number of hosts."""
+        """Continues from a state of `get_state`, of any number of hosts and any batch size.
+
+        Where the batch size changed, the next batch begins with the first example that no batch
+        had, or up to a batch later, since batches begin at multiples of their size.
+        """
         if "step" not in state:
             raise ValueError(f"No position of the data: expected {{'step': n}}, got {dict(state)}.")
         self.close()
         self._step = int(state["step"])
+        if "examples" in state:  # an earlier version saved the step alone
+            begun = -(-int(state["examples"]) // self._global_size)
+            self._step = int(state["epoch"]) * self.steps_per_epoch + begun
 
     def fingerprint(self) -> dict[str, Any]:
         """All that decides which arrays come at which step; compare before resuming."""

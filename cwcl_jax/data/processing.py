@@ -88,7 +88,7 @@ class Processor:
                 continue
             value = _field(example, modality.field)
             if length is not None and modality.lengths:
-                modality = modality.at_length(length)
+                modality = modality.fitting(value, length)
             draws = Draws(*key, *stream_of(tower, modality))
             prepared[tower] = modality.prepare(value, draws)
         if self.config.labels:
@@ -98,7 +98,7 @@ class Processor:
     def _label(self, example: Example, prepared: Mapping[str, Any]) -> np.int32:
         """Equal for pairs that the options call alike."""
         if self.config.labels == "class":
-            return np.int32(_field(example, "label"))
+            return _in_32_bits(_field(example, "label"))
         # The caption that a tower reads, if one does, so that label and input agree.
         read = [
             prepared[tower]
@@ -115,6 +115,13 @@ class Processor:
             if tower in self.raw
             else {"features": _features(example, tower, modality)}
             for tower, modality in self.inputs.items()
+        }
+
+    def lost(self, example: Example) -> dict[str, tuple[str, ...]]:
+        """What of an example its inputs do not hold, by tower (see `Modality.lost`)."""
+        return {
+            tower: modality.lost(_field(example, modality.field))
+            for tower, modality in self.raw.items()
         }
 
     def finish(self, examples: Sequence[dict[str, Any]]) -> None:
@@ -146,6 +153,12 @@ def _field(example: Example, name: str) -> Any:
     if value is None:
         raise BadExample(f"{name} missing", f"the example has {', '.join(example)}")
     return value
+
+
+def _in_32_bits(label: int) -> np.int32:
+    """The label, or a hash of it where it is too large."""
+    small = -(1 << 31) <= label < 1 << 31
+    return np.int32(label if small else zlib.crc32(str(int(label)).encode()) & 0x7FFFFFFF)
 
 
 def _features(example: Example, tower: str, modality: Modality) -> np.ndarray:

@@ -29,11 +29,20 @@ class TooManyBadExamples(RuntimeError):
 
 
 class SkipCounter:
-    """Counts examples read and skipped, over threads; names the first few of each kind."""
+    """Counts examples read and skipped, over threads; names the first few of each kind.
 
-    def __init__(self, max_share: float):
+    An example that is met again, in a later epoch, is not counted again.
+
+    Args:
+      max_share: of the examples read so far that may be unusable.
+      length: number of examples that there are; 0 where each is met once.
+    """
+
+    def __init__(self, max_share: float, length: int = 0):
         self.max_share = max_share
+        self.length = length
         self.read = 0
+        self._known: set[int] = set()
         self._kinds: Counter[str] = Counter()
         self._refusal: str | None = None
         self._lock = threading.Lock()
@@ -55,16 +64,20 @@ class SkipCounter:
         with self._lock:
             self.read += count
 
-    def add_skipped(self, name: str, error: BadExample) -> None:
+    def add_skipped(self, name: str, error: BadExample, index: int | None = None) -> None:
         """Counts and logs one skipped example; raises when the share passes the limit.
 
         Once it has raised, it raises with the same words whatever thread comes next: which of
         the threads' errors a person sees is left to chance, so they must not differ.
         """
         with self._lock:
+            if index is not None and index in self._known and self._refusal is None:
+                return
+            if index is not None:
+                self._known.add(index)
             self._kinds[error.kind] += 1
             of_kind, skipped = self._kinds[error.kind], self._kinds.total()
-            seen = self.read + skipped
+            seen = min(self.read + skipped, self.length or self.read + skipped)
             if self._refusal is None and skipped > max(_ALWAYS_ALLOWED, self.max_share * seen):
                 self._refusal = (
                     f"{skipped} of the {seen} examples read so far were unusable "

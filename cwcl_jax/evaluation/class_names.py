@@ -5,6 +5,7 @@ Names come from the source, from a list, or from a file of the user's. Subsets a
 """
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,13 @@ from cwcl_jax.evaluation.files import read_json, read_text
 
 if TYPE_CHECKING:
     from cwcl_jax.evaluation.tasks.labelled import Labelled
+
+
+# Names that mean nothing to a text tower, also with words behind them.
+_NO_WORDS = {
+    "are numbers": re.compile(r"[-+]?\d+([.,]\d+)?"),
+    "hold WordNet ids": re.compile(r"n\d{8}\b.*"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ def resolve_classes(source_names: Sequence[str] | None, task: "Labelled") -> Cla
         )
     if not names:
         raise ValueError(f"no class is left for source {task.source!r}; check class_names.")
-    return Classes(tuple(names), candidate_of, tuple(own_names), _name_warnings(names))
+    warnings = _name_warnings(names) + _position_warning(names, own_names, source_names, task)
+    return Classes(tuple(names), candidate_of, tuple(own_names), warnings)
 
 
 def _prompt_names(
@@ -96,7 +105,32 @@ def _prompt_names(
             f"class_names={task.class_names!r} has {len(given)} names, but the source has "
             f"{len(source_names)} classes; give one name per class, in the order of the labels."
         )
+    if source_names is not None:
+        given = _in_order_of(source_names, given, task)
     return [_checked((name,), label) for label, name in enumerate(given)]
+
+
+def _in_order_of(
+    source_names: Sequence[str], given: Sequence[str], task: "Labelled"
+) -> Sequence[str]:
+    """The names in the order of the source's classes: by name where the two lists share names."""
+    theirs, ours = ([_plain(name) for name in names] for names in (source_names, given))
+    if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
+        return [given[ours.index(name)] for name in theirs]
+    place = {name: label for label, name in enumerate(theirs)}
+    moved = [name for label, name in enumerate(ours) if place.get(name, label) != label]
+    if moved:
+        raise ValueError(
+            f"class_names={task.class_names!r} has {moved[0]!r} in another place than the source, "
+            "whose other classes it calls otherwise: give a mapping, a .tsv file with the source's "
+            f"name and yours on each line (the source's: {', '.join(source_names[:5])}, ...)."
+        )
+    return given
+
+
+def _plain(name: str) -> str:
+    """A name as two lists may spell it alike."""
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
 
 
 def _mapped(
@@ -181,11 +215,39 @@ def _checked(names: tuple[str, ...], label: int) -> tuple[str, ...]:
 
 def _name_warnings(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     counts = Counter(name for group in names for name in set(group))
+    warnings = []
     twice = sorted(name for name, count in counts.items() if count > 1)
-    if not twice:
+    if twice:
+        shown = ", ".join(repr(name) for name in twice[:5])
+        warnings.append(
+            f"{len(twice)} class name(s) stand for more than one class ({shown}): their embeddings "
+            "are equal, and the class with the lower index wins the tie."
+        )
+    for kind, pattern in _NO_WORDS.items():
+        found = [name for name in counts if pattern.fullmatch(name.strip())]
+        if found:
+            warnings.append(
+                f"{len(found)} class name(s) {kind}, such as {found[0]!r}, which say nothing in a "
+                "prompt: set class_names to a .tsv file with the source's name and the words for "
+                "it on each line."
+            )
+    return tuple(warnings)
+
+
+def _position_warning(
+    names: Sequence[tuple[str, ...]],
+    own_names: Sequence[str],
+    source_names: Sequence[str] | None,
+    task: "Labelled",
+) -> tuple[str, ...]:
+    """That names of the user's were taken one after the other for names of the source's."""
+    if not task.class_names or source_names is None or Path(task.class_names).suffix == ".tsv":
         return ()
-    shown = ", ".join(repr(name) for name in twice[:5])
+    pairs = [(own, group[0]) for own, group in zip(own_names, names, strict=True)]
+    renamed = [f"{own} = {name}" for own, name in pairs if _plain(own) != _plain(name)]
+    if not renamed or Path(task.class_names).suffix == ".json":
+        return ()
     return (
-        f"{len(twice)} class name(s) stand for more than one class ({shown}): their embeddings are "
-        "equal, and the class with the lower index wins the tie.",
+        f"class_names were taken by their place, since the source calls {len(renamed)} classes "
+        f"otherwise: {', '.join(renamed[:5])}; a .tsv file that maps names leaves no doubt.",
     )

@@ -14,10 +14,11 @@ from cwcl_jax.evaluation.tables import Table
 Items = Mapping[str, np.ndarray]
 Pair = tuple[Items, Items]  # of run A and of run B
 # Values that are not per item: they say what a task was.
-_ABOUT = ("prompts", "class_names")
-_SAME = {"class_names": "class names", "labels": "labels", "owner": "captions"}
+_ABOUT = ("prompts", "class_names", "top_k", "recall_k", "data")
+_SAME = {"class_names": "class names", "labels": "labels", "owner": "captions", "data": "data"}
 _BY_TEMPLATES = "accuracy by number of templates"
-_KS = {"classes": (1, 5), "retrieval": (1, 5, 10)}
+# What files of an earlier version were evaluated at.
+_KS = {"top_k": (1, 5), "recall_k": (1, 5, 10)}
 
 
 def compare_with(
@@ -249,6 +250,12 @@ def _diagonality(items: Items) -> float:
     return float(items["matrix"][same].mean() - items["matrix"][~same].mean())
 
 
+def _common_ks(a: Items, b: Items, name: str) -> list[int]:
+    """The k of both runs' tasks, at which their numbers are reported."""
+    one, other = (np.asarray(side.get(name, _KS[name])).tolist() for side in (a, b))
+    return [k for k in one if k in other]
+
+
 def _values(a: Items, b: Items) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Metric -> values of both runs and the groups that belong together."""
     values = {}
@@ -259,12 +266,14 @@ def _values(a: Items, b: Items) -> dict[str, tuple[np.ndarray, np.ndarray, np.nd
             continue  # the first k templates are all templates: not a second test
         if key.endswith("_rank") and "owner" in a:
             way = key.removesuffix("_rank")
-            groups = a["owner"] if len(a[key]) == len(a["owner"]) != len(a["ids"]) else None
-            for k in _KS["retrieval"]:
+            # Queries of one group are drawn together; results of before name no group of items.
+            of_items = a.get("owner_of_ids", np.arange(len(a["ids"])))
+            groups = of_items if len(a[key]) == len(a["ids"]) else a["owner"]
+            for k in _common_ks(a, b, "recall_k"):
                 values[f"{way}_R@{k}"] = (a[key] <= k, b[key] <= k, groups)
         elif key.startswith(("rank", "text_rank")):
             prefix, _, suffix = key.partition("rank")
-            for k in _KS["classes"]:
+            for k in _common_ks(a, b, "top_k"):
                 hits = a[key] <= k, b[key] <= k
                 values[f"{prefix}top{k}{suffix}"] = (*hits, a.get("groups"))
         elif key.startswith("hit_"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from cwcl_jax.data.content import row_keys
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.sources.base import Source, SourceAround
 from cwcl_jax.modalities import Modality
@@ -108,16 +109,46 @@ class Items:
     labels: Int[np.ndarray, "n"]  # -1 where there is none
     captions: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
+    content: tuple[bytes, ...]  # equal for items whose inputs are equal
 
     def __len__(self) -> int:
         return len(self.embeds)
+
+    def repeats(self) -> Int[np.ndarray, "n"]:
+        """For every item the number, from 0, of the distinct content that it has."""
+        number: dict[bytes, int] = {}
+        return np.array([number.setdefault(key, len(number)) for key in self.content], np.int64)
+
+    def once(self) -> "Items":
+        """Items of equal content as one: the first of them, with the captions of all.
+
+        A table with one row a caption has a picture with five captions on five rows.
+        """
+        place = self.repeats()
+        _, first = np.unique(place, return_index=True)
+        if len(first) == len(self):
+            return self
+        captions = [self.captions[at] for at in first]
+        for at in np.setdiff1d(np.arange(len(self)), first):
+            known = captions[place[at]]
+            captions[place[at]] = (*known, *(c for c in self.captions[at] if c not in known))
+        return Items(
+            self.embeds[first],
+            self.index[first],
+            self.labels[first],
+            tuple(captions),
+            tuple(self.ids[at] for at in first),
+            tuple(self.content[at] for at in first),
+        )
 
 
 def encode_items(
     batches: Iterable[Mapping[str, Any]], modality: str, *, encode: Encode, clock: Clock
 ) -> Items:
     """Embeds one modality of `batches` (see `data.pipeline.eval_batches`) and drops the filling."""
-    parts: dict[str, list] = {"embeds": [], "index": [], "label": [], "captions": [], "id": []}
+    parts: dict[str, list] = {
+        name: [] for name in ("embeds", "index", "label", "captions", "id", "content")
+    }
     waiting = time.perf_counter()
     for batch in batches:
         clock.add("data", waiting)
@@ -130,6 +161,8 @@ def encode_items(
             parts[name].append(np.asarray(batch[name])[valid])
         parts["captions"] += [tuple(batch["captions"][i]) for i in valid]
         parts["id"] += [str(batch["id"][i]) for i in valid]
+        keys = row_keys(batch[modality])
+        parts["content"] += [keys[i] for i in valid]
         waiting = time.perf_counter()
     if not parts["id"]:
         raise ValueError(f"the source gave no usable example of modality {modality!r}.")
@@ -139,4 +172,5 @@ def encode_items(
         np.concatenate(parts["label"]).astype(np.int64),
         tuple(parts["captions"]),
         tuple(parts["id"]),
+        tuple(parts["content"]),
     )

@@ -45,7 +45,7 @@ def result_tables(results: Sequence[TaskResult]) -> list[Table]:
     ranked = sorted(groups.items(), key=lambda group: min(map(_place, group[1])))
     tables = [table for cls, group in ranked for table in cls.tables(group)]
     classes = dict.fromkeys(type(result.task) for result in results)
-    return tables + [table for cls in classes for table in cls.published()]
+    return tables + [table for cls in classes for table in cls.published(results)]
 
 
 def _place(result: TaskResult) -> int:
@@ -154,7 +154,8 @@ def clip_benchmark_records(
 ) -> list[dict[str, Any]]:
     """One record per task and prompt set, as CLIP_benchmark writes them.
 
-    Keys that it does not know (`prompts`, `chance`, `intervals`, `name`) stand beside its own, and
+    Keys that it does not know (`prompts`, `data`: fingerprints of what it was computed from,
+    `chance`, `intervals`, `name`) stand beside its own, and
     `reachable` where captions of retrieval repeat: the metrics of a model that knows every caption.
     """
     records = []
@@ -172,6 +173,7 @@ def clip_benchmark_records(
                     "language": "en",
                     "name": result.name,
                     "prompts": record.prompts,
+                    "data": dict(result.data),
                     "chance": {
                         new: result.chance[old]
                         for new, old in known.items()

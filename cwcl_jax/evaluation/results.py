@@ -28,6 +28,8 @@ class TaskResult:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     in_distribution: str = ""
+    # Fingerprints of the data that it was computed from, by source line.
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

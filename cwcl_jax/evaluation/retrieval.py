@@ -17,19 +17,42 @@ def retrieval_ranks(
     items: Float[np.ndarray, "n d"],
     captions: Float[np.ndarray, "m d"],
     owner: Int[np.ndarray, "k"],
+    of_items: Int[np.ndarray, "n"] | None = None,
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """Ranks of item -> caption and of caption -> item; `owner[j]` is the item of caption j."""
+    """Ranks of item -> caption and of caption -> item.
+
+    `owner[j]` is the item of caption j, or one of `of_items`, where several items share captions.
+    """
     if len(owner) != len(captions):
         raise ValueError(f"{len(captions)} captions but {len(owner)} owners.")
-    alone = np.setdiff1d(np.arange(len(items)), owner)
+    of_items = np.arange(len(items)) if of_items is None else of_items
+    alone = np.flatnonzero(~np.isin(of_items, owner))
     if len(alone):
         raise ValueError(
             f"{len(alone)} of {len(items)} items have no caption (the first: item {alone[0]}); "
             "leave them out of the retrieval set."
         )
     return both_match_ranks(
-        normalise(items), normalise(captions), np.arange(len(items)), np.asarray(owner, np.int64)
+        normalise(items),
+        normalise(captions),
+        np.asarray(of_items, np.int64),
+        np.asarray(owner, np.int64),
     )
+
+
+def shared_groups(
+    first: Int[np.ndarray, "n"], second: Int[np.ndarray, "n"]
+) -> Int[np.ndarray, "n"]:
+    """The group of every pair, where pairs that share a member on either side are of one group."""
+    groups = np.arange(len(first))
+    while True:
+        before = groups
+        for side in (first, second):
+            smallest = np.full(int(side.max()) + 1, len(groups))
+            np.minimum.at(smallest, side, groups)
+            groups = smallest[side]
+        if (groups == before).all():
+            return np.unique(groups, return_inverse=True)[1].ravel()
 
 
 def reachable_ranks(

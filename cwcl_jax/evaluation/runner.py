@@ -1,13 +1,17 @@
 """Runs tasks: gives them opened sources, labels, and embeddings of items and sentences."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from cwcl_jax.data.content import row_keys
 from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.overlap import shared_examples
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, open_source
 from cwcl_jax.evaluation.encoding import (
@@ -23,6 +27,9 @@ from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities.features import only_features
 
+# Fields of tasks that name data.
+_SOURCES = ("source", "train_source", "template_source")
+
 
 @dataclass
 class Runner:
@@ -37,17 +44,37 @@ class Runner:
     warnings: list[str] = field(default_factory=list)
     # What earlier tasks of the same evaluation have embedded: items, and sentences by tower.
     known_items: dict[Any, tuple[Items, list[str]]] = field(default_factory=dict)
+    # Fingerprints of the sources that were opened, by line.
+    opened: dict[str, str] = field(default_factory=dict)
     known_sentences: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
 
     def open(
-        self, line: str, *, max_items: int = 0, crop_border: int = 0, option: str = "source"
+        self,
+        line: str,
+        *,
+        max_items: int = 0,
+        crop_border: int = 0,
+        option: str = "source",
+        seed: int = 0,
     ) -> View:
-        """The source that `line` names, cut to `max_items` (0 = all); `option` named it."""
+        """The source that `line` names, or `max_items` of it (0 = all), drawn evenly by `seed`.
+
+        `option` named the line.
+        """
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
         source = open_source(line, cache_dir=self.data.cache_dir)
-        count = min(len(source), max_items or len(source))
-        return self._view(source, np.arange(count), crop_border)
+        self.opened[line] = source.fingerprint()
+        if not max_items or max_items >= len(source):
+            return self._view(source, np.arange(len(source)), crop_border)
+        self.warn(
+            f"{max_items} of {len(source)} examples of {line}, drawn evenly with seed {seed} "
+            "(max_items)."
+        )
+        # One from each of so many equal stretches: data is often sorted by class.
+        edges = np.linspace(0, len(source), max_items + 1).astype(np.int64)
+        drawn = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+        return self._view(source, drawn, crop_border)
 
     def select(self, view: View, chosen: Int[np.ndarray, "n"]) -> View:
         """Some examples of `view`, by their place in it."""
@@ -114,8 +141,22 @@ class Runner:
                 clock=self.clock,
                 tower=tower,
             )
+            self._tell_of_losses(new, tower)
             known.update(zip([(tower, features, s) for s in new], embeds, strict=True))
         return np.stack([known[tower, features, sentence] for sentence in sentences])
+
+    def _tell_of_losses(self, sentences: Sequence[str], tower: str) -> None:
+        """Warns of sentences that the tower does not see whole, or cannot tell apart for it."""
+        reader = self.data.inputs_of(tower)
+        lost = {s: remarks for s in sentences if (remarks := reader.lost(s))}
+        for remark, count in Counter(r for remarks in lost.values() for r in remarks).items():
+            self.warn(f"{count} of {len(sentences)} {tower} sentences are {remark}.")
+        equal = len(lost) - len(set(row_keys(reader.batch(list(lost))))) if lost else 0
+        if equal:
+            self.warn(
+                f"{equal} of them have the same tokens as an earlier one: the {tower} tower cannot "
+                "tell them apart."
+            )
 
     def warn(self, message: str) -> None:
         """Adds a warning, once."""
@@ -142,6 +183,9 @@ class Runner:
                 remarks = self.data.inputs_of(tower).remarks(batch[tower])
                 for remark, rows in remarks.items():
                     counts[remark] = counts.get(remark, 0) + int(np.sum(rows & batch["valid"]))
+            for lost, valid in zip(batch["lost"], batch["valid"], strict=True):
+                for remark in lost.get(tower, ()) if valid else ():
+                    counts[remark] = counts.get(remark, 0) + 1
             yield batch
         for remark, count in counts.items():
             if count:
@@ -193,6 +237,9 @@ def _completed(result: Any, task: Task, runner: Runner) -> TaskResult:
     return replace(
         result,
         metrics={key: float(value) for key, value in result.metrics.items()},
+        items=result.items
+        and {**result.items, "data": np.asarray([f"{k} {v}" for k, v in runner.opened.items()])},
+        data=dict(runner.opened),
         warnings=tuple(runner.warnings),
         seconds=dict(runner.clock.seconds),
     )
@@ -205,10 +252,11 @@ def run_tasks(
     data: DataConfig,
     features: Encode | None = None,
     weights_from: str = "",
+    seen: Mapping[str, str] = MappingProxyType({}),
 ) -> list[TaskResult]:
-    """All tasks of `config`, in its order."""
+    """All tasks of `config`, in its order; `seen` says what of a task's data was trained on."""
     shared = Runner(encode, data, config.batch_size, features, weights_from)
-    return [
+    results = [
         run_task(
             name,
             task,
@@ -221,3 +269,33 @@ def run_tasks(
         )
         for name, task in config.tasks.items()
     ]
+    return [
+        replace(result, warnings=(*result.warnings, f"{seen[result.name]}."))
+        if result.name in seen
+        else result
+        for result in results
+    ]
+
+
+def fingerprints(config: EvaluationConfig, data: DataConfig) -> dict[str, dict[str, str]]:
+    """What the data of every task is now: option -> fingerprint, by the tasks' names."""
+    found = {}
+    for name, task in config.tasks.items():
+        lines = {option: getattr(task, option, "") for option in _SOURCES}
+        found[name] = {
+            option: open_source(line, cache_dir=data.cache_dir).fingerprint()
+            for option, line in lines.items()
+            if line
+        }
+    return found
+
+
+def seen_in_training(config: EvaluationConfig, train: Source, data: DataConfig) -> dict[str, str]:
+    """What of the tasks' data is among the training data, by the names of the tasks."""
+    found = {}
+    for name, task in config.tasks.items():
+        source = open_source(task.source, cache_dir=data.cache_dir)
+        told = shared_examples(train, source, {data.inputs_of(task.tower).field or "text"})
+        if told:
+            found[name] = told
+    return found

@@ -61,6 +61,7 @@ def rank_classes(
     warnings = [
         f"the item is {remark}." for remark, rows in reader.remarks(inputs).items() if rows.any()
     ]
+    warnings += [f"the item is {remark}." for remark in reader.lost(reader.opened(path))]
     if len(names) < len(class_names):
         warnings.append("empty or repeated class names were left out.")
     embed = normalise(np.asarray(encode(tower, inputs), np.float32))[:1]

@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cwcl_jax.evaluation.results import TaskResult
 
 _INTERVALS = (
     "Intervals: bootstrap over the test items of this one run; results.json has all of them."
 )
+_GROUPS = "Where texts stand behind the items, all items of one text are drawn together."
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,16 @@ def warning_lines(results: Iterable[TaskResult]) -> list[str]:
 
 
 def interval_notes(results: Sequence[TaskResult]) -> list[str]:
-    return [_INTERVALS] if any(result.intervals for result in results) else []
+    """What the intervals of some results mean; none where there is none."""
+    notes = [_INTERVALS] if any(result.intervals for result in results) else []
+    return [*notes, _GROUPS] if notes and any(map(drawn_groups, results)) else notes
+
+
+def drawn_groups(result: TaskResult) -> int:
+    """How many groups of items the intervals draw; 0 where they draw single items."""
+    groups = result.items.get("groups")
+    count = 0 if groups is None or not result.intervals else len(np.unique(groups))
+    return count if groups is not None and count < len(groups) else 0
 
 
 def metric_header(name: str, *, first: bool) -> list[str]:

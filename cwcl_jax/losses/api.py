@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from cwcl_jax.losses.labels import exact_labels
 from cwcl_jax.losses.make import Diagnostics, make_loss
 from cwcl_jax.losses.numerics import Scalar
 from cwcl_jax.losses.options import LossConfig, resolve
@@ -20,7 +22,7 @@ def cwcl_loss(
     logit_scale: Scalar,
     weights_from: Array | None = None,
     weight_function: str | Callable[[Array], Array] = "",
-    labels: Array | None = None,
+    labels: Array | np.ndarray | None = None,
     targets: Float[Array, "n n"] | None = None,
     v_weights_from: Array | None = None,
     logit_bias: Scalar | None = None,
@@ -57,7 +59,7 @@ def cwcl_loss(
     Raises:
       ValueError: an argument is missing, or would do nothing.
     """
-    config = config or LossConfig()
+    config, labels = config or LossConfig(), exact_labels(labels)
     own = weight_function if callable(weight_function) else None
     if isinstance(weight_function, str) and weight_function:
         config = dataclasses.replace(config, weight_function=weight_function)
@@ -94,7 +96,7 @@ def contrastive_loss(
     v: Float[Array, "n d"],
     *,
     logit_scale: Scalar,
-    labels: Array | None = None,
+    labels: Array | np.ndarray | None = None,
     config: LossConfig | None = None,
     mesh: Mesh | None = None,
     axes: Axes = ("data", "fsdp"),
@@ -115,7 +117,7 @@ def sigmoid_loss(
     *,
     logit_scale: Scalar,
     logit_bias: Scalar,
-    labels: Array | None = None,
+    labels: Array | np.ndarray | None = None,
     config: LossConfig | None = None,
     mesh: Mesh | None = None,
     axes: Axes = ("data", "fsdp"),

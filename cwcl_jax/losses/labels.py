@@ -1,7 +1,28 @@
 """Labels of pairs: integers, or sets of integers as rows filled up with -1."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
+
+_INT32 = np.iinfo(np.int32)
+
+
+def exact_labels(labels: Any) -> Any:
+    """Labels that 32 bits can tell apart: larger integers are numbered anew, -1 stays.
+
+    jax keeps the lower half of a 64-bit integer, in which two large ids may be one.
+    """
+    if labels is None or isinstance(labels, jax.Array):
+        return labels
+    array = np.asarray(labels)
+    fits = not array.size or (array.min() >= _INT32.min and array.max() <= _INT32.max)
+    if array.dtype.kind not in "iu" or fits:
+        return labels
+    numbers = np.unique(array, return_inverse=True)[1].reshape(array.shape)
+    return np.where(array == -1, -1, numbers).astype(np.int32)
 
 
 def label_sets(labels: Array) -> Array:

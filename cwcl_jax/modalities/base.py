@@ -144,6 +144,15 @@ class Modality:
         """
         del settings, options, overrides, imported
 
+    def check_files(self, folder: Path, options: str) -> None:
+        """Raises ValueError where the files beside imported weights ask for other inputs.
+
+        Args:
+          folder: of the weights.
+          options: path of this modality's options, for error messages.
+        """
+        del folder, options
+
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns what a reader of results should know of some items.
 
@@ -152,6 +161,17 @@ class Modality:
         """
         del arrays
         return {}
+
+    def lost(self, value: Any) -> tuple[str, ...]:
+        """Says what of a raw value its arrays do not hold; () where they hold all of it.
+
+        Each remark completes "12 of 100 texts are ..."; equal ones are counted together.
+
+        Raises:
+          BadExample: the value cannot be used.
+        """
+        del value
+        return ()
 
     def without_border(self, value: Any, pixels: int) -> Any:
         """Returns a raw value without `pixels` on every side, where there is such a border."""
@@ -173,6 +193,15 @@ class Modality:
     def at_length(self, length: float) -> "Modality":
         """Returns the same modality for batches of another length."""
         raise NotImplementedError(f"{type(self).__name__} has one length only: {length}")
+
+    def fitting(self, value: Any, length: float) -> "Modality":
+        """Returns `at_length(length)`.
+
+        Raises:
+          BadExample: the value is longer than its source said when the batch was put together.
+        """
+        del value
+        return self.at_length(length)
 
     # Files.
 

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cwcl_jax.data.draws import Draws
-from cwcl_jax.modalities.base import ArraySpec, Modality
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.modalities.base import ArraySpec, Modality, each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,10 @@ class FeatureInputs(Modality):
 
     def prepare(self, value: Any, draws: Draws | None = None) -> dict[str, np.ndarray]:
         del draws
-        return {"features": np.asarray(value, np.float32)}
+        return {"features": _vector(value)}
 
     def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
-        return {"features": np.stack([np.asarray(item, np.float32) for item in items])}
+        return {"features": np.stack(each(_vector, items, first))}
 
     def listed(self, items: Any) -> list[Any]:
         """Returns one vector or many as a list."""
@@ -46,6 +47,16 @@ class FeatureInputs(Modality):
 
     def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
         return {}  # the source's fingerprint says all
+
+
+def _vector(value: Any) -> np.ndarray:
+    """Features as float32; without a direction a vector has no cosine with any other."""
+    vector = np.asarray(value, np.float32)
+    if not np.isfinite(vector).all():
+        raise BadExample("features not finite")
+    if not vector.any():
+        raise BadExample("features all zero")
+    return vector
 
 
 def only_features(arrays: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ side resized, the centre cut out. Normalisation to a tower's range happens on th
 
 import dataclasses
 import io
+import json
 import math
 import struct
 from pathlib import Path
@@ -19,7 +20,8 @@ from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 
-_BICUBIC = Image.Resampling.BICUBIC
+PROCESSOR = "preprocessor_config.json"
+FILTERS = {str(kind.name).lower(): kind for kind in Image.Resampling}
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
 # Not all that Pillow can open: its reader of EPS starts a PostScript interpreter on the file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -61,8 +63,16 @@ class ImageInputs(Modality):
     max_pixels: int = 64_000_000
     # Shorter side before the central crop (256 for ImageNet at 224); 0 = `size`.
     eval_resize: int = 0
+    # How pixels are resampled: "bicubic", "bilinear", "lanczos", "box", "hamming" or "nearest".
+    resample: str = "bicubic"
+    # Resize the whole picture to the square, whatever its shape, in place of the central crop.
+    squash: bool = False
 
     def __post_init__(self):
+        if self.resample not in FILTERS:
+            raise ValueError(f"resample={self.resample!r} is not one of {', '.join(FILTERS)}.")
+        if self.squash and self.eval_resize not in (0, self.size):
+            raise ValueError("squash=True cuts nothing: leave out eval_resize.")
         check_ranges(self, size=(1, ENDLESS), crop_min_area=(0, 1), max_pixels=(1, ENDLESS))
         if self.eval_resize and self.eval_resize < self.size:
             raise ValueError(
@@ -106,6 +116,19 @@ class ImageInputs(Modality):
                 "imported position grid is resampled)"
             )
 
+    def of_folder(self, folder: Path) -> "ImageInputs":
+        """Returns the inputs as the image processor beside weights makes them."""
+        return dataclasses.replace(self, **_asked_by(folder, self.size))
+
+    def check_files(self, folder: Path, options: str) -> None:
+        asked = _asked_by(folder, self.size)
+        different = {name: x for name, x in asked.items() if x != getattr(self, name)}
+        if different:
+            flags = " ".join(f"--{options}.{name}={value}" for name, value in different.items())
+            raise ValueError(
+                f"the {PROCESSOR} beside the weights prepares pictures in another way: set {flags}"
+            )
+
     def without_border(self, value: Any, pixels: int) -> Image.Image:
         """Returns a picture without `pixels` on every side.
 
@@ -120,6 +143,30 @@ class ImageInputs(Modality):
             )
         decode_rgb(opened)  # in place: what cannot be decoded is refused here, and not by crop
         return opened.crop((pixels, pixels, width - pixels, height - pixels))
+
+
+def _asked_by(folder: Path, size: int) -> dict[str, Any]:
+    """The options that an image processor's file beside weights stands for, as far as it says.
+
+    How far pictures are resized counts only at the processor's own `size`.
+    """
+    file = folder / PROCESSOR
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not isinstance(content, dict) or not content.get("do_resize", True):
+        return {}
+    asked: dict[str, Any] = {}
+    if isinstance(content.get("resample"), int):
+        asked["resample"] = Image.Resampling(content["resample"]).name.lower()
+    resize, crop = content.get("size"), content.get("crop_size")
+    cropped = content.get("do_center_crop", crop is not None)
+    if not isinstance(resize, dict):  # an old file: its meaning is a matter of its class
+        return asked
+    asked["squash"] = "height" in resize and not cropped
+    short = resize.get("shortest_edge", resize.get("height"))
+    cut = crop.get("height") if isinstance(crop, dict) else crop
+    if cropped and cut == size and short is not None:
+        asked["eval_resize"] = 0 if short == size else short
+    return asked
 
 
 def open_picture(item: Any) -> bytes | Image.Image:
@@ -156,20 +203,33 @@ def train_pixels(
     upright = _upright_size(image, orientation)
     if inputs.crop_min_area > 0:
         box = random_crop_box(*upright, inputs.crop_min_area, draws)
+    elif inputs.squash:
+        box = (0.0, 0.0, *map(float, upright))
     else:
         box = _centre_box(*upright, 1.0)
     mirror = inputs.flip and draws.chance(0.5)
-    return _cut(image, orientation, box, inputs.size, mirror=mirror)
+    return _cut(image, orientation, box, inputs, mirror=mirror)
 
 
 def eval_pixels(data: bytes | Image.Image, inputs: ImageInputs) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels for evaluation: shorter side to `eval_resize`, then the centre of `size`."""
+    """Pixels for evaluation: shorter side to `eval_resize`, then the centre of `size`.
+
+    Whole numbers as torchvision rounds them, and every pixel decoded: the same as the libraries
+    give from which imported weights come, and the same for a file and for the picture in it.
+    """
     image = open_image(data, inputs.max_pixels)
-    orientation = orientation_of(image)
-    resize = inputs.eval_resize or inputs.size
-    upright = _upright_size(image, orientation)
-    box = _centre_box(*upright, min(1.0, inputs.size / resize))
-    return _cut(image, orientation, box, inputs.size)
+    rgb = decode_rgb(image, orientation_of(image))
+    size, short = inputs.size, inputs.eval_resize or inputs.size
+    wanted = (size, size) if inputs.squash else _around(*rgb.size, short)
+    if rgb.size != wanted:
+        rgb = rgb.resize(wanted, FILTERS[inputs.resample])
+    left, top = (round((side - size) / 2) for side in wanted)
+    return np.asarray(rgb.crop((left, top, left + size, top + size)))
+
+
+def _around(width: int, height: int, short: int) -> tuple[int, int]:
+    """Width and height with a shorter side of `short`; the longer one is rounded down."""
+    return (short, short * height // width) if width <= height else (short * width // height, short)
 
 
 def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
@@ -274,10 +334,10 @@ def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
 
 
 def _cut(
-    image: Image.Image, orientation: int, box: Box, size: int, *, mirror: bool = False
+    image: Image.Image, orientation: int, box: Box, inputs: ImageInputs, *, mirror: bool
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes, cuts out the box of the upright picture and resizes it."""
-    upright = _upright_size(image, orientation)
+    size, upright = inputs.size, _upright_size(image, orientation)
     if image.format == "JPEG":
         # The decoder itself scales by 1/2, 1/4 or 1/8, as long as the box keeps enough pixels for
         # the resampling behind it to be the one that decides what is seen.
@@ -291,6 +351,6 @@ def _cut(
         right, bottom = min(box[2] * x, float(rgb.width)), min(box[3] * y, float(rgb.height))
         box = (box[0] * x, box[1] * y, right, bottom)
     if rgb.size != (size, size) or box != (0, 0, size, size):
-        rgb = rgb.resize((size, size), _BICUBIC, box=box, reducing_gap=2.0)
+        rgb = rgb.resize((size, size), FILTERS[inputs.resample], box=box, reducing_gap=2.0)
     # Pillow mirrors faster than a copy of a numpy view with a negative stride.
     return np.asarray(rgb.transpose(_MIRROR) if mirror else rgb)

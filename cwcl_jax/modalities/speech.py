@@ -27,6 +27,10 @@ _EDGE_SECONDS = 0.25
 _LOUDEST = 2.0
 # Peak of a recording (of 32767) below which nothing can be heard.
 _SILENCE = 8
+# Of an encoder with a table of positions: two frames of 10 ms.
+_POSITION_SECONDS = 0.02
+# What a listed duration may be short of the file's.
+_ROUNDED_SECONDS = 0.1
 _FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
 # One analysis window of the log-mel features; a shorter recording holds no frame of its own.
 FRAME_SECONDS = 0.025
@@ -95,6 +99,16 @@ class SpeechInputs(Modality):
                 return {**arrays, "waveform": arrays["waveform"][:, :samples]}
         return arrays
 
+    def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
+        del imported
+        positions = getattr(settings, "max_positions", None)
+        if positions is not None and self.max_seconds > positions * _POSITION_SECONDS:
+            raise ValueError(
+                f"{options}.max_seconds={self.max_seconds:g}, but the tower hears "
+                f"{positions * _POSITION_SECONDS:g} s: lower it, or raise max_positions in "
+                f"{overrides}"
+            )
+
     def varies(self, source: Any) -> str:
         durations = source.durations
         fits = durations is not None and bool(durations.max() <= self.max_seconds)
@@ -106,9 +120,8 @@ class SpeechInputs(Modality):
         )
 
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Names recordings that hold little to hear, or are longer than what is heard of them."""
+        """Names recordings that hold little to hear, or too much."""
         frame = round(FRAME_SECONDS * self.sample_rate)
-        limit = round(self.max_seconds * self.sample_rate)
         length = np.asarray(arrays["length"])
         loudness = np.abs(np.asarray(arrays["waveform"]).astype(np.int32))
         clipped = np.sum(loudness >= _FULL_SCALE, axis=1) > _CLIPPED_SHARE * length
@@ -116,9 +129,13 @@ class SpeechInputs(Modality):
             f"shorter than one frame ({frame} samples), padded with silence": length < frame,
             "silent": loudness.max(axis=1) < _SILENCE,
             f"clipped: more than {_CLIPPED_SHARE:.0%} of the samples at full scale": clipped,
-            f"at least {self.max_seconds:g} s long (max_seconds), of which no more is heard": length
-            >= limit,
         }
+
+    def lost(self, value: Any) -> tuple[str, ...]:
+        """Names a recording of which only a part is heard."""
+        with _opened(value) as (frames, rate, _):
+            longer = frames > (self.max_seconds + FRAME_SECONDS) * rate
+        return (f"longer than max_seconds={self.max_seconds:g}, and cut there",) if longer else ()
 
     @property
     def lengths(self) -> tuple[float, ...]:
@@ -136,6 +153,18 @@ class SpeechInputs(Modality):
 
     def at_length(self, length: float) -> "SpeechInputs":
         return dataclasses.replace(self, max_seconds=length)
+
+    def fitting(self, value: Any, length: float) -> "SpeechInputs":
+        with _opened(value) as (frames, rate, _):
+            seconds = frames / rate
+        # Lists round to hundredths, and compressed files end with some padding.
+        if length < self.max_seconds and seconds > length + _ROUNDED_SECONDS:
+            raise BadExample(
+                "audio longer than listed",
+                f"{seconds:.2f} s in a batch of up to {length:g} s: correct the column duration "
+                "(seconds), or set buckets=()",
+            )
+        return self.at_length(length)
 
 
 def _is_pair(item: Any) -> bool:
@@ -186,6 +215,8 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         return
     if not data:
         raise BadExample("audio empty", "no bytes")
+    if missing := _missing_bytes(data):
+        raise BadExample("audio cut off", f"{missing} bytes of its samples are missing")
     soundfile = import_package("soundfile")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -203,6 +234,23 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         # soundfile's message names the buffer by its address; the reason stands beside it.
         raise BadExample("audio unreadable", getattr(error, "error_string", str(error))) from error
+
+
+def _missing_bytes(data: bytes) -> int:
+    """How many bytes a WAV file claims and does not hold; libsndfile reads it as a shorter one.
+
+    0 and the largest number stand for a length that its writer did not know, as in a stream.
+    """
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return 0
+    position = 12
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"data":
+            known = 0 < size < 0xFFFF_0000
+            return max(0, position + 8 + size - len(data)) if known else 0
+        position += 8 + size + size % 2
+    return 0
 
 
 def open_recording(item: Any) -> bytes | tuple[np.ndarray, int]:

@@ -26,6 +26,11 @@ _USUAL = {
     "bos_token": ("[BOS]", "[CLS]", "<s>"),
     "eos_token": ("[EOS]", "[SEP]", "</s>"),
 }
+# The package's own tokenizer, made for captions of its own scenes.
+_OWN = "scenes"
+OUTSIDE_SCENES = "outside the words of the package's tokenizer for scenes, spelt in letters"
+# What stands for bytes that no UTF-8 can be, in this package's reading or an earlier one.
+_REPLACED = "\ufffd"
 # Whether examples have several captions is a matter of the source: a few of them tell.
 _LOOKED_AT = 100
 
@@ -81,6 +86,10 @@ class TextInputs(Modality):
                 raise ValueError(f"item {number} of the texts is {text!r}, which is no string")
         return listed
 
+    def lost(self, value: Any) -> tuple[str, ...]:
+        """Names a (first) caption that is cut, or has words that the tokenizer does not know."""
+        return self.loaded.lost(usable_captions(value)[0])
+
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Cuts sentences to the longest of them, in steps of 8 tokens so that programs are few."""
         used = np.flatnonzero(np.asarray(arrays["mask"]).any(axis=0))
@@ -135,13 +144,16 @@ class TextInputs(Modality):
 
 
 def usable_captions(value: Any) -> list[str]:
-    """Returns the captions of an example that hold any text.
+    """Returns the captions of an example that hold any text, all of it readable.
 
     Raises:
       BadExample: there is none.
     """
     options = [value] if isinstance(value, str) else value
-    usable = [text.strip() for text in options if text and text.strip()]
+    filled = [text.strip() for text in options if text and text.strip()]
+    usable = [text for text in filled if _REPLACED not in text]
+    if filled and not usable:
+        raise BadExample("text not UTF-8", f"{filled[0][:40]!r}: convert its file to UTF-8")
     if not usable:
         raise BadExample("text empty")
     return usable
@@ -181,6 +193,7 @@ class TextTokenizer:
         """Build from a `tokenizers.Tokenizer` and the names of its special tokens."""
         self._fast = backend
         self.name = name
+        self.is_own = name == _OWN
         self.max_tokens = max_tokens
         self.special_tokens = self._present(special)
         """Tokens of the vocabulary by name: "pad_token", "bos_token", "eos_token" and others."""
@@ -222,6 +235,21 @@ class TextTokenizer:
         tokens = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
         return {"tokens": tokens, "mask": mask}
+
+    def lost(self, caption: str) -> tuple[str, ...]:
+        """What of a caption its tokens do not hold, in words (see `Modality.lost`)."""
+        encoded = self._fast.encode(caption)
+        pieces = [encoded, *encoded.overflowing]
+        remarks = [f"cut at max_tokens={self.max_tokens}"] if encoded.overflowing else []
+        if _REPLACED in caption:
+            remarks.append("not UTF-8 in their file: letters are lost (U+FFFD)")
+        unknown = self.special_tokens.get("unk_token")
+        tokens = [token for piece in pieces for token in piece.tokens]
+        if self.is_own and any(token.startswith("##") or token == unknown for token in tokens):
+            remarks.append(OUTSIDE_SCENES)
+        elif unknown in tokens and unknown not in caption:
+            remarks.append(f"with words that the tokenizer does not know ({unknown})")
+        return tuple(remarks)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, and the names of special tokens beside it.
@@ -265,7 +293,7 @@ def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
     if name.startswith("installed:"):
         name = str(_inside_package(name.removeprefix("installed:")))
     backend, special = _from_file(name) if Path(name).is_file() else _from_folder_or_hub(name)
-    shown = inputs.tokenizer or "scenes"
+    shown = inputs.tokenizer or _OWN
     return TextTokenizer(backend, special, max_tokens=inputs.max_tokens, name=shown)
 
 

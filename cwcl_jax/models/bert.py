@@ -47,7 +47,7 @@ class BertConfig:
     pooling: str = "cls"
     """"cls", "mean", or "pooler": BERT's own dense layer and tanh on top of "cls"."""
 
-    position_offset = 0
+    position_offset: int = 0
     """Rows of the position table before the first real token's."""
 
     @property
@@ -65,7 +65,7 @@ class RobertaConfig(BertConfig):
     epsilon: float = 1e-5
     pooling: str = "mean"
 
-    position_offset = 2  # the padding id, which is 1 in every published RoBERTa, plus one
+    position_offset: int = 2  # the padding id, which is mostly 1, plus one
 
 
 # Sizes: arXiv 1810.04805 section 3; MiniLM: arXiv 2002.10957 and the sentence-transformers models
@@ -197,8 +197,12 @@ def _read_roberta(content: Mapping[str, Any]) -> dict[str, Any]:
     if content.get("model_type", "roberta") not in kinds:
         return {}
     settings = named(content, _NAMES)
+    padding = content.get("pad_token_id", 1)
+    if not isinstance(padding, int):
+        raise ValueError(f"pad_token_id is {padding!r}, from which positions are counted")
+    settings["position_offset"] = padding + 1
     if "max_tokens" in settings:
-        settings["max_tokens"] -= RobertaConfig.position_offset
+        settings["max_tokens"] -= settings["position_offset"]
     return settings
 
 

@@ -24,6 +24,8 @@ class EncoderFamily:
       layouts: the kinds of weight files that can be imported.
       read_config: settings that a config.json beside weights names; empty for another model's.
       fixed: paths below the tower that `tune="all"` does not train.
+      as_published: settings under which imported weights compute what their authors' model does,
+        where the defaults are a cheaper way.
     """
 
     config_class: type
@@ -33,6 +35,7 @@ class EncoderFamily:
     layouts: Sequence[Layout] = ()
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     fixed: tuple[str, ...] = ()
+    as_published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def has_depth(self) -> bool:

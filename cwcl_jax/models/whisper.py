@@ -200,4 +200,6 @@ WHISPER = EncoderFamily(
     _read_config,
     # A fixed table of sines: no setting but a regex that names it trains it.
     fixed=("encoder/position_embedding",),
+    # It was trained on windows of 30 s, with silence behind shorter recordings.
+    as_published={"attend_padding": True},
 )

@@ -2,7 +2,15 @@
 
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.folder_config import complete
-from cwcl_jax.pretrained.importer import ImportedTower, import_tower
+from cwcl_jax.pretrained.importer import ImportedTower, folder_of, import_tower, logits_of
 from cwcl_jax.weights.failures import WeightsMismatch
 
-__all__ = ["ImportedTower", "WeightsMismatch", "complete", "import_tower", "write_augreg_npz"]
+__all__ = [
+    "ImportedTower",
+    "WeightsMismatch",
+    "complete",
+    "folder_of",
+    "import_tower",
+    "logits_of",
+    "write_augreg_npz",
+]

@@ -24,7 +24,7 @@ from cwcl_jax.weights.locate import locate
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {"dropout", *(field.name for field in dataclasses.fields(SpeechAugment))}
 # What changes the numbers and no shape: a difference is an error,
-_UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations")
+_UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset")
 # here unless it was asked for by name.
 _FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
 _POOLINGS = {
@@ -34,6 +34,8 @@ _POOLINGS = {
     "mean_tokens": "mean",
     "lasttoken": "last",
 }
+# Parts of a sentence-transformers model that a tower has too.
+_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
@@ -141,13 +143,23 @@ def _sentence_pooling(folder: Path, encoder: str) -> dict[str, Any]:
 
 
 def complete(config: TowerConfig) -> TowerConfig:
-    """A tower without preset gets the settings of its weights' folder; overrides stay on top."""
-    if config.preset or not config.weights or config.encoder not in ENCODERS:
+    """A tower without preset gets the settings of its weights' folder; overrides stay on top.
+
+    With a preset or without, weights of others run as their authors published them.
+    """
+    if not config.weights or config.encoder not in ENCODERS:
         return config
-    path = locate(config.weights)
-    settings = settings_of_folder(path, config.encoder)
-    if not config.pooling and "pooling" not in config.overrides:
-        settings |= _sentence_pooling(_folder(path), config.encoder)
+    settings: dict[str, Any] = {}
+    local = Path(config.weights).expanduser()
+    if not (_folder(local) / DESCRIPTION).exists():
+        settings |= ENCODERS[config.encoder].as_published
+    if not config.preset:
+        path = locate(config.weights)
+        settings |= settings_of_folder(path, config.encoder)
+        if not config.pooling and "pooling" not in config.overrides:
+            settings |= _sentence_pooling(_folder(path), config.encoder)
+    if not settings:
+        return config
     return dataclasses.replace(config, overrides=settings | dict(config.overrides))
 
 
@@ -178,6 +190,7 @@ def check_settings(path: Path, config: TowerConfig) -> None:
     Raises:
       WeightsMismatch: the tower would compute something else than the weights' own model.
     """
+    _check_modules(path, config)
     found = settings_of_folder(path, config.encoder)
     names = [*_UNSEEN, *(name for name in _FRONT_END if name not in config.overrides)]
     different = _different({name: found[name] for name in names if name in found}, config)
@@ -186,6 +199,32 @@ def check_settings(path: Path, config: TowerConfig) -> None:
             str(path),
             f"fits the tower in shape, but its {_named_by(path)} has {_listed(different)}",
             remedy="set these in the tower's overrides; an empty preset takes all from the file",
+        )
+
+
+def _check_modules(path: Path, config: TowerConfig) -> None:
+    """Compares a text tower with the other parts of the sentence-transformers model around it."""
+    family = ENCODERS.get(config.encoder)
+    if family is None or family.modality != "text":
+        return
+    file = _folder(path) / "modules.json"
+    modules = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    unread = [m for m in modules if str(m.get("type", "")).rpartition(".")[2] not in _MODULES]
+    if unread:
+        raise WeightsMismatch(
+            str(path),
+            f"is a model whose vectors also pass through {unread[0].get('path')} "
+            f"({unread[0].get('type')}), as its modules.json says, and a tower does not",
+            remedy="for the model without it, copy the folder without modules.json",
+        )
+    asked = config.pooling or "pooling" in config.overrides
+    theirs = {} if asked else _sentence_pooling(_folder(path), config.encoder)
+    if different := _different(theirs, config):
+        raise WeightsMismatch(
+            str(path),
+            f"pools by {different['pooling']!r}, as its 1_Pooling says, and the preset "
+            f"{config.preset!r} does not",
+            remedy=f"set the tower's pooling to {different['pooling']!r}, or to another on purpose",
         )
 
 

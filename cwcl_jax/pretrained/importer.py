@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -74,6 +75,22 @@ def import_tower(
         initialised=tuple(prefix + p for p in plan.initialised),
         ignored=plan.ignored,
     )
+
+
+def folder_of(weights: str) -> Path:
+    """The folder in which the `weights` of a tower lie."""
+    path = locate(weights)
+    return path if path.is_dir() else path.parent
+
+
+def logits_of(weights: str) -> dict[str, np.ndarray]:
+    """Logit scale and bias (float32 scalars) that a file of both towers holds."""
+    opened = open_weights(locate(weights))
+    return {
+        name: np.asarray(opened.read(name), np.float32).reshape(())
+        for name in ("logit_scale", "logit_bias")
+        if name in opened.entries
+    }
 
 
 def _any_layer(target: str) -> str:

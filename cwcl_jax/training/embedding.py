@@ -8,6 +8,7 @@ decides its inputs, and the source; anything else is refused as stale.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,9 @@ from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, to_plain
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
 from cwcl_jax.data.options import DataConfig, reads_features
 from cwcl_jax.data.pipeline import eval_batches
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, Subset
+from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training import coordination
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
@@ -94,6 +97,7 @@ def embed_source(
     progress: Callable[[int, int, float], None],
     stop: Callable[[int], bool],
     watchdog: Watchdog | None = None,
+    told: Counter[str] | None = None,
 ) -> bool:
     """Embeds what is missing of the writer's files; False if asked to stop before the end.
 
@@ -104,19 +108,24 @@ def embed_source(
       stop: called after each batch with the vectors done; True ends the work, and the file begun
         is left out.
       progress: called with vectors done now, vectors to do, and seconds so far.
+      told: receives what a person should know of some examples, with their number.
+
+    Raises:
+      TooManyBadExamples: more than `data.max_skipped_share` of the examples are unusable. The file
+        in which that shows is not written.
     """
     watchdog = watchdog or unwatched()
+    told = Counter() if told is None else told
+    tower, unusable = writer.description.modality, Counter[str]()
     pending = writer.pending()
     total, done, start = sum(map(len, pending)), 0, time.perf_counter()
     for number, rows in enumerate(pending):
         ids: list[str] = []
         vectors, valid = [], []
-        batches = eval_batches(
-            Subset(source, rows), data, (writer.description.modality,), batch_size=batch_size
-        )
+        batches = eval_batches(Subset(source, rows), data, (tower,), batch_size=batch_size)
         for batch in _trimmed(batches, len(rows)):
-            inputs = batch[writer.description.modality]
-            vectors.append(encoder.encode(writer.description.modality, inputs, output=output))
+            vectors.append(encoder.encode(tower, batch[tower], output=output))
+            told.update(_remarks(batch, tower, data))
             ids += batch["id"]
             valid.append(batch["valid"])
             done += len(batch["id"])
@@ -124,6 +133,8 @@ def embed_source(
             watchdog.beat(f"file {number + 1} of {len(pending)}")
             if stop(done) and done < total:
                 return False
+        unusable.update(batches.skipped)
+        _check_share(unusable, done, total, data.max_skipped_share)
         writer.write(rows, ids, np.concatenate(vectors), np.concatenate(valid))
     return True
 
@@ -147,9 +158,34 @@ def _trimmed(batches: Any, count: int) -> Iterator[dict[str, Any]]:
     for batch in batches:
         rows = min(len(batch["id"]), count)
         count -= rows
-        yield jax.tree.map(lambda leaf, rows=rows: leaf[:rows], _arrays(batch)) | {
-            "id": batch["id"][:rows]
-        }
+        lists = {name: batch[name][:rows] for name in ("id", "captions", "lost")}
+        yield jax.tree.map(lambda leaf, rows=rows: leaf[:rows], _arrays(batch)) | lists
+
+
+def _remarks(batch: Mapping[str, Any], tower: str, data: DataConfig) -> Iterator[str]:
+    """What a person should know of the usable examples of a batch, a remark for each."""
+    texts = data.inputs_of(tower).field == "text" and not only_features(batch[tower])
+    for row in np.flatnonzero(batch["valid"]):
+        yield from batch["lost"][row].get(tower, ())
+        if texts and len(set(batch["captions"][row])) > 1:
+            yield "with several captions, of which the first is embedded"
+    if not only_features(batch[tower]):
+        for remark, rows in data.inputs_of(tower).remarks(batch[tower]).items():
+            yield from [remark] * int(np.sum(rows & batch["valid"]))
+
+
+def _check_share(unusable: Counter[str], done: int, total: int, limit: float) -> None:
+    """Raises TooManyBadExamples; at the end also for the few that a share says nothing of before.
+
+    One example may always be bad: it has a row without a vector.
+    """
+    count = unusable.total()
+    if done == total and count > max(1, limit * total):
+        kinds = ", ".join(f"{kind}: {number}" for kind, number in sorted(unusable.items()))
+        raise TooManyBadExamples(
+            f"{count} of {total} examples are unusable ({kinds}), more than the share "
+            f"data.max_skipped_share={limit} allows. Repair the data or raise the limit."
+        )
 
 
 def _arrays(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,15 +132,23 @@ class Restored:
 
 
 def restore(
-    workdir: Path, step: int | None = None, *, devices: Sequence[Any] | None = None
+    workdir: Path,
+    step: int | None = None,
+    *,
+    devices: Sequence[Any] | None = None,
+    compact: bool = True,
 ) -> Restored:
     """The model of a run at a step, by default its latest checkpoint, over all devices.
+
+    Args:
+      compact: see `make_blueprint`.
 
     Raises:
       ConfigError: `workdir` is not the folder of a run, or holds no checkpoint.
     """
     config = load_config(workdir)
-    blueprint = make_blueprint(config, _encoding_mesh(config, devices), check_batch=False)
+    mesh = _encoding_mesh(config, devices)
+    blueprint = make_blueprint(config, mesh, check_batch=False, compact=compact)
     saved = workdir / "checkpoints"
     if not saved.is_dir():
         raise ConfigError(f"{workdir} holds no checkpoint; train it first")

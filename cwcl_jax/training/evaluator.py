@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.data.sources import Source
 from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
 from cwcl_jax.evaluation.report import terminal_report, write_report
 from cwcl_jax.evaluation.results import TaskResult
-from cwcl_jax.evaluation.runner import run_tasks
+from cwcl_jax.evaluation.runner import fingerprints, run_tasks, seen_in_training
 from cwcl_jax.files import side_output, write_text
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
@@ -22,6 +23,13 @@ class Evaluator:
     def __init__(self, config: ExperimentConfig, workdir: Path):
         self._config = config
         self._workdir = workdir
+        self._seen: dict[str, str] = {}
+
+    def compare_with(self, train: Source) -> list[str]:
+        """Looks for the tasks' data in the training data; what was found, in words."""
+        config = self._config
+        self._seen = seen_in_training(config.evaluation, train, config.data)
+        return [f"evaluation task {name}: {told}" for name, told in self._seen.items()]
 
     def check_sources(self) -> None:
         """Raises ConfigError for a task that cannot run: now, not after the last step."""
@@ -57,6 +65,13 @@ class Evaluator:
             write_text(self._table_path, table + "\n")
         return table, _flat(results)
 
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Of the tasks' data; empty where some of it is not at hand."""
+        try:
+            return fingerprints(self._config.evaluation, self._config.data)
+        except (FileNotFoundError, ValueError, ImportError):
+            return {}
+
     def has_results(self) -> bool:
         return self._table_path.exists()
 
@@ -75,6 +90,7 @@ class Evaluator:
             data=self._config.data,
             features=partial(kept.encode, output="features"),
             weights_from=self._config.loss.weights_from,
+            seen=self._seen,
         )
         with side_output("the cache of the evaluation's features"):
             kept.save()

@@ -16,11 +16,15 @@ import jax
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
-from cwcl_jax.data.options import cache_home, reads_features
-from cwcl_jax.data.sources import Embedded, Source, open_source
+from cwcl_jax.data.options import cache_home, given_as_features, reads_features
+from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
+from cwcl_jax.data.survey import Loss, survey, too_much
 from cwcl_jax.files import locked
+from cwcl_jax.modalities.text import OUTSIDE_SCENES
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
+from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.embedding import describe, embed_source, from_cache
 from cwcl_jax.training.encode import Encoder, imported_encoder
 from cwcl_jax.training.state import make_blueprint
@@ -39,9 +43,11 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
       ConfigError: the data is not the same in every epoch.
       FileNotFoundError, ValueError: the data cannot be read.
     """
+    check_training_line(config.data.train)
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
     embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
     _check_repeatable(config, embedded, source, "embeds=")
+    check_whole(config, source)
     if not config.data.keep_locked_features:
         return source
     blueprint = make_blueprint(
@@ -58,6 +64,14 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         return source
     _check_repeatable(config, locked, source, "config.data.keep_locked_features=True")
     check_inputs(blueprint.config)
+    # What batches ask of the settings: now, and not after hours of embedding.
+    train_batches(
+        config.data,
+        config.tower_names,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        source=source,
+    ).close()
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
     for tower in locked:
@@ -67,6 +81,40 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         )  # fmt: skip
         folders.append(_keep(config, encoder, source, description, beat))
     return Embedded(source, folders)
+
+
+def check_whole(config: ExperimentConfig, source: Source) -> None:
+    """Says what share of the data is cut on its way to the towers.
+
+    Raises:
+      ConfigError: it is more than `data.max_cut_share`.
+    """
+    raw = {
+        tower: inputs
+        for tower in config.towers
+        if not given_as_features(tower, inputs := config.data.inputs_of(tower), source.embedded)
+    }
+    losses = survey(source, raw)
+    for loss in losses if is_primary() else ():
+        print(f"warning: in a sample of the training data {loss}", flush=True)
+    loss = too_much(losses, config.data.max_cut_share)
+    if loss:
+        raise ConfigError(
+            f"in a sample of config.data.train {loss}, more than the share "
+            f"config.data.max_cut_share={config.data.max_cut_share} allows: "
+            f"{_remedy(config, loss)}, or raise the limit"
+        )
+
+
+def _remedy(config: ExperimentConfig, loss: Loss) -> str:
+    options = f"config.data.{loss.tower}"
+    if loss.remark != OUTSIDE_SCENES:
+        return f"repair or choose the data, or set a length in {options} that fits it"
+    weights = config.towers[loss.tower].weights
+    hint = (
+        f", for example the one that belongs to the tower's weights, {weights}" if weights else ""
+    )
+    return f"name a tokenizer for your captions in {options}.tokenizer{hint}"
 
 
 def cache_folder(config: ExperimentConfig) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +20,7 @@ class Batches(Protocol):
 
     steps_per_epoch: int
     source: Any
+    skipped: Mapping[str, int]
 
     def __next__(self) -> dict[str, Any]: ...
 
@@ -90,6 +91,11 @@ class DeviceInput:
         if isinstance(item, BaseException):
             raise item
         return item
+
+    @property
+    def skipped(self) -> int:
+        """Different examples of this process that were unusable since its start."""
+        return sum(self._batches.skipped.values())
 
     def reset_wait(self) -> float:
         """Seconds waited since the last call."""

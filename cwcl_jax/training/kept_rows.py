@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from cwcl_jax.data.content import KEY_BYTES, row_keys
 from cwcl_jax.files import replacing
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training.embedding import preprocessing, weights_name
@@ -25,7 +26,6 @@ from cwcl_jax.training.features import cache_folder
 from cwcl_jax.training.state import TowerSource
 
 _LOG = logging.getLogger(__name__)
-_KEY_BYTES = 16
 
 
 class KeptRows:
@@ -61,7 +61,7 @@ class KeptRows:
         """As `Encoder.encode`."""
         if modality not in self._rows or only_features(inputs):
             return self.encoder.encode(modality, inputs, output=output)
-        rows, keys = self._rows[modality], _keys(inputs)
+        rows, keys = self._rows[modality], row_keys(inputs)
         if any(key not in rows for key in keys):
             features = self.encoder.encode(modality, inputs, output="features")
             rows.update(zip(keys, features, strict=True))
@@ -76,7 +76,7 @@ class KeptRows:
         for modality in self._changed:
             file, rows = self._files[modality], self._rows[modality]
             file.parent.mkdir(parents=True, exist_ok=True)
-            keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, _KEY_BYTES)
+            keys = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, KEY_BYTES)
             # Runs that share the cache may save at the same time: the last one's file stays.
             with replacing(file) as partial, partial.open("wb") as handle:
                 np.savez(handle, keys=keys, features=np.stack(list(rows.values())))
@@ -95,16 +95,3 @@ def _read(file: Path) -> dict[bytes, np.ndarray]:
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         _LOG.warning("%s cannot be read (%s); its features are made again.", file, error)
         return {}
-
-
-def _keys(inputs: Mapping[str, np.ndarray]) -> list[bytes]:
-    """A hash of each row; zeros at an array's end do not count, since padding has no influence."""
-    names = sorted(inputs)
-    columns = [np.asarray(inputs[name]) for name in names]
-    keys = []
-    for row in range(len(columns[0])):
-        made = hashlib.blake2b(digest_size=_KEY_BYTES)
-        for name, column in zip(names, columns, strict=True):
-            made.update(name.encode() + column[row].tobytes().rstrip(b"\0"))
-        keys.append(made.digest())
-    return keys

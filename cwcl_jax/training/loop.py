@@ -238,10 +238,11 @@ class _Clock:
         waited = self._batches.reset_wait()
         previous, self._step = self._step, done
         self._start = time.perf_counter()
+        skipped = {"skipped": float(count)} if (count := self._batches.skipped) else {}
         if previous is None or done == previous:
-            return {}
+            return skipped
         self.seconds_per_step = seconds / (done - previous)
         return {
             "examples_per_second": self._size / self.seconds_per_step,
             "data_wait": min(waited / seconds, 1.0),
-        }
+        } | skipped

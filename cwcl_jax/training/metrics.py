@@ -277,6 +277,7 @@ _SHOWN = (
     ("accuracy_u_to_v", "acc", ".2f"),
     ("examples_per_second", "ex/s", ".0f"),
     ("data_wait", "wait", ".0%"),
+    ("skipped", "skipped", ".0f"),
 )
 
 

@@ -16,12 +16,15 @@ class TemperatureConfig:
       maximum: clamp after each step; CLIP's 100. 0 switches the clamp off.
       trained: whether it learns at all.
       bias: initial logit bias, used by the sigmoid loss only (SigLIP's -10).
+      from_weights: where both towers' weights are one file that holds a logit scale (and a bias),
+        as CLIP's and SigLIP's do, these stand in place of `initial` and `bias`.
     """
 
     initial: float = 1 / 0.07
     maximum: float = 100.0
     trained: bool = True
     bias: float = -10.0
+    from_weights: bool = True
 
     def __post_init__(self):
         if self.initial <= 0:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Source
+from cwcl_jax.data.sources.base import columns_taken
 from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.files import side_output
 from cwcl_jax.training import sharding
@@ -78,23 +80,30 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_writers(config)
     check_same_run(workdir, config)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
+    check_inputs(blueprint.config)
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
     barrier("start", config.distributed.barrier_timeout)
     with StopSignal() as stop:
-        with (
-            _open_batches(config, watchdog, stop) as batches,
-            Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints,
-        ):
+        with ExitStack() as stack:
+            batches = stack.enter_context(_open_batches(config, watchdog, stop))
+            check_same_data(workdir, batches.fingerprint(), config)
+            seems_complete = _steps_saved(workdir) >= config.total_steps
+            if not seems_complete:  # whose results are shown without the tasks' data
+                evaluator.check_sources()
+            # Behind what a person may have to correct: orbax would bury the one line of it.
+            saved = Checkpoints(workdir / "checkpoints", config.checkpoint)
+            checkpoints = stack.enter_context(saved)
             start = checkpoints.latest_step or 0
-            evaluated = evaluator.has_results() and is_evaluated(workdir, start, config.evaluation)
+            evaluated = evaluator.has_results() and is_evaluated(
+                workdir, start, config.evaluation, evaluator.fingerprints()
+            )
             if start >= config.total_steps and evaluated:
                 say(f"{workdir} is complete ({start} steps). Its results:\n")
                 say(evaluator.saved_table())
                 return DONE
-            check_inputs(blueprint.config)
-            evaluator.check_sources()
-            check_same_data(workdir, batches.fingerprint(), config)
+            if seems_complete:
+                evaluator.check_sources()
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             start = int(state.step)
@@ -103,11 +112,20 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
+            for told in columns_taken(batches.source):
+                say(f"training data: {told}")
+            _say_of_start(blueprint, state, start)
+            for told in evaluator.compare_with(batches.source):
+                say(f"warning: {told}")
             if config.optimizer.warmup_steps > config.total_steps:
                 say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
             fit = _Fit(blueprint, workdir, checkpoints, batches, evaluator, watchdog)
             state, finished = fit.run(state, locked, stop)
+            if batches.skipped:
+                kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(batches.skipped.items()))
+                total = sum(batches.skipped.values())
+                say(f"{total} training examples were unusable and skipped ({kinds})")
             with watchdog.phase("saving", "the last checkpoint"):
                 checkpoints.wait()
                 last = checkpoints.latest_step or 0
@@ -118,6 +136,23 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
         say(f"stopped {done}; the same command resumes")
         return PREEMPTED
     return DONE
+
+
+def _steps_saved(workdir: Path) -> int:
+    """The last step that a checkpoint seems to hold; 0 without any."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _say_of_start(blueprint: Blueprint, state: TrainState, start: int) -> None:
+    """What the weights' files decide, and what they leave random for good."""
+    scale = state.params.get("logit_scale")
+    if not start and scale is not None:
+        say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
+    for name, tower in blueprint.config.towers.items():
+        leaves = {path for path in blueprint.abstract if path.startswith(f"towers/{name}/")}
+        if leaves and not leaves & blueprint.trained and not tower.weights:
+            say(f"warning: the {name} tower has no weights and does not train: it stays random")
 
 
 _UNFINISHED_WARMUP = (
@@ -315,7 +350,7 @@ def _finish(
             with side_output("losses.png"):
                 plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
             # Last: a run that dies before it is evaluated again.
-            write_evaluated(workdir, encoder.step, config.evaluation)
+            write_evaluated(workdir, encoder.step, config.evaluation, evaluator.fingerprints())
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")
     return True

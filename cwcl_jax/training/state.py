@@ -7,7 +7,7 @@ the two towers, which leaves train, and where each lies on the mesh; building on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
-from cwcl_jax.pretrained import complete, import_tower
+from cwcl_jax.pretrained import complete, folder_of, import_tower, logits_of
 from cwcl_jax.training import sharding
 from cwcl_jax.training.optimizer import make_optimizer
 
@@ -61,11 +61,13 @@ class TowerSource:
       source: path of the weights, or "initialised".
       sha256: of the weights' file.
       code: names and hashes of the user's classes that the tower is made of.
+      random: leaves that the weights do not hold, such as a new head.
     """
 
     source: str
     sha256: str
     code: str = ""
+    random: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +142,15 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
     )
 
 
-def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = True) -> Blueprint:
+def make_blueprint(
+    config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = True, compact: bool = True
+) -> Blueprint:
     """The static side of a run; no array is allocated.
 
     Args:
       check_batch: whether the global batch must fit the mesh; training needs it.
+      compact: whether locked kernels lie in the compute dtype, as a run needs them; False keeps
+        what their files hold.
 
     Raises:
       ConfigError: the towers cannot be built as described, the global batch does not divide over
@@ -171,7 +177,7 @@ def make_blueprint(config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = 
     except ValueError as error:
         raise ConfigError(str(error)) from error
     abstract = {
-        path: _locked_storage(leaf, config, path) if path not in trained else leaf
+        path: _locked_storage(leaf, config, path) if compact and path not in trained else leaf
         for path, leaf in abstract.items()
     }
     return Blueprint(config, mesh, model_def, _with_shardings(mesh, abstract), trained)
@@ -258,9 +264,44 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
             continue
         with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
+        _check_inputs_of_files(blueprint.config, modality)
         imported |= result.leaves
-        sources[modality] = TowerSource(result.source, result.sha256, code_of(tower))
+        sources[modality] = TowerSource(
+            result.source, result.sha256, code_of(tower), result.initialised
+        )
+        _check_filled(blueprint, modality, result.initialised)
+    imported |= {path: put(path, x) for path, x in _logits_of_files(blueprint).items()}
     return imported, sources
+
+
+def _check_inputs_of_files(config: ExperimentConfig, tower: str) -> None:
+    folder = folder_of(config.towers[tower].weights)
+    try:
+        config.data.inputs_of(tower).check_files(folder, f"config.data.{tower}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str]) -> None:
+    """Raises ConfigError where weights leave random what will never train."""
+    left = [path for path in initialised if path not in blueprint.trained]
+    if left:
+        tower = f"config.towers.{modality}"
+        raise ConfigError(
+            f"{tower}.weights={blueprint.config.towers[modality].weights!r} holds nothing for "
+            f"{', '.join(left[:3])}, which would stay random: nothing of it trains with "
+            f"tune={blueprint.config.towers[modality].tune!r}. Set {tower}.head='none' for the "
+            f"encoder's own features, or {tower}.tune='head' to train a head above it"
+        )
+
+
+def _logits_of_files(blueprint: Blueprint) -> dict[str, np.ndarray]:
+    """Logit scale and bias of a file that both towers come from, as CLIP's and SigLIP's hold."""
+    config = blueprint.config
+    names = {tower.weights for tower in config.towers.values()}
+    if not config.temperature.from_weights or len(names) > 1 or "" in names:
+        return {}
+    return {k: x for k, x in logits_of(*names).items() if k in blueprint.abstract}
 
 
 def code_of(tower: TowerConfig) -> str:

@@ -228,9 +228,12 @@ def write_records(
     write_json(workdir / "data.json", dict(fingerprint))
 
 
-def write_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> None:
-    """Records what the results in the folder belong to."""
-    write_json(workdir / "evaluated.json", {"step": step, "evaluation": to_plain(evaluation)})
+def write_evaluated(
+    workdir: Path, step: int, evaluation: EvaluationConfig, data: Mapping[str, Any]
+) -> None:
+    """Records what the results in the folder belong to; `data` are fingerprints by task."""
+    record = {"step": step, "evaluation": to_plain(evaluation), "data": dict(data)}
+    write_json(workdir / "evaluated.json", record)
 
 
 def withdraw_evaluated(workdir: Path) -> None:
@@ -238,11 +241,19 @@ def withdraw_evaluated(workdir: Path) -> None:
     (workdir / "evaluated.json").unlink(missing_ok=True)
 
 
-def is_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> bool:
-    """Whether the results in the folder are of this step and these settings."""
+def is_evaluated(
+    workdir: Path, step: int, evaluation: EvaluationConfig, data: Mapping[str, Any]
+) -> bool:
+    """Whether the results in the folder are of this step, these settings and this data."""
     path = workdir / "evaluated.json"
-    now = {"step": step, "evaluation": to_plain(evaluation)}
-    return path.exists() and not changed_fields(read_json(path), now)
+    if not path.exists():
+        return False
+    record = read_json(path)
+    now = {"step": step, "evaluation": to_plain(evaluation), "data": dict(data)}
+    # An earlier version did not write down what the data was, and missing files tell nothing.
+    if not record.get("data") or not data:
+        now["data"] = record["data"] = {}
+    return not changed_fields(record, now)
 
 
 def environment() -> dict[str, Any]:

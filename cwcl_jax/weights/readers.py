@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cwcl_jax.files import parse_json
+from cwcl_jax.files import matching, parse_json
 
 _DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error)
 
@@ -288,7 +288,7 @@ def weights_file(path: Path) -> Path:
         if (path / name).exists():
             return path / name
     for pattern in ("*.safetensors", "*.npz"):
-        found = sorted(path.glob(pattern))
+        found = matching(path, pattern)
         if len(found) == 1:
             return found[0]
     raise FileNotFoundError(

@@ -231,3 +231,19 @@ def test_clipped_and_silent_recordings_are_taken_as_they_are():
     silent = waveform((np.zeros(800, np.int16), 16_000), INPUTS)
     assert silent["length"] == 800
     assert not silent["waveform"].any()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_wav_that_was_cut_off_is_told(share):
+    """libsndfile reads what is there, as a shorter recording with the whole caption."""
+    whole = _written(_noise(0.5))
+    assert len(_decoded(whole, SECOND)) == 8000
+    with pytest.raises(BadExample, match="audio cut off"):
+        _decoded(whole[: int(share * len(whole))], SECOND)
+
+
+def test_a_wav_whose_writer_did_not_know_its_length_is_read():
+    stream = bytearray(_written(_noise(0.5)))
+    place = stream.index(b"data") + 4
+    stream[place : place + 4] = b"\xff" * 4
+    assert len(_decoded(bytes(stream), SECOND)) == 8000

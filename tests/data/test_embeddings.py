@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -257,3 +258,48 @@ def test_training_refuses_ids_that_do_not_belong(tmp_path):
     writer.write(writer.pending()[0], [f"other {i}" for i in range(COUNT)], VECTORS)
     with pytest.raises(ValueError, match="belongs to 'other"):
         _batches(open_source(f"{LINE}&embeds={tmp_path}"), 1)
+
+
+def test_a_stored_vector_of_zeros_is_named_and_not_used(tmp_path):
+    rows = VECTORS.copy()
+    rows[7] = 0
+    writer = EmbeddingWriter(tmp_path, _description(shard_size=64))
+    source = open_source(LINE)
+    ids = [source.read(i, ())["id"] for i in range(COUNT)]
+    writer.write(range(COUNT), ids, rows)
+    for line in (f"embeddings:{tmp_path}", f"{LINE}&embeds={tmp_path}"):
+        opened = open_source(line)
+        with pytest.raises(BadExample, match=f"features all zero: {ids[7]}"):
+            opened.read(7, ("features",))
+        assert opened.vectors(np.array([6, 7])) is None
+        assert opened.vectors(np.array([5, 6]))["image"].shape == (2, DIM)
+    with pytest.raises(BadExample, match="item 1"):
+        FeatureInputs().batch([np.ones(3), np.zeros(3)])
+
+
+def test_damaged_features_are_told(tmp_path):
+    """Flipped bits and zeroed blocks in any file: the same vectors or an error, nothing else."""
+    _write(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(40):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        path = rng.choice(sorted(folder.iterdir()))
+        content = bytearray(path.read_bytes())
+        place = rng.choice(np.flatnonzero(np.frombuffer(content, np.uint8)))  # no padding
+        if number % 2:
+            content[place] ^= 1 << rng.integers(8)
+        else:
+            content[place : place + 512] = bytes(len(content[place : place + 512]))
+        path.write_bytes(content)
+        try:
+            store = EmbeddingStore(folder)
+            _, vectors = store.rows(np.arange(COUNT))
+        except ValueError as error:
+            refused += 1
+            told = str(error)
+            assert str(folder) in told
+            continue
+        if store.description == _description():  # else it would be called stale
+            np.testing.assert_array_equal(vectors, VECTORS)
+    assert refused > 20

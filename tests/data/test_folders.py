@@ -2,7 +2,7 @@ import pytest
 
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.base import require_fields
-from tests.data.making import jpeg
+from tests.data.making import jpeg, write_tar
 
 
 def test_folders_of_classes(tmp_path):
@@ -65,3 +65,42 @@ def test_captions_in_another_encoding_are_no_end(tmp_path):
     assert [source[i]["text"] for i in range(2)] == ["a cat", "un caf\ufffd"]
     with pytest.raises(ValueError, match="has no text; captions=true"):
         require_fields(open_source(f"folder:{tmp_path}"), ("text",), "line")
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_items(tmp_path):
+    """A notebook's checkpoints and what a Mac leaves beside files."""
+    hidden = (
+        ".ipynb_checkpoints/0.jpg cat/.ipynb_checkpoints/0.jpg __MACOSX/cat/._0.jpg dog/._1.jpg"
+    )
+    for name in ["cat/0.jpg", "dog/1.jpg", *hidden.split()]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(1))
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ["cat", "dog"]
+    assert [source.read(i, ())["id"] for i in range(len(source))] == ["cat/0.jpg", "dog/1.jpg"]
+
+
+def test_hidden_members_and_tars_are_left_out(tmp_path):
+    members = [("a.jpg", jpeg(1)), ("x/.ipynb_checkpoints/a.jpg", jpeg(1)), ("._a.jpg", b"no")]
+    write_tar(tmp_path / "0.tar", [*members, ("__MACOSX/a.jpg", jpeg(2)), ("./b.jpg", jpeg(3))])
+    (tmp_path / "._0.tar").write_bytes(b"Mac")
+    source = open_source(f"tars:{tmp_path}")
+    assert [source.read(i, ())["id"] for i in range(len(source))] == ["0.tar/a", "0.tar/./b"]
+
+
+def test_a_folder_is_read_once_whatever_links_lead_to_it(tmp_path, caplog):
+    """Links in a circle, to a sibling, to a folder above, and two to one folder elsewhere."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "a", root / "b", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(jpeg(1))
+    (root / "a" / "circle").symlink_to(root)
+    (root / "b" / "sibling").symlink_to(root / "a")
+    (root / "b" / "above").symlink_to(tmp_path)
+    (root / "c").symlink_to(elsewhere)
+    (root / "d").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root / "b")
+    source = open_source(f"folder:{root}")
+    found = sorted(source.read(index, ("image",))["id"] for index in range(len(source)))
+    assert len(found) == 3
+    assert "5 links to folders that are read anyway are not followed" in caplog.text

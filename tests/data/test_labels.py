@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from cwcl_jax.data.options import DataConfig, usual_inputs
-from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.pipeline import eval_batches, train_batches
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.modalities import TextInputs
+from cwcl_jax.modalities import FeatureInputs, TextInputs
 
 
 def _batch(train: str, labels: str, modalities=("text",), size=32):
@@ -63,3 +63,23 @@ def test_inputs_that_the_source_lacks_are_named_before_anything_is_read(tmp_path
 def test_unknown_kind_of_labels_is_an_error():
     with pytest.raises(ValueError, match="labels='id'"):
         DataConfig(labels="id")
+
+
+def test_ids_of_64_bits_are_labels_too(tmp_path):
+    big = 2**40
+    np.savez(
+        tmp_path / "f.npz",
+        image=np.ones((4, 2), np.float32),
+        label=np.array([1, big, big + 1, big]),
+    )
+    inputs = {"image": FeatureInputs()}
+    config = DataConfig(
+        train=f"arrays:{tmp_path}/f.npz", labels="class", threads=1, inputs=inputs, shuffle=False
+    )
+    batches = train_batches(config, ("image",), seed=0, global_batch_size=4)
+    labels = next(batches)["label"]
+    batches.close()
+    assert labels[1] == labels[3]
+    assert len(set(labels.tolist())) == 3
+    whole = next(iter(eval_batches(batches.source, config, ("image",), batch_size=4)))
+    assert whole["label"].tolist() == [1, big, big + 1, big]

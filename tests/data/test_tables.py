@@ -1,11 +1,14 @@
+import csv
 import json
+import os
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.data.sources.base import require_fields
+from cwcl_jax.data.sources.base import columns_taken, require_fields
 from tests.data.making import jpeg
 
 
@@ -153,7 +156,7 @@ def test_other_separators_are_refused(tmp_path):
 
 
 def test_usual_columns_are_found_in_any_case(tmp_path):
-    (tmp_path / "p.csv").write_text("URL,TEXT,Caption,Filepath,caption\nu,yes,no,a.jpg,also\n")
+    (tmp_path / "p.csv").write_text("URL,TEXT,Filepath\nu,yes,a.jpg\n")
     source = open_source(f"csv:{tmp_path}/p.csv")
     assert source.read(0, ("text",)) == {"id": "a.jpg", "text": "yes"}
 
@@ -173,10 +176,10 @@ def test_lengths_of_recordings_are_known_where_a_manifest_lists_them(tmp_path):
     rows = [{"audio": "a.wav", "duration": 1.5}, {"audio": "b.wav"}, {"audio": "c", "duration": 4}]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     manifest = open_source(f"jsonl:{tmp_path}/m.jsonl")
-    assert list(manifest.durations) == [1.5, 2.75, 4.0]  # an unknown one counts as average
+    assert list(manifest.durations) == [1.5, np.inf, 4.0]  # of any length
     (tmp_path / "m.csv").write_text("wav,s,bad\na.wav,1.5,one\nb.wav,nan,\nc.wav,4,-2\n")
     table = open_source(f"csv:{tmp_path}/m.csv?duration=s")
-    assert list(table.durations) == [1.5, 2.75, 4.0]
+    assert list(table.durations) == [1.5, np.inf, 4.0]
     assert open_source(f"csv:{tmp_path}/m.csv").durations is None
     assert open_source(f"csv:{tmp_path}/m.csv?duration=bad").durations is None
     # Batches of recordings of like lengths are others where the lengths are.
@@ -196,3 +199,96 @@ def test_manifests_are_read_row_by_row(tmp_path):
     assert (len(source), source.read(20_000, ())["id"]) == (20_001, "last.jpg")
     # The file has 11 MB; the first thousand rows are looked at for their columns.
     assert peak < 4e6
+
+
+def test_durations_of_zero_are_no_durations(tmp_path, caplog):
+    """torchaudio.info of an MP3 gave 0 frames, and manifests say so."""
+
+    def opened(*seconds):
+        rows = [{"audio": f"{i}.mp3", "duration": s} for i, s in enumerate(seconds)]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return open_source(f"jsonl:{tmp_path}/m.jsonl")
+
+    with pytest.raises(ValueError, match="duration is 0 in 2 of 3 rows"):
+        opened(0, 0.0, 1)
+    assert list(opened(0, 2, 1).durations) == [np.inf, 2.0, 1.0]
+    assert "0 in 1 of 3 rows" in caplog.text
+
+
+def test_equal_tables_of_other_files_have_other_fingerprints(tmp_path):
+    """`folder:train` and `folder:test` whose files are numbered alike are not one data set."""
+
+    def written(name, seed):
+        (tmp_path / name / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "cat" / "0.jpg").write_bytes(jpeg(seed))
+        return open_source(f"folder:{tmp_path}/{name}").fingerprint()
+
+    assert written("train", 1) != written("test", 2)
+    assert written("train", 1) == written("copy", 1)
+    assert written("train", 1) != written("train", 3)  # changed after the fact
+
+
+CAPTIONS = [
+    "a plain cat",
+    'a sign that says "STOP"',
+    "two lines\nof one caption",
+    'the "best" dog',
+    'a 5" nail',
+]
+
+
+def test_a_table_with_tabs_that_pandas_wrote_is_not_read_as_text(tmp_path):
+    file = tmp_path / "p.tsv"
+    with open(file, "w", newline="") as opened:
+        writer = csv.writer(opened, delimiter="\t", lineterminator="\n")
+        writer.writerow(("filepath", "title"))
+        writer.writerows((f"{i}.png", caption) for i, caption in enumerate(CAPTIONS))
+    with pytest.raises(ValueError, match="quoting=on if these enclose fields"):
+        open_source(f"csv:{file}")
+    table = open_source(f"csv:{file}?quoting=on")
+    assert [table.read(i, ("text",))["text"] for i in range(len(table))] == CAPTIONS
+    file.write_text('filepath\ttitle\n0.png\t"STOP" says a sign\n1.png\ta 5" nail\n')
+    assert open_source(f"csv:{file}").read(0, ("text",))["text"] == '"STOP" says a sign'
+
+
+def test_two_columns_that_may_be_the_text_are_told_where_it_is_needed(tmp_path):
+    (tmp_path / "t.csv").write_text("filepath,title,text\na.png,The page,A cat on a mat\n")
+    source = open_source(f"csv:{tmp_path}/t.csv")
+    with pytest.raises(
+        ValueError, match=r"2 columns that may be the text \(title, text\); .*text="
+    ):
+        require_fields(source, ("image", "text"), "line")
+    chosen = open_source(f"csv:{tmp_path}/t.csv?text=text")
+    require_fields(chosen, ("image", "text"), "line")
+    assert columns_taken(chosen) == ["image from filepath, text from text"]
+    assert chosen.read(0, ("text",))["text"] == "A cat on a mat"
+
+
+def test_a_column_of_files_is_what_the_files_are(tmp_path):
+    """The metadata.csv of an audio folder calls its recordings `file_name`, as one of pictures."""
+    (tmp_path / "metadata.csv").write_text("file_name,transcription\na.wav,hello\n")
+    source = open_source(f"csv:{tmp_path}/metadata.csv?text=transcription")
+    assert set(source.columns) == {"audio", "text"}
+    (tmp_path / "m.jsonl").write_text('{"path": "a.jpg", "text": "a cat"}\n')
+    assert set(open_source(f"jsonl:{tmp_path}/m.jsonl").columns) == {"image", "text"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_pipes_and_devices_are_no_examples_and_no_tables(tmp_path, make):
+    """Opening a pipe waits for ever; a device never ends."""
+    make(tmp_path / "1.jpg")
+    (tmp_path / "table.csv").write_text("filepath,caption\n1.jpg,a cat\n")
+    source = open_source(f"csv:{tmp_path / 'table.csv'}")
+    with pytest.raises(BadExample, match="no regular file"):
+        source.read(0, ("image",))
+    make(tmp_path / "odd.csv")
+    with pytest.raises(ValueError, match="no regular file"):
+        open_source(f"csv:{tmp_path / 'odd.csv'}")
+
+
+def test_a_line_that_is_nested_too_deeply_is_skipped(tmp_path, caplog):
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "a.jsonl").write_text(f'{deep}\n{{"image": "1.jpg", "text": "a cat"}}\n')
+    source = open_source(f"jsonl:{tmp_path / 'a.jsonl'}")
+    assert "line 1 is not a JSON object" in caplog.text
+    assert source.read(1, ("text",))["text"] == "a cat"

@@ -355,7 +355,7 @@ def test_an_index_of_the_first_version_is_made_again(tmp_path):
     kept.write_bytes(json.dumps(old | {"version": 1}).encode() + b"\n" + table)
     index = load_index(str(path))
     assert (len(index), index.checksum) == (2, expected)
-    assert json.loads(kept.read_bytes().split(b"\n", 1)[0])["version"] == 2
+    assert json.loads(kept.read_bytes().split(b"\n", 1)[0])["version"] == 3
 
 
 def test_more_tars_than_open_files(tmp_path):
@@ -402,6 +402,7 @@ def test_clip_benchmark_classification(tmp_path):
     assert source.class_names == ["crane", "crane bird"]
     labels = [source.read(i, ("label",))["label"] for i in range(6)]
     assert labels == [0, 1, 0, 0, 1, 0]
+    assert list(source.templates) == ["a photo of a {c}."]
 
 
 def test_clip_benchmark_retrieval_has_one_caption_a_line(tmp_path):
@@ -480,3 +481,13 @@ def test_tars_say_which_fields_they_lack(tmp_path):
     assert "text" not in open_source(f"tars:{tmp_path}/0.tar?text=json:caption").lacks
     write_tar(tmp_path / "0.tar", [("0.cls", b"1"), ("0.txt", b"x")])
     assert set(open_source(f"tars:{tmp_path}").lacks) == {"audio", "image"}
+
+
+def test_a_member_with_an_endless_name_is_damage(tmp_path):
+    """A table of names is as wide as its longest one."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("1.txt", "x" * 60_000 + ".txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match="60005 bytes: damaged"):
+        open_source(f"tars:{path}")

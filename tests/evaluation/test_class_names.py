@@ -113,3 +113,30 @@ def test_marks_of_editors_are_no_part_of_a_name(tmp_path):
     assert read_class_names(str(tmp_path / "a.tsv")) == {"n01": ("circle",)}
     (tmp_path / "a.json").write_text('{"n01": ["circle", "ring"]}', encoding="utf-8-sig")
     assert read_class_names(str(tmp_path / "a.json")) == {"n01": ("circle", "ring")}
+
+
+def test_the_sources_own_names_in_another_order_are_mapped_by_name(tmp_path):
+    """By position a perfect model would be right in one of ten."""
+    (tmp_path / "names.txt").write_text("dog\nGreat_Ape\ncat\n")
+    names = ["cat", "dog", "great ape"]
+    classes = resolve_classes(names, task(class_names=str(tmp_path / "names.txt")))
+    assert classes.titles == ["cat", "dog", "Great_Ape"]
+    assert classes.warnings == ()
+
+
+def test_names_of_which_some_are_the_sources_in_another_place_are_refused():
+    with pytest.raises(ValueError, match=r"'dog' in another place.*\.tsv"):
+        resolve_classes(["cat", "dog", "ape"], task(class_names="dog,tiger,ape"))
+    renamed = resolve_classes(["cat", "dog", "ape"], task(class_names="kitten,dog,ape"))
+    assert renamed.titles == ["kitten", "dog", "ape"]
+    assert "by their place" in renamed.warnings[0]
+    assert "cat = kitten" in renamed.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "names", [["0", "1"], ["n01440764", "n01443537"], ["n01440764 tench", "x"]]
+)
+def test_names_that_are_no_words_are_warned_of_with_the_remedy(names):
+    (warning,) = resolve_classes(names, task()).warnings
+    assert "say nothing in a prompt" in warning
+    assert "class_names" in warning

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cwcl_jax.evaluation.compare import compare_with, load_items
+from cwcl_jax.evaluation.compare import _values, compare_with, load_items
 from cwcl_jax.evaluation.plots import plot_matrices, plot_template_robustness
 from cwcl_jax.evaluation.report import clip_benchmark_records, terminal_report, write_report
 from cwcl_jax.evaluation.runner import run_task
@@ -198,8 +198,8 @@ def test_matrices_of_two_runs_are_of_their_tower(sources, tmp_path, monkeypatch)
 
 
 def test_what_repeated_captions_allow_stands_in_the_record(monkeypatch):
-    give_sources(monkeypatch, pairs=Memory([0, 0, 1], texts=["circle", "circle", "star"]))
-    encode = Analytic(GOOD, AXES)
+    give_sources(monkeypatch, pairs=Memory([0, 9, 1], texts=["circle", "circle", "star"]))
+    encode = Analytic(np.where(np.arange(len(GOOD))[:, None] == 9, GOOD[0], GOOD), AXES)
     result = run_task("pairs", TASKS["pairs"], encode=encode, data=DATA, batch_size=8)
     (record,) = clip_benchmark_records([result], model="toy")
     assert record["reachable"]["text_retrieval_recall@1"] == pytest.approx(2 / 3)
@@ -230,3 +230,16 @@ def test_plots_leave_the_matplotlib_backend_alone(tmp_path):
         plot_matrices({"a": np.eye(4)}, [2, 2], ["x", "y"], tmp_path / "deep" / "m.png")
     assert chosen() == before
     assert (tmp_path / "deep" / "m.png").exists()
+
+
+def test_a_comparison_is_at_the_k_of_the_tasks():
+    ranks = np.array([1, 2, 3, 4])
+    items = {"ids": np.arange(4), "rank": ranks, "top_k": np.array([1, 3])}
+    assert set(_values(items, items)) == {"top1", "top3"}
+    assert set(_values(items, items | {"top_k": np.array([3, 5])})) == {"top3"}
+    owner = {"owner": np.arange(4), "owner_of_ids": np.arange(4)}
+    pairs = {"ids": np.arange(4), "a_to_b_rank": ranks, **owner}
+    assert set(_values(pairs, pairs | {"recall_k": np.array([1, 10])})) == {
+        "a_to_b_R@1",
+        "a_to_b_R@10",
+    }

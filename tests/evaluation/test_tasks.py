@@ -22,6 +22,10 @@ SHAPES = ["circle", "square", "star"]
 AXES = dict(zip(SHAPES, np.eye(3), strict=True))
 
 
+def prompts_of(result):
+    return result.extras["prompt_sets"][""]
+
+
 def table(*rows):
     """Grey value -> embedding."""
     full = np.zeros((256, 3))
@@ -359,10 +363,9 @@ def test_pictures_without_a_border_to_cut_are_left_out_and_counted(monkeypatch, 
 def test_captions_of_several_items_limit_what_a_perfect_model_reaches(monkeypatch):
     """Every item is its caption: what is wrong then is what equal captions make wrong."""
     texts = ["circle", "square", "circle", "star", "circle", "square"]
-    values = [SHAPES.index(text) for text in texts]
-    give_sources(monkeypatch, x=Memory(values, texts=texts))
+    give_sources(monkeypatch, x=Memory(range(6), texts=texts))
     task = Retrieval(source="memory:x", recall_k=(1, 2, 3))
-    result = run(task, Analytic(MODEL, AXES))
+    result = run(task, Analytic(table(*(AXES[text] for text in texts)), AXES))
     assert result.metrics["text_to_image_R@1"] == 0.5
     assert result.extras["reachable"] == {
         key: value for key, value in result.metrics.items() if "_R@" in key
@@ -385,3 +388,104 @@ def test_too_many_bad_examples_name_the_task(monkeypatch):
     give_sources(monkeypatch, x=Broken([0] * 30, labels=[0] * 30, class_names=SHAPES))
     with pytest.raises(TooManyBadExamples, match="evaluation task 't': 11 of the 11"):
         run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+
+
+NUMBERS = ["one", "two", "three"]
+
+
+def test_a_picture_with_one_row_for_each_caption_is_one_item(monkeypatch):
+    """OpenCLIP's table of COCO: a perfect encoder finds everything."""
+    texts = [f"{number} {word}" for number in NUMBERS for word in SHAPES]
+    give_sources(monkeypatch, x=Memory([0, 0, 0, 1, 1, 1, 2, 2, 2], texts=texts))
+    perfect = Analytic(MODEL, dict(zip(NUMBERS, np.eye(3), strict=True)))
+    result = run(Retrieval(source="memory:x"), perfect)
+    assert result.metrics["image_to_text_R@1"] == result.metrics["text_to_image_R@1"] == 1.0
+    assert result.items["ids"].tolist() == ["item-0", "item-3", "item-6"]
+    assert result.items["owner"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert result.chance["text_to_image_R@1"] == pytest.approx(1 / 3)
+    assert result.extras["reachable"] == {}
+    assert any("there are 3 image items" in warning for warning in result.warnings)
+
+
+class Described(Memory):
+    """Pictures with several recordings each: a recording's level is the number of its picture."""
+
+    def read(self, index, fields):
+        example = super().read(index, fields)
+        if "audio" in fields:
+            samples = np.full(800 + index, self.values[index], np.int16)
+            example["audio"] = (samples, 16_000)
+        return example
+
+
+def test_several_recordings_of_one_picture_are_all_right(monkeypatch):
+    give_sources(monkeypatch, x=Described([0, 0, 1, 1, 1, 2]))
+    task = Retrieval(source="memory:x", tower="speech", partner="image")
+    result = run(task, Analytic(MODEL, AXES))
+    assert result.metrics["speech_to_image_R@1"] == result.metrics["image_to_speech_R@1"] == 1.0
+    assert len(result.items["ids"]) == 6
+    assert len(result.items["owner"]) == 3
+    assert result.chance["image_to_speech_R@1"] == pytest.approx((2 + 3 + 1) / 6 / 3)
+
+
+def test_items_that_stand_twice_in_a_classification_are_counted_aloud(monkeypatch):
+    source = Memory([0, 1, 2, 2], labels=[0, 1, 2, 2], class_names=SHAPES)
+    give_sources(monkeypatch, x=source)
+    result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+    assert any("1 of 4 items of memory:x repeat" in warning for warning in result.warnings)
+
+
+def test_captions_that_are_cut_are_counted_and_those_that_become_equal(monkeypatch):
+    long = "a photo of a circle and a square and a star " * 3
+    give_sources(monkeypatch, x=Memory([0, 1, 2], texts=[long + "one", long + "two", "three"]))
+    result = run(Retrieval(source="memory:x"), Analytic(MODEL, AXES))
+    said = " ".join(result.warnings)
+    assert "2 of 3 text sentences are cut at max_tokens=24" in said
+    assert "1 of them have the same tokens as an earlier one" in said
+
+
+def test_recordings_that_are_cut_are_counted(monkeypatch):
+    source = Memory([0, 1], modality="speech", samples=[800, 8000], texts=["circle", "square"])
+    give_sources(monkeypatch, x=source)
+    task = Retrieval(source="memory:x", tower="speech", partner="text")
+    result = run(task, Analytic(MODEL, AXES))
+    assert any(
+        "1 speech item(s) are longer than max_seconds=0.1, and cut" in warning
+        for warning in result.warnings
+    )
+
+
+def test_a_sources_own_templates_are_the_usual_ones(monkeypatch):
+    """A CLIP_benchmark folder brings them; a task that names others gets these."""
+    source = Memory([0, 1, 2], labels=[0, 1, 2], class_names=SHAPES)
+    source.templates = ["{c}", "a view of {c}"]
+    give_sources(monkeypatch, x=source)
+    own = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+    assert prompts_of(own) == ("source", 6)
+    assert (
+        prompts_of(run(ZeroShot(source="memory:x", templates="simple"), Analytic(MODEL, AXES)))[0]
+        == "simple"
+    )
+    source.templates = ()
+    with pytest.raises(ValueError, match="brings no templates"):
+        run(ZeroShot(source="memory:x", templates="source"), Analytic(MODEL, AXES))
+
+
+def test_class_names_of_another_language_than_the_templates_are_warned_of(monkeypatch):
+    source = Memory([0, 1], labels=[0, 1], class_names=["круг", "квадрат"])
+    give_sources(monkeypatch, x=source)
+    result = run(ZeroShot(source="memory:x"), Analytic(MODEL, AXES))
+    assert any("templates are English" in warning for warning in result.warnings)
+
+
+def test_some_items_of_sorted_data_are_of_all_classes(monkeypatch):
+    labels = np.repeat([0, 1, 2], 10).tolist()
+    give_sources(monkeypatch, x=Memory(labels, labels=labels, class_names=SHAPES))
+    drawn = [
+        run(ZeroShot(source="memory:x", max_items=6, seed=seed), Analytic(MODEL, AXES))
+        for seed in (0, 0, 1)
+    ]
+    assert np.bincount(drawn[0].items["labels"]).tolist() == [2, 2, 2]
+    ids = [result.items["ids"].tolist() for result in drawn]
+    assert ids[0] == ids[1] != ids[2]
+    assert any("6 of 30 examples of memory:x, drawn evenly" in w for w in drawn[0].warnings)

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 import struct
 import zlib
 
@@ -329,3 +330,53 @@ def test_webp_and_other_formats_are_read():
         buffer = io.BytesIO()
         Image.fromarray(SQUARE).save(buffer, kind)
         assert eval_pixels(buffer.getvalue(), ImageInputs(size=16)).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("shape", [(48, 36), (36, 48), (49, 32), (33, 64)])
+@pytest.mark.parametrize("resize", [0, 40])
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+def test_evaluation_cuts_as_the_folders_own_library_does(shape, resize, resample):
+    """CLIP's processor, whose arithmetic is torchvision's but for halves of odd remainders."""
+    transformers = pytest.importorskip("transformers")
+    picture = Image.fromarray(pixels(5, *shape))
+    inputs = ImageInputs(size=32, eval_resize=resize, resample=resample)
+    theirs = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": resize or 32},
+        crop_size={"height": 32, "width": 32},
+        resample=Image.Resampling[resample.upper()],
+        do_rescale=False,
+        do_normalize=False,
+    )(picture)["pixel_values"][0]
+    ours = eval_pixels(picture, inputs)
+    np.testing.assert_array_equal(ours, np.asarray(theirs).transpose(1, 2, 0))
+
+
+def test_a_squashed_picture_is_whole():
+    picture = Image.fromarray(pixels(5, 50, 37))
+    expected = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR))
+    inputs = ImageInputs(size=32, resample="bilinear", squash=True)
+    np.testing.assert_array_equal(eval_pixels(picture, inputs), expected)
+
+
+def test_a_file_and_the_picture_in_it_are_the_same():
+    """Of a large JPEG the decoder would give a smaller one by itself."""
+    noise = Image.fromarray(pixels(6, 400, 300))
+    data = encoded(noise, "JPEG")
+    opened = Image.open(io.BytesIO(data))
+    for inputs in (ImageInputs(size=32), ImageInputs(size=32, squash=True)):
+        np.testing.assert_array_equal(eval_pixels(data, inputs), eval_pixels(opened, inputs))
+
+
+def test_the_processor_beside_weights_is_obeyed_or_its_options_are_named(tmp_path):
+    """Google's ViT folders squash the picture, bilinearly."""
+    vit = {"size": {"height": 224, "width": 224}, "resample": 2, "do_resize": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(vit))
+    with pytest.raises(ValueError, match=r"--config\.data\.image\.resample=bilinear .*squash=True"):
+        ImageInputs(size=224).check_files(tmp_path, "config.data.image")
+    ImageInputs(size=224, resample="bilinear", squash=True).check_files(tmp_path, "")
+    clip = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip | {"resample": 3}))
+    with pytest.raises(ValueError, match="eval_resize=256"):
+        ImageInputs(size=224).check_files(tmp_path, "config.data.image")
+    ImageInputs(size=224, eval_resize=256).check_files(tmp_path, "")
+    ImageInputs(size=96).check_files(tmp_path, "")  # another size on purpose

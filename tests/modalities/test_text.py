@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities import TextInputs
 from cwcl_jax.modalities.text import load_tokenizer
 from cwcl_jax.synthetic.captions import TOKENIZER_FILE
@@ -144,3 +145,10 @@ def test_a_tokenizer_inside_a_package_that_is_not_installed_says_how_to_get_it()
 def test_too_short_a_length_is_refused():
     with pytest.raises(ValueError, match="max_tokens=2"):
         load_tokenizer(TextInputs(max_tokens=2))
+
+
+def test_captions_of_which_letters_are_lost_are_unusable():
+    """Latin-1 read as UTF-8: the letter is not there any more."""
+    with pytest.raises(BadExample, match="text not UTF-8"):
+        TextInputs().prepare("un caf\ufffd")
+    assert TextInputs().prepare(["un caf\ufffd", "a star"]) == "a star"

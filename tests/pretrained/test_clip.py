@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwcl_jax.api import load_model
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
@@ -214,3 +215,27 @@ def test_a_tower_of_another_kind_is_named(tmp_path):
     _, shapes = one_tower(config)
     with pytest.raises(WeightsMismatch, match=r"config.json has causal=True.*overrides"):
         import_tower(config, "x", {f"towers/x/{path}": leaf for path, leaf in shapes.items()})
+
+
+def test_a_clip_folder_is_a_model_without_a_run(tmp_path):
+    """Cosines and scale are those of transformers' own model."""
+    reference = clip(tmp_path)
+    ours = load_model(tmp_path)
+    pixels = RNG.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    tokens = np.concatenate([RNG.integers(1, 38, (3, 5)), np.full((3, 1), END)], axis=1)
+    mean, std = (np.asarray(x) for x in clip_range())
+    plain = ((pixels - mean) / std).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        theirs = reference(
+            input_ids=torch.tensor(tokens), pixel_values=torch.tensor(plain, dtype=torch.float32)
+        )
+    images = ours.encode("image", {"pixels": pixels})
+    mask = np.ones_like(tokens, bool)
+    texts = ours.encode("text", {"tokens": tokens.astype(np.int32), "mask": mask})
+    logits = ours.inverse_temperature * ours.similarity(images, texts)
+    np.testing.assert_allclose(logits, theirs.logits_per_image.numpy(), atol=1e-4)
+
+
+def clip_range():
+    settings = encoder_config("vit", "CLIP-ViT-B/32", {}, "")
+    return settings.pixel_mean, settings.pixel_std

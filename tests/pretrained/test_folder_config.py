@@ -1,5 +1,6 @@
 """Sizes from a folder's config.json: taken without a preset, explained beside a wrong one."""
 
+import dataclasses
 import json
 
 import pytest
@@ -216,6 +217,16 @@ def test_an_own_export_brings_its_sizes(tmp_path):
     assert complete(TowerConfig("whisper", weights=str(tmp_path))).overrides == {}
 
 
+def test_a_published_whisper_hears_the_silence_behind_a_recording(tmp_path):
+    """As it was trained; `attend_padding=False` is the cheaper way, by name."""
+    for preset in ("", "whisper-tiny"):
+        config = TowerConfig("whisper", preset, weights=str(tmp_path))
+        assert complete(config).overrides["attend_padding"] is True
+        cheaper = dataclasses.replace(config, overrides={"attend_padding": False})
+        assert complete(cheaper).overrides["attend_padding"] is False
+    assert complete(TowerConfig("whisper", "whisper-tiny")).overrides == {}
+
+
 def test_an_own_exports_unseen_settings_are_compared(tmp_path):
     own_export(tmp_path)
     for change, named in (({"heads": 4}, "heads=2"), ({"activation": "gelu_erf"}, "'relu'")):
@@ -224,3 +235,48 @@ def test_an_own_exports_unseen_settings_are_compared(tmp_path):
             load(config)
     with pytest.raises(WeightsMismatch, match=r"cwcl_jax.json has .*width=8.*empty preset"):
         load(TowerConfig("bert", "tiny", weights=str(tmp_path)))
+
+
+def write_json(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+
+
+def test_a_preset_does_not_pool_otherwise_than_the_folder_says(tmp_path):
+    weights = folder(tmp_path)
+    write_json(tmp_path / "1_Pooling" / "config.json", MEAN)
+    config = dataclasses.replace(complete(TowerConfig("bert", weights=weights)), pooling="cls")
+    load(config)  # on purpose
+    overrides = {k: v for k, v in config.overrides.items() if k != "pooling"}
+    preset = TowerConfig("bert", "tiny", overrides=overrides, weights=weights)
+    with pytest.raises(WeightsMismatch, match=r"pools by 'mean'.*preset 'tiny' does not"):
+        load(preset)
+
+
+def test_a_sentence_encoder_with_a_layer_that_is_not_read_is_refused(tmp_path):
+    """LaBSE's vectors pass through a dense layer with tanh."""
+    weights = folder(tmp_path)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    modules = [
+        {"path": f"{n}_{kind}", "type": f"sentence_transformers.models.{kind}"}
+        for n, kind in enumerate(kinds)
+    ]
+    write_json(tmp_path / "modules.json", modules)
+    load(complete(TowerConfig("bert", weights=weights)))
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    write_json(tmp_path / "modules.json", [*modules, dense])
+    with pytest.raises(WeightsMismatch, match=r"2_Dense \(sentence_transformers.models.Dense\)"):
+        load(complete(TowerConfig("bert", weights=weights)))
+
+
+def test_positions_of_a_roberta_begin_where_its_padding_says(tmp_path):
+    changes = {"model_type": "roberta", "pad_token_id": 3, "max_position_embeddings": 12}
+    config = complete(TowerConfig("roberta", weights=folder(tmp_path, **changes)))
+    assert (config.overrides["position_offset"], config.overrides["max_tokens"]) == (4, 8)
+    usual = complete(
+        TowerConfig("roberta", weights=folder(tmp_path, **(changes | {"pad_token_id": 1})))
+    )
+    assert (usual.overrides["position_offset"], usual.overrides["max_tokens"]) == (2, 10)

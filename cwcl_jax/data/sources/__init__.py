@@ -44,6 +44,7 @@ __all__ = [
     "Mixture",
     "Source",
     "Subset",
+    "check_training_line",
     "open_source",
 ]
 
@@ -91,6 +92,21 @@ def open_source(line: str, *, cache_dir: str = "") -> Source:
             "(shares of the examples) or to none (shares as the lengths are)."
         )
     return Mixture(sources, given or None)
+
+
+def check_training_line(line: str) -> None:
+    """Raises ValueError where a part of a line leaves open a split that is the test data then."""
+    for part in parse_source_line(line):
+        inner = part
+        while inner.kind == "spoken":
+            (inner,) = parse_source_line(inner.path)
+        opener = SOURCE_KINDS.get(inner.kind)
+        split = inspect.signature(opener).parameters.get("split") if opener else None
+        if split is not None and split.default == "test" and "split" not in part.options:
+            raise ValueError(
+                f"{part.kind}:{part.path} without split= is the split test; say which to train on, "
+                "for example split=train"
+            )
 
 
 def _weight(line: SourceLine) -> float | None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from cwcl_jax.data.sources.files import require
+from cwcl_jax.files import matching
 
 # Smaller arrays are read at once: rows of them come faster than from a file.
 _KEPT_BYTES = 64 << 20
@@ -36,7 +37,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     require(path, "The file of arrays")
     suffix = path.suffix.lower()
     if path.is_dir() and suffix != ".zarr":
-        files = sorted(path.glob("*.npy"))
+        files = matching(path, "*.npy")
         if not files:
             raise ValueError(f"The file of arrays is a folder: {path}, without .npy files in it.")
         return {file.stem: _load_npy(file) for file in files}

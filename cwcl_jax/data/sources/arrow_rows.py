@@ -70,6 +70,12 @@ class ArrowRows(Source):
         return self._classes
 
     @property
+    def taken(self) -> Mapping[str, str]:
+        columns = self.columns
+        text = {"text": " and ".join(columns.text)} if columns.text else {}
+        return {**columns.fields, **text, **columns.raw, **columns.features}
+
+    @property
     def lacks(self) -> Mapping[str, str]:
         return self.columns.lacks
 

@@ -31,6 +31,8 @@ class Source:
 
     Attributes:
       class_names: class names in label order, where examples have labels.
+      taken: the column or member that each field comes from, where a choice was made.
+      templates: the data set's own prompt templates, with {c} for the class, where it has any.
       durations: length of every example (float64; seconds of recordings), where known without
         reading.
       embedded: names of the features that come with the examples.
@@ -40,6 +42,8 @@ class Source:
     """
 
     class_names: Sequence[str] | None = None
+    taken: Mapping[str, str] = MappingProxyType({})
+    templates: Sequence[str] = ()
     durations: np.ndarray | None = None
     embedded: Sequence[str] = ()
     stores: Mapping[str, Sequence[Any]] = MappingProxyType({})
@@ -93,6 +97,14 @@ class SourceAround(Source):
     @property
     def class_names(self) -> Sequence[str] | None:
         return self.source.class_names
+
+    @property
+    def taken(self) -> Mapping[str, str]:
+        return self.source.taken
+
+    @property
+    def templates(self) -> Sequence[str]:
+        return self.source.templates
 
     @property
     def durations(self) -> np.ndarray | None:
@@ -215,6 +227,12 @@ def require_fields(source: Source, fields: Collection[str], name: str) -> None:
     """Raises ValueError where no example of the source has one of the fields."""
     for field in sorted(set(fields) & set(source.lacks)):
         raise ValueError(f"{name!r} {source.lacks[field]}.")
+
+
+def columns_taken(source: Source) -> list[str]:
+    """What each field comes from, "image from filepath, text from title", for every part."""
+    told = [", ".join(f"{field} from {column}" for field, column in source.taken.items())]
+    return [*filter(None, told), *(line for part in source.parts for line in columns_taken(part))]
 
 
 def fingerprint_of(*parts: object) -> str:

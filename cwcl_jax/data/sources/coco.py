@@ -4,13 +4,13 @@ Reads the annotation file of the COCO captions release. The usual protocol takes
 captions of every picture (some have six or seven); `captions=0` takes all.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import require, require_file
 from cwcl_jax.data.sources.tables import table_of_rows
+from cwcl_jax.files import parse_json
 
 
 def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
@@ -22,7 +22,10 @@ def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
       captions: at most so many of a picture, the first ones; 0 = all.
     """
     file = require_file(path, "The COCO captions file")
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is no COCO captions file: {error}.") from error
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(
             f"{file} is no COCO captions file: it lacks the lists 'images' and 'annotations'."

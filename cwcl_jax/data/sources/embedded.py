@@ -12,6 +12,7 @@ from cwcl_jax.data.sources.base import (
     SourceAround,
     fingerprint_of,
 )
+from cwcl_jax.data.sources.named import feature_vector
 
 
 class Embedded(SourceAround):
@@ -52,7 +53,7 @@ class Embedded(SourceAround):
                     raise BadExample(
                         "features missing", f"{name} was unusable when it was embedded"
                     )
-                found[name_of_tower] = vector
+                found[name_of_tower] = feature_vector(vector, name)
             example["features"] = found
         return example
 
@@ -87,6 +88,7 @@ class EmbeddingsOnly(Source):
         name, vector = self.store[index]
         if vector is None:
             raise BadExample("features missing", f"{name} was unusable when it was embedded")
+        vector = feature_vector(vector, name)
         return {"id": name, "features": {self.store.description.modality: vector}}
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:

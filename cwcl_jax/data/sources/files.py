@@ -4,6 +4,7 @@ import glob
 import itertools
 import os
 import re
+import stat
 from pathlib import Path
 
 from cwcl_jax.data.skipping import BadExample
@@ -65,16 +66,21 @@ def require(path: str | Path, what: str) -> Path:
 
 
 def require_file(path: str | Path, what: str) -> Path:
-    """As `require`, and a ValueError where a folder is there."""
+    """As `require`, and a ValueError where a folder, a pipe or a device is there."""
     found = require(path, what)
     if found.is_dir():
         raise ValueError(f"{what} is a folder: {found}. Name the file in the source line.")
+    if not found.is_file():
+        raise ValueError(f"{what} is no regular file: {found}. It is read more than once.")
     return found
 
 
 def read_bytes(path: str | Path) -> bytes:
     """The whole file; a file that cannot be read is a bad example, not the end of the run."""
     try:
+        # Opening a pipe waits for a writer, and a device may never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadExample("no regular file", str(path))
         return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise BadExample("file missing", str(path)) from error

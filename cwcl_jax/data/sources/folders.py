@@ -1,5 +1,6 @@
 """Folders of pictures, one subfolder a class, with or without captions beside them."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,9 @@ from cwcl_jax.data.sources.files import require
 from cwcl_jax.data.sources.tables import Table, table_of_rows
 from cwcl_jax.data.sources.tar_index import PARTS
 from cwcl_jax.data.sources.texts import lines_of, text_of_bytes
+from cwcl_jax.files import is_hidden
+
+_LOG = logging.getLogger(__name__)
 
 
 def open_folder(path: str, *, captions: bool = False) -> Table:
@@ -35,14 +39,29 @@ def open_folder(path: str, *, captions: bool = False) -> Table:
 
 
 def _folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders in order, with their files; links are followed, but not back to where they lie."""
+    """Folders in order, with their files. Links to folders are followed, each folder once.
+
+    A link into `root` is not followed, since what it names is read where it lies; nor one to a
+    folder above `root`, which would lead back here.
+    """
+    here, seen, repeated = root.resolve(), set[Path](), list[Path]()
     for name, subfolders, files in os.walk(root, followlinks=True):
         folder = Path(name)
-        yield folder, files
-        links = [sub for sub in subfolders if (folder / sub).is_symlink()]
-        real = folder.resolve() if links else folder
-        back = {sub for sub in links if real.is_relative_to((folder / sub).resolve())}
-        subfolders[:] = sorted(set(subfolders) - back)
+        yield folder, [file for file in files if not is_hidden(file)]
+        subfolders[:] = sorted(sub for sub in subfolders if not is_hidden(sub))
+        for sub in [sub for sub in subfolders if (folder / sub).is_symlink()]:
+            real = (folder / sub).resolve()
+            inside = real.is_relative_to(here) or here.is_relative_to(real)
+            if inside or any(map(real.is_relative_to, seen)):
+                subfolders.remove(sub)
+                repeated.append(folder / sub)
+            seen.add(real)
+    if repeated:
+        _LOG.warning(
+            "%d links to folders that are read anyway are not followed, first %s.",
+            len(repeated),
+            repeated[0],
+        )
 
 
 def _captions_beside(image: Path) -> list[str] | None:

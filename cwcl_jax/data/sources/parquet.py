@@ -14,6 +14,7 @@ from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.named import ColumnOptions
+from cwcl_jax.files import matching
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,9 +70,9 @@ def _find(path: str, split: str) -> list[Path]:
         if split:
             raise ValueError(f"split={split!r} chooses files of a folder, and {path} is none.")
         return [require(file, "The Parquet file") for file in expand_pattern(path)]
-    files = sorted(Path(path).glob("*.parquet"))
+    files = matching(Path(path), "*.parquet")
     if not files:
-        inside = sorted({file.parent.name for file in Path(path).glob("*/*.parquet")})
+        inside = sorted({file.parent.name for file in matching(Path(path), "*/*.parquet")})
         hint = f" Its folders {', '.join(inside)} do: name one." if inside else ""
         raise FileNotFoundError(f"The folder {path} holds no .parquet files.{hint}")
     found = {file: match for file in files if (match := _SPLIT.fullmatch(file.stem))}

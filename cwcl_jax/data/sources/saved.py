@@ -13,6 +13,7 @@ import numpy as np
 
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.named import ColumnOptions
+from cwcl_jax.files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,7 +74,7 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}. Save the data set again.") from error
     if not isinstance(value, dict):

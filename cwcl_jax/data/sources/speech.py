@@ -11,7 +11,7 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import require
-from cwcl_jax.data.sources.tables import Table, read_json_lines, table_of_rows, with_averages
+from cwcl_jax.data.sources.tables import Table, known_seconds, read_json_lines, table_of_rows
 
 TEN_COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 
@@ -95,8 +95,8 @@ def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray
     if not file.exists():
         return None
     known = {row["clip"]: row["duration[ms]"] for row in _read_tsv(file, "clip", "duration[ms]")}
-    # A clip that the list lacks counts as average.
-    return with_averages([float(known.get(row["audio"] or "") or "nan") / 1000 for row in rows])
+    # A clip that the list lacks may be of any length.
+    return known_seconds([float(known.get(row["audio"] or "") or "nan") / 1000 for row in rows])
 
 
 def open_slurp(
@@ -207,7 +207,7 @@ def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -
         "validation": _names_in(root / "validation_list.txt"),
         "test": _names_in(root / "testing_list.txt"),
     }
-    words = [d.name for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith("_")]
+    words = [d.name for d in sorted(root.iterdir()) if d.is_dir() and d.name[0] not in "._"]
     if classes == 10:
         words = [word for word in TEN_COMMANDS if word in words]
     rows = []
@@ -215,7 +215,7 @@ def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -
         for name in sorted(os.listdir(root / word)):
             file = f"{word}/{name}"
             where = next((key for key, names in lists.items() if file in names), "train")
-            if name.endswith(".wav") and where == split:
+            if name.endswith(".wav") and name[0] != "." and where == split:
                 rows.append({"id": file, "audio": file, "text": word, "label": word})
     if not rows:
         raise ValueError(f"{root} has no recordings of split={split!r} (train, validation, test).")

@@ -2,10 +2,11 @@
 
 import csv
 import difflib
+import functools
 import hashlib
-import json
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -13,14 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import read_bytes, require_file
+from cwcl_jax.data.sources.tar_index import PARTS
 from cwcl_jax.data.sources.texts import captions_of
+from cwcl_jax.files import parse_json
 
 _LOG = logging.getLogger(__name__)
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
 _FILE_FIELDS = ("image", "audio")
+# Rows whose file names tell pictures from recordings.
+_TYPES_LOOKED_AT = 100
+# Files that take part in a fingerprint: enough to tell data sets apart, few enough to be quick.
+_FILES_LOOKED_AT, _HEAD_BYTES = 64, 1 << 16
 # Between several captions in one string of a column.
 _NEXT_CAPTION = "\x1e"
 
@@ -45,6 +53,8 @@ class Table(Source):
         self.columns = dict(columns)
         self._durations = durations
         self.hint = hint
+        # Why a field has no column, though some may be it.
+        self.unclear: dict[str, str] = {}
         self.root = Path(root)
         self._class_names = None if class_names is None else list(class_names)
         self._length = len(next(iter(self.columns.values())))
@@ -61,7 +71,9 @@ class Table(Source):
     def lacks(self) -> Mapping[str, str]:
         missing = [name for name in ("image", "text", "audio") if name not in self.columns]
         lacks = {name: f"has no {name}{self.hint}" for name in missing}
-        return lacks if "label" in self.columns else lacks | {"label": NO_CLASSES}
+        if "label" not in self.columns:
+            lacks["label"] = NO_CLASSES
+        return lacks | self.unclear
 
     def __len__(self) -> int:
         return self._length
@@ -96,7 +108,30 @@ class Table(Source):
         # Which examples stand in one batch depends on them.
         lengths = self._durations
         seconds = [] if lengths is None else [hashlib.sha256(lengths.tobytes()).hexdigest()]
-        return fingerprint_of("table", self._class_names, parts, *seconds)
+        return fingerprint_of("table", self._class_names, parts, *seconds, *self._files)
+
+    @functools.cached_property
+    def _files(self) -> list[str]:
+        """What some of the named files hold: tables of equal names may mean other pictures."""
+        made = [name for name in _FILE_FIELDS if name in self.columns]
+        rows = (
+            np.unique(np.linspace(0, len(self) - 1, _FILES_LOOKED_AT).astype(int)) if made else ()
+        )
+        found = []
+        for name in made:
+            for row in rows:
+                value = self.columns[name][int(row)]
+                found.append("" if value is None else self._content(value))
+        return found
+
+    def _content(self, name: str) -> str:
+        """The size of a file and a hash of its beginning; "" where it cannot be read."""
+        try:
+            with open(self.locate(name), "rb") as opened:
+                head = hashlib.sha256(opened.read(_HEAD_BYTES)).hexdigest()[:16]
+                return f"{os.fstat(opened.fileno()).st_size}-{head}"
+        except (OSError, ValueError, BadExample):
+            return ""
 
 
 def join_captions(captions: Sequence[str]) -> str:
@@ -114,7 +149,7 @@ def table_of_rows(
 ) -> Table:
     """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
 
-    "duration" is in seconds; where a row has none it counts as average.
+    "duration" is in seconds; a row without one may be of any length (inf).
 
     The rows are read one by one. With `named_classes`, labels that are numbers are names too.
     """
@@ -128,8 +163,28 @@ def table_of_rows(
     durations = None
     if "duration" in columns:
         column = columns.pop("duration")
-        durations = with_averages([_seconds(column[row]) for row in range(len(column))])
+        durations = known_seconds(listed_seconds(column))
     return Table(columns, root=root, class_names=names, durations=durations, hint=hint)
+
+
+def listed_seconds(column: StringColumn) -> list[float]:
+    """Lengths as a table lists them, nan where it lists none.
+
+    Raises:
+      ValueError: most are 0, as a tool writes that could not read the files.
+    """
+    seconds = [_seconds(column[row]) for row in range(len(column))]
+    zeros = sum(length == 0 for length in seconds)
+    if zeros > len(seconds) / 2:
+        raise ValueError(
+            f"the column duration is 0 in {zeros} of {len(seconds)} rows, which no recording is: "
+            "write the seconds of the files, or leave the column out."
+        )
+    if zeros:
+        _LOG.warning(
+            "The duration is 0 in %d of %d rows; they count as unknown.", zeros, len(seconds)
+        )
+    return [length or math.nan for length in seconds]
 
 
 def _seconds(text: str | None) -> float:
@@ -141,13 +196,13 @@ def _seconds(text: str | None) -> float:
     return seconds if 0 <= seconds < math.inf else math.nan
 
 
-def with_averages(seconds: Sequence[float]) -> np.ndarray | None:
-    """Lengths with the average in place of nan; None where none is known."""
+def known_seconds(seconds: Sequence[float]) -> np.ndarray | None:
+    """Lengths with infinity in place of nan: room for any length; None where none is known."""
     lengths = np.array(seconds, np.float64)
     unknown = np.isnan(lengths)
     if unknown.all():
         return None
-    return np.where(unknown, lengths[~unknown].mean(), lengths)
+    return np.where(unknown, math.inf, lengths)
 
 
 def _as_text(value: Any, field: str) -> str | None:
@@ -190,9 +245,11 @@ def open_delimited(
     """Opens `csv:/x.tsv?image=filepath&text=title`; OpenCLIP's column names are the default.
 
     Without `sep` (tab, comma, semicolon or a sign) the header line decides: a tab in it means tabs.
-    `quoting` on means that quotation marks enclose fields, off that they are text; auto is off with
-    tabs, where captions often hold lone ones that would swallow the rows behind them.
+    `quoting` on means that quotation marks enclose fields, off that they are text. auto is on with
+    commas and off with tabs, where captions often hold lone ones that would swallow the rows behind
+    them; a file with tabs that can be read in both ways is refused.
     """
+    options = {"image": image, "text": text, "audio": audio, "label": label, "duration": duration}
     if quoting not in ("auto", "on", "off"):
         raise ValueError(f"quoting={quoting!r} of {path} must be auto, on or off.")
     delimiter = _SEPARATORS.get(sep, sep)
@@ -202,6 +259,11 @@ def open_delimited(
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         header = lines.readline()
         delimiter = delimiter or ("\t" if "\t" in header else ",")
+        if quoting == "auto" and delimiter == "\t" and _may_be_quoted(file):
+            raise ValueError(
+                f"{path} has fields in quotation marks: set quoting=on if these enclose fields, as "
+                "pandas and csv.writer write them, or quoting=off if they are part of the text."
+            )
         quoted = quoting == "on" or (quoting == "auto" and delimiter != "\t")
         style = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         csv.field_size_limit(1 << 24)
@@ -211,11 +273,11 @@ def open_delimited(
         rows = _checked_rows(reader, path)
         first = next(rows, None)
         columns = [name for name in reader.fieldnames or [] if name]
-        fields = _named_fields(
-            columns, path, image=image, text=text, audio=audio, label=label, duration=duration
-        )
-        rows = rows if first is None else chain([first], rows)
-        return table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
+        seen = [] if first is None else [first, *islice(rows, _TYPES_LOOKED_AT)]
+        fields, unclear = _named_fields(columns, path, seen, options)
+        table = table_of_rows(chain(seen, rows), fields, root or file.parent, hint=_hint(columns))
+        table.unclear, table.taken = unclear, fields
+        return table
 
 
 def _checked_rows(reader: csv.DictReader, path: str) -> Iterator[dict[str, str]]:
@@ -254,16 +316,34 @@ def open_jsonl(
     `duration` names the column with the seconds of recordings.
     """
     file = require_file(path, "The manifest")
+    options = {"image": image, "text": text, "audio": audio, "label": label, "duration": duration}
     rows = read_json_lines(file)
     first = list(islice(rows, 1000))
     columns = list(dict.fromkeys(key for row in first for key in row))
-    fields = _named_fields(
-        columns, path, image=image, text=text, audio=audio, label=label, duration=duration
-    )
+    fields, unclear = _named_fields(columns, path, first, options)
     rows = chain(first, rows)
     if "audio" in fields:
         rows = _whole_recordings(rows, path)
-    return table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
+    table = table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
+    table.unclear, table.taken = unclear, fields
+    return table
+
+
+def _may_be_quoted(file: Path) -> bool:
+    """Whether a file with tabs reads well with quotation marks around fields, and has some.
+
+    A lone one, which is text, would swallow the rows behind it.
+    """
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+        if not any(line.startswith('"') or '\t"' in line for line in lines):
+            return False
+        lines.seek(0)
+        csv.field_size_limit(1 << 24)
+        try:
+            widths = {len(row) for row in csv.reader(lines, delimiter="\t", strict=True) if row}
+        except csv.Error:
+            return False
+    return len(widths) == 1
 
 
 def _whole_recordings(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[Mapping[str, Any]]:
@@ -286,10 +366,15 @@ _USUAL_NAMES = {
 }
 
 
-def _named_fields(columns: Sequence[str], path: str, **asked: str) -> dict[str, str]:
-    """Field -> column: as asked, or by the usual names, in any case, where nothing is asked."""
-    by_lower = {name.lower(): name for name in reversed(columns)}
-    fields = {}
+def _named_fields(
+    columns: Sequence[str], path: str, rows: Sequence[Mapping[str, Any]], asked: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Field -> column, and why a field has none.
+
+    Columns are taken as asked, or by the usual names, in any case, where nothing is asked and only
+    one has such a name. Columns of files count by the files' type, as far as `rows` tell.
+    """
+    fields, unclear = {}, {}
     for field, name in asked.items():
         if name and name not in columns:
             close = difflib.get_close_matches(name, columns, 1)
@@ -298,17 +383,40 @@ def _named_fields(columns: Sequence[str], path: str, **asked: str) -> dict[str, 
                 f"{path} has no column {name!r} (asked for as {field}=).{hint} Its columns: "
                 f"{', '.join(columns)}."
             )
-        usual = next((u for u in _USUAL_NAMES[field] if u in by_lower), "")
-        if name or usual:
-            fields[field] = name or (usual if usual in columns else by_lower[usual])
+        may_be = [column for column in columns if column.lower() in _USUAL_NAMES[field]]
+        if field in _FILE_FIELDS:
+            may_be = [column for column in may_be if _type_of_files(column, rows) in ("", field)]
+            may_be += [
+                column
+                for other in _FILE_FIELDS
+                for column in columns
+                if other != field and column.lower() in _USUAL_NAMES[other]
+                if _type_of_files(column, rows) == field
+            ]
+        if name or len(may_be) == 1:
+            fields[field] = name or may_be[0]
+        elif may_be:
+            unclear[field] = (
+                f"has {len(may_be)} columns that may be the {field} ({', '.join(may_be)}); choose "
+                f"with {field}=COLUMN"
+            )
     if "audio" not in fields:
         fields.pop("duration", None)
     if not fields:
+        if unclear:
+            raise ValueError(f"{path} {next(iter(unclear.values()))}.")
         raise ValueError(
             f"None of the columns of {path} ({', '.join(columns)}) is known; name them with "
             "image=, text=, audio= or label=."
         )
-    return fields
+    return fields, unclear
+
+
+def _type_of_files(column: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Whether a column names pictures or recordings, by the endings of its names; "" if unknown."""
+    endings = {Path(str(row.get(column) or "")).suffix.lower().removeprefix(".") for row in rows}
+    kinds = {field for field in _FILE_FIELDS if endings & set(PARTS[field])}
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def _hint(columns: Sequence[str]) -> str:
@@ -322,7 +430,7 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 row = None
             if not isinstance(row, dict):

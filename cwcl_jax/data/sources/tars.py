@@ -1,7 +1,6 @@
 """Tars of img2dataset and webdataset, and CLIP_benchmark's folders of them, at random access."""
 
 import functools
-import json
 import logging
 import os
 import time
@@ -19,6 +18,7 @@ from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.tar_index import TarIndex, load_index
 from cwcl_jax.data.sources.texts import captions_of, lines_of, text_of_bytes
+from cwcl_jax.files import matching, parse_json
 
 _LOG = logging.getLogger(__name__)
 # Descriptors kept open; systems allow a process about a thousand by default.
@@ -59,11 +59,13 @@ class Tars(Source):
         text: str = "txt",
         cache_dir: str = "",
         class_names: Sequence[str] | None = None,
+        templates: Sequence[str] = (),
     ):
         if text not in ("txt", "lines") and not text.startswith("json:"):
             raise ValueError(f"text={text!r} of a tar source must be txt, lines or json:FIELD.")
         self.paths = list(paths)
         self.text = text
+        self.templates = templates
         self._class_names = class_names
         self._indexes = _load_indexes(self.paths, cache_dir)
         self.starts = [0, *accumulate(len(index) for index in self._indexes)]
@@ -179,7 +181,7 @@ class Tars(Source):
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise BadExample("json unreadable", str(error)) from error
     if not isinstance(value, dict):
@@ -233,7 +235,7 @@ def _warn_of_losses(paths: Sequence[str], indexes: Sequence[TarIndex]) -> None:
 def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
     """Opens `tars:/data/{00000..01242}.tar?text=json:caption`; a folder means all its tars."""
     if os.path.isdir(path):
-        paths = sorted(str(tar) for tar in Path(path).glob("*.tar"))
+        paths = [str(tar) for tar in matching(Path(path), "*.tar")]
         if not paths:
             raise FileNotFoundError(f"The folder {path} holds no .tar files.")
     else:
@@ -250,8 +252,9 @@ def open_clip_benchmark(path: str, *, split: str = "test", cache_dir: str = "") 
     except ValueError as error:
         raise ValueError(f"{count} must hold one number.") from error
     names = _lines_if_there(Path(path) / "classnames.txt")
+    templates = _lines_if_there(Path(path) / "zeroshot_classification_templates.txt") or ()
     paths = [str(folder / f"{number}.tar") for number in range(shards)]
-    return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names)
+    return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names, templates=templates)
 
 
 def _lines_if_there(path: Path) -> list[str] | None:

@@ -46,7 +46,7 @@ class Task(ABC):
     kind: str = ""  # "" = that of the class
     source: str = ""  # a source specification, as in data.train
     tower: str = ""  # whose items are evaluated
-    max_items: int = 0  # 0 = all
+    max_items: int = 0  # 0 = all; else so many, spread evenly over the source
 
     # Uncertainty.
     bootstrap: int = 1000  # resamples for the intervals; 0 = none
@@ -111,8 +111,9 @@ class Task(ABC):
         return [Table("Further tasks", header, tuple(rows))]
 
     @classmethod
-    def published(cls) -> list[Table]:
-        """Tables of published numbers to compare with; they stand behind all others."""
+    def published(cls, results: Sequence[TaskResult]) -> list[Table]:
+        """Tables of published numbers to compare `results` with; they stand behind all others."""
+        del results
         return []
 
     def records(self, result: TaskResult) -> list[Record]:
@@ -120,8 +121,8 @@ class Task(ABC):
         return [Record(self.kind, "", {key: key for key in result.metrics})]
 
     def open(self, runner: Runner) -> View:
-        """The examples of `source`, at most `max_items` of them."""
-        return runner.open(self.source, max_items=self.max_items)
+        """The examples of `source`, at most `max_items` of them, drawn evenly by `seed`."""
+        return runner.open(self.source, max_items=self.max_items, seed=self.seed)
 
     def require_tower(self, field: str, towers: Collection[str]) -> None:
         """Raises ValueError where `field` names a tower that the model does not have."""

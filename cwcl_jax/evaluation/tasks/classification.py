@@ -19,6 +19,7 @@ from cwcl_jax.evaluation.runner import Runner
 from cwcl_jax.evaluation.significance import bootstrap_intervals
 from cwcl_jax.evaluation.tables import (
     Table,
+    drawn_groups,
     interval_notes,
     metric_cells,
     metric_header,
@@ -46,12 +47,13 @@ from cwcl_jax.evaluation.zero_shot import (
 class Classification(Labelled):
     """Items against class embeddings from prompts.
 
-    `templates` is "simple" (Table 3), "general" (A.3.5), "name" (the bare class name), "dataset"
-    (sentences of `template_source`, by class) or a file of the user's (`prompts.load_templates`).
+    `templates` is "simple" (Table 3), "general" (A.3.5), "name" (the bare class name), "source"
+    (those that stand beside the data, as in CLIP_benchmark's folders), "dataset" (sentences of
+    `template_source`, by class) or a file of the user's (`prompts.load_templates`).
     """
 
     text_tower: str = "text"  # reads the prompts
-    templates: str = ""  # "" = those that are usual for the kind
+    templates: str = ""  # "" = the source's own, else those that are usual for the kind
     template_counts: tuple[int, ...] = ()  # e.g. (1, 5, 10): also with the first k templates
     template_source: str = ""  # source whose sentences are the templates of "dataset"
     sentences_per_class: int = 0  # at most so many of them per class; 0 = all
@@ -88,8 +90,8 @@ class Classification(Labelled):
 
     def check(self, towers: Collection[str], cache_dir: str = "") -> None:
         self.require_tower("text_tower", towers)
-        task_templates(self)
         super().check(towers, cache_dir)
+        task_templates(self, self.opened("source", cache_dir).templates)
         if self.template_source:
             self.opened("template_source", cache_dir)
 
@@ -130,7 +132,7 @@ def run_classification(name: str, task: Classification, runner: Runner) -> TaskR
     """top-k accuracies and mean per-class recall, for every prompt set of the task."""
     view, classes = candidates(task, runner)
     # Before the items: a missing file of prompts should not cost their encoding.
-    sets = prompt_sets(task, classes, runner)
+    sets = prompt_sets(task, classes, runner, view.templates)
     items, labels = embed_items(view, classes, task, runner)
     tally = _Tally({}, {}, {}, {})
     texts = task.reference_texts(items)
@@ -156,7 +158,7 @@ def run_classification(name: str, task: Classification, runner: Runner) -> TaskR
         items={"ids": np.asarray(items.ids), "labels": labels, "predicted": predicted}
         | ({} if groups is None else {"groups": groups})
         | tally.ranks
-        | {"class_names": np.asarray(classes.titles)}
+        | {"class_names": np.asarray(classes.titles), "top_k": np.asarray(task.top_k)}
         | {f"prompts{chosen.suffix}": chosen.described() for chosen in sets},
         extras={
             "class_names": classes.titles,
@@ -217,7 +219,8 @@ def _table(results: Sequence[TaskResult]) -> Table:
             for top in tops:
                 row += metric_cells(result, f"{prefix}{top}{suffix}", first=top == tops[0])
             row.append(percent_of(result, f"{prefix}mean_per_class_recall{suffix}"))
-            rows.append((*row, str(len(result.items["labels"]))))
+            count, texts = str(len(result.items["labels"])), drawn_groups(result)
+            rows.append((*row, f"{count} ({texts} texts)" if texts else count))
     notes = interval_notes(results)
     if any("_general" in result.extras["prompt_sets"] for result in results):
         notes.append("general: the templates of A.3.5, the columns marked # in the paper's tables.")

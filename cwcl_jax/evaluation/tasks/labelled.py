@@ -25,7 +25,9 @@ class Cropped(Task):
         at_least(0, self, "crop_border")
 
     def open(self, runner: Runner) -> View:
-        return runner.open(self.source, max_items=self.max_items, crop_border=self.crop_border)
+        return runner.open(
+            self.source, max_items=self.max_items, crop_border=self.crop_border, seed=self.seed
+        )
 
 
 @dataclass(frozen=True)
@@ -80,5 +82,11 @@ def embed_items(
         raise ValueError(
             f"item {items.ids[int(np.argmin(items.labels))]} of {task.source!r} has no label; this "
             "task needs a source with labels."
+        )
+    distinct = len(set(items.content))
+    if distinct < len(items):
+        runner.warn(
+            f"{len(items) - distinct} of {len(items)} items of {task.source} repeat the "
+            f"{task.tower} input of an earlier one, and count as often as they stand there."
         )
     return items, classes.of_labels(items.labels)

@@ -121,6 +121,12 @@ def run_probe(name: str, task: Probe, runner: Runner) -> TaskResult:
             f"train_source={task.train_source!r} and source={task.source!r} have other classes or "
             "another order; give both the same class_names."
         )
+    fitted = set(trained.content)
+    if known := sum(key in fitted for key in tested.content):
+        runner.warn(
+            f"{known} of {len(tested)} test items have the same {task.tower} input as an item that "
+            "the classifier was fitted to."
+        )
     train, test = (trained.embeds, train_labels), (tested.embeds, test_labels)
     count = len(classes.names)
     missing = np.setdiff1d(test_labels, train_labels)
@@ -138,7 +144,12 @@ def run_probe(name: str, task: Probe, runner: Runner) -> TaskResult:
         metrics=metrics,
         chance=chance,
         intervals=bootstrap_intervals(hits, task),
-        items={"ids": np.asarray(tested.ids), "labels": test_labels} | ranks,
+        items={
+            "ids": np.asarray(tested.ids),
+            "labels": test_labels,
+            "top_k": np.asarray(task.top_k),
+        }
+        | ranks,
         extras={"class_names": classes.titles},
     )
 

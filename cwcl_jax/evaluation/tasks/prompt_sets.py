@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from cwcl_jax.evaluation.tasks.classification import Classification
 
 
+# The value of `templates` for those that stand beside a source's data.
+SOURCES_OWN = "source"
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """The prompts of every class under one name; `suffix` marks its metrics."""
@@ -32,9 +36,15 @@ class PromptSet:
         return np.asarray([f"{self.name} ({sum(map(len, self.prompts))})", exact])
 
 
-def prompt_sets(task: "Classification", classes: Classes, runner: Runner) -> list[PromptSet]:
-    """The prompt sets of a task; the first one gives the metrics without a suffix."""
-    name, templates = task_templates(task)
+def prompt_sets(
+    task: "Classification", classes: Classes, runner: Runner, own: Sequence[str] = ()
+) -> list[PromptSet]:
+    """The prompt sets of a task; the first one gives the metrics without a suffix.
+
+    Args:
+      own: templates that the task's source brings.
+    """
+    name, templates = task_templates(task, own)
     if name == "dataset":
         sets = [PromptSet("dataset", "", _dataset_prompts(task, classes, runner))]
     else:
@@ -42,20 +52,33 @@ def prompt_sets(task: "Classification", classes: Classes, runner: Runner) -> lis
         for k in task.template_counts:
             some = prompts.first_templates(templates, k)
             sets.append(_filled(f"{name}, k={k}", f"_k{k}", some, classes))
+    english = name in ("simple", "general")
+    foreign = [t for t in classes.titles if not any(c.isascii() for c in t if c.isalpha())]
+    if english and 2 * len(foreign) > len(classes.titles):
+        runner.warn(
+            f"the {name} templates are English, the class names are not (such as {foreign[0]!r}): "
+            "set templates to a file in their language, or to 'name'."
+        )
     if task.general_beside and name != "general":
         sets.append(_filled("general", "_general", prompts.GENERAL, classes))
     return sets
 
 
-def task_templates(task: "Classification") -> tuple[str, tuple[str, ...]]:
-    """The name of a task's templates and, where they are not the data set's own, the templates.
+def task_templates(task: "Classification", own: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
+    """The name of a task's templates and, where they are no whole sentences, the templates.
+
+    Args:
+      own: templates that the task's source brings; they stand where the task names none.
 
     Raises:
       ValueError or FileNotFoundError: the task's fields, or the file they name, cannot be used.
     """
-    name = task.templates or task.usual_templates()
+    name = task.templates or (SOURCES_OWN if own else task.usual_templates())
     if name != "dataset":
-        templates = prompts.load_templates(name)
+        if name == SOURCES_OWN and not own:
+            raise ValueError(f"templates={name!r}, but {task.source!r} brings no templates.")
+        loaded = own if name == SOURCES_OWN else prompts.load_templates(name)
+        templates = tuple(map(prompts.canonical, loaded))
         for k in task.template_counts:
             prompts.first_templates(templates, k)
         return name, templates

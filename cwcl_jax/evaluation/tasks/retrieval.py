@@ -13,6 +13,7 @@ from cwcl_jax.evaluation.retrieval import (
     recall_chance,
     recall_metrics,
     retrieval_ranks,
+    shared_groups,
 )
 from cwcl_jax.evaluation.runner import Runner
 from cwcl_jax.evaluation.significance import bootstrap_intervals
@@ -59,21 +60,22 @@ class Retrieval(Cropped):
 
 def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
     """R@k and median rank of item -> partner and partner -> item."""
-    view = task.open(runner)
-    items = runner.items(view, task.tower)
-    partners, owner, captions = _partners(view, items, task, runner)
+    sides = _sides(task.open(runner), task, runner)
+    items, partners, owner = sides.items, sides.partners, sides.owner
     forward, backward = f"{task.tower}_to_{task.partner}", f"{task.partner}_to_{task.tower}"
-    to_partner, to_item = retrieval_ranks(items.embeds, partners, owner)
+    to_partner, to_item = retrieval_ranks(items.embeds, partners, owner, sides.of_items)
     metrics = recall_metrics(to_partner, forward, task.recall_k)
     metrics |= recall_metrics(to_item, backward, task.recall_k)
-    once = np.ones(len(partners), np.int64)
-    chance = recall_chance(np.bincount(owner), len(partners), forward, task.recall_k)
-    chance |= recall_chance(once, len(items), backward, task.recall_k)
+    right = np.bincount(owner)[sides.of_items]
+    chance = recall_chance(right, len(partners), forward, task.recall_k)
+    right = np.bincount(sides.of_items)[owner]
+    chance |= recall_chance(right, len(items), backward, task.recall_k)
     hits = {f"{forward}_R@{k}": to_partner <= k for k in task.recall_k}
     back = {f"{backward}_R@{k}": to_item <= k for k in task.recall_k}
-    reachable = _reachable(captions, owner, (forward, backward), task, runner)
+    reachable = _reachable(sides.captions, owner, (forward, backward), task, runner)
     # The captions of one item are not independent of each other: they are drawn together.
-    intervals = bootstrap_intervals(hits, task) | bootstrap_intervals(back, task, groups=owner)
+    intervals = bootstrap_intervals(hits, task, groups=sides.of_items)
+    intervals |= bootstrap_intervals(back, task, groups=owner)
     return TaskResult(
         name=name,
         task=task,
@@ -83,6 +85,8 @@ def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
         items={
             "ids": np.asarray(items.ids),
             "owner": owner,
+            "owner_of_ids": sides.of_items,
+            "recall_k": np.asarray(task.recall_k),
             f"{forward}_rank": to_partner,
             f"{backward}_rank": to_item,
         },
@@ -93,18 +97,23 @@ def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
     )
 
 
-def _partners(
-    view: View, items: Items, task: Retrieval, runner: Runner
-) -> tuple[Float[np.ndarray, "m d"], Int[np.ndarray, "m"], list[str]]:
-    """Embeddings of the other side, the item that each belongs to, and their texts, if any."""
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides; item i and partner j belong together where `of_items[i] == owner[j]`."""
+
+    items: Items
+    of_items: Int[np.ndarray, "n"]
+    partners: Float[np.ndarray, "m d"]
+    owner: Int[np.ndarray, "m"]
+    captions: list[str]  # of the partners, where these are texts
+
+
+def _sides(view: View, task: Retrieval, runner: Runner) -> _Sides:
+    """Embeddings of both sides, what repeats being one item."""
+    items = runner.items(view, task.tower)
     if task.partner != task.text_tower or task.partner in view.embedded:
-        partners = runner.items(runner.select(view, items.index), task.partner)
-        if len(partners) != len(items):
-            raise ValueError(
-                f"{len(items) - len(partners)} items have no usable {task.partner}; leave them out "
-                "of the retrieval set."
-            )
-        return partners.embeds, np.arange(len(items)), []
+        return _two_towers(view, items, task, runner)
+    items = _once(items, task.tower, runner)
     without = [i for i, group in zip(items.ids, items.captions, strict=True) if not group]
     if without:
         raise ValueError(
@@ -113,7 +122,34 @@ def _partners(
         )
     owner = np.repeat(np.arange(len(items)), [len(group) for group in items.captions])
     captions = [text for group in items.captions for text in group]
-    return runner.sentences(captions, tower=task.text_tower), owner, captions
+    embeds = runner.sentences(captions, tower=task.text_tower)
+    return _Sides(items, np.arange(len(items)), embeds, owner, captions)
+
+
+def _two_towers(view: View, items: Items, task: Retrieval, runner: Runner) -> _Sides:
+    """The views of two towers, where several of one side may belong to one of the other."""
+    partners = runner.items(runner.select(view, items.index), task.partner)
+    if len(partners) != len(items):
+        raise ValueError(
+            f"{len(items) - len(partners)} items have no usable {task.partner}; leave them out "
+            "of the retrieval set."
+        )
+    groups = shared_groups(items.repeats(), partners.repeats())
+    first = [np.unique(side.repeats(), return_index=True)[1] for side in (items, partners)]
+    items = _once(items, task.tower, runner)
+    partners = _once(partners, task.partner, runner)
+    return _Sides(items, groups[first[0]], partners.embeds, groups[first[1]], [])
+
+
+def _once(items: Items, tower: str, runner: Runner) -> Items:
+    distinct = items.once()
+    if len(distinct) < len(items):
+        runner.warn(
+            f"{len(items) - len(distinct)} of {len(items)} examples repeat the {tower} input of an "
+            f"earlier one: there are {len(distinct)} {tower} items, each with all that belongs to "
+            "it."
+        )
+    return distinct
 
 
 def _reachable(

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from cwcl_jax.evaluation import prompts
 from cwcl_jax.evaluation.encoding import Items
+from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tables import Table, percent
 from cwcl_jax.evaluation.tasks.classification import Classification
 
@@ -65,8 +66,10 @@ class Keywords(Spoken):
         return prompts.sentences_with_word(sentences, titles, limit=self.sentences_per_class)
 
     @classmethod
-    def published(cls) -> list[Table]:
-        return [supervised_keywords()]
+    def published(cls, results: Sequence[TaskResult]) -> list[Table]:
+        sources = [result.task.source for result in results if result.kind == "keywords"]
+        same = any("speech_commands:" in source for source in sources)
+        return [supervised_keywords()] if same else []
 
 
 def supervised_keywords() -> Table:

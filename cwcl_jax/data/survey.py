@@ -1,0 +1,77 @@
+"""A look at some of the training data before a run: what of it the towers will never see."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources import Source
+from cwcl_jax.modalities import Modality
+
+_LOOKED_AT = 256
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Some of the examples looked at are not whole for a tower."""
+
+    tower: str
+    remark: str
+    count: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        return self.count / self.of
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.of} {self.tower} inputs are {self.remark}"
+
+
+def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
+    """What `inputs` lose of raw values, in a sample spread evenly over the source.
+
+    Args:
+      source: the examples; those that cannot be used are left out.
+      inputs: of the towers that read raw values, by name.
+    """
+    losers = {tower: m for tower, m in inputs.items() if _says_something(m)}
+    counts: dict[str, Counter[str]] = {tower: Counter() for tower in losers}
+    looked_at = Counter[str]()
+    for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)):
+        for tower, modality in losers.items():
+            try:
+                value = source.read(int(index), (modality.field,)).get(modality.field)
+                remarks = () if value is None else _remarks(modality, value)
+            except BadExample:
+                continue
+            looked_at[tower] += value is not None
+            counts[tower].update(remarks)
+    return [
+        Loss(tower, remark, count, looked_at[tower])
+        for tower, remarks in counts.items()
+        for remark, count in remarks.items()
+    ]
+
+
+def _says_something(modality: Modality) -> bool:
+    kind = type(modality)
+    return kind.lost is not Modality.lost or kind.remarks is not Modality.remarks
+
+
+def _remarks(modality: Modality, value: Any) -> list[str]:
+    """All remarks about a raw value and its arrays."""
+    found = list(modality.lost(value))
+    if type(modality).remarks is not Modality.remarks:
+        (arrays,) = modality.finish([modality.prepare(value)])
+        rows = {name: np.asarray(array)[None] for name, array in arrays.items()}
+        found += [remark for remark, marked in modality.remarks(rows).items() if marked.any()]
+    return found
+
+
+def too_much(losses: Collection[Loss], limit: float) -> Loss | None:
+    """The first loss that concerns more than `limit` of the examples."""
+    return next((loss for loss in losses if loss.share > limit), None)

@@ -1,0 +1,32 @@
+"""Flags of the entry files."""
+
+import pytest
+
+from cwcl_jax import cli
+from cwcl_jax.config import ConfigError
+
+CONFIG = {"towers": {"speech": {"overrides": {"time_masks": 2, "width": 8}}, "text": {}}}
+
+
+def overrides(*arguments):
+    settings, rest = cli._settings_of_encoders([*arguments, "--config.seed=1"])
+    assert rest == ["--config.seed=1"]
+    towers = cli.with_settings(CONFIG, settings)["towers"]
+    return {name: tower.get("overrides") for name, tower in towers.items()}
+
+
+def test_settings_of_an_encoder_are_added_to_those_of_the_config():
+    """SpecAugment of the recipe stays when another setting is given."""
+    option = "--config.towers.speech.overrides"
+    for given in ([f"{option}.width=16"], [option, "{'width': 16}"], [f"{option}={{'width': 16}}"]):
+        assert overrides(*given)["speech"] == {"time_masks": 2, "width": 16}
+    assert overrides("--config.towers.text.overrides.causal=true")["text"] == {"causal": True}
+    assert overrides(f"{option}.activation=relu")["speech"]["activation"] == "relu"
+    assert CONFIG["towers"]["speech"]["overrides"] == {"time_masks": 2, "width": 8}
+
+
+def test_settings_of_no_tower_and_no_settings_are_named():
+    with pytest.raises(ConfigError, match=r"towers\.sound\.overrides: the towers are speech, text"):
+        overrides("--config.towers.sound.overrides.width=1")
+    with pytest.raises(ConfigError, match="settings by name are wanted"):
+        overrides("--config.towers.text.overrides=7")
