@@ -30,6 +30,7 @@ from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.modalities import MODALITIES, Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.precision import require_precision
 from cwcl_jax.training.options import (
     CheckpointConfig,
     DistributedConfig,
@@ -59,6 +60,9 @@ class ExperimentConfig:
       accumulation_steps: chunks that the towers run over; the loss still sees the whole batch.
       embed_dim: width of the shared embedding space.
       dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay float32.
+      precision: of the towers' float32 products on accelerators. "highest", because float32 is to
+        mean float32; "high" (three passes of the tensor cores) and "default" (one: TF32 on GPUs,
+        bfloat16 on TPUs) are faster, dtype="bfloat16" is the fastest. See `cwcl_jax.precision`.
       towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
     """
 
@@ -69,6 +73,7 @@ class ExperimentConfig:
     accumulation_steps: int = 1
     embed_dim: int = 128
     dtype: str = "float32"
+    precision: str = "highest"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     towers: Mapping[str, TowerConfig] = dataclasses.field(default_factory=dict)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
@@ -111,6 +116,14 @@ def check(config: ExperimentConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
+    for path, name in (
+        ("config", config.precision),
+        *((f"config.towers.{m}", t.precision) for m, t in config.towers.items() if t.precision),
+    ):
+        try:
+            require_precision(name)
+        except ValueError as error:
+            raise ConfigError(f"{path}.precision: {error}") from error
 
 
 def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "cwcl_jax"
 
 _LIBRARY = {
     "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-    "training",
+    "training", "precision",
 }  # fmt: skip
 _BELOW_MODALITIES = {
     f"data.{name}" for name in ("audio", "draws", "skipping", "installed", "captions")
@@ -18,17 +18,19 @@ _BELOW_MODALITIES = {
 ALLOWED = {
     "files": set(),
     "extension": set(),
+    "precision": set(),
     "arguments": set(),
-    "losses": {"extension"},
+    "losses": {"extension", "precision"},
     "weights": {"files", "data.installed"},
-    "models": {"extension", "weights"},
+    "models": {"extension", "precision", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.
     "modalities": {"extension", *_BELOW_MODALITIES},
     "data": {"files", "modalities", "extension"},
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
     "evaluation": {"losses", "data", "modalities", "extension"},
     "config": {
-        "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
+        "losses", "models", "modalities", "data", "evaluation", "extension", "precision",
+        "training.options",
     },
     "exit_codes": {"config"},
     "cli": {"config", "exit_codes"},

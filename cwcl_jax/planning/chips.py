@@ -23,7 +23,7 @@ class Chip:
       memory: bytes.
       half: flops of bfloat16 products.
       single: flops of float32 products at JAX's default precision (TF32; one bfloat16 pass).
-      high: flops of float32 products at precision "high" (TF32 again; three passes).
+      high: flops of float32 products at precision "high" (three of these passes).
       highest: flops of float32 products at precision "highest" (no tensor cores; six passes).
       bandwidth: bytes/s between memory and chip.
       link: bytes/s that one chip sends to the others of its island.
@@ -55,7 +55,7 @@ class Chip:
 def _gpu(name, memory, half, single, highest, bandwidth, link, network, source) -> Chip:
     """Nodes of eight with one network card for each GPU, as NVIDIA's DGX machines have them."""
     return Chip(
-        name, memory * _GB, half * _TERA, single * _TERA, single * _TERA, highest * _TERA,
+        name, memory * _GB, half * _TERA, single * _TERA, single * _TERA / 3, highest * _TERA,
         bandwidth * _GB, link * _GB, 8, network * _GB, True, source,
     )  # fmt: skip
 

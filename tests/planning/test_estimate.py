@@ -89,7 +89,7 @@ def test_no_batch_fits_beside_too_large_a_state():
 
 
 def test_products_of_the_loss_take_as_many_passes_as_their_precision():
-    """A TPU's float32 is one, three or six bfloat16 passes; a GPU's TF32, or none."""
+    """A TPU's float32 is one, three or six bfloat16 passes; a GPU's one or three of TF32, or none."""
     config = load_experiment("configs/features_cwcl.py")
     compute = {}
     for chip in ("v5e", "a100-80"):
@@ -97,9 +97,8 @@ def test_products_of_the_loss_take_as_many_passes_as_their_precision():
             loss = dataclasses.replace(config.loss, precision=precision)
             changed = dataclasses.replace(config, loss=loss)
             compute[chip, precision] = estimate(changed, chip, 1).times.compute
-    assert compute["v5e", "default"] < compute["v5e", "high"] < compute["v5e", "highest"]
-    assert compute["a100-80", "default"] == pytest.approx(compute["a100-80", "high"])
-    assert compute["a100-80", "high"] < compute["a100-80", "highest"]
+    for chip in ("v5e", "a100-80"):
+        assert compute[chip, "default"] < compute[chip, "high"] < compute[chip, "highest"]
 
 
 @pytest.mark.parametrize("precision", ["highest", "default"])

@@ -78,7 +78,9 @@ def test_gradients_are_sent_once_between_gpus(changes):
     assert set(sent) <= {"all-reduce", "all-gather", "reduce-scatter"}
     if not base.blueprint.config.mesh.fsdp > 1:
         whole = 2 * 3 / 4 * trained_bytes(base)
-        assert 0.45 * whole < sent["all-reduce"] < 1.1 * whole  # in bfloat16, or float32
+        assert (
+            0.95 * whole < sent["all-reduce"] < 1.1 * whole
+        )  # in float32, also of bfloat16 towers
 
 
 @ON_GPU
