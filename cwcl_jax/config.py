@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -63,6 +64,8 @@ class ExperimentConfig:
       precision: of the towers' float32 products on accelerators. "highest", because float32 is to
         mean float32; "high" (three passes of the tensor cores) and "default" (one: TF32 on GPUs,
         bfloat16 on TPUs) are faster, dtype="bfloat16" is the fastest. See `cwcl_jax.precision`.
+      profile: "START:STEPS" writes a trace of so many steps after step START into the workdir's
+        folder `profile`, for TensorBoard, XProf or Perfetto; "" for none.
       towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
     """
 
@@ -74,6 +77,7 @@ class ExperimentConfig:
     embed_dim: int = 128
     dtype: str = "float32"
     precision: str = "highest"
+    profile: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     towers: Mapping[str, TowerConfig] = dataclasses.field(default_factory=dict)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
@@ -116,6 +120,7 @@ def check(config: ExperimentConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
+    profiled_steps(config)
     for path, name in (
         ("config", config.precision),
         *((f"config.towers.{m}", t.precision) for m, t in config.towers.items() if t.precision),
@@ -124,6 +129,18 @@ def check(config: ExperimentConfig) -> None:
             require_precision(name)
         except ValueError as error:
             raise ConfigError(f"{path}.precision: {error}") from error
+
+
+def profiled_steps(config: ExperimentConfig) -> tuple[int, int] | None:
+    """Steps before the trace that `config.profile` asks for, and steps in it; None for none."""
+    if not config.profile:
+        return None
+    match = re.fullmatch(r"(\d+):([1-9]\d*)", config.profile)
+    if match is None:
+        raise ConfigError(
+            f"config.profile={config.profile!r} must be START:STEPS, as 10:3 for steps 11 to 13"
+        )
+    return int(match[1]), int(match[2])
 
 
 def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:

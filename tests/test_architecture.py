@@ -36,7 +36,7 @@ ALLOWED = {
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "pretrained", "evaluation", "config",
-        "exit_codes", "files", "extension",
+        "exit_codes", "files", "extension", "planning.chips", "planning.work",
     },
     "recipes": {"config", "losses"},
     "api": _LIBRARY,

@@ -38,7 +38,7 @@ class TowerConfig:
     dtype: str = ""
     """Compute type; "" is the experiment's."""
     precision: str = ""
-    """Of float32 products on accelerators, "highest", "high" or "default"; "" is the experiment's."""
+    """Of float32 products, "highest", "high" or "default"; "" is the experiment's."""
     scan_layers: bool = False
     remat: str = "auto"
     """What a block keeps for the backward pass: "none", "dots", "dots_no_batch" or "full";

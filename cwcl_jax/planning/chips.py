@@ -95,6 +95,20 @@ _NAMED_BY_CORES = ("v4", "v5p")
 _MOST_DEVICES = 10_000
 
 
+# What drivers call them. GPUs of smaller boards (PCIe, NVL) have other peaks and are left out.
+_KINDS = {
+    "nvidia a100-sxm4-40gb": "a100-40", "nvidia a100-sxm4-80gb": "a100-80",
+    "nvidia h100 80gb hbm3": "h100", "nvidia h200": "h200", "tpu v4": "v4", "tpu v5 lite": "v5e",
+    "tpu v5e": "v5e", "tpu v5": "v5p", "tpu v5p": "v5p", "tpu v6 lite": "v6e", "tpu v6e": "v6e",
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX's `device_kind` names; None for one whose peaks are not in the table."""
+    name = _KINDS.get(device_kind.lower())
+    return None if name is None else CHIPS[name]
+
+
 def parse_mesh(text: str) -> tuple[Chip, int]:
     """The chip and the number of devices of `a100x4`, `a100 x4`, `v5e:256` or `h100`.
 

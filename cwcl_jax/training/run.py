@@ -30,6 +30,7 @@ from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
+from cwcl_jax.training.meter import Meter, Profiler
 from cwcl_jax.training.metrics import Progress, make_writers, read_json_lines
 from cwcl_jax.training.plots import plot_losses
 from cwcl_jax.training.state import (
@@ -43,7 +44,7 @@ from cwcl_jax.training.state import (
 )
 from cwcl_jax.training.step import TrainStep
 from cwcl_jax.training.stopping import Stopped, StopSignal
-from cwcl_jax.training.summary import tower_table
+from cwcl_jax.training.summary import tower_table, unused_gpu
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 from cwcl_jax.training.workdir import (
     check_same_data,
@@ -99,6 +100,8 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))
+            if warning := unused_gpu(os.environ):
+                say(warning)
             if config.optimizer.warmup_steps > config.total_steps:
                 say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
@@ -245,6 +248,8 @@ class _Fit:
             progress=Progress(config.total_steps),
             evaluate=evaluate,
             watchdog=self._watchdog,
+            meter=Meter.of(self._blueprint),
+            profiler=Profiler(config, self._workdir / "profile"),
         )
         try:
             return loop.run(state, locked, start, device_input, stop, evaluation_is_missing=missing)

@@ -89,7 +89,7 @@ def test_no_batch_fits_beside_too_large_a_state():
 
 
 def test_products_of_the_loss_take_as_many_passes_as_their_precision():
-    """A TPU's float32 is one, three or six bfloat16 passes; a GPU's one or three of TF32, or none."""
+    """A TPU's float32 is one, three or six bfloat16 passes; a GPU's one or three of TF32."""
     config = load_experiment("configs/features_cwcl.py")
     compute = {}
     for chip in ("v5e", "a100-80"):
