@@ -41,11 +41,13 @@ ALLOWED = {
     "recipes": {"config", "losses"},
     "api": _LIBRARY,
     "planning": _LIBRARY,
+    "checking": _LIBRARY | {"benchmarks", "planning"},
     "benchmarks": _LIBRARY | {"arguments", "cli", "planning", "recipes", "reproduction"},
     "reproduction": _LIBRARY | {"cli"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
-ENTRIES = {"train", "evaluate", "embed", "export", "plan", "reproduce", "compare_torch"}
+ENTRIES = {"train", "evaluate", "embed", "export", "plan", "reproduce", "compare_torch",
+           "check"}  # fmt: skip
 # Library -> the modules that may import it.
 OWNERS = {
     "orbax": {"training.checkpoint"},
