@@ -321,7 +321,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sizes", type=sizes, default="256x64", help="N x d, comma-separated")
     add("--inverse-temperatures", type=positives, default="14.3,100", help="1 / tau")
     add("--devices", type=at_least(1), default=len(jax.devices()), help="of the sharded forms")
-    add("--processes", type=at_least(0), default=2, help="of PyTorch; 0 leaves it out")
+    # A ring of one device is none: beside it there is nothing to compare.
+    add(
+        "--processes",
+        type=at_least(0),
+        default=2 if len(jax.devices()) > 1 else 0,
+        help="of PyTorch; 0 leaves it out",
+    )
     add("--steps", type=at_least(0), default=100, help="of training; 0 leaves it out")
     options = parser.parse_args(argv)
     for option in ("devices", "processes"):

@@ -130,13 +130,24 @@ def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str,
     }
 
 
-def run_job(job: dict[str, Any], processes: int, devices: int, timeout: float) -> dict[str, Any]:
+def devices_of(rank: int, devices: int, platform: str) -> dict[str, str]:
+    """Variables that give a process its devices: its own CPU devices, or its share of the GPUs."""
+    if platform == "cpu":
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        threads = os.environ.get("PJRT_NPROC", "32")
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": threads}
+    share = range(rank * devices, (rank + 1) * devices)
+    return {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ",".join(map(str, share))}
+
+
+def run_job(
+    job: dict[str, Any], processes: int, devices: int, timeout: float, platform: str = "cpu"
+) -> dict[str, Any]:
     """A measurement by several processes on this machine; adds "failed" if it comes to nothing."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "cwcl_jax.benchmarks.step", f"--job={json.dumps(job)}"]
-    flags = f"--xla_force_host_platform_device_count={devices}"
     children = [
         subprocess.Popen(
             command,
@@ -145,10 +156,8 @@ def run_job(job: dict[str, Any], processes: int, devices: int, timeout: float) -
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "CWCL_NUM_PROCESSES": str(processes),
                 "CWCL_PROCESS_ID": str(rank),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": flags,
-                "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
-            },
+            }
+            | devices_of(rank, devices, platform),
             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             text=True,
@@ -225,9 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures all forms and numbers of processes; returns the exit code."""
     parser = argparse.ArgumentParser(description="Weak scaling of the train step.")
     parser.add_argument("--processes", type=counts, default="1,2,4")
-    parser.add_argument(
-        "--devices", type=at_least(1), default=1, help="CPU devices of each process"
-    )
+    parser.add_argument("--devices", type=at_least(1), default=1, help="devices of each process")
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--examples", type=at_least(1), default=64, help="of each device")
     parser.add_argument("--forms", type=names(FORMS), default=list(FORMS))
     parser.add_argument("--steps", type=at_least(2), default=12, help="the first is not counted")
@@ -246,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for form in options.forms:
         for processes in options.processes:
             job = {"form": form, "examples": options.examples, "steps": options.steps}
-            rows.append(run_job(job, processes, options.devices, options.timeout))
+            rows.append(run_job(job, processes, options.devices, options.timeout, options.platform))
             print(markdown(rows[-1:], MEASURED).splitlines()[-1], flush=True)
     computed = on_paper()
     print(markdown(computed, COMPUTED))
