@@ -9,7 +9,8 @@ Per device and step, with N examples, P devices, embeds of width d, features of 
 trained weights, in values of float32:
 
     gathered    (P-1)/P * N (2 d + 8)   columns, their gradient, statistics (two reduced)
-    ring        N (3 d + 6)             the columns twice, their gradient, statistics
+    ring        N (3 d + 6) + N/P (d + 4)   the columns twice, their gradient, statistics; gradient
+                                        and statistics travel one hop more
     moments     (P-1)/P * 2 (k d + k + 2 d)   closed form of the weighted direction
     gradients   (P-1)/P * 2 W           one all-reduce
 """
@@ -126,7 +127,7 @@ def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str,
     common = {"moments": share * 2 * (k * d + k + 2 * d), "gradients": share * 2 * weights}
     return {
         "gathered": {"loss": share * batch * (2 * d + 8)} | common,
-        "ring": {"loss": 4.0 * batch * (3 * d + 6)} | common,
+        "ring": {"loss": 4.0 * batch * (3 * d + 6 + (d + 4) / devices)} | common,
     }
 
 
