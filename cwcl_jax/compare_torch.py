@@ -294,7 +294,9 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--inverse_temperatures", type=cli.positives, default="14.3,100", help="1 / tau")
     devices = len(jax.devices())
     add("--devices", type=cli.at_least(1), default=devices, help="of the sharded forms")
-    add("--processes", type=cli.at_least(0), default=2, help="of PyTorch; 0 leaves it out")
+    # A ring of one device is none: beside it there is nothing to compare.
+    processes = 2 if devices > 1 else 0
+    add("--processes", type=cli.at_least(0), default=processes, help="of PyTorch; 0: left out")
     add("--steps", type=cli.at_least(0), default=100, help="of training; 0 leaves it out")
 
 

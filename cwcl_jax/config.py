@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.modalities import MODALITIES, Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.precision import require_precision
 from cwcl_jax.training.options import (
     CheckpointConfig,
     DistributedConfig,
@@ -62,6 +64,11 @@ class ExperimentConfig:
       embed_dim: width of the shared embedding space.
       dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay
         float32, but for locked kernels during a run, which lie in it to save memory.
+      precision: of the towers' float32 products on accelerators. "highest", because float32 is to
+        mean float32; "high" (three passes of the tensor cores) and "default" (one: TF32 on GPUs,
+        bfloat16 on TPUs) are faster, dtype="bfloat16" is the fastest. See `cwcl_jax.precision`.
+      profile: "START:STEPS" writes a trace of so many steps after step START into the workdir's
+        folder `profile`, for TensorBoard, XProf or Perfetto; "" for none.
       towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
     """
 
@@ -72,6 +79,8 @@ class ExperimentConfig:
     accumulation_steps: int = 1
     embed_dim: int = 128
     dtype: str = "float32"
+    precision: str = "highest"
+    profile: str = ""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     towers: Mapping[str, TowerConfig] = dataclasses.field(default_factory=dict)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
@@ -119,6 +128,27 @@ def check(config: ExperimentConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
+    profiled_steps(config)
+    for path, name in (
+        ("config", config.precision),
+        *((f"config.towers.{m}", t.precision) for m, t in config.towers.items() if t.precision),
+    ):
+        try:
+            require_precision(name)
+        except ValueError as error:
+            raise ConfigError(f"{path}.precision: {error}") from error
+
+
+def profiled_steps(config: ExperimentConfig) -> tuple[int, int] | None:
+    """Steps before the trace that `config.profile` asks for, and steps in it; None for none."""
+    if not config.profile:
+        return None
+    match = re.fullmatch(r"(\d+):([1-9]\d*)", config.profile)
+    if match is None:
+        raise ConfigError(
+            f"config.profile={config.profile!r} must be START:STEPS, as 10:3 for steps 11 to 13"
+        )
+    return int(match[1]), int(match[2])
 
 
 def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.planning.inputs import without_files
 
 
 def _define(parser: ArgumentParser) -> None:
@@ -78,35 +78,6 @@ def plan(
         yield f"largest global batch that was found to fit: {planner.largest_batch(base):,}"
     if variants:
         yield report.variants_table(changes.variants(base, planner))
-
-
-def without_files(config: ExperimentConfig) -> ExperimentConfig:
-    """The config without weights; a tower without preset has the sizes of its weights' folder.
-
-    Raises:
-      ConfigError: such a folder is not here.
-    """
-    return dataclasses.replace(
-        config,
-        towers={name: _without_file(name, tower) for name, tower in config.towers.items()},
-    )
-
-
-def _without_file(modality: str, tower: TowerConfig) -> TowerConfig:
-    from cwcl_jax.models.encoders import encoder_family
-    from cwcl_jax.pretrained import complete
-
-    if tower.weights and not tower.preset:
-        try:
-            tower = complete(tower)
-        except (OSError, ValueError) as error:
-            presets = ", ".join(encoder_family(tower.encoder).presets)
-            raise ConfigError(
-                f"the {modality} tower's sizes stand in its weights, {tower.weights}, which are "
-                f"not here; name a preset instead: --config.towers.{modality}.preset=... "
-                f"({presets})"
-            ) from error
-    return dataclasses.replace(tower, weights="")
 
 
 def check(config: ExperimentConfig) -> None:

@@ -3,9 +3,11 @@
 
     python launch/local.py -n 2 -d 2 -- python -m cwcl_jax.train --config=configs/lit_cwcl.py
 
-starts two processes with two CPU devices each; with --gpus every process gets its own share of
-this machine's GPUs. Output lines carry the process's number. SIGTERM and Ctrl-C reach every
-process; the first that fails ends the others. Needs nothing but Python.
+starts two processes with two CPU devices each; with --gpus one process for each GPU of this
+machine, or -n processes with -d GPUs each. On several machines, each of which runs this command:
+CWCL_NUM_HOSTS, CWCL_HOST_ID (from 0) and JAX_COORDINATOR_ADDRESS (host:port of host 0) in the
+environment. Output lines carry the process's number. SIGTERM and Ctrl-C reach every process; the
+first that fails ends the others. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +32,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-n", "--processes", type=int, default=2, help="processes (default 2)")
+    parser.add_argument(
+        "-n", "--processes", type=int, default=0, help="processes (default 2; --gpus: all GPUs)"
+    )
     parser.add_argument("-d", "--devices", type=int, default=1, help="devices of each (default 1)")
     parser.add_argument("--gpus", action="store_true", help="use GPUs instead of CPU devices")
     parser.add_argument("--port", type=int, default=0, help="coordinator's port; 0 finds one")
@@ -41,9 +46,34 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not options.command:
         parser.error("no command; write it after --")
-    if options.processes < 1 or options.devices < 1:
+    if options.processes < 0 or options.devices < 1:
         parser.error("--processes and --devices must be at least 1")
+    if not options.processes:
+        options.processes = len(visible_gpus()) // options.devices if options.gpus else 2
+        if not options.processes:
+            parser.error(f"--gpus: no {options.devices} GPUs here; -n says how many processes")
     return options
+
+
+def visible_gpus() -> list[str]:
+    """Those that CUDA_VISIBLE_DEVICES names, else all for which the driver has a device file."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if named:
+        return named.split(",")
+    files = os.listdir("/dev") if os.path.isdir("/dev") else []
+    return [str(i) for i in range(sum(bool(re.fullmatch(r"nvidia\d+", f)) for f in files))]
+
+
+def hosts() -> tuple[int, int]:
+    """How many machines the job has, and which one this is."""
+    count = int(os.environ.get("CWCL_NUM_HOSTS") or 1)
+    host = int(os.environ.get("CWCL_HOST_ID") or 0)
+    if count > 1 and not (host < count and os.environ.get("JAX_COORDINATOR_ADDRESS")):
+        raise SystemExit(
+            f"local.py: CWCL_NUM_HOSTS={count} wants CWCL_HOST_ID from 0 to {count - 1} and "
+            "JAX_COORDINATOR_ADDRESS=host:port of host 0"
+        )
+    return count, host
 
 
 def held_port() -> socket.socket:
@@ -59,15 +89,25 @@ def held_port() -> socket.socket:
 
 
 def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, str]:
-    """The variables of process `rank`."""
+    """The variables of process `rank` of this machine."""
+    count, host = hosts()
+    address = os.environ["JAX_COORDINATOR_ADDRESS"] if count > 1 else f"127.0.0.1:{port}"
     env = os.environ | {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "CWCL_NUM_PROCESSES": str(options.processes),
-        "CWCL_PROCESS_ID": str(rank),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "CWCL_NUM_PROCESSES": str(count * options.processes),
+        "CWCL_PROCESS_ID": str(host * options.processes + rank),
+        # Reader threads are shared out by it.
+        "CWCL_LOCAL_PROCESSES": str(options.processes),
         "PYTHONUNBUFFERED": "1",
     }
     if options.gpus:
-        return env | {"CUDA_VISIBLE_DEVICES": ",".join(gpus(options)[rank])}
+        return env | {
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus(options)[rank]),
+            # All of these: inside SLURM's variables jax would take one of them.
+            "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(options.devices))),
+            # A GPU that cannot be used is an error, and no run on the CPU.
+            "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda"),
+        }
     flags = f"--xla_force_host_platform_device_count={options.devices}"
     return env | {
         "JAX_PLATFORMS": "cpu",
@@ -125,7 +165,7 @@ class Job:
         """Starts the processes, unless `terminate` was called before."""
         options = self._options
         port = options.port
-        if not port:
+        if not port and hosts()[0] == 1:
             self._holder = held_port()
             port = self._holder.getsockname()[1]
         for rank in range(options.processes):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "cwcl_jax"
 
 _LIBRARY = {
     "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-    "training",
+    "training", "precision",
 }  # fmt: skip
 _BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "draws", "skipping", "installed")}
 # What each part, a folder or a module beside them, may import of the package besides itself.
@@ -17,9 +17,10 @@ ALLOWED = {
     "files": set(),
     "extension": set(),
     "early": set(),
-    "losses": {"extension"},
+    "precision": set(),
+    "losses": {"extension", "precision"},
     "weights": {"files", "data.installed"},
-    "models": {"extension", "weights"},
+    "models": {"extension", "precision", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.
     "modalities": {"extension", "synthetic", *_BELOW_MODALITIES},
     # What the package makes itself stands on hashes of integers alone.
@@ -28,23 +29,26 @@ ALLOWED = {
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
     "evaluation": {"losses", "data", "modalities", "files", "extension"},
     "config": {
-        "losses", "models", "modalities", "data", "evaluation", "extension", "training.options",
+        "losses", "models", "modalities", "data", "evaluation", "extension", "precision",
+        "training.options",
     },
     "exit_codes": {"config", "early", "data.skipping"},
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-        "exit_codes", "files", "extension",
+        "exit_codes", "files", "extension", "planning.chips", "planning.work",
     },
     "recipes": {"config", "losses"},
     "api": _LIBRARY,
     "planning": _LIBRARY,
+    "checking": _LIBRARY | {"benchmarks", "planning", "cli"},
     "benchmarks": _LIBRARY | {"synthetic", "cli", "planning", "recipes", "reproduction", "files"},
     "reproduction": _LIBRARY | {"cli", "files"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
 ENTRIES = {
     "train", "evaluate", "embed", "export", "plan", "reproduce", "speak", "compare_torch",
+    "check",
 }  # fmt: skip
 # Library -> the modules that may import it.
 OWNERS = {

@@ -148,13 +148,20 @@ def rate_rows(found: Mapping[str, Sequence[Rate]], baseline: str) -> list[Row]:
 
 
 def run_fresh(
-    module: str, job: Row, timeout: float, *, processes: int = 1, devices: int = 0
+    module: str,
+    job: Row,
+    timeout: float,
+    *,
+    processes: int = 1,
+    devices: int = 0,
+    platform: str = "cpu",
 ) -> Row:
     """Runs `python -m module --job=JSON`, whose last output line is JSON; adds "failed" if not.
 
     Args:
       processes: of the job, on this machine; the first one answers.
-      devices: CPU devices of each process; 0 leaves them as they are.
+      devices: devices of each process; 0 leaves them as they are.
+      platform: their kind, "cpu" or "cuda".
     """
     command = [sys.executable, "-m", module, f"--job={json.dumps(job)}"]
     with socket.socket() as listener:
@@ -163,7 +170,12 @@ def run_fresh(
     children = [
         subprocess.Popen(
             command,
-            env=os.environ | (_environment(rank, processes, devices, port) if devices else {}),
+            env=os.environ
+            | (
+                _place(rank, processes, port) | devices_of(rank, devices, platform)
+                if devices
+                else {}
+            ),
             stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
             stderr=subprocess.DEVNULL if rank else subprocess.PIPE,
             text=True,
@@ -186,15 +198,22 @@ def run_fresh(
     return job | json.loads(output.strip().splitlines()[-1])
 
 
-def _environment(rank: int, processes: int, devices: int, port: int) -> dict[str, str]:
+def _place(rank: int, processes: int, port: int) -> dict[str, str]:
     return {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "CWCL_NUM_PROCESSES": str(processes),
         "CWCL_PROCESS_ID": str(rank),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
     }
+
+
+def devices_of(rank: int, devices: int, platform: str) -> dict[str, str]:
+    """Variables that give a process its devices: its own CPU devices, or its share of the GPUs."""
+    if platform == "cpu":
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        threads = os.environ.get("PJRT_NPROC", "32")
+        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": threads}
+    share = range(rank * devices, (rank + 1) * devices)
+    return {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ",".join(map(str, share))}
 
 
 def peak_resident_bytes() -> int:

@@ -9,7 +9,8 @@ Per device and step, with N examples, P devices, embeds of width d, features of 
 trained weights, in values of float32:
 
     gathered    (P-1)/P * N (2 d + 8)   columns, their gradient, statistics (two reduced)
-    ring        N (3 d + 6)             the columns twice, their gradient, statistics
+    ring        N (3 d + 6) + N/P (d + 4)   the columns twice, their gradient, statistics; gradient
+                                        and statistics travel one hop more
     moments     (P-1)/P * 2 (k d + k + 2 d)   closed form of the weighted direction
     gradients   (P-1)/P * 2 W           one all-reduce
 """
@@ -124,7 +125,7 @@ def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str,
     common = {"moments": share * 2 * (k * d + k + 2 * d), "gradients": share * 2 * weights}
     return {
         "gathered": {"loss": share * batch * (2 * d + 8)} | common,
-        "ring": {"loss": 4.0 * batch * (3 * d + 6)} | common,
+        "ring": {"loss": 4.0 * batch * (3 * d + 6 + (d + 4) / devices)} | common,
     }
 
 
@@ -179,7 +180,8 @@ COMPUTED = (
 def _define(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--processes", type=cli.counts, default="1,2,4", help="numbers of them")
-    add("--devices", type=cli.at_least(1), default=1, help="CPU devices of each process")
+    add("--devices", type=cli.at_least(1), default=1, help="devices of each process")
+    add("--platform", choices=("cpu", "cuda"), default="cpu", help="kind of devices")
     add("--examples", type=cli.at_least(1), default=64, help="of each device")
     add("--forms", type=cli.names(FORMS), default=list(FORMS), help="of the loss")
     add("--steps", type=cli.at_least(2), default=12, help="the first is not counted")
@@ -200,7 +202,7 @@ def main(options: argparse.Namespace) -> int:
         job = {"form": form, "examples": options.examples, "steps": options.steps}
         row = run_fresh(
             "cwcl_jax.benchmarks.step", job, options.timeout,
-            processes=processes, devices=options.devices,
+            processes=processes, devices=options.devices, platform=options.platform,
         )  # fmt: skip
         rows.append(row | {"processes": processes})
         print(harness.markdown(rows[-1:], MEASURED).splitlines()[-1], flush=True)

@@ -17,11 +17,17 @@ CHUNK = 16
 
 
 def reader_threads(asked: int) -> int:
-    """The number of reader threads: as asked, or the cores this process may use, at most 16."""
+    """The number of reader threads: as asked, or this process's share of the cores, at most 16.
+
+    Its share is that of the cores that it may use, among the processes which a launcher says share
+    them (CWCL_LOCAL_PROCESSES).
+    """
     if asked:
         return asked
     usable = getattr(os, "sched_getaffinity", None)
-    return min(16, len(usable(0)) if usable else os.cpu_count() or 1)
+    cores = len(usable(0)) if usable else os.cpu_count() or 1
+    sharing = int(os.environ.get("CWCL_LOCAL_PROCESSES") or 1)
+    return min(16, max(1, cores // sharing))
 
 
 class ChunkedReader:

@@ -1,8 +1,9 @@
 """Types and products that every form of the loss shares."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
+
+from cwcl_jax.precision import product
 
 Scalar = Float[Array, ""] | float
 
@@ -14,6 +15,4 @@ def wide(x: Array) -> jnp.dtype:
 
 def inner(a: Array, b: Array, precision: str = "highest") -> Array:
     """All inner products of rows, accumulated in float32 or better."""
-    return lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wide(a)
-    )
+    return product(a, b, (((1,), (1,)), ((), ())), precision, wide(a))

@@ -12,11 +12,12 @@ from typing import Any
 from cwcl_jax.extension import import_named
 from cwcl_jax.losses.presets import PRESETS, TERMS, Preset
 from cwcl_jax.losses.weights import Weights, parse_number, parse_weights
+from cwcl_jax.precision import PRECISIONS
 
 _CHOICES = {
     "weighted": ("", "u_to_v", "v_to_u", "both", "own"),
     "form": ("auto", "dense", "fused", "gathered", "ring"),
-    "precision": ("highest", "high", "default"),
+    "precision": (*PRECISIONS, "bfloat16"),
 }
 # What other pairs that count as the same may be; a margin stands behind the last two.
 DUPLICATES = ("negatives", "positives", "masked", "absolute", "relative")
@@ -63,8 +64,11 @@ class LossConfig:
       form: "auto", "dense" (the equations, N x N arrays), "fused" (tiled, one device), "gathered"
         or "ring" (over a mesh).
       block_size, block_columns: rows and columns of a tile; 0 chooses.
-      precision: of float32 matrix products on accelerators. Lower ones are faster and lose digits
-        that a high inverse temperature multiplies.
+      precision: of the products of float32 embeds: "highest" is float32 everywhere; on accelerators
+        "high" makes it of three passes of the tensor cores, "default" of one (TF32 on GPUs,
+        bfloat16 on TPUs); "bfloat16" rounds the embeds for the products and sums in float32, on any
+        device. Lower ones are faster and lose digits that a high inverse temperature multiplies;
+        see `cwcl_jax.precision`.
       diagnostics: also return entropies, accuracies and weights (else only the loss's parts).
       debug_checks: check values on the host at every call: finite, normalised, weights
         non-negative with positive row sums. Slow.

@@ -149,7 +149,12 @@ class Gathered(_MeshEngine):
 
 
 class Ring(_MeshEngine):
-    """Columns travel; after as many hops as devices, everything is home again."""
+    """Columns travel; after as many hops as devices, everything is home again.
+
+    What is known of a block of columns follows it one step behind: it is sent while the next block
+    is swept, beside the columns themselves, so that no transfer waits for the tiles of its step.
+    XLA joins permutations; one that needed this step's tiles would hold back the columns' too.
+    """
 
     def _hop(self, tree):
         """Passes what this device holds to the device before it."""
@@ -170,11 +175,10 @@ class Ring(_MeshEngine):
 
         def step(carry, hop):
             columns, column_stats, row_stats = carry
-            coming = self._hop(columns)  # asked for first, so that it can overlap the tiles
+            coming, column_stats = self._hop((columns, column_stats))
             here, first = self._place(scalars, hop, n)
             new_rows, new_columns = forward_sweep(tiling, rows, columns, here, first)
-            column_stats = self._hop(merge(column_stats, new_columns))
-            return (coming, column_stats, merge(row_stats, new_rows)), None
+            return (coming, merge(column_stats, new_columns), merge(row_stats, new_rows)), None
 
         start = (
             columns,
@@ -182,7 +186,7 @@ class Ring(_MeshEngine):
             empty_stats(tiling, n, dtype, "rows"),
         )
         (_, column_stats, row_stats), _ = lax.scan(step, start, jnp.arange(self.devices))
-        return row_stats, column_stats
+        return row_stats, self._hop(column_stats)
 
     def _backward(self, tiling, needed, rows, columns, scalars, row_factors, column_factors):
         n = rows["x"].shape[0]
@@ -190,17 +194,17 @@ class Ring(_MeshEngine):
 
         def step(carry, hop):
             travelling, dv, du = carry
-            coming = self._hop(travelling)
             columns, factors = travelling
+            coming, dv = self._hop((travelling, dv))
             here, first = self._place(scalars, hop, n)
             new_du, new_dv = backward_sweep(
                 tiling, rows, columns, here, first, row_factors, factors, needed
             )
-            dv = None if dv is None else self._hop(dv + new_dv)
+            dv = None if dv is None else dv + new_dv
             return (coming, dv, None if du is None else du + new_du), None
 
         du = jnp.zeros(rows["x"].shape, dtype) if needed[0] else None
         dv = jnp.zeros(columns["x"].shape, dtype) if needed[1] else None
         start = ((columns, column_factors), dv, du)
         (_, dv, du), _ = lax.scan(step, start, jnp.arange(self.devices))
-        return du, dv
+        return du, self._hop(dv)

@@ -24,6 +24,7 @@ from cwcl_jax.losses.numerics import wide
 from cwcl_jax.losses.own_pairs import OwnPairs
 from cwcl_jax.losses.tiles import Side, Stats, Tile, Tiling, make_tile
 from cwcl_jax.losses.weights import xlogx
+from cwcl_jax.precision import product
 
 
 def scan_blocks(
@@ -262,23 +263,17 @@ def backward_sweep(
             side, factors = block
             own = OwnPairs(first + first_row - first_column, side["x"].shape[0], size)
             g = _tile_gradient(tiling, side, part, here, own, factors, part_factors)
-            new = product(g, part["x"], 1) if need_rows else None
+            new = times(g, part["x"], 1) if need_rows else None
             if need_columns:
-                column_gradient = column_gradient + product(g, side["x"], 0)
+                column_gradient = column_gradient + times(g, side["x"], 0)
             return column_gradient, new
 
         start = jnp.zeros(part["x"].shape, dtype) if need_columns else None
         column_gradient, new = scan_blocks(over_rows, start, (rows, row_factors), height)
         return row_gradient + new if need_rows else None, column_gradient
 
-    def product(g: Array, x: Array, axis: int) -> Array:
-        return lax.dot_general(
-            g,
-            x,
-            (((axis,), (0,)), ((), ())),
-            precision=tiling.precision,
-            preferred_element_type=dtype,
-        )
+    def times(g: Array, x: Array, axis: int) -> Array:
+        return product(g, x, (((axis,), (0,)), ((), ())), tiling.precision, dtype)
 
     start = jnp.zeros(rows["x"].shape, dtype) if need_rows else None
     return scan_blocks(over_columns, start, (columns, column_factors), width, height)

@@ -171,7 +171,8 @@ def benchmark_calls(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves = [torch.tensor(x, dtype=kind, device=device).requires_grad_() for x in (u, v)]
     scale = torch.tensor(2.66, dtype=kind, device=device, requires_grad=True)
-    square = torch.ones(4096, 4096, dtype=kind, device=device)
+    # Not ones, which cost a chip less power than numbers do.
+    square = torch.randn(4096, 4096, dtype=kind, device=device)
 
     def run() -> list[Tensor]:
         loss = LOSSES[name](*leaves, leaves[0], scale)
@@ -187,3 +188,8 @@ def benchmark_calls(
         return result
 
     return run, product
+
+
+def device_peak_bytes() -> int:
+    """Peak memory of this process on a GPU; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

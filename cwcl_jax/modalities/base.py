@@ -50,12 +50,14 @@ class Modality:
     Attributes:
       field: the field of a source's example that holds the raw value.
       name: what the built-in modality is called in a config; "" for one of the user's.
+      core_seconds: processor seconds to make an example of a file of usual size; 0 for hardly any.
       stream: sets the random draws of this modality apart from those of others.
       training_only: options that only training follows, such as random crops.
       has_border: whether `without_border` can cut something off.
     """
 
     name: ClassVar[str] = ""
+    core_seconds: ClassVar[float] = 0.0
     stream: ClassVar[int] = 0
     training_only: ClassVar[tuple[str, ...]] = ()
     has_border: ClassVar[bool] = False

@@ -1,14 +1,16 @@
 """Scaled dot-product attention: XLA's everywhere, cuDNN's fused kernel where it takes the arrays.
 
 `jax.nn.dot_product_attention` chooses XLA unless it is asked for cuDNN by name, and cuDNN takes
-half-precision types, head sizes in multiples of 8, masks of full size and, with a mask, even
-lengths only; an odd one gets a token that nobody looks at. Softmax is in float32 in both.
+half-precision types, head sizes in multiples of 8, masks of full size and, where it is trained
+through, even lengths only (197 tokens of a ViT are not): an odd one gets a token that nobody looks
+at. Softmax is in float32 in both.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -24,10 +26,21 @@ def attend(
 ) -> Float[Array, "b s h k"]:
     """Self-attention; `mask` is True where a key is real, `implementation` auto, xla or cudnn."""
     if implementation == "auto":
-        fits = jax.default_backend() == "gpu" and cudnn_takes(query.dtype, query.shape[-1])
-        works = fits and _cudnn_compiles(query.shape, query.dtype, mask is not None, causal)
-        implementation = "cudnn" if works else "xla"
+        implementation = choice(query.shape[1:], query.dtype, mask is not None, causal)
     return _attention(query, key, value, mask, causal, implementation)
+
+
+def choice(shape: tuple[int, ...], dtype: DTypeLike, masked: bool, causal: bool) -> str:
+    """What "auto" stands for here: "cudnn" or "xla".
+
+    Where a GPU could have the kernel but refuses it, a warning says why, once.
+
+    Args:
+      shape: tokens, heads and head size.
+    """
+    if jax.default_backend() != "gpu" or not cudnn_takes(dtype, shape[-1]):
+        return "xla"
+    return "xla" if _cudnn_refuses(tuple(shape), jnp.dtype(dtype), masked, causal) else "cudnn"
 
 
 def _attention(
@@ -38,15 +51,16 @@ def _attention(
     causal: bool,
     implementation: str,
 ) -> jax.Array:
+    size = query.shape[1]
+    if implementation == "cudnn" and size % 2:
+        mask = jnp.ones((1, size), bool) if mask is None else mask
+        return _with_a_blind_token(query, key, value, mask, causal, implementation)
     if mask is not None:
         # A row without any real key would divide by zero in a fused kernel; it may look at
         # everything, since pooling drops it.
         mask = mask | ~jnp.any(mask, axis=1, keepdims=True)
-        if implementation == "cudnn" and mask.shape[1] % 2:
-            return _with_a_blind_token(query, key, value, mask, causal, implementation)
         mask = mask[:, None, None, :]
         if implementation == "cudnn":
-            size = query.shape[1]
             mask = jnp.broadcast_to(mask, (mask.shape[0], 1, size, size))
     return jax.nn.dot_product_attention(
         query,
@@ -79,19 +93,27 @@ def cudnn_takes(dtype: DTypeLike, head_dim: int) -> bool:
 
 
 @functools.cache
-def _cudnn_compiles(shape: tuple[int, ...], dtype: DTypeLike, masked: bool, causal: bool) -> bool:
-    """Whether this device and driver have the kernel: asked by compiling it, forward and back.
+def _cudnn_refuses(shape: tuple[int, ...], dtype: jnp.dtype, masked: bool, causal: bool) -> str:
+    """Why this device and driver do not have the kernel, "" if they do; a refusal is a warning.
 
-    An older GPU, another vendor's, or a missing cuDNN is found here and not in the training step.
+    Asked by compiling it, forward and back: an older GPU, another vendor's, or a missing cuDNN is
+    found here and not in the training step.
     """
 
     def loss(x: jax.Array, mask: jax.Array | None) -> jax.Array:
         return jnp.sum(_attention(x, x, x, mask, causal, "cudnn").astype(jnp.float32))
 
-    x = jax.ShapeDtypeStruct((1, *shape[1:]), dtype)
-    mask = jax.ShapeDtypeStruct((1, shape[1]), jnp.bool_) if masked else None
+    x = jax.ShapeDtypeStruct((1, *shape), dtype)
+    mask = jax.ShapeDtypeStruct((1, shape[0]), jnp.bool_) if masked else None
     try:
         jax.jit(jax.grad(loss)).lower(x, mask).compile()
-    except Exception:
-        return False
-    return True
+    # JAX's own words are NotImplementedError, ValueError or (no cuDNN) RuntimeError, of which the
+    # compiler's and the driver's errors are a kind. Anything else is a mistake of ours.
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logging.warning(
+            "attention of %d tokens, %d heads of %d is XLA's, not cuDNN's fused kernel, which is "
+            "refused here: %s", *shape, reason,
+        )  # fmt: skip
+        return reason
+    return ""

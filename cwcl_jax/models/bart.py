@@ -73,8 +73,7 @@ class BartEncoder(TextEncoder):
         x = self.token_embedding(tokens)
         if self.config.scale_embedding:
             x = x * self.config.width**0.5
-        positions = self.position_embedding.embedding[...][None, : tokens.shape[1]]
-        x = self.embedding_norm(x + positions.astype(self.execution.dtype))
+        x = self.embedding_norm(x + self.position_embedding.first(tokens.shape[1]))
         return dropout(x, self.config.dropout, key)
 
 

@@ -126,9 +126,8 @@ class Bert(TextEncoder):
             real = mask.astype(jnp.int32)
             positions = self.position_embedding(jnp.cumsum(real, axis=1) * real + offset - 1)
         else:
-            table = self.position_embedding.embedding[...][None, : tokens.shape[1]]
-            positions = table.astype(self.execution.dtype)
-        kind = self.type_embedding.embedding[...][None, :1].astype(self.execution.dtype)
+            positions = self.position_embedding.first(tokens.shape[1])
+        kind = self.type_embedding.first(1)
         x = self.embedding_norm(self.token_embedding(tokens) + kind + positions)
         return dropout(x, self.config.dropout, key)
 

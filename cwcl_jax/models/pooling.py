@@ -64,5 +64,7 @@ class AttentionPool(nnx.Module):
         scores = jnp.where(mask[:, :, None] | ~some, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=1)
         values = self.value(tokens).reshape(b, s, self.heads, d // self.heads)
-        pooled = jnp.einsum("bsh,bshk->bhk", weights, values.astype(jnp.float32)).reshape(b, d)
+        pooled = jnp.einsum(
+            "bsh,bshk->bhk", weights, values.astype(jnp.float32), precision="highest"
+        ).reshape(b, d)
         return jnp.where(some[:, 0], pooled, 0.0).astype(tokens.dtype)

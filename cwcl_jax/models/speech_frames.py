@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.augment import SpeechAugment, augment_waveform, mask_spectrum
+from cwcl_jax.models.layers import affine
 from cwcl_jax.models.log_mel import HOP, MelSpec, frame_count, log_mel, to_float, valid
 from cwcl_jax.models.transformer import Execution
 
@@ -83,6 +84,5 @@ class FrameConv(nnx.Module):
             x[:, i * self.dilation : i * self.dilation + span : self.stride]
             for i in range(self.size)
         ]
-        kernel = self.kernel[...].astype(self.dtype).reshape(-1, self.bias.shape[0])
-        y = jnp.concatenate(shifted, axis=-1) @ kernel
-        return y + self.bias[...].astype(self.dtype)[None, None, :], frames_out
+        kernel = self.kernel[...].reshape(-1, self.bias.shape[0])
+        return affine(jnp.concatenate(shifted, axis=-1), kernel, self.bias[...]), frames_out

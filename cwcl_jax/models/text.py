@@ -74,9 +74,8 @@ class TextTransformer(TextEncoder):
     ) -> Float[Array, "b s d"]:
         """Token and position embeddings."""
         check_length(tokens.shape[1], self.config.max_tokens)
-        positions = self.position_embedding.embedding[...][None, : tokens.shape[1]]
-        x = self.token_embedding(tokens) + positions.astype(self.execution.dtype)
-        return dropout(x, self.config.dropout, key)
+        x = self.token_embedding(tokens) + self.position_embedding.first(tokens.shape[1])
+        return dropout(x.astype(self.execution.dtype), self.config.dropout, key)
 
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """The final norm of pre-norm blocks."""

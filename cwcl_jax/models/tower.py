@@ -1,5 +1,6 @@
 """A tower: an encoder and a head over one kind of input. Its embeds are always L2-normalised."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from cwcl_jax.models.encoders import build_encoder, encoder_config
 from cwcl_jax.models.heads import make_head
 from cwcl_jax.models.numerics import l2_normalize
 from cwcl_jax.models.transformer import Execution
+from cwcl_jax.precision import products_at, require_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class TowerConfig:
     """"" is the encoder's default."""
     dtype: str = ""
     """Compute type; "" is the experiment's."""
+    precision: str = ""
+    """Of float32 products, "highest", "high" or "default"; "" is the experiment's."""
     scan_layers: bool = False
     remat: str = "auto"
     """What a block keeps for the backward pass: "none", "dots", "dots_no_batch" or "full";
@@ -63,6 +67,7 @@ class Tower(nnx.Module):
         *,
         embed_dim: int,
         dtype: str,
+        precision: str = "highest",
         rngs: nnx.Rngs,
     ) -> None:
         """Builds a tower.
@@ -70,7 +75,10 @@ class Tower(nnx.Module):
         Args:
           config: the tower's settings.
           arrays: name -> (shape, dtype) of one example's inputs, as the tower's modality says.
+          dtype, precision: of the experiment, where the tower's settings name none.
         """
+        self.precision = config.precision or precision
+        require_precision(self.precision)
         settings = config.encoder_settings()
         execution = Execution(
             dtype=jnp.dtype(config.dtype or dtype),
@@ -78,6 +86,7 @@ class Tower(nnx.Module):
             remat=config.remat,
             attention=config.attention,
         )
+        self.dtype = execution.dtype
         self.reads_features = "features" in arrays
         self.encoder = build_encoder(config.encoder, settings, execution, arrays, rngs=rngs)
         width = self.encoder.feature_width
@@ -99,12 +108,20 @@ class Tower(nnx.Module):
         if "features" in inputs and not self.reads_features:
             return inputs["features"]
         key = None if rngs is None else rngs.dropout()
-        return self.encoder(inputs, key)
+        with self._products():
+            return self.encoder(inputs, key)
 
     def project(self, features: Float[Array, "b f"]) -> Float[Array, "b d"]:
         """The head, then unit length in float32."""
-        embeds = features if self.head is None else self.head(features)
+        with self._products():
+            embeds = features if self.head is None else self.head(features)
         return l2_normalize(embeds)
+
+    def _products(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it float32 products are as the settings say, in an encoder of the user's too."""
+        if self.dtype != jnp.float32:
+            return contextlib.nullcontext()
+        return products_at(self.precision)
 
     def __call__(
         self, inputs: Mapping[str, Any], *, rngs: nnx.Rngs | None = None

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.attention import attend
+from cwcl_jax.models.layers import Embed, LayerNorm, Linear
 from cwcl_jax.models.numerics import activate, dropout
 
 
@@ -123,9 +124,9 @@ class TransformerConfig:
 
 def linear(
     fan_in: int, fan_out: int, execution: Execution, rngs: nnx.Rngs, *, bias: bool = True
-) -> nnx.Linear:
+) -> Linear:
     """A dense layer with the package's initialisation and types."""
-    return nnx.Linear(
+    return Linear(
         fan_in,
         fan_out,
         use_bias=bias,
@@ -136,24 +137,24 @@ def linear(
     )
 
 
-def layer_norm(width: int, epsilon: float, execution: Execution, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, epsilon: float, execution: Execution, rngs: nnx.Rngs) -> LayerNorm:
     """LayerNorm with two-pass variance: the fast form errs by 4e-4 on data with a large mean."""
-    return nnx.LayerNorm(
+    return LayerNorm(
         width,
+        narrow=jnp.dtype(execution.dtype),
         epsilon=epsilon,
         use_fast_variance=False,
-        dtype=execution.dtype,
         param_dtype=execution.param_dtype,
         rngs=rngs,
     )
 
 
-def embedding(count: int, width: int, execution: Execution, rngs: nnx.Rngs) -> nnx.Embed:
-    """A table of `count` vectors, drawn with standard deviation 0.02."""
-    return nnx.Embed(
+def embedding(count: int, width: int, execution: Execution, rngs: nnx.Rngs) -> Embed:
+    """A table of `count` vectors, drawn with standard deviation 0.02; its rows are float32."""
+    return Embed(
         count,
         width,
-        dtype=execution.dtype,
+        dtype=jnp.float32,
         param_dtype=execution.param_dtype,
         embedding_init=nnx.initializers.normal(0.02),
         rngs=rngs,

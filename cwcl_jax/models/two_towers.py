@@ -35,6 +35,7 @@ def build_two_towers(
     inverse_temperature: float,
     logit_bias: float | None,
     dtype: str,
+    precision: str = "highest",
     rngs: nnx.Rngs,
 ) -> TwoTowers:
     """Builds the towers. Under `nnx.eval_shape` nothing is allocated.
@@ -50,7 +51,14 @@ def build_two_towers(
     built = {}
     for name, config in towers.items():
         try:
-            built[name] = Tower(config, arrays[name], embed_dim=embed_dim, dtype=dtype, rngs=rngs)
+            built[name] = Tower(
+                config,
+                arrays[name],
+                embed_dim=embed_dim,
+                dtype=dtype,
+                precision=precision,
+                rngs=rngs,
+            )
         except ValueError as error:
             raise ValueError(f"tower {name!r}: {error}") from error
     return TwoTowers(built, inverse_temperature=inverse_temperature, logit_bias=logit_bias)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from cwcl_jax.models import clip_layouts
 from cwcl_jax.models.family import EncoderFamily
+from cwcl_jax.models.layers import affine
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.transformer import (
@@ -130,9 +131,8 @@ class PatchEmbed(nnx.Module):
         rows, columns = height // p, width // p
         x = x.reshape(b, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * columns, p * p * 3).astype(self.dtype)
-        kernel = self.kernel[...].reshape(p * p * 3, -1).astype(self.dtype)
-        x = x @ kernel
-        return x + self.bias[...].astype(self.dtype)[None, None, :] if self.has_bias else x
+        kernel = self.kernel[...].reshape(p * p * 3, -1)
+        return affine(x, kernel, self.bias[...] if self.has_bias else None)
 
 
 class Vit(nnx.Module):
@@ -170,14 +170,15 @@ class Vit(nnx.Module):
             )
         mean = jnp.asarray(self.config.pixel_mean, jnp.float32)[None, None, None, :]
         std = jnp.asarray(self.config.pixel_std, jnp.float32)[None, None, None, :]
-        x = self.patch_embed((pixels.astype(jnp.float32) - mean) / std)
+        # Sums and repeats in float32, so that the gradients over the batch are summed in it too.
+        x = self.patch_embed((pixels.astype(jnp.float32) - mean) / std).astype(jnp.float32)
         if self.config.class_token:
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2])), x], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
-        return dropout(x, self.config.dropout, key)
+        return dropout(x.astype(self.execution.dtype), self.config.dropout, key)
 
     def tokens(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None

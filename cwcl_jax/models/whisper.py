@@ -121,8 +121,8 @@ class WhisperEncoder(nnx.Module):
         x, frames = self.conv1(features, frames)
         x, frames = self.conv2(activate(x, self.config.activation), frames)
         x = activate(x, self.config.activation)
-        positions = self.position_embedding[...][None, : x.shape[1]]
-        x = only(x + positions.astype(x.dtype), frames)
+        positions = self.position_embedding[...][None, : x.shape[1]].astype(jnp.float32)
+        x = only((x + positions).astype(x.dtype), frames)
         return dropout(x, self.config.dropout, key), frames
 
     def tokens(

@@ -23,7 +23,7 @@ class Chip:
       memory: bytes.
       half: flops of bfloat16 products.
       single: flops of float32 products at JAX's default precision (TF32; one bfloat16 pass).
-      high: flops of float32 products at precision "high" (TF32 again; three passes).
+      high: flops of float32 products at precision "high" (three of these passes).
       highest: flops of float32 products at precision "highest" (no tensor cores; six passes).
       bandwidth: bytes/s between memory and chip.
       link: bytes/s that one chip sends to the others of its island.
@@ -55,7 +55,7 @@ class Chip:
 def _gpu(name, memory, half, single, highest, bandwidth, link, network, source) -> Chip:
     """Nodes of eight with one network card for each GPU, as NVIDIA's DGX machines have them."""
     return Chip(
-        name, memory * _GB, half * _TERA, single * _TERA, single * _TERA, highest * _TERA,
+        name, memory * _GB, half * _TERA, single * _TERA, single * _TERA / 3, highest * _TERA,
         bandwidth * _GB, link * _GB, 8, network * _GB, True, source,
     )  # fmt: skip
 
@@ -93,6 +93,20 @@ _ALIASES = {"a100": "a100-80", "tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p
 _NAMED_BY_CORES = ("v4", "v5p")
 # As many as the largest pods have: the planner makes them all, and more take it minutes.
 _MOST_DEVICES = 10_000
+
+
+# What drivers call them. GPUs of smaller boards (PCIe, NVL) have other peaks and are left out.
+_KINDS = {
+    "nvidia a100-sxm4-40gb": "a100-40", "nvidia a100-sxm4-80gb": "a100-80",
+    "nvidia h100 80gb hbm3": "h100", "nvidia h200": "h200", "tpu v4": "v4", "tpu v5 lite": "v5e",
+    "tpu v5e": "v5e", "tpu v5": "v5p", "tpu v5p": "v5p", "tpu v6 lite": "v6e", "tpu v6e": "v6e",
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX's `device_kind` names; None for one whose peaks are not in the table."""
+    name = _KINDS.get(device_kind.lower())
+    return None if name is None else CHIPS[name]
 
 
 def parse_mesh(text: str) -> tuple[Chip, int]:

@@ -98,6 +98,37 @@ def collectives(hlo: str) -> list[Collective]:
     return list(_executed(entry, computations, devices, 1))
 
 
+def executions(hlo: str) -> Iterator[tuple[list[str], int]]:
+    """The instructions of the entry and of each loop's body, with how often one run executes them.
+
+    Bodies of fusions and of reductions are no computations of their own on a device and left out.
+    """
+    entry, computations = _computations(hlo)
+    yield from _loops(entry, computations, 1)
+
+
+def _loops(
+    name: str, computations: dict[str, list[str]], times: int
+) -> Iterator[tuple[list[str], int]]:
+    lines = computations.get(name, [])
+    yield lines, times
+    for line in lines:
+        trips = _TRIPS.search(line)
+        for role, called in _CALLED.findall(line) if " while(" in line else ():
+            if role == "body":
+                yield from _loops(called, computations, times * (int(trips[1]) if trips else 1))
+
+
+def shapes_of(types: str) -> list[tuple[str, int]]:
+    """(dtype, bytes) of each array in an instruction's result."""
+    return [(dtype, _bytes(dtype, dimensions)) for dtype, dimensions in _SHAPE.findall(types)]
+
+
+def computations_of(hlo: str) -> dict[str, list[str]]:
+    """The instructions of every computation of a module, by name."""
+    return _computations(hlo)[1]
+
+
 def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
     """The entry's name, and the instructions of each computation by name."""
     entry, current = "", None

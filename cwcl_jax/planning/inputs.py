@@ -1,7 +1,8 @@
-"""The abstract batch of a config: shapes that its pipeline would give, without any data."""
+"""A config without its files, and its abstract batch: shapes that its pipeline would give."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -9,13 +10,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.options import reads_features
 from cwcl_jax.modalities import ArraySpec
+from cwcl_jax.models.encoders import encoder_family
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained import complete
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint
 
 # By tower its inputs by name; "label" is one array.
 AbstractBatch = dict[str, Any]
+
+
+def without_files(config: ExperimentConfig) -> ExperimentConfig:
+    """The config without weights; a tower without preset has the sizes of its weights' folder.
+
+    Raises:
+      ConfigError: such a folder is not here.
+    """
+    return dataclasses.replace(
+        config,
+        towers={name: _without_file(name, tower) for name, tower in config.towers.items()},
+    )
+
+
+def _without_file(modality: str, tower: TowerConfig) -> TowerConfig:
+    if tower.weights and not tower.preset:
+        try:
+            tower = complete(tower)
+        except (OSError, ValueError) as error:
+            presets = ", ".join(encoder_family(tower.encoder).presets)
+            raise ConfigError(
+                f"the {modality} tower's sizes stand in its weights, {tower.weights}, which are "
+                f"not here; name a preset instead: --config.towers.{modality}.preset=... "
+                f"({presets})"
+            ) from error
+    return dataclasses.replace(tower, weights="")
 
 
 def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> AbstractBatch:

@@ -20,7 +20,7 @@ _PRECISIONS = {
 def report(base: Estimate, *, efficiency: float, missing: str = "") -> str:
     """What is known of one config; `missing` says why nothing was compiled."""
     parts = [_heading(base), _towers(base), _memory(base, missing), _work(base), _traffic(base)]
-    parts += [_time(base, efficiency), _notes(base)]
+    parts += [_time(base, efficiency), _input(base, efficiency), _notes(base)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -107,6 +107,21 @@ def _traffic(base: Estimate) -> str:
     if not rows:
         return "nothing is sent between devices"
     return format_table(("sent by one device in a step", "operations", "GB"), rows)
+
+
+def _input(base: Estimate, efficiency: float) -> str:
+    """Cores that make examples as fast as the devices take them."""
+    config = base.blueprint.config
+    read = [config.data.inputs_of(m) for m in config.towers if m not in base.embedded]
+    seconds = sum(modality.core_seconds for modality in read)
+    if not seconds or not base.times.roofline:
+        return ""
+    rate = config.global_batch_size / (base.times.roofline / efficiency) / base.devices
+    return (
+        f"input at {efficiency:.0%} of the roofline: {rate:,.0f} examples/s for each device, "
+        f"decoded by {max(rate * seconds, 0.1):,.1f} cores where files are of a usual size; one "
+        "process for each device"
+    )
 
 
 def _time(base: Estimate, efficiency: float) -> str:

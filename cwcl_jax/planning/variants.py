@@ -42,6 +42,8 @@ def _changes(base: Estimate) -> Iterator[tuple[str, ExperimentConfig, tuple[str,
             if config.loss.form != form:
                 loss = dataclasses.replace(config.loss, form=form)
                 yield f"loss.form={form}", dataclasses.replace(config, loss=loss), same
+    if config.dtype == "float32" and config.precision != "default":
+        yield "precision=default", dataclasses.replace(config, precision="default"), same
     if config.loss.precision != "default":
         loss = dataclasses.replace(config.loss, precision="default")
         yield "loss.precision=default", dataclasses.replace(config, loss=loss), same

@@ -125,5 +125,9 @@ def _precision(equation: Any, operand: Any) -> str:
         return "half"
     chosen = equation.params.get("precision")
     first = chosen[0] if isinstance(chosen, tuple) else chosen
-    named = {jax.lax.Precision.HIGH: "high", jax.lax.Precision.HIGHEST: "highest"}
+    named = {
+        jax.lax.Precision.HIGH: "high",
+        jax.lax.Precision.HIGHEST: "highest",
+        jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3: "high",
+    }
     return named.get(first, "single")

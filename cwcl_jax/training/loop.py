@@ -15,6 +15,7 @@ from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.coordination import barrier
 from cwcl_jax.training.input import DeviceBatch, DeviceInput
+from cwcl_jax.training.meter import Meter, Profiler
 from cwcl_jax.training.metrics import Progress, Writer
 from cwcl_jax.training.state import Leaves, TrainState
 from cwcl_jax.training.step import TrainStep
@@ -57,6 +58,8 @@ class Loop:
         evaluate: Callable[[TrainState, int], dict[str, float]],
         watchdog: Watchdog,
         stop: StopSignal,
+        meter: Meter,
+        profiler: Profiler,
     ):
         self._config = config
         self._workdir = workdir
@@ -67,6 +70,8 @@ class Loop:
         self._evaluate = evaluate
         self._watchdog = watchdog
         self._stop = stop
+        self._meter = meter
+        self._profiler = profiler
         self._unread: deque[_Pending] = deque()
         self._last_values: dict[str, float] = {}
         self._failure: OSError | None = None
@@ -96,6 +101,7 @@ class Loop:
             stopping = not self._run_evaluation(state, done)
         while done < config.total_steps and not stopping:
             with self._watchdog.phase("first_step" if done == start else "step"):
+                self._profiler.at(done, state)
                 state, batch = self._advance(state, locked, batches, done + 1)
                 if done == start:  # its limit is for the compilation too, which is over then
                     jax.block_until_ready(self._unread[-1].metrics)
@@ -105,7 +111,7 @@ class Loop:
                     or done % config.logging.every_steps == 0
                     or done == config.total_steps
                 ):
-                    self._log(done, clock)
+                    self._log(done, clock, batch)
             stopping = done < config.total_steps and stop.requested()
             saved = self._save_is_due(done) or stopping
             if saved:
@@ -115,6 +121,7 @@ class Loop:
                 if stopping and not saved:
                     self._save(done, state, batch)
                 clock.restart()
+        self._profiler.end(state)
         self._progress.end()
         if self._failure is not None:
             raise self._failure
@@ -137,10 +144,15 @@ class Loop:
         if len(self._unread) > _IN_FLIGHT:
             jax.block_until_ready(self._unread[-_IN_FLIGHT - 1].metrics)
 
-    def _log(self, done: int, clock: _Clock) -> None:
+    def _log(self, done: int, clock: _Clock, batch: DeviceBatch) -> None:
         """Reads what the devices have computed, checks every step of it, writes the last one."""
         values = self._read_metrics()
-        values |= clock.lap(done)
+        speed = clock.lap(done)
+        if speed:
+            values |= speed | self._meter.read(clock.seconds_per_step)
+        else:  # before anything is timed
+            self._meter.prepare(batch.arrays)
+            clock.restart()
         self._write(done, values)
         remaining = (self._config.total_steps - done) * clock.seconds_per_step
         self._progress.show(done, values, eta_seconds=remaining)
@@ -219,7 +231,7 @@ class Loop:
 
 
 class _Clock:
-    """Examples per second and the share of time that the step waited for data."""
+    """Pairs per second, seconds of a step and the share of time that the step waited for data."""
 
     def __init__(self, global_batch_size: int, batches: DeviceInput):
         self._size = global_batch_size
@@ -244,5 +256,6 @@ class _Clock:
         self.seconds_per_step = seconds / (done - previous)
         return {
             "examples_per_second": self._size / self.seconds_per_step,
+            "seconds_per_step": self.seconds_per_step,
             "data_wait": min(waited / seconds, 1.0),
         } | skipped

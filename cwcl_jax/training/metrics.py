@@ -259,7 +259,7 @@ class Progress:
 def progress_line(
     step: int, total_steps: int, values: Mapping[str, float], eta_seconds: float
 ) -> str:
-    """Step, loss, both directions, excess, effective positives, speed, data wait, ETA."""
+    """Step, loss, both directions, excess, effective positives, speed, devices, data wait, ETA."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, label, form in _SHOWN:
         if name in values:
@@ -275,7 +275,10 @@ _SHOWN = (
     ("excess", "excess", ".3f"),
     ("effective_positives", "eff.pos", ".1f"),
     ("accuracy_u_to_v", "acc", ".2f"),
-    ("examples_per_second", "ex/s", ".0f"),
+    ("examples_per_second", "pairs/s", ".0f"),
+    ("seconds_per_step", "s/step", ".3g"),
+    ("mfu", "MFU", ".1%"),
+    ("memory_gb", "GB", ".1f"),
     ("data_wait", "wait", ".0%"),
     ("skipped", "skipped", ".0f"),
 )

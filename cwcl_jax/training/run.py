@@ -33,6 +33,7 @@ from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.features import training_source
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
+from cwcl_jax.training.meter import Meter, Profiler
 from cwcl_jax.training.metrics import Progress, check_writers, make_writers, read_json_lines
 from cwcl_jax.training.plots import plot_losses
 from cwcl_jax.training.state import (
@@ -46,7 +47,7 @@ from cwcl_jax.training.state import (
 )
 from cwcl_jax.training.step import TrainStep
 from cwcl_jax.training.stopping import Stopped, StopSignal
-from cwcl_jax.training.summary import tower_table
+from cwcl_jax.training.summary import tower_table, unused_gpu
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 from cwcl_jax.training.workdir import (
     check_same_data,
@@ -117,6 +118,8 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             _say_of_start(blueprint, state, start)
             for told in evaluator.compare_with(batches.source):
                 say(f"warning: {told}")
+            if warning := unused_gpu(os.environ):
+                say(warning)
             if config.optimizer.warmup_steps > config.total_steps:
                 say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
@@ -290,6 +293,8 @@ class _Fit:
             evaluate=evaluate,
             watchdog=self._watchdog,
             stop=stop,
+            meter=Meter.of(self._blueprint),
+            profiler=Profiler(config, self._workdir / "profile"),
         )
         try:
             return loop.run(state, locked, start, device_input, evaluation_is_missing=missing)

@@ -138,6 +138,7 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
         inverse_temperature=config.temperature.initial,
         logit_bias=config.temperature.bias if needs_bias(config.loss) else None,
         dtype=config.dtype,
+        precision=config.precision,
         rngs=rngs,
     )
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+from flax import nnx
+
+from cwcl_jax.models.attention import choice
+from cwcl_jax.models.transformer import Attention
 from cwcl_jax.training.state import Blueprint, count
 
-_HEADER = ("tower", "encoder", "parameters", "trained", "bytes", "compute", "weights")
+_HEADER = (
+    "tower", "encoder", "parameters", "trained", "bytes", "compute", "attention", "weights",
+)  # fmt: skip
+# What JAX installs for NVIDIA's GPUs; without a driver it is there for nothing.
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+_PROBED_TOKENS = 64
 
 
 def tower_table(blueprint: Blueprint) -> str:
     """A table of the towers with a line on the mesh below it."""
     config = blueprint.config
+    model = blueprint.model_def.merge(blueprint.abstract)
     rows = []
     for modality, tower in config.towers.items():
         leaves = {
@@ -26,7 +39,8 @@ def tower_table(blueprint: Blueprint) -> str:
                 f"{parameters:,}",
                 trained_text(parameters, trained),
                 size_text(size),
-                tower.dtype or config.dtype,
+                compute_text(model.towers[modality]),
+                attention_text(model.towers[modality]),
                 tower.weights or "initialised",
             )
         )
@@ -37,6 +51,36 @@ def tower_table(blueprint: Blueprint) -> str:
         + f"\nloss {config.loss.name}, global batch {config.global_batch_size}"
         + (f" in {config.accumulation_steps} chunks" if config.accumulation_steps > 1 else "")
         + f", {config.total_steps} steps, mesh ({mesh}) of {device} devices"
+    )
+
+
+def compute_text(tower: Any) -> str:
+    """Compute type, with the precision of its products where it is float32: `float32 highest`."""
+    return f"float32 {tower.precision}" if tower.dtype == "float32" else str(tower.dtype)
+
+
+def attention_text(tower: Any) -> str:
+    """Whose attention a tower runs: `cudnn`, `xla`, or `-` without any of this package's.
+
+    Asked for a sequence of usual length; one that the kernel refuses is said when it is traced.
+    """
+    for _, module in nnx.iter_modules(tower):
+        if isinstance(module, Attention):
+            if module.implementation != "auto":
+                return module.implementation
+            size = module.query.out_features // module.heads
+            return choice((_PROBED_TOKENS, module.heads, size), tower.dtype, True, module.causal)
+    return "-"
+
+
+def unused_gpu(environ: Mapping[str, str]) -> str:
+    """A warning where JAX's CUDA plugin is installed, but the run is on the CPU; else ""."""
+    installed = [name for name in _CUDA_PLUGINS if importlib.util.find_spec(name)]
+    if not installed or jax.default_backend() != "cpu" or "cpu" in environ.get("JAX_PLATFORMS", ""):
+        return ""
+    return (
+        f"warning: {installed[0]} is installed, but this runs on the CPU: JAX found no GPU or no "
+        "driver. JAX_PLATFORMS=cuda makes that an error, JAX_PLATFORMS=cpu says that it is meant"
     )
 
 

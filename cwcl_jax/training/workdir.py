@@ -50,6 +50,7 @@ _FREE = (
     "config.data.max_skipped_share",
     "config.data.threads",
     "config.data.prefetch",
+    "config.profile",
 )
 # The same function of the same leaves, with other memory.
 _FREE_IN_TOWERS = (".remat", ".attention")

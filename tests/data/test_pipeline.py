@@ -1,6 +1,7 @@
 import itertools
 import json
 import logging
+import os
 import time
 
 import numpy as np
@@ -397,9 +398,13 @@ def test_a_thread_that_comes_late_counts_nothing_for_the_next_start():
     reader.close()
 
 
-def test_threads_fit_the_cores():
+def test_threads_fit_the_cores(monkeypatch):
     assert 1 <= reader_threads(0) <= 16
     assert reader_threads(3) == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(24), raising=False)
+    assert reader_threads(0) == 16
+    monkeypatch.setenv("CWCL_LOCAL_PROCESSES", "8")  # a launcher's, on a host that they share
+    assert reader_threads(0) == 3
 
 
 def test_evaluation_sees_everything_once_in_order():

@@ -44,12 +44,43 @@ def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     visible = [local.environment(options, 1, rank)["CUDA_VISIBLE_DEVICES"] for rank in range(2)]
     assert visible == ["0,1", "2,3"]
+    # Without it jax takes one of the two in a shell of SLURM's, and without the other a CPU.
+    env = local.environment(options, 1, 1)
+    assert (env["JAX_LOCAL_DEVICE_IDS"], env["CWCL_LOCAL_PROCESSES"]) == ("0,1", "2")
+    assert env["JAX_PLATFORMS"] == os.environ.get("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     visible = [local.environment(options, 1, rank)["CUDA_VISIBLE_DEVICES"] for rank in range(2)]
     assert visible == ["4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(SystemExit, match="need 4, but CUDA_VISIBLE_DEVICES=4,5,6 names 3"):
         local.environment(options, 1, 0)
+
+
+def test_one_process_for_each_gpu_unless_asked_otherwise(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert local.parse(["--gpus", "true"]).processes == 4
+    assert local.parse(["--gpus", "-d", "2", "true"]).processes == 2
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    files = ["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"]
+    monkeypatch.setattr(local.os, "listdir", lambda _: files)
+    assert local.parse(["--gpus", "true"]).processes == 2
+    files[:] = ["null"]
+    with pytest.raises(SystemExit):
+        local.parse(["--gpus", "true"])
+    assert "no 1 GPUs here" in capsys.readouterr().err
+    assert local.parse(["true"]).processes == 2
+
+
+def test_several_hosts_are_one_job(monkeypatch):
+    monkeypatch.setenv("CWCL_NUM_HOSTS", "3")
+    monkeypatch.setenv("CWCL_HOST_ID", "2")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "first:8476")
+    env = local.environment(local.parse(["-n", "4", "true"]), 0, 1)
+    assert (env["CWCL_PROCESS_ID"], env["CWCL_NUM_PROCESSES"]) == ("9", "12")
+    assert env["JAX_COORDINATOR_ADDRESS"] == "first:8476"
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    with pytest.raises(SystemExit, match="wants CWCL_HOST_ID from 0 to 2 and JAX_COORD"):
+        local.hosts()
 
 
 def test_the_first_failure_ends_the_others_and_is_the_exit_code():

@@ -67,14 +67,31 @@ def made(name):
     return pods(document), spec
 
 
+def processes(pod, monkeypatch, gpus):
+    """Environments of the processes that a pod of GPUs starts, by its own command line."""
+    for name, value in (pod.environ | {"CUDA_VISIBLE_DEVICES": gpus}).items():
+        monkeypatch.setenv(name, value)
+    start = pod.command.index("launch/local.py")
+    options = local.parse(pod.command[start + 1 :])
+    assert options.command[:3] == ["python", "-m", "cwcl_jax.train"]
+    return [local.environment(options, 0, rank) for rank in range(options.processes)]
+
+
 @pytest.mark.parametrize("name", GPU_FILES)
-def test_every_pod_finds_the_coordinator_and_its_place(name):
+def test_every_gpu_has_a_process_that_finds_the_coordinator_and_its_place(name, monkeypatch):
     all_pods, spec = made(name)
-    layouts = [find_layout(DistributedConfig(), pod.environ) for pod in all_pods]
-    assert [layout.process_id for layout in layouts] == list(range(spec["completions"]))
-    assert {layout.num_processes for layout in layouts} == {spec["completions"]}
+    gpus = "0,1,2,3,4,5,6,7"
+    made_here = [env for pod in all_pods for env in processes(pod, monkeypatch, gpus)]
+    layouts = [find_layout(DistributedConfig(), env) for env in made_here]
+    count = 8 * spec["completions"]
+    assert [layout.process_id for layout in layouts] == list(range(count))
+    assert {layout.num_processes for layout in layouts} == {count}
     assert {layout.coordinator for layout in layouts} == {f"{all_pods[0].host}:8476"}
-    assert {pod.environ["CWCL_NUM_HOSTS"] for pod in all_pods} == {str(spec["completions"])}
+    assert {env["CWCL_NUM_HOSTS"] for env in made_here} == {str(spec["completions"])}
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in made_here[:8]] == gpus.split(",")
+    grace = spec["template"]["spec"]["terminationGracePeriodSeconds"]
+    (local_grace,) = (w for w in all_pods[0].command if w.startswith("--grace="))
+    assert 60 <= int(local_grace.removeprefix("--grace=")) < grace
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -99,6 +116,7 @@ def test_the_command_sources_its_environment_and_becomes_python(name, tmp_path):
     all_pods, _ = made(name)
     *shell, python, module, entry, config, workdir = all_pods[0].command
     assert (python, module, entry) == ("python", "-m", "cwcl_jax.train")
+    shell = shell[:4]
     assert config.startswith("--config=configs/")
     assert (ROOT / config.removeprefix("--config=").split(":")[0]).exists()
     assert workdir.startswith("--workdir=/runs/")
@@ -112,15 +130,16 @@ def test_the_command_sources_its_environment_and_becomes_python(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_indexed_job_trains_as_local_processes(tmp_path):
-    """Every pod's own command and environment; names of hosts and of the toy run exchanged."""
+def test_the_indexed_job_trains_as_local_processes(tmp_path, monkeypatch):
+    """A process of every pod, by its command and environment; names of hosts and run exchanged."""
     all_pods, _ = made("indexed_job.yaml")
     settings = ["--config=tests/training/toy_file.py", f"--workdir={tmp_path}/run"]
     children = []
     with local.held_port() as holder:
         port = holder.getsockname()[1]
         for pod in all_pods:
-            environ = pod.environ | {
+            (environ,) = processes(pod, monkeypatch, "0")
+            environ |= {
                 "JAX_COORDINATOR_ADDRESS": pod.environ["JAX_COORDINATOR_ADDRESS"].replace(
                     f"{all_pods[0].host}:8476", f"127.0.0.1:{port}"
                 ),
@@ -128,14 +147,14 @@ def test_the_indexed_job_trains_as_local_processes(tmp_path):
                 "JAX_PLATFORMS": "cpu",
                 "PYTHONPATH": str(ROOT),
             }
-            command = [sys.executable if w == "python" else w for w in pod.command[:-2]] + settings
-            inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+            command = [sys.executable, "-m", "cwcl_jax.train", *settings]
+            environ.pop("XLA_FLAGS", None)
             with (tmp_path / pod.host).open("w") as output:
                 children.append(
                     subprocess.Popen(
                         ["timeout", "-s", "KILL", "600", *command],
                         cwd=ROOT,
-                        env=inherited | environ,
+                        env=environ,
                         stdout=output,
                         stderr=subprocess.STDOUT,
                     )

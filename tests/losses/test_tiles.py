@@ -1,5 +1,6 @@
 """Shapes of tiles: no tile may hold only some of its rows' own pairs."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,3 +41,12 @@ def test_own_pairs_lie_wholly_inside_of_a_tile_or_wholly_outside(n, shards, heig
 def test_shards_that_no_reasonable_height_divides_keep_their_columns_together():
     assert Tiling(block_size=8, block_columns=16).tile(13, 52, 4) == (8, 52)
     assert Tiling(block_columns=1024).tile(4000, 16000, 4) == (500, 1000)
+
+
+def test_tiles_of_a_gpu_fit_into_its_cache(monkeypatch):
+    """1,024 x 4,096 float32 logits are 16 MiB; an A100 has 40 MB of L2."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert Tiling().tile(16_384, 16_384, 4) == (1024, 4096)
+    assert Tiling().tile(2_000, 16_000, 4) == (1000, 4000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert Tiling().tile(16_384, 16_384, 4) == (512, 16_384)

@@ -279,7 +279,7 @@ def test_fused_attention_is_asked_for_only_where_it_can_exist():
     from cwcl_jax.models import attention
 
     q = jnp.zeros((2, 6, 2, 16), jnp.bfloat16)
-    assert not attention._cudnn_compiles(q.shape, q.dtype, True, False)  # there is no GPU here
+    assert attention._cudnn_refuses(q.shape[1:], q.dtype, True, False)  # there is no GPU here
     mask = jnp.array([[True] * 4 + [False] * 2, [False] * 6])
     got = attention.attend(q, q, q, mask, causal=False, implementation="auto")
     assert bool(jnp.isfinite(got).all())
@@ -287,19 +287,41 @@ def test_fused_attention_is_asked_for_only_where_it_can_exist():
         build(towers(text={"attention": "flash"}))
 
 
+def test_a_refused_kernel_is_said_and_a_mistake_is_not_hidden(monkeypatch, caplog):
+    from cwcl_jax.models import attention
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention._cudnn_refuses.cache_clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        assert attention.choice((6, 2, 16), jnp.bfloat16, True, False) == "xla"
+        assert attention.choice((6, 2, 16), jnp.bfloat16, True, False) == "xla"
+    assert caplog.text.count("refused here") == 1
+    assert attention.choice((6, 2, 16), jnp.float32, True, False) == "xla"
+
+    def broken(*_):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(attention, "_attention", broken)
+    attention._cudnn_refuses.cache_clear()
+    with pytest.raises(TypeError, match="a mistake"):
+        attention.choice((6, 2, 16), jnp.bfloat16, True, False)
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_blind_token_changes_neither_attention_nor_its_gradient(causal):
+def test_a_blind_token_changes_neither_attention_nor_its_gradient(causal, masked):
     from cwcl_jax.models import attention
 
     rng = np.random.default_rng(0)
     q, k, v, weight = (jnp.asarray(rng.normal(size=(3, 7, 2, 8)), jnp.float32) for _ in range(4))
-    mask = jnp.asarray(np.arange(7) < np.array([7, 4, 1])[:, None])
+    mask = jnp.asarray(np.arange(7) < np.array([7, 4, 1])[:, None]) if masked else None
 
     def plain(*arrays):
         return attention.attend(*arrays, mask, causal=causal, implementation="xla")
 
     def padded(*arrays):
-        return attention._with_a_blind_token(*arrays, mask, causal, "xla")
+        blind = jnp.ones((1, 7), bool) if mask is None else mask
+        return attention._with_a_blind_token(*arrays, blind, causal, "xla")
 
     np.testing.assert_allclose(padded(q, k, v), plain(q, k, v), atol=1e-6)
     got, expected = (

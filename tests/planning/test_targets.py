@@ -10,16 +10,23 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from cwcl_jax.losses import LossConfig, make_loss
 from cwcl_jax.planning.chips import CHIPS
+from cwcl_jax.planning.collectives import executions
 from cwcl_jax.planning.estimate import Planner
 from cwcl_jax.planning.inputs import device_bytes
 from cwcl_jax.planning.report import report
-from cwcl_jax.planning.targets import NoCompiler, chip_devices
+from cwcl_jax.planning.targets import NoCompiler, as_on, chip_devices, compiler_options
 from tests.planning.wide import wide_config
 
 ON_GPU = pytest.mark.skipif(
@@ -78,7 +85,9 @@ def test_gradients_are_sent_once_between_gpus(changes):
     assert set(sent) <= {"all-reduce", "all-gather", "reduce-scatter"}
     if not base.blueprint.config.mesh.fsdp > 1:
         whole = 2 * 3 / 4 * trained_bytes(base)
-        assert 0.45 * whole < sent["all-reduce"] < 1.1 * whole  # in bfloat16, or float32
+        assert (
+            0.95 * whole < sent["all-reduce"] < 1.1 * whole
+        )  # in float32, also of bfloat16 towers
 
 
 @ON_GPU
@@ -93,6 +102,49 @@ def test_the_largest_batch_fits_and_a_little_more_does_not():
         for size in (largest, round(1.04 * largest))
     )
     assert below <= base.limit < above
+
+
+OVERLAP = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param("h100", OVERLAP, marks=ON_GPU), pytest.param("v5p", {}, marks=ON_TPU)],
+)
+def test_the_rings_hops_run_beside_the_tiles(name, options):
+    """Of columns, and of their gradient: each starts before the loop over tiles and ends after."""
+    chip = CHIPS[name]
+    mesh = jax.sharding.Mesh(
+        np.array(chip_devices(chip, 4)), ("data",), axis_types=(AxisType.Auto,)
+    )
+    function = make_loss(LossConfig(form="ring", diagnostics=False), mesh=mesh)
+
+    def loss(u, v):
+        return function(u, v, jax.lax.stop_gradient(u), jnp.float32(2.66))[0]
+
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((32_768, 768), jnp.bfloat16, sharding=split)
+    with as_on(chip):
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, x)
+        text = lowered.compile(compiler_options(chip) | options).as_text()
+    seen = []
+    for lines, _ in executions(text):
+        for kind in ("bf16", "f32"):
+            array = rf"{kind}\[8192,768\]"
+            start = [
+                i for i, x in enumerate(lines) if re.search(rf"= \(+{array}.*permute-start\(", x)
+            ]
+            tiles = [i for i, x in enumerate(lines) if " while(" in x]
+            done = [
+                i for i, x in enumerate(lines) if re.search(rf"= \(?{array}.*permute-done\(", x)
+            ]
+            if start and tiles and len(lines) < 200 and "ENTRY" not in lines[0]:
+                seen.append(start[0] < tiles[-1] < done[0])
+    assert len(seen) >= 3
+    assert seen.count(False) <= 1  # the last hop of the gradient, after all tiles
 
 
 @ON_TPU

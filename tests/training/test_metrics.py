@@ -70,6 +70,9 @@ def test_progress_line_shows_what_a_person_watches():
         "excess": 0.25,
         "effective_positives": 12.3,
         "examples_per_second": 812.4,
+        "seconds_per_step": 0.315,
+        "mfu": 0.4123,
+        "memory_gb": 61.26,
         "data_wait": 0.031,
     }
     line = progress_line(20, 400, values, eta_seconds=83.0)
@@ -78,7 +81,10 @@ def test_progress_line_shows_what_a_person_watches():
         "loss 9.123",
         "excess 0.250",
         "eff.pos 12.3",
-        "812",
+        "pairs/s 812",
+        "s/step 0.315",
+        "MFU 41.2%",
+        "GB 61.3",
         "3%",
         "eta 1:23",
     ):

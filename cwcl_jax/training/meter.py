@@ -1,0 +1,120 @@
+"""What a run gets out of its devices: seconds of a step, utilisation, memory, and a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cwcl_jax.config import ExperimentConfig, profiled_steps
+from cwcl_jax.planning.chips import Chip, chip_of
+from cwcl_jax.planning.work import Work, count_work
+from cwcl_jax.training.state import Blueprint, make_blueprint
+from cwcl_jax.training.step import GradientFunction
+
+
+def model_work(blueprint: Blueprint, batch: Any) -> Work:
+    """Products of one step on one device, each counted once: as if nothing were computed twice.
+
+    Args:
+      batch: the global batch, or its shapes.
+    """
+    towers = {
+        name: dataclasses.replace(tower, remat="none")
+        for name, tower in blueprint.config.towers.items()
+    }
+    config = dataclasses.replace(blueprint.config, accumulation_steps=1, towers=towers)
+    plain = make_blueprint(config, blueprint.mesh)
+    inputs = {name: batch[name] for name in (*config.towers, "label") if name in batch}
+    arguments = (
+        plain.abstract_params,
+        plain.abstract_locked | plain.abstract_state().statistics,
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    return count_work(GradientFunction(plain), *arguments, devices=plain.mesh.size)
+
+
+def peak_memory(devices: Sequence[Any]) -> float | None:
+    """The most bytes that one of the devices has had in use; None where it is not counted."""
+    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    return max((float(count) for count in counts if count is not None), default=None)
+
+
+class Meter:
+    """Figures of this process's devices, for the log line and the metrics.
+
+    Args:
+      chip: what the devices are; None where their peak is not known.
+      work: counts the flops of a step on one device for a batch; asked if there is a chip.
+    """
+
+    def __init__(
+        self, devices: Sequence[Any], chip: Chip | None, work: Callable[[Any], float]
+    ) -> None:
+        self._devices = devices
+        self._chip = chip
+        self._work = work
+        self._flops: float | None = None
+
+    @classmethod
+    def of(cls, blueprint: Blueprint) -> Meter:
+        """The meter of a run."""
+        devices = jax.local_devices()
+
+        def work(batch: Any) -> float:
+            return model_work(blueprint, batch).total_flops
+
+        return cls(devices, chip_of(devices[0].device_kind), work)
+
+    def prepare(self, batch: Any) -> None:
+        """Counts the work of a step with a batch of such arrays; takes as long as to trace it."""
+        if self._chip is not None:
+            self._flops = self._work(batch)
+
+    def read(self, seconds: float) -> dict[str, float]:
+        """`mfu`, model flops as a share of the chip's bfloat16 peak, and `memory_gb`.
+
+        Args:
+          seconds: of a step.
+        """
+        values = {}
+        if self._chip is not None and self._flops is not None:
+            values["mfu"] = self._flops / seconds / self._chip.half
+        memory = peak_memory(self._devices)
+        return values if memory is None else values | {"memory_gb": memory / 1e9}
+
+
+class Profiler:
+    """Writes a trace of some steps into a folder, for TensorBoard, XProf or Perfetto.
+
+    Process 0 traces its own devices.
+    """
+
+    def __init__(self, config: ExperimentConfig, folder: Path) -> None:
+        self._steps = profiled_steps(config) if jax.process_index() == 0 else None
+        self._folder = folder
+        self._running = False
+
+    def at(self, done: int, pending: Any) -> None:
+        """Begins or ends the trace after `done` steps, when what is under way is finished."""
+        if self._steps is None:
+            return
+        first, count = self._steps
+        if done == first and not self._running:
+            jax.block_until_ready(pending)
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            self._running = True
+        elif done >= first + count:
+            self.end(pending)
+
+    def end(self, pending: Any = None) -> None:
+        """Writes what there is."""
+        if self._running:
+            jax.block_until_ready(pending)
+            self._running = False
+            jax.profiler.stop_trace()
