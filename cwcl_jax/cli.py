@@ -72,7 +72,7 @@ def with_overrides(config: Mapping[str, Any]) -> dict[str, Any]:
         if tower not in towers:
             raise ConfigError(f"{option}: the towers are {', '.join(towers)}")
         try:
-            value = ast.literal_eval(text)
+            value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = {"true": True, "false": False}.get(text.lower(), text)
         if not name and not isinstance(value, dict):

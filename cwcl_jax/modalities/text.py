@@ -244,7 +244,7 @@ class TextTokenizer:
         remarks = [f"cut at max_tokens={self.max_tokens}"] if encoded.overflowing else []
         if _REPLACED in caption:
             remarks.append("not UTF-8 in their file: letters are lost (U+FFFD)")
-        unknown = self.special_tokens.get("unk_token")
+        unknown = self.special_tokens.get("unk_token", "")
         tokens = [token for piece in pieces for token in piece.tokens]
         # One piece behind a word is an ending, such as a plural's.
         pairs = itertools.pairwise(tokens)
