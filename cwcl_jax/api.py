@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,6 @@ from cwcl_jax.pretrained.folder import (
 )
 
 Audio = str | Path | bytes | tuple[np.ndarray, int]
-Errors = Literal["raise", "skip"]
 Picture = str | Path | bytes | Image.Image | np.ndarray | jax.Array
 
 
@@ -107,14 +106,14 @@ class Model:
         images: Picture | Sequence[Picture],
         *,
         batch_size: int = 64,
-        errors: Errors = "raise",
+        errors: str = "raise",
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of pictures; see `encode_items`."""
         tower = self._reader_of("image")
         return self.encode_items(tower, images, batch_size=batch_size, errors=errors)
 
     def encode_text(
-        self, texts: str | Sequence[str], *, batch_size: int = 256, errors: Errors = "raise"
+        self, texts: str | Sequence[str], *, batch_size: int = 256, errors: str = "raise"
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of texts; see `encode_items`."""
         tower = self._reader_of("text")
@@ -125,14 +124,14 @@ class Model:
         recordings: Audio | Sequence[Audio],
         *,
         batch_size: int = 32,
-        errors: Errors = "raise",
+        errors: str = "raise",
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of recordings; see `encode_items`."""
         tower = self._reader_of("speech")
         return self.encode_items(tower, recordings, batch_size=batch_size, errors=errors)
 
     def encode_items(
-        self, tower: str, items: Any, *, batch_size: int = 64, errors: Errors = "raise"
+        self, tower: str, items: Any, *, batch_size: int = 64, errors: str = "raise"
     ) -> Float[np.ndarray, "b d"]:
         """Embeds of one item or many, as the tower's modality takes them.
 

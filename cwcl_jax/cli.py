@@ -217,7 +217,7 @@ def with_settings(config: Mapping[str, Any], settings: Sequence[_Setting]) -> di
         if tower not in towers:
             raise ConfigError(f"{option}: the towers are {', '.join(towers)}")
         try:
-            value = ast.literal_eval(text)
+            value: Any = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = {"true": True, "false": False}.get(text.lower(), text)
         if not name and not isinstance(value, dict):

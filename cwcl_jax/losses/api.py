@@ -59,7 +59,7 @@ def cwcl_loss(
     Raises:
       ValueError: an argument is missing, or would do nothing.
     """
-    config, labels = config or LossConfig(), exact_labels(labels)
+    config, numbers = config or LossConfig(), exact_labels(labels)
     own = weight_function if callable(weight_function) else None
     if isinstance(weight_function, str) and weight_function:
         config = dataclasses.replace(config, weight_function=weight_function)
@@ -77,7 +77,7 @@ def cwcl_loss(
     refuse_unread(frame.config.name, read)
     loss_fn = make_loss(config, mesh=mesh, axes=axes, weight_function=own)
     return loss_fn(
-        u, v, weights_from, logit_scale, logit_bias, labels, targets, v_weights_from, progress
+        u, v, weights_from, logit_scale, logit_bias, numbers, targets, v_weights_from, progress
     )
 
 

@@ -206,7 +206,7 @@ def train_pixels(
     if inputs.crop_min_area > 0:
         box = random_crop_box(*upright, inputs.crop_min_area, draws)
     elif inputs.squash:
-        box = (0.0, 0.0, *map(float, upright))
+        box = (0.0, 0.0, float(upright[0]), float(upright[1]))
     else:
         box = _centre_box(*upright, 1.0)
     mirror = inputs.flip and draws.chance(0.5)

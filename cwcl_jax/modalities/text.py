@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -243,9 +244,12 @@ class TextTokenizer:
         remarks = [f"cut at max_tokens={self.max_tokens}"] if encoded.overflowing else []
         if _REPLACED in caption:
             remarks.append("not UTF-8 in their file: letters are lost (U+FFFD)")
-        unknown = self.special_tokens.get("unk_token")
+        unknown = self.special_tokens.get("unk_token", "")
         tokens = [token for piece in pieces for token in piece.tokens]
-        if self.is_own and any(token.startswith("##") or token == unknown for token in tokens):
+        # One piece behind a word is an ending, such as a plural's.
+        pairs = itertools.pairwise(tokens)
+        spelt = any(one.startswith("##") and two.startswith("##") for one, two in pairs)
+        if self.is_own and (spelt or unknown in tokens):
             remarks.append(OUTSIDE_SCENES)
         elif unknown in tokens and unknown not in caption:
             remarks.append(f"with words that the tokenizer does not know ({unknown})")

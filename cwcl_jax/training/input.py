@@ -20,7 +20,9 @@ class Batches(Protocol):
 
     steps_per_epoch: int
     source: Any
-    skipped: Mapping[str, int]
+
+    @property
+    def skipped(self) -> Mapping[str, int]: ...
 
     def __next__(self) -> dict[str, Any]: ...
 
