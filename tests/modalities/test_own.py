@@ -18,7 +18,9 @@ from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.exit_codes import DONE
 from cwcl_jax.export import export
 from cwcl_jax.models.leaves import split
+from cwcl_jax.models.own_encoder import OwnEncoder, settings_of
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.models.transformer import Execution
 from cwcl_jax.training.embedding import preprocessing
 from cwcl_jax.training.encode import load_encoder
 from cwcl_jax.training.metrics import read_json_lines
@@ -74,6 +76,24 @@ class InLinen(linen.Module):
     @linen.compact
     def __call__(self, inputs):
         return linen.Dense(self.width)(inputs["signal"])
+
+class Noisy(linen.Module):
+    @linen.compact
+    def __call__(self, inputs, train: bool = False):
+        x = linen.Dense(4)(inputs["signal"])
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        return linen.Dropout(0.5)(x, deterministic=not train)
+
+class Undecided(linen.Module):
+    @linen.compact
+    def __call__(self, inputs):
+        return linen.BatchNorm()(inputs["signal"])
+
+class Told(nnx.Module):
+    def __init__(self, *, rngs):
+        self.dense = nnx.Linear(8, 4, rngs=rngs)
+    def __call__(self, inputs, *, deterministic: bool):
+        return self.dense(inputs["signal"]) * (1.0 if deterministic else 2.0)
 
 class Flat(nnx.Module):
     def __init__(self, *, rngs):
@@ -209,6 +229,7 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"towers.wave.encoder": "own_waves:Flat"}, r"shape \(b, f\).*b=2 it gives \(2,\)"),
         ({"towers.wave.encoder": "own_waves:Remembering"}, "module/seen is a Cache"),
         ({"towers.wave.encoder": "own_waves:Plain"}, r"'window' .*nnx\.data"),
+        ({"towers.wave.encoder": "own_waves:Undecided"}, "built: .*an argument train or determ"),
         ({"towers.wave.overrides": {"widht": 3}}, "no argument 'widht'; did you mean 'width'"),
         ({"towers.wave.preset": "tiny"}, "your own and has no preset"),
         ({"towers.wave.scan_layers": True}, "scan_layers and remat are for the built-in"),
@@ -234,6 +255,35 @@ def test_an_encoder_in_linen_trains(own, tmp_path):
     assert train(made, tmp_path / "run") == DONE
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
+
+
+def built(name):
+    """An encoder of the module as the tower holds it, its definition and leaves."""
+    arrays = {"signal": ((8,), "float32")}
+    settings = settings_of(name, "", {}, "")
+    encoder = OwnEncoder(name, settings, Execution(jnp.float32), arrays, rngs=nnx.Rngs(0))
+    return split(encoder)
+
+
+def test_an_encoder_in_linen_is_told_that_it_trains(own):
+    definition, leaves = built("own_waves:Noisy")
+    signal = {"signal": jnp.arange(24.0).reshape(3, 8)}
+    training = definition.merge(leaves, jax.random.key(0))
+    dropped = training(signal, jax.random.key(0))
+    assert float((dropped == 0).mean()) > 0.2
+    x = signal["signal"] @ leaves["module/Dense_0/kernel"]
+    statistics = definition.statistics_of(training)
+    (mean,) = [value for path, value in statistics.items() if path.endswith("mean")]
+    np.testing.assert_allclose(mean, 0.5 * x.mean(axis=0), rtol=1e-5)
+    resting = definition.merge(leaves)
+    np.testing.assert_allclose(resting(signal), x / np.sqrt(1 + 1e-5), rtol=1e-5)
+    assert set(definition.statistics_of(resting)) == set(statistics)
+
+
+def test_an_encoder_whose_call_asks_is_told_whether_it_trains(own):
+    definition, leaves = built("own_waves:Told")
+    encoder, signal = definition.merge(leaves), {"signal": jnp.ones((1, 8))}
+    np.testing.assert_allclose(encoder(signal, jax.random.key(0)), 2 * encoder(signal), rtol=1e-6)
 
 
 def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
