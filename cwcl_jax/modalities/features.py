@@ -1,7 +1,7 @@
 """Features that some encoder gave before: one array of numbers for each example, of any shape."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,9 +30,6 @@ class FeatureInputs(Modality):
     def prepare(self, value: Any, draws: Draws | None = None) -> dict[str, np.ndarray]:
         del draws
         return {"features": np.asarray(value, np.float32)}
-
-    def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
-        return {"features": np.stack([np.asarray(item, np.float32) for item in items])}
 
     def listed(self, items: Any) -> list[Any]:
         """Returns one vector or many as a list."""

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source
 from cwcl_jax.exit_codes import DONE, PREEMPTED
+from cwcl_jax.modalities import WrongInputs
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs
@@ -61,12 +63,15 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
     """Trains in `workdir`, or resumes what it holds; returns the exit code.
 
     Raises:
-      ConfigError: settings, data or weights that cannot work, before anything is computed.
+      ConfigError: settings, data or weights that cannot work: before anything is computed, but for
+        examples that turn out to be unusable.
       NonFiniteLossError: the loss diverged.
     """
     with only_user(workdir) if is_primary() else nullcontext():
         try:
             return _train(config, workdir, watchdog or unwatched())
+        except (TooManyBadExamples, WrongInputs) as error:
+            raise ConfigError(str(error)) from error
         except Stopped:
             say("stopped while features of locked encoders were made; the same command goes on")
             return PREEMPTED

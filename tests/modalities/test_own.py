@@ -15,8 +15,10 @@ from flax import nnx
 from cwcl_jax.api import load_model
 from cwcl_jax.config import ConfigError, defaults, from_config_dict, from_json, to_json
 from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.skipping import BadExample, TooManyBadExamples
 from cwcl_jax.exit_codes import DONE
 from cwcl_jax.export import export
+from cwcl_jax.modalities import WrongInputs, modality_class
 from cwcl_jax.models.leaves import split
 from cwcl_jax.models.own_encoder import OwnEncoder, settings_of
 from cwcl_jax.models.tower import TowerConfig
@@ -61,6 +63,26 @@ class WaveInputs(Modality):
             raise BadExample("wave not finite")
         loud = 1.0 if draws is None else draws.uniform(1.0, self.gain)
         return {"signal": np.float32(loud) * value[: self.samples]}
+
+@dataclasses.dataclass(frozen=True)
+class Longer(WaveInputs):
+    def arrays(self):
+        return {"signal": ArraySpec((9,), "float32")}
+
+@dataclasses.dataclass(frozen=True)
+class Whole(WaveInputs):
+    def prepare(self, value, draws=None):
+        return {"signal": np.arange(self.samples)}
+
+@dataclasses.dataclass(frozen=True)
+class Failing(WaveInputs):
+    def prepare(self, value, draws=None):
+        return {"signal": value[:, 0]}
+
+@dataclasses.dataclass(frozen=True)
+class Holed(WaveInputs):
+    def prepare(self, value, draws=None):
+        return {"signal": np.where(value > 2, value, np.nan)}
 
 class Encoder(nnx.Module):
     def __init__(self, width: int = 16, drop: float = 0.0, *, rngs):
@@ -143,6 +165,45 @@ def config(**changes):
         for path, value in changes.items():
             made.update_from_flattened_dict({path: value})
     return from_config_dict(made)
+
+
+def tiny(modality):
+    """A modality of the module, without its encoder."""
+    return modality_class(f"own_waves:{modality}")()
+
+
+@pytest.mark.parametrize(
+    ("modality", "message"),
+    [
+        ("Longer", r"Longer gives .*float32\[8\].*Longer.arrays\(\) says .*float32\[9\]"),
+        ("Whole", r"int64\[8\].* says .*float32\[8\]"),
+        ("Failing", r"Failing.prepare fails on an array float32\[8\]: IndexError"),
+    ],
+)
+def test_a_modality_that_gives_other_arrays_than_it_says_is_refused(own, modality, message):
+    made = config(**{"towers.wave.modality": f"own_waves:{modality}"})
+    batches = train_batches(made.data, ("wave", "text"), seed=0, global_batch_size=16)
+    with pytest.raises(WrongInputs, match=f"config.data.wave: .*{message}"):
+        next(batches)
+    batches.close()
+    wave = np.ones(8, np.float32)
+    with pytest.raises(ValueError, match=f"item 0: .*{message}"):
+        tiny(modality).batch([wave])
+
+
+def test_inputs_that_are_not_finite_make_an_example_unusable(own):
+    made = config(**{"towers.wave.modality": "own_waves:Holed"})
+    batches = train_batches(made.data, ("wave", "text"), seed=0, global_batch_size=16)
+    with pytest.raises(TooManyBadExamples, match="signal not finite"):
+        next(batches)
+    batches.close()
+    with pytest.raises(BadExample, match="item 3: NaN"):
+        tiny("Holed").batch([np.full(8, 3.0, np.float32)] * 3 + [np.ones(8, np.float32)])
+
+
+def test_numbers_of_another_width_come_in_the_dtype_that_is_said(own):
+    rows = tiny("WaveInputs").batch([np.ones(8)])
+    assert rows["signal"].dtype == np.float32
 
 
 def losses(workdir):
@@ -298,6 +359,11 @@ def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
     again = load_model(tmp_path / "out", allow_code=True)
     waves = [np.sin(np.arange(8.0) * k).astype(np.float32) for k in (1, 2, 3)]
     rows = again.encode_items("wave", waves)
+    for wrong in (np.ones((2, 9)), np.ones(8), np.ones((2, 8, 1))):
+        with pytest.raises(ValueError, match=r"signal of shape \(b, 8\), one row an item: not"):
+            again.encode("wave", {"signal": wrong})
+    with pytest.raises(ValueError, match=r"features of shape \(b, 16\)"):
+        again.encode("wave", {"features": np.ones((2, 15))})
     np.testing.assert_allclose(rows, model.encode_items("wave", waves), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     encoder, _ = load_encoder(tmp_path / "run")
