@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.losses.options import resolve
+from cwcl_jax.losses import make_loss
+from cwcl_jax.losses.options import LossConfig, is_own, resolve
 from cwcl_jax.models.encoders import encoder_config
+from cwcl_jax.training.state import Blueprint
 
 
 def check_inputs(config: ExperimentConfig) -> None:
@@ -27,3 +33,56 @@ def check_inputs(config: ExperimentConfig) -> None:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def check_own_loss(blueprint: Blueprint) -> None:
+    """Raises ConfigError where a loss or weight function of the user's cannot be trained with."""
+    config = blueprint.config
+    try:
+        if is_own(config.loss.name):
+            _try_loss(blueprint)
+        elif is_own(config.loss.weight_function):
+            _try_weights(config.loss)
+    except Exception as error:
+        field = "name" if is_own(config.loss.name) else "weight_function"
+        named = f"config.loss.{field}={getattr(config.loss, field)!r}"
+        raise ConfigError(f"{named}: {type(error).__name__}: {error}") from error
+
+
+def _try_loss(blueprint: Blueprint) -> None:
+    """Traces the loss for four pairs; nothing is computed."""
+    config = blueprint.config
+    towers = blueprint.model_def.merge(blueprint.abstract).towers
+    widths = [towers[tower].feature_width for tower in config.tower_names]
+
+    def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    made, _ = jax.eval_shape(
+        lambda u, v, p, scale, bias, labels, q, progress: make_loss(config.loss)(
+            u, v, p, scale, logit_bias=bias, labels=labels, q=q, progress=progress
+        ),
+        array(4, config.embed_dim),
+        array(4, config.embed_dim),
+        array(4, widths[0]),
+        array(),
+        array() if "logit_bias" in blueprint.abstract else None,
+        array(4, dtype="int32") if config.data.labels else None,
+        array(4, widths[1]),
+        array(),
+    )
+    if not jnp.issubdtype(made.dtype, jnp.floating):
+        raise ValueError(f"it returns {made.dtype}, and must return a float")
+
+
+def _try_weights(loss: LossConfig) -> None:
+    """Computes the weights of cosines from -1 to 1."""
+    cosines = jnp.linspace(-1.0, 1.0, 21).reshape(3, 7)
+    weights = np.asarray(resolve(loss).weights.function()(cosines, 1.0))
+    wrong = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        at = tuple(wrong[0])
+        raise ValueError(
+            f"the weight of a cosine of {float(cosines[at]):.1f} is {weights[at]:g}; weights must "
+            "be finite and at least 0 for cosines from -1 to 1, for example jnp.maximum(weight, 0)"
+        )

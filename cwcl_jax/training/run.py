@@ -18,7 +18,7 @@ from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.modalities import WrongInputs
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.checks import check_inputs
+from cwcl_jax.training.checks import check_inputs, check_own_loss
 from cwcl_jax.training.coordination import barrier, gather, meet
 from cwcl_jax.training.distributed import (
     check_agreement,
@@ -95,6 +95,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
                 say(evaluator.saved_table())
                 return DONE
             check_inputs(blueprint.config)
+            check_own_loss(blueprint)
             evaluator.check_sources()
             check_same_data(workdir, batches.fingerprint(), config)
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)

@@ -23,10 +23,15 @@ from cwcl_jax.models.leaves import split
 from cwcl_jax.models.own_encoder import OwnEncoder, settings_of
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.transformer import Execution
+from cwcl_jax.planning.estimate import step_work
+from cwcl_jax.planning.inputs import abstract_batch
+from cwcl_jax.training import sharding
 from cwcl_jax.training.embedding import preprocessing
 from cwcl_jax.training.encode import load_encoder
 from cwcl_jax.training.metrics import read_json_lines
+from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
+from cwcl_jax.training.state import make_blueprint
 from tests.training.toy import TEXT
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +141,18 @@ class Remembering(nnx.Module):
         return inputs["signal"]
 
 NUMBER = 3
+
+def odd_loss(u, w):
+    return u.sum()
+
+def rows_loss(u, v):
+    return (u * v).sum(axis=1)
+
+def negative(cosine):
+    return cosine
+
+def summed(cosine):
+    return cosine.sum()
 """
 
 
@@ -297,6 +314,12 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"towers.wave.modality": ""}, "does not say what it reads"),
         ({"towers.wave.modality": "own_waves:Encoder"}, "no subclass of .*Modality"),
         ({"towers.wave.modality": "sound"}, "unknown modality 'sound'"),
+        ({"loss.name": "own_waves:odd_loss"}, "config.loss: .*takes an argument 'w'"),
+        ({"loss.name": "own_waves:nothing"}, "config.loss: .* has no 'nothing'"),
+        ({"loss.name": "own_waves:NUMBER"}, "config.loss: .* is a int, not a function"),
+        ({"loss.name": "own_waves:rows_loss"}, r"must return a scalar, got the shape \(4,\)"),
+        ({"loss.weight_function": "own_waves:negative"}, "cosine of -1.0 is -1; .* at least 0"),
+        ({"loss.weight_function": "own_waves:summed"}, "must work entry by entry"),
         ({"data.wave.samples": 7}, r"fails on inputs .*float32\[2, 7\]"),
         ({"data.train": "own_waves:Wave:x"}, "has no 'Wave'"),
         ({"data.train": "own_waves:Waves:x?m=3"}, "has no option 'm'"),
@@ -306,6 +329,13 @@ def test_what_cannot_work_is_one_error_before_the_first_step(own, tmp_path, chan
     with pytest.raises(ConfigError, match=message):
         train(config(**changes), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_encoder_with_running_statistics_is_planned(own):
+    blueprint = make_blueprint(config(), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    work = step_work(blueprint, abstract_batch(blueprint))
+    dense = 2 * 16 * 8 * 16  # products of the encoder's layer alone: batch x in x out
+    assert sum(work.flops.values()) > 3 * dense
 
 
 def test_an_encoder_in_linen_trains(own, tmp_path):
