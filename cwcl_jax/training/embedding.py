@@ -169,8 +169,9 @@ def check_features(
             raise ConfigError(
                 f"config.data.train gives features for the tower {tower!r}, but nothing says that "
                 f"its encoder {config.towers[tower].encoder!r} made them: set "
-                f"config.towers.{tower}.encoder='precomputed' to take them as inputs, or make them "
-                "with python -m cwcl_jax.embed"
+                f"config.towers.{tower}.encoder='precomputed' to take them as inputs, make them "
+                "with python -m cwcl_jax.embed, or, where they are raw inputs, say so in the "
+                "source line (raw=NAME)"
             )
         for store in stores:
             _check_store(blueprint, tower, store, sources)

@@ -142,6 +142,9 @@ class Remembering(nnx.Module):
 
 NUMBER = 3
 
+def a_list(path):
+    return [path]
+
 def odd_loss(u, w):
     return u.sum()
 
@@ -322,6 +325,9 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"loss.weight_function": "own_waves:summed"}, "must work entry by entry"),
         ({"data.wave.samples": 7}, r"fails on inputs .*float32\[2, 7\]"),
         ({"data.train": "own_waves:Wave:x"}, "has no 'Wave'"),
+        ({"data.train": "own_waves:Waves"}, "has no path: write own_waves:Waves:PATH"),
+        ({"data.train": "own_waves:Encoder:x"}, "source 'own_waves:Encoder' fails on 'x': Type"),
+        ({"data.train": "own_waves:a_list:x"}, "gives a list, which does not derive from .*Source"),
         ({"data.train": "own_waves:Waves:x?m=3"}, "has no option 'm'"),
     ],
 )

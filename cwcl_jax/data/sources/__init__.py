@@ -1,9 +1,11 @@
 """Opens the sources that a source line names; see `base` for the form of the line."""
 
 import difflib
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from typing import Any
 
 from cwcl_jax.data.sources.arrays import open_arrays
 from cwcl_jax.data.sources.base import (
@@ -35,7 +37,7 @@ from cwcl_jax.data.sources.subset import Subset
 from cwcl_jax.data.sources.tables import open_delimited, open_jsonl
 from cwcl_jax.data.sources.tars import open_clip_benchmark, open_tars
 from cwcl_jax.data.sources.tfds import open_tfds
-from cwcl_jax.extension import import_named
+from cwcl_jax.extension import import_named, is_reference
 
 __all__ = [
     "SOURCE_KINDS",
@@ -118,13 +120,31 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
     if line.kind == "spoken":
         source = _open_spoken(plain, cache_dir)
     else:
-        source = call_with_options(opener, plain.path, plain, {"cache_dir": cache_dir})
+        source = _called(opener, plain, cache_dir)
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
     folders = line.options.get("embeds")
     if not folders:
         return source
     return Embedded(source, [os.path.expanduser(folder) for folder in folders.split(",")])
+
+
+def _called(opener: Callable[..., Any], line: SourceLine, cache_dir: str) -> Source:
+    """What the opener gives; of one of the user's own any error is one about the line."""
+    try:
+        source = call_with_options(opener, line.path, line, {"cache_dir": cache_dir})
+    except (TypeError, AttributeError, KeyError) as error:
+        if not is_reference(line.kind):
+            raise
+        raise ValueError(
+            f"source {line.kind!r} fails on {line.path!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(source, Source):
+        raise ValueError(
+            f"source {line.kind!r} gives a {type(source).__name__}, which does not derive from "
+            "cwcl_jax.data.sources.Source"
+        )
+    return source
 
 
 def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
@@ -135,6 +155,11 @@ def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
     if colon and name.isidentifier():
         own = f"{line.kind}:{name}"
         return SourceLine(own, path, line.options), import_named(own, "source")
+    if line.path.isidentifier() and importlib.util.find_spec(line.kind.split(".")[0]):
+        raise ValueError(
+            f"The source {line.kind}:{line.path} has no path: write {line.kind}:{line.path}:PATH, "
+            f"or {line.kind}:{line.path}: where it needs none."
+        )
     close = difflib.get_close_matches(line.kind, SOURCE_KINDS, 1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(

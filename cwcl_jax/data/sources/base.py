@@ -154,8 +154,8 @@ def parse_source_line(line: str) -> list[SourceLine]:
 
 
 def call_with_options(
-    opener: Callable[..., Source], first: Any, line: SourceLine, shared: Mapping[str, Any]
-) -> Source:
+    opener: Callable[..., Any], first: Any, line: SourceLine, shared: Mapping[str, Any]
+) -> Any:
     """Calls `opener(first, option=value...)`, options converted as its annotations say.
 
     `shared` holds values that the opener may ask for by name, such as a cache folder.
