@@ -97,7 +97,7 @@ def _evaluate(options: Options, watchdog: Watchdog) -> int:
                 _rank_one(options, encoder, config)
             else:
                 kept = KeptRows(encoder, sources)
-                _run_tasks(options, kept, _with_tasks(config, options.tasks))
+                _run_tasks(options, kept, _with_tasks(config, options.tasks), sources)
                 kept.save()
     except (ValueError, FileNotFoundError, ImportError, TooManyBadExamples) as error:
         raise ConfigError(str(error)) from error
@@ -184,10 +184,16 @@ def _with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
     return from_config_dict(plain)
 
 
-def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> None:
+def _run_tasks(
+    options: Options,
+    kept: KeptRows,
+    config: ExperimentConfig,
+    sources: Mapping[str, TowerSource],
+) -> None:
     from cwcl_jax.evaluation.checks import check_tasks
     from cwcl_jax.evaluation.compare import check_common, load_items
     from cwcl_jax.evaluation.runner import run_tasks
+    from cwcl_jax.training.checks import check_task_inputs
     from cwcl_jax.training.distributed import is_primary
 
     others = {}
@@ -196,6 +202,8 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         others = load_items(Path(options.compare))
         check_common(config.evaluation.tasks, others)
     check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
+    encoder = kept.encoder
+    check_task_inputs(encoder.blueprint, config.evaluation.tasks, sources, encoder.step)
     results = run_tasks(
         config.evaluation,
         encode=kept.encode,

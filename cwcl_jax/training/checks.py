@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.data.options import reads_features
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.losses import make_loss
 from cwcl_jax.losses.options import LossConfig, is_own, resolve
 from cwcl_jax.models.encoders import encoder_config
-from cwcl_jax.training.state import Blueprint
+from cwcl_jax.training.embedding import check_features
+from cwcl_jax.training.state import Blueprint, TowerSource
 
 
 def check_inputs(config: ExperimentConfig) -> None:
@@ -86,3 +92,40 @@ def _try_weights(loss: LossConfig) -> None:
             f"the weight of a cosine of {float(cosines[at]):.1f} is {weights[at]:g}; weights must "
             "be finite and at least 0 for cosines from -1 to 1, for example jnp.maximum(weight, 0)"
         )
+
+
+def check_task_inputs(
+    blueprint: Blueprint, tasks: Mapping[str, Task], sources: Mapping[str, TowerSource], step: int
+) -> None:
+    """Raises ConfigError where a task would feed a tower with what it does not read.
+
+    Args:
+      sources: where the towers' weights came from.
+      step: of the run; 0 where it begins.
+    """
+    config = blueprint.config
+    for name, task in tasks.items():
+        partner, reader = (getattr(task, field, "") for field in ("partner", "text_tower"))
+        towers = [tower for tower in (task.tower, partner) if tower in config.towers]
+        for field in ("source", "train_source"):
+            if line := getattr(task, field, ""):
+                source = open_source(line, cache_dir=config.data.cache_dir)
+                what = f"config.evaluation.tasks.{name}.{field}={line!r}"
+                check_features(
+                    blueprint, source, sources, towers=towers, what=what, step=step
+                )  # fmt: skip
+        if reader in config.towers and partner in ("", reader):
+            _check_reads_sentences(config, name, reader)
+
+
+def _check_reads_sentences(config: ExperimentConfig, task: str, tower: str) -> None:
+    inputs = config.data.inputs_of(tower)
+    if reads_features(inputs):
+        return
+    try:
+        inputs.batch(inputs.listed(["a sentence"]))
+    except Exception as error:
+        raise ConfigError(
+            f"config.evaluation.tasks.{task}.text_tower={tower!r} reads no sentences "
+            f"({type(inputs).__name__}): {error}"
+        ) from error

@@ -8,7 +8,7 @@ decides its inputs, and the source; anything else is refused as stale.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -157,24 +157,36 @@ def _arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_features(
-    blueprint: Blueprint, source: Source, sources: Mapping[str, TowerSource]
+    blueprint: Blueprint,
+    source: Source,
+    sources: Mapping[str, TowerSource],
+    *,
+    towers: Collection[str] = (),
+    what: str = "config.data.train",
+    step: int = 0,
 ) -> None:
-    """Raises ConfigError where a run reads features that its own tower would not give."""
+    """Raises ConfigError where a source gives features that the tower's encoder would not give.
+
+    Args:
+      towers: whose features are read; by default all.
+      what: names the source in errors.
+      step: of the run; 0 where it begins.
+    """
     config = blueprint.config
-    for tower in config.towers:
+    for tower in towers or config.towers:
         if not from_cache(config, tower, source):
             continue
         stores = source.stores.get(tower, ())
         if not stores:
             raise ConfigError(
-                f"config.data.train gives features for the tower {tower!r}, but nothing says that "
+                f"{what} gives features for the tower {tower!r}, but nothing says that "
                 f"its encoder {config.towers[tower].encoder!r} made them: set "
                 f"config.towers.{tower}.encoder='precomputed' to take them as inputs, make them "
                 "with python -m cwcl_jax.embed, or, where they are raw inputs, say so in the "
                 "source line (raw=NAME)"
             )
         for store in stores:
-            _check_store(blueprint, tower, store, sources)
+            _check_store(blueprint, tower, store, sources, what, step)
 
 
 def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
@@ -183,18 +195,23 @@ def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
 
 
 def _check_store(
-    blueprint: Blueprint, tower: str, store: EmbeddingStore, sources: Mapping[str, TowerSource]
+    blueprint: Blueprint,
+    tower: str,
+    store: EmbeddingStore,
+    sources: Mapping[str, TowerSource],
+    what: str,
+    step: int,
 ) -> None:
-    if not blueprint.features_are_locked(tower):
+    if not step and not blueprint.features_are_locked(tower):
         raise ConfigError(
-            f"config.data.train reads {tower} features from {store.folder}, but the {tower} tower "
+            f"{what} reads {tower} features from {store.folder}, but the {tower} tower "
             f"trains: set config.towers.{tower}.tune to 'none' or 'head', or leave out embeds="
         )
     try:
         store.description.require(
             store.folder,
-            weights=weights_name(blueprint, sources, tower, 0),
+            weights=weights_name(blueprint, sources, tower, step),
             preprocessing=preprocessing(blueprint.config, tower, "features"),
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{what}: {error}") from error

@@ -18,7 +18,7 @@ from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.modalities import WrongInputs
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.checks import check_inputs, check_own_loss
+from cwcl_jax.training.checks import check_inputs, check_own_loss, check_task_inputs
 from cwcl_jax.training.coordination import barrier, gather, meet
 from cwcl_jax.training.distributed import (
     check_agreement,
@@ -102,6 +102,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             check_same_sources(workdir, sources, config)
             check_features(blueprint, batches.source, sources)
+            check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
             say(tower_table(blueprint))

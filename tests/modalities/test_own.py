@@ -406,6 +406,23 @@ def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
     np.testing.assert_allclose(encoder.encode("wave", {"signal": np.stack(waves)}), rows, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"source": "arrays:test.npz"}, "tasks.t.source='arrays:test.npz' gives features for .*'w"),
+        ({"text_tower": "wave"}, "tasks.t.text_tower='wave' reads no sentences .*WaveInputs"),
+    ],
+)
+def test_a_task_that_feeds_a_tower_with_something_else_is_refused(own, monkeypatch, task, message):
+    monkeypatch.chdir(own)
+    np.savez("test.npz", wave=np.ones((4, 8), np.float32), label=list("abcd"))
+    fields = {"source": "arrays:test.npz?raw=wave", "tower": "wave", "templates": "name"} | task
+    made = config(**{"evaluation.tasks": {"t": fields}})
+    with pytest.raises(ConfigError, match=message):
+        train(made, own / "run")
+    assert not (own / "run" / "metrics.jsonl").exists()
+
+
 def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path):
     assert train(config(total_steps=2), tmp_path / "run") == DONE
     (own / "own_waves.py").write_text(OWN.replace("momentum=0.5", "momentum=0.6"))
