@@ -255,16 +255,19 @@ def load_run(
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
     """Definition, leaves and description of a run's model, on the default device."""
     from cwcl_jax.training.encode import restore
+    from cwcl_jax.training.own_code import code_of
 
     restored = restore(workdir, step, devices=jax.local_devices()[:1])
     blueprint = restored.blueprint
     config = blueprint.config
+    code = code_of(config)["towers"]
     description = ModelDescription(
         towers=config.towers,
         embed_dim=config.embed_dim,
         dtype=config.dtype,
         logit_bias="logit_bias" in blueprint.abstract,
         inputs={tower: config.data.inputs_of(tower) for tower in config.towers},
-        origin={"run": config.name, "loss": config.loss.name, "step": restored.step},
+        origin={"run": config.name, "loss": config.loss.name, "step": restored.step}
+        | ({"code": code} if code else {}),
     )
     return blueprint.model_def, restored.params | restored.locked, description

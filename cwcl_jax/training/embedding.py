@@ -19,6 +19,7 @@ from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, Embed
 from cwcl_jax.data.options import DataConfig, reads_features
 from cwcl_jax.data.pipeline import eval_batches
 from cwcl_jax.data.sources import Source, Subset
+from cwcl_jax.extension import code_hash, is_reference
 from cwcl_jax.training import coordination
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
@@ -75,7 +76,10 @@ def weights_name(
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
     """All but the weights that decides a vector: inputs, architecture, compute type, output."""
     tower = {k: v for k, v in to_plain(config.towers[modality]).items() if k not in _NO_INFLUENCE}
+    named = (config.towers[modality].modality, config.towers[modality].encoder)
+    code = {name: code_hash(name) for name in named if is_reference(name)}
     return {
+        **({"code": code} if code else {}),
         "output": output,
         "tower": tower | {"dtype": tower["dtype"] or config.dtype},
         # Vectors are made as in evaluation.

@@ -33,6 +33,7 @@ from cwcl_jax.training.features import training_source
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
 from cwcl_jax.training.metrics import Progress, make_writers, read_json_lines
+from cwcl_jax.training.own_code import ALL, check_same_code, code_of_tasks, write_code
 from cwcl_jax.training.plots import plot_losses
 from cwcl_jax.training.state import (
     Blueprint,
@@ -79,6 +80,8 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
 
 def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_same_run(workdir, config)
+    if not config.checkpoint.accept_changes:
+        check_same_code(workdir, config, ALL, _OTHER_CODE)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
@@ -89,7 +92,10 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints,
         ):
             start = checkpoints.latest_step or 0
-            evaluated = evaluator.has_results() and is_evaluated(workdir, start, config.evaluation)
+            code = code_of_tasks(config.evaluation.tasks)
+            evaluated = evaluator.has_results() and is_evaluated(
+                workdir, start, config.evaluation, code
+            )
             if start >= config.total_steps and evaluated:
                 say(f"{workdir} is complete ({start} steps). Its results:\n")
                 say(evaluator.saved_table())
@@ -105,6 +111,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
+                write_code(workdir, config)
             say(tower_table(blueprint))
             if config.optimizer.warmup_steps > config.total_steps:
                 say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
@@ -123,6 +130,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     return DONE
 
 
+_OTHER_CODE = "give another --workdir, or set --config.checkpoint.accept_changes=True"
 _UNFINISHED_WARMUP = (
     "warning: the warm-up of {} steps does not end in {} steps; the learning rate stays below its "
     "peak (config.optimizer.warmup_steps)"
@@ -307,7 +315,8 @@ def _finish(
                 writer.write(encoder.step, metrics)
                 writer.close()
             plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
-            write_evaluated(workdir, encoder.step, config.evaluation)
+            code = code_of_tasks(config.evaluation.tasks)
+            write_evaluated(workdir, encoder.step, config.evaluation, code)
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")
     return True

@@ -19,7 +19,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.extension import import_named, is_reference, source_hash
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
@@ -60,12 +59,10 @@ class TowerSource:
     Attributes:
       source: path of the weights, or "initialised".
       sha256: of the weights' file.
-      code: names and hashes of the user's classes that the tower is made of.
     """
 
     source: str
     sha256: str
-    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,19 +251,13 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
     sources = {}
     for modality, tower in blueprint.config.towers.items():
         if not tower.weights:
-            sources[modality] = TowerSource("initialised", "", code_of(tower))
+            sources[modality] = TowerSource("initialised", "")
             continue
         with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
         imported |= result.leaves
-        sources[modality] = TowerSource(result.source, result.sha256, code_of(tower))
+        sources[modality] = TowerSource(result.source, result.sha256)
     return imported, sources
-
-
-def code_of(tower: TowerConfig) -> str:
-    """Names and hashes of the user's classes that a tower is made of; "" without any."""
-    named = [name for name in (tower.modality, tower.encoder) if is_reference(name)]
-    return ", ".join(f"{name} {source_hash(import_named(name, 'class'))}" for name in named)
 
 
 def locked_leaves(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:

@@ -3,6 +3,7 @@
 config.json       resolved settings
 environment.json  versions and devices of the last start
 towers.json       source and sha256 of each tower's weights, trained leaves by tower
+code.json         hashes of the user's own code that the run names (see `own_code`)
 data.json         fingerprint of the training data
 metrics.jsonl     one record a logged step
 checkpoints/      trained leaves, optimizer state, data position
@@ -34,6 +35,7 @@ from cwcl_jax.config import (
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.extension import is_missing_code
 from cwcl_jax.files import InUse, locked, replacing
 from cwcl_jax.training.state import TowerSource
 
@@ -137,6 +139,8 @@ def load_config(workdir: Path) -> ExperimentConfig:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if is_missing_code(error):
+            raise ConfigError(f"{path} names code that is not here: {error}") from error
         raise ConfigError(
             f"{path} does not fit this version of the package: {error}; take the version that made "
             "it (environment.json), or another --workdir"
@@ -177,12 +181,6 @@ def check_same_sources(
                 f"{old.get('source')} (sha256 {old.get('sha256', '')[:12]}) then, {source.source} "
                 f"(sha256 {source.sha256[:12]}) now; restore the file, give another --workdir, "
                 "or set --config.checkpoint.accept_changes=True"
-            )
-        if old.get("code", "") != source.code:
-            raise ConfigError(
-                f"the code of the {modality} tower changed since the run in {workdir} began: "
-                f"{old.get('code') or 'none'} then, {source.code or 'none'} now; restore it, give "
-                "another --workdir, or set --config.checkpoint.accept_changes=True"
             )
 
 
@@ -232,16 +230,24 @@ def write_records(
     write_json(workdir / "data.json", dict(fingerprint))
 
 
-def write_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> None:
-    """Records what the results in the folder belong to."""
-    write_json(workdir / "evaluated.json", {"step": step, "evaluation": to_plain(evaluation)})
+def write_evaluated(
+    workdir: Path, step: int, evaluation: EvaluationConfig, code: Mapping[str, str]
+) -> None:
+    """Records what the results in the folder belong to; `code` is the tasks' own, name -> hash."""
+    write_json(workdir / "evaluated.json", _evaluated(step, evaluation, code))
 
 
-def is_evaluated(workdir: Path, step: int, evaluation: EvaluationConfig) -> bool:
-    """Whether the results in the folder are of this step and these settings."""
+def is_evaluated(
+    workdir: Path, step: int, evaluation: EvaluationConfig, code: Mapping[str, str]
+) -> bool:
+    """Whether the results in the folder are of this step, these settings and this code."""
     path = workdir / "evaluated.json"
-    now = {"step": step, "evaluation": to_plain(evaluation)}
-    return path.exists() and not changed_fields(read_json(path), now)
+    return path.exists() and not changed_fields(read_json(path), _evaluated(step, evaluation, code))
+
+
+def _evaluated(step: int, evaluation: EvaluationConfig, code: Mapping[str, str]) -> dict[str, Any]:
+    made = {"step": step, "evaluation": to_plain(evaluation)}
+    return made | {"code": dict(code)} if code else made
 
 
 def environment() -> dict[str, Any]:

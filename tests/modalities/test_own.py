@@ -1,5 +1,8 @@
 """A modality, an encoder and a source of one's own: built, trained, resumed, exported, refused."""
 
+import importlib
+import json
+import linecache
 import os
 import shutil
 import subprocess
@@ -32,6 +35,7 @@ from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
 from cwcl_jax.training.state import make_blueprint
+from cwcl_jax.training.workdir import load_config
 from tests.training.toy import TEXT
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +46,8 @@ import numpy as np
 from flax import linen, nnx
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import Source
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities import ArraySpec, Modality
 
 class Waves(Source):
@@ -144,6 +150,15 @@ NUMBER = 3
 
 def a_list(path):
     return [path]
+
+def dot_loss(u, v, logit_scale):
+    return -jnp.exp(logit_scale) * (u * v).sum(axis=1).mean()
+
+@dataclasses.dataclass(frozen=True)
+class Count(Task):
+    def run(self, name, runner):
+        items = runner.items(self.open(runner), self.tower)
+        return TaskResult(name, self, metrics={"count": float(len(items))})
 
 def odd_loss(u, w):
     return u.sum()
@@ -423,16 +438,52 @@ def test_a_task_that_feeds_a_tower_with_something_else_is_refused(own, monkeypat
     assert not (own / "run" / "metrics.jsonl").exists()
 
 
-def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path):
-    assert train(config(total_steps=2), tmp_path / "run") == DONE
-    (own / "own_waves.py").write_text(OWN.replace("momentum=0.5", "momentum=0.6"))
+def rewrite(folder, old, new):
+    """Changes the module on disk, and lets it be imported anew."""
+    text = (folder / "own_waves.py").read_text()
+    assert old in text
+    (folder / "own_waves.py").write_text(text.replace(old, new))
     sys.modules.pop("own_waves")
-    import linecache
-
     linecache.clearcache()
-    (tmp_path / "run" / "evaluated.json").unlink()  # the complete run is to be evaluated again
-    with pytest.raises(ConfigError, match="the code of the wave tower changed"):
-        train(config(total_steps=2, name="other"), tmp_path / "run")
+    importlib.invalidate_caches()
+
+
+def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path, capsys):
+    task = {"kind": "own_waves:Count", "source": "own_waves:Waves:x", "tower": "wave"}
+    loss = {"loss.name": "own_waves:dot_loss", "evaluation.tasks": {"t": task}}
+    made = config(total_steps=2, **loss)
+    assert train(made, tmp_path / "run") == DONE
+    export(load_model(tmp_path / "run", allow_code=True), tmp_path / "out", "safetensors")
+    rewrite(own, "class Encoder", "# the same numbers\nclass Encoder")
+    assert train(made, tmp_path / "run") == DONE  # complete, and nothing to do
+    # A task of another code: the complete run is evaluated again.
+    rewrite(own, "float(len(items))", "2.0 * len(items)")
+    capsys.readouterr()
+    assert train(config(total_steps=2, **loss), tmp_path / "run") == DONE
+    assert "128" in capsys.readouterr().out
+    rewrite(own, "(u * v).sum(axis=1).mean()", "(u * v).sum()")
+    with pytest.raises(ConfigError, match="the code of own_waves:dot_loss changed"):
+        train(config(total_steps=2, **loss), tmp_path / "run")
+    load_encoder(tmp_path / "run")  # the loss has no part in it
+    rewrite(own, "momentum=0.5", "momentum=0.6")
+    with pytest.raises(ConfigError, match=r"code of own_waves:Encoder changed.*remove .*code.json"):
+        load_encoder(tmp_path / "run")
+    with pytest.raises(ValueError, match="own_waves:Encoder changed since the model was exported"):
+        load_model(tmp_path / "out", allow_code=True)
+
+
+def test_code_that_is_missing_is_no_fault_of_the_version(own, tmp_path, monkeypatch):
+    task = {"kind": "own_waves:Count", "source": "own_waves:Waves:x", "tower": "wave"}
+    (tmp_path / "config.json").write_text(to_json(config(**{"evaluation.tasks": {"t": task}})))
+    description = {"format": 2, "towers": {"wave": {"encoder": "own_waves:Encoder"}}}
+    description["towers"]["wave"]["modality"] = "own_waves:WaveInputs"
+    (tmp_path / "cwcl_jax.json").write_text(json.dumps(description))
+    sys.modules.pop("own_waves", None)
+    monkeypatch.undo()
+    (tmp_path / "own_waves.py").unlink()
+    for call in (load_config, lambda folder: load_model(folder, allow_code=True)):
+        with pytest.raises(ValueError, match=r"json names code that is not here: .*no module"):
+            call(tmp_path)
 
 
 def test_two_towers_of_one_modality_have_inputs_of_their_own(tmp_path):

@@ -95,6 +95,12 @@ def open_source(line: str, *, cache_dir: str = "") -> Source:
     return Mixture(sources, given or None)
 
 
+def own_kinds(line: str) -> list[str]:
+    """Returns the "module:name" of the parts of a line that are of the user's own kinds."""
+    kinds = [_opener(part)[0].kind for part in parse_source_line(line)]
+    return [kind for kind in kinds if is_reference(kind)]
+
+
 def _weight(line: SourceLine) -> float | None:
     text = line.options.get("weight")
     if text is None:
