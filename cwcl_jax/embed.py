@@ -1,9 +1,9 @@
 """Writes a source's embeddings: `python -m cwcl_jax.embed --config=FILE --output=DIR`.
 
 By default the locked tower's features of the training data; a run whose source line says
-`embeds=DIR` then trains from them without running that tower. With `--workdir` the tower is that of
-a trained run, and `--what=embeds` gives the normalised embeddings after its head, for search and
-plots. An interrupted command continues where it stopped.
+`features_from=DIR` then trains from them without running that tower. With `--workdir` the tower is
+that of a trained run, and `--what=embeds` gives the normalised embeddings after its head, for
+search and plots. An interrupted command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if __name__ == "__main__":
     flags.declare_key_flag("config")  # so that --help shows it
     _WORKDIR = flags.DEFINE_string("workdir", "", "A trained run, in place of --config.")
     _OUTPUT = flags.DEFINE_string("output", "", "Folder of the embeddings.")
-    _MODALITY = flags.DEFINE_string("modality", "", "Tower; default: the locked one (U).")
+    _TOWER = flags.DEFINE_string("tower", "", "Tower; default: the locked one (U).")
+    _FORMER = flags.DEFINE_string("modality", "", "The former name of --tower.")
     _SOURCE = flags.DEFINE_string("source", "", "Source line; default: the training data.")
     _WHAT = flags.DEFINE_enum(
         "what", "features", ["features", "embeds"], "Before or after the head"
@@ -39,7 +40,7 @@ def embed(
     *,
     workdir: str,
     output: str,
-    modality: str = "",
+    tower: str = "",
     line: str = "",
     what: str = "features",
     dtype: str = "float16",
@@ -66,9 +67,9 @@ def embed(
     from cwcl_jax.training.stopping import IndependentStop
     from cwcl_jax.training.watchdog import unwatched
 
-    modality = modality or config.tower_names[0]
-    if modality not in config.towers:
-        raise ConfigError(f"--modality={modality}: the towers are {sorted(config.towers)}")
+    tower = tower or config.tower_names[0]
+    if tower not in config.towers:
+        raise ConfigError(f"--tower={tower}: the towers are {sorted(config.towers)}")
     try:
         source = open_source(line or config.data.train, cache_dir=config.data.cache_dir)
     except (FileNotFoundError, ValueError) as error:
@@ -80,9 +81,9 @@ def embed(
         sources = tower_sources(Path(workdir))
     else:
         encoder, sources = imported_encoder(config, devices=devices)
-    width = encoder.width(modality, what)
+    width = encoder.width(tower, what)
     description = describe(
-        encoder, sources, source, modality, output=what, dtype=dtype, width=width,
+        encoder, sources, source, tower, output=what, dtype=dtype, width=width,
         shard_size=shard_size,
     )  # fmt: skip
     try:
@@ -121,6 +122,8 @@ def main(argv: list[str]) -> int:
 
     if bool(_WORKDIR.value) == (_CONFIG.value is not None):
         raise ConfigError("give either --config=FILE or --workdir=RUN")
+    if _FORMER.value:
+        raise ConfigError(f"--modality={_FORMER.value} is now called --tower={_FORMER.value}")
     if not _OUTPUT.value:
         raise ConfigError("--output is missing: the folder to write to")
     config = load_config(Path(_WORKDIR.value)) if _WORKDIR.value else cli.resolve_config(_CONFIG)
@@ -131,7 +134,7 @@ def main(argv: list[str]) -> int:
             config,
             workdir=_WORKDIR.value,
             output=_OUTPUT.value,
-            modality=_MODALITY.value,
+            tower=_TOWER.value,
             line=_SOURCE.value,
             what=_WHAT.value,
             dtype=_DTYPE.value,

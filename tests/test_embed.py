@@ -52,7 +52,7 @@ def test_training_from_embeddings_gives_the_losses_of_training_from_pictures(fol
         return [record["loss"] for record in records if "loss" in record]
 
     np.testing.assert_allclose(
-        losses("cached", f"{SOURCE}&embeds={folder}"), losses("pictures", SOURCE), rtol=1e-5
+        losses("cached", f"{SOURCE}&features_from={folder}"), losses("pictures", SOURCE), rtol=1e-5
     )
 
 
@@ -62,7 +62,7 @@ def test_training_from_embeddings_gives_the_losses_of_training_from_pictures(fol
     ids=["weights", "architecture", "preprocessing"],
 )
 def test_stale_embeddings_are_refused(folder, tmp_path, changes):
-    config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", **changes})
+    config = toy_config(**{"data.train": f"{SOURCE}&features_from={folder}", **changes})
     with pytest.raises(ConfigError, match="stale"):
         train(config, tmp_path)
 
@@ -75,13 +75,15 @@ def test_what_only_training_does_to_inputs_makes_no_vectors_stale():
 
 
 def test_embeddings_of_another_source_are_refused(folder, tmp_path):
-    config = toy_config(**{"data.train": f"scenes:train?n=100&seed=5&embeds={folder}"})
+    config = toy_config(**{"data.train": f"scenes:train?n=100&seed=5&features_from={folder}"})
     with pytest.raises(ConfigError, match="stale"):
         train(config, tmp_path)
 
 
 def test_embeddings_of_a_tower_that_trains_are_refused(folder, tmp_path):
-    config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", "towers.image.tune": "all"})
+    config = toy_config(
+        **{"data.train": f"{SOURCE}&features_from={folder}", "towers.image.tune": "all"}
+    )
     with pytest.raises(ConfigError, match=r"the image tower trains.*tune"):
         train(config, tmp_path)
 
@@ -93,7 +95,7 @@ def test_embeds_of_another_head_are_not_mixed_in(tmp_path):
     def embed_run(name):
         config = toy_config()  # what --workdir has instead
         return embed(
-            config, workdir=str(tmp_path / name), output=str(tmp_path / "out"), modality="image",
+            config, workdir=str(tmp_path / name), output=str(tmp_path / "out"), tower="image",
             line=SOURCE, what="embeds", batch_size=32,
         )  # fmt: skip
 
@@ -135,6 +137,6 @@ def test_interrupted_command_continues(tmp_path, monkeypatch):
     assert len(EmbeddingStore(tmp_path)) == 100
 
 
-def test_unknown_modality_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"--modality=sound: the towers are"):
-        embed(toy_config(), workdir="", output=str(tmp_path), modality="sound")
+def test_unknown_tower_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"--tower=sound: the towers are"):
+        embed(toy_config(), workdir="", output=str(tmp_path), tower="sound")

@@ -43,7 +43,7 @@ def describe(
     """What the folder will say about itself."""
     blueprint = encoder.blueprint
     return EmbeddingDescription(
-        modality=modality,
+        tower=modality,
         shape=(width,),
         dtype=dtype,
         count=len(source),
@@ -116,11 +116,11 @@ def embed_source(
         ids: list[str] = []
         vectors, valid = [], []
         batches = eval_batches(
-            Subset(source, rows), data, (writer.description.modality,), batch_size=batch_size
+            Subset(source, rows), data, (writer.description.tower,), batch_size=batch_size
         )
         for batch in _trimmed(batches, len(rows)):
-            inputs = batch[writer.description.modality]
-            vectors.append(encoder.encode(writer.description.modality, inputs, output=output))
+            inputs = batch[writer.description.tower]
+            vectors.append(encoder.encode(writer.description.tower, inputs, output=output))
             ids += batch["id"]
             valid.append(batch["valid"])
             done += len(batch["id"])
@@ -209,7 +209,8 @@ def _check_store(
     if not step and not blueprint.features_are_locked(tower):
         raise ConfigError(
             f"{what} reads {tower} features from {store.folder}, but the {tower} tower "
-            f"trains: set config.towers.{tower}.tune to 'none' or 'head', or leave out embeds="
+            f"trains: set config.towers.{tower}.tune to 'none' or 'head', or leave out "
+            "features_from="
         )
     try:
         store.description.require(

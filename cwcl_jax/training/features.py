@@ -1,8 +1,8 @@
 """The training data with the features of locked encoders, made before the first step and kept.
 
-The same as `python -m cwcl_jax.embed` and `embeds=` in the source line, without the two commands:
-`data.keep_locked_features=True`. The folder lies in the cache and is named after all that decides
-the vectors, so another run with the same encoder and data finds it.
+The same as `python -m cwcl_jax.embed` and `features_from=` in the source line, without the two
+commands: `data.keep_locked_features=True`. The folder lies in the cache and is named after all
+that decides the vectors, so another run with the same encoder and data finds it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     """
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
     embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
-    _check_repeatable(config, embedded, source, "embeds=")
+    _check_repeatable(config, embedded, source, "features_from=")
     if not config.data.keep_locked_features:
         return source
     blueprint = make_blueprint(
@@ -95,13 +95,13 @@ def _keep(
 ) -> str:
     """Writes what is missing of the folder; other processes of this machine wait for it."""
     name = hashlib.sha256(description.to_json().encode()).hexdigest()[:16]
-    folder = cache_folder(config) / f"{description.modality}-{name}"
+    folder = cache_folder(config) / f"{description.tower}-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Whoever holds the lock is watched by a watchdog of its own.
     with locked(folder.with_suffix(".lock"), waiting=beat):
         writer = EmbeddingWriter(folder, description)
         if not writer.is_complete():
-            print(f"features of the locked {description.modality} encoder, once, into {folder}")
+            print(f"features of the locked {description.tower} encoder, once, into {folder}")
             encoder.on_batch = beat
             embed_source(
                 encoder, source, writer, config.data,

@@ -9,6 +9,7 @@ from typing import Any
 
 from cwcl_jax.data.sources.arrays import open_arrays
 from cwcl_jax.data.sources.base import (
+    SHARED_OPTIONS,
     Example,
     Source,
     SourceLine,
@@ -78,8 +79,9 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
 def open_source(line: str, *, cache_dir: str = "") -> Source:
     """Opens a source line; several parts joined by `::` become a `Mixture`.
 
-    Every kind also takes `weight=` (its share in a mixture) and `embeds=` (folders of embeddings
-    made from this very source, separated by commas). `cache_dir` receives the indexes of tars.
+    Every kind also takes `weight=` (its share in a mixture) and `features_from=` (folders of
+    features made from this very source, separated by commas). `cache_dir` receives the indexes of
+    tars.
     """
     lines = parse_source_line(line)
     weights = [_weight(part) for part in lines]
@@ -115,12 +117,18 @@ def _weight(line: SourceLine) -> float | None:
 
 
 def _open_one(line: SourceLine, cache_dir: str) -> Source:
+    if "embeds" in line.options:
+        folder = line.options["embeds"]
+        raise ValueError(
+            f"The option embeds={folder} is now called features_from={folder}: what a folder of "
+            "python -m cwcl_jax.embed gives stands before the head."
+        )
     line, opener = _opener(line)
     # The one place where `~` becomes the user's folder: no shell expands it inside a source line.
     options = {
         key: os.path.expanduser(value)
         for key, value in line.options.items()
-        if key not in ("weight", "embeds")
+        if key not in SHARED_OPTIONS
     }
     plain = SourceLine(line.kind, os.path.expanduser(line.path), options)
     if line.kind == "spoken":
@@ -129,7 +137,7 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
         source = _called(opener, plain, cache_dir)
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
-    folders = line.options.get("embeds")
+    folders = line.options.get("features_from")
     if not folders:
         return source
     return Embedded(source, [os.path.expanduser(folder) for folder in folders.split(",")])
