@@ -62,7 +62,7 @@ def embed(
 
     from cwcl_jax.data.embeddings import EmbeddingWriter
     from cwcl_jax.data.sources import open_source
-    from cwcl_jax.training.embedding import all_finished, describe, embed_source
+    from cwcl_jax.training.embedding import all_finished, embed_source, folder_description
     from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
     from cwcl_jax.training.stopping import IndependentStop
     from cwcl_jax.training.watchdog import unwatched
@@ -82,7 +82,7 @@ def embed(
     else:
         encoder, sources = imported_encoder(config, devices=devices)
     width = encoder.width(tower, what)
-    description = describe(
+    description = folder_description(
         encoder, sources, source, tower, output=what, dtype=dtype, width=width,
         shard_size=shard_size,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_plain
 
 if TYPE_CHECKING:
-    from cwcl_jax.evaluation.compare import Items
+    from cwcl_jax.evaluation.compare import SavedItems
     from cwcl_jax.evaluation.results import TaskResult
     from cwcl_jax.training.encode import Encoder
     from cwcl_jax.training.kept_rows import KeptRows
@@ -219,7 +219,7 @@ def _write(
     options: Options,
     config: ExperimentConfig,
     results: list[TaskResult],
-    others: Mapping[str, Items],
+    others: Mapping[str, SavedItems],
     step: int,
 ) -> None:
     """Prints and writes the results, then compares them: what is written stays whatever follows."""

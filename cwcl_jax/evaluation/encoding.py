@@ -1,6 +1,6 @@
 """Runs an encoder over sources and sentences, in batches of one shape.
 
-The encoder is a callable `encode(modality, inputs) -> embeds`. Every batch has the same size, the
+The encoder is a callable `encode(tower, inputs) -> embeds`. Every batch has the same size, the
 last one is padded by repeating, so that nothing is compiled twice; padding is dropped here.
 """
 
@@ -114,15 +114,15 @@ class Items:
 
 
 def encode_items(
-    batches: Iterable[Mapping[str, Any]], modality: str, *, encode: Encode, clock: Clock
+    batches: Iterable[Mapping[str, Any]], tower: str, *, encode: Encode, clock: Clock
 ) -> Items:
-    """Embeds one modality of `batches` (see `data.pipeline.eval_batches`) and drops the filling."""
+    """Embeds a tower's inputs of `batches` (`data.pipeline.eval_batches`); drops the filling."""
     parts: dict[str, list] = {"embeds": [], "index": [], "label": [], "captions": [], "id": []}
     waiting = time.perf_counter()
     for batch in batches:
         clock.add("data", waiting)
         begin = time.perf_counter()
-        encoded = np.asarray(encode(modality, batch[modality]), np.float32)
+        encoded = np.asarray(encode(tower, batch[tower]), np.float32)
         clock.add("encode", begin)
         valid = np.flatnonzero(batch["valid"])
         parts["embeds"].append(encoded[valid])
@@ -132,7 +132,7 @@ def encode_items(
         parts["id"] += [str(batch["id"][i]) for i in valid]
         waiting = time.perf_counter()
     if not parts["id"]:
-        raise ValueError(f"the source gave no usable example of modality {modality!r}.")
+        raise ValueError(f"the source gave no usable example for the tower {tower!r}.")
     return Items(
         np.concatenate(parts["embeds"]),
         np.concatenate(parts["index"]).astype(np.int64),

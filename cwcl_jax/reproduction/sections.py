@@ -15,7 +15,7 @@ from cwcl_jax.reproduction import experiments, figures, page
 from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
 from cwcl_jax.reproduction.measures import Spread, difference, spread
 from cwcl_jax.reproduction.processes import run_process
-from cwcl_jax.reproduction.runs import Run, Runner
+from cwcl_jax.reproduction.runs import Run, RunMaker
 
 _TEMPLATES = (1, 5, 10)
 
@@ -31,7 +31,7 @@ class Maker:
       folder: of the page and its pictures.
     """
 
-    runner: Runner
+    runner: RunMaker
     scale: Scale
     seeds: Sequence[int]
     folder: Path

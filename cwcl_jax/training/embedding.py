@@ -29,7 +29,7 @@ from cwcl_jax.training.watchdog import Watchdog, unwatched
 _NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
 
 
-def describe(
+def folder_description(
     encoder: Encoder,
     sources: Mapping[str, TowerSource],
     source: Source,

@@ -26,7 +26,7 @@ from cwcl_jax.training.state import (
     locked_leaves,
     make_blueprint,
 )
-from cwcl_jax.training.workdir import check_same_sources, load_config, read_json
+from cwcl_jax.training.workdir import check_same_sources, load_config, read_record
 
 
 class EncodeFunctions:
@@ -171,7 +171,7 @@ def tower_sources(workdir: Path) -> dict[str, TowerSource]:
     """Where the weights of a run's towers came from."""
     return {
         modality: TowerSource(record["source"], record["sha256"])
-        for modality, record in read_json(workdir / "towers.json").items()
+        for modality, record in read_record(workdir / "towers.json").items()
     }
 
 

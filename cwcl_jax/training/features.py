@@ -21,7 +21,7 @@ from cwcl_jax.data.sources import Embedded, Source, open_source
 from cwcl_jax.files import locked
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
-from cwcl_jax.training.embedding import describe, embed_source, from_cache
+from cwcl_jax.training.embedding import embed_source, folder_description, from_cache
 from cwcl_jax.training.encode import Encoder, imported_encoder
 from cwcl_jax.training.state import make_blueprint
 
@@ -61,7 +61,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
     for tower in locked:
-        description = describe(
+        description = folder_description(
             encoder, sources, source, tower, output="features", dtype="float32",
             width=encoder.width(tower, "features"), shard_size=_SHARD,
         )  # fmt: skip

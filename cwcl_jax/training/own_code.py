@@ -13,7 +13,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.sources import own_kinds
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.extension import code_hash, is_reference
-from cwcl_jax.training.workdir import read_json, write_json
+from cwcl_jax.training.workdir import read_record, write_json
 
 _FILE = "code.json"
 ALL = ("towers", "loss", "data")
@@ -55,7 +55,7 @@ def check_same_code(
     path = workdir / _FILE
     if not path.exists():
         return
-    recorded, now = read_json(path), code_of(config)
+    recorded, now = read_record(path), code_of(config)
     changed = [
         name
         for part in parts

@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_record(path: Path) -> Any:
     """Raises ConfigError for a file that is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def check_same_sources(
     path = workdir / "towers.json"
     if not path.exists() or config.checkpoint.accept_changes:
         return
-    recorded = read_json(path)
+    recorded = read_record(path)
     for modality, source in sources.items():
         old = recorded.get(modality, {})
         if old.get("sha256", "") != source.sha256:
@@ -191,7 +191,7 @@ def check_same_data(
     path = workdir / "data.json"
     if not path.exists() or config.checkpoint.accept_changes:
         return
-    old = _of_today(read_json(path))
+    old = _of_today(read_record(path))
     changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")
     if changed:
         raise ConfigError(
@@ -242,7 +242,9 @@ def is_evaluated(
 ) -> bool:
     """Whether the results in the folder are of this step, these settings and this code."""
     path = workdir / "evaluated.json"
-    return path.exists() and not changed_fields(read_json(path), _evaluated(step, evaluation, code))
+    return path.exists() and not changed_fields(
+        read_record(path), _evaluated(step, evaluation, code)
+    )
 
 
 def _evaluated(step: int, evaluation: EvaluationConfig, code: Mapping[str, str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _FILE_FIELDS = ("image", "audio")
 _NEXT_CAPTION = "\x1e"
 
 
-class Table(Source):
+class TableSource(Source):
     """Rows with strings; image and audio columns hold paths, relative ones below `root`.
 
     Labels are numbers into `class_names`; several captions stand in one string (`join_captions`).
@@ -111,7 +111,7 @@ def table_of_rows(
     *,
     hint: str = "",
     named_classes: bool = False,
-) -> Table:
+) -> TableSource:
     """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
 
     "duration" is in seconds; where a row has none it counts as average.
@@ -129,7 +129,7 @@ def table_of_rows(
     if "duration" in columns:
         column = columns.pop("duration")
         durations = with_averages([_seconds(column[row]) for row in range(len(column))])
-    return Table(columns, root=root, class_names=names, durations=durations, hint=hint)
+    return TableSource(columns, root=root, class_names=names, durations=durations, hint=hint)
 
 
 def _seconds(text: str | None) -> float:
@@ -186,7 +186,7 @@ def open_delimited(
     sep: str = "",
     quoting: str = "auto",
     root: str = "",
-) -> Table:
+) -> TableSource:
     """Opens `csv:/x.tsv?image=filepath&text=title`; OpenCLIP's column names are the default.
 
     Without `sep` (tab, comma, semicolon or a sign) the header line decides: a tab in it means tabs.
@@ -248,13 +248,13 @@ def open_jsonl(
     label: str = "",
     duration: str = "",
     root: str = "",
-) -> Table:
+) -> TableSource:
     """Opens `jsonl:/manifest.jsonl?audio=audio_filepath&text=text`, one object a line.
 
     `duration` names the column with the seconds of recordings.
     """
     file = require_file(path, "The manifest")
-    rows = read_json_lines(file)
+    rows = rows_of_json_lines(file)
     first = list(islice(rows, 1000))
     columns = list(dict.fromkeys(key for row in first for key in row))
     fields = _named_fields(
@@ -315,7 +315,7 @@ def _hint(columns: Sequence[str]) -> str:
     return f"; name the column with image=, text= or audio= (it has {', '.join(columns)})"
 
 
-def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+def rows_of_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSONL file; a broken line gives an empty one, which is skipped when read."""
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
