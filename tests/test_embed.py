@@ -1,10 +1,12 @@
 """Embeddings of a source: written once, trained from, refused when stale, continued if cut off."""
 
+import runpy
+
 import numpy as np
 import pytest
 
 from cwcl_jax.cli import DONE, PREEMPTED
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, from_config_dict
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.embed import embed
@@ -140,3 +142,23 @@ def test_interrupted_command_continues(tmp_path, monkeypatch):
 def test_unknown_tower_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"--tower=sound: the towers are"):
         embed(toy_config(), workdir="", output=str(tmp_path), tower="sound")
+
+
+def test_towers_that_read_features_are_trained_with_kept_ones_and_embedded(tmp_path):
+    line = "made:train?n=32"
+    made = runpy.run_path("configs/features_cwcl.py")["get_config"]("")
+    made.update_from_flattened_dict(
+        {
+            "data.train": line, "data.keep_locked_features": True, "total_steps": 1,
+            "data.cache_dir": str(tmp_path), "global_batch_size": 16, "logging.tensorboard": False,
+        }
+    )  # fmt: skip
+    made.evaluation.tasks = {}
+    config = from_config_dict(made)
+    assert train(config, tmp_path / "run") == DONE
+    vector = open_source(line).read(3, ("features",))["features"]["u"]
+    expected = {"features": vector, "embeds": vector / np.linalg.norm(vector)}  # u has no head
+    for what, values in expected.items():
+        arguments = {"workdir": str(tmp_path / "run"), "output": str(tmp_path / what)}
+        assert embed(config, **arguments, tower="u", what=what, dtype="float32") == DONE
+        np.testing.assert_allclose(EmbeddingStore(tmp_path / what)[3][1], values, atol=1e-6)
