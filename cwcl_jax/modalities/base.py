@@ -158,6 +158,14 @@ class Modality:
         del arrays
         return {}
 
+    def preview(self, value: Any) -> Any:
+        """Returns what a report shows of a raw value (see `evaluation.plots.draw_item`).
+
+        Returns:
+          A picture, uint8 (y, x, 3); a text; or numbers (n,) or (lines, n), drawn as lines.
+        """
+        return value if isinstance(value, str) else np.asarray(value)
+
     def without_border(self, value: Any, pixels: int) -> Any:
         """Returns a raw value without `pixels` on every side, where there is such a border."""
         del value, pixels

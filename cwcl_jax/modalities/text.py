@@ -81,6 +81,9 @@ class TextInputs(Modality):
                 raise ValueError(f"item {number} of the texts is {text!r}, which is no string")
         return listed
 
+    def preview(self, value: Any) -> str:
+        return usable_captions(value)[0]
+
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Cuts sentences to the longest of them, in steps of 8 tokens so that programs are few."""
         used = np.flatnonzero(np.asarray(arrays["mask"]).any(axis=0))

@@ -156,13 +156,13 @@ def similarity_picture(path: Path, scale: Scale, *, scenes: int = 300) -> Path:
     config = load_experiment(experiments.SCENES, scale.scenes)
     encoder, _ = imported_encoder(config)
     source = open_source(f"scenes:test?task=retrieval&n={scenes}")
-    pixels, embeds = [], []
-    for batch in eval_batches(source, config.data, ("image",), batch_size=100):
-        pixels.append(batch["image"]["pixels"])
-        embeds.append(encoder.encode("image", batch["image"], output="features"))
-    pictures = np.concatenate(pixels)[:scenes]
-    captions = [str(source[index]["text"]) for index in range(len(source))]
-    anchors = (3, 11, 42)
+    batches = eval_batches(source, config.data, ("image",), batch_size=100)
+    embeds = [encoder.encode("image", batch["image"], output="features") for batch in batches]
+    examples, inputs = [source[index] for index in range(scenes)], config.data.inputs_of("image")
     return figures.plot_similarity(
-        anchors, list(pictures), normalise(np.concatenate(embeds)[:scenes]), path, captions=captions
+        (3, 11, 42),
+        [inputs.preview(example[inputs.field]) for example in examples],
+        normalise(np.concatenate(embeds)[:scenes]),
+        path,
+        captions=[str(example["text"]) for example in examples],
     )
