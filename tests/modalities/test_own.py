@@ -34,8 +34,9 @@ from cwcl_jax.training.encode import load_encoder
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
-from cwcl_jax.training.state import make_blueprint
+from cwcl_jax.training.state import import_towers, make_blueprint
 from cwcl_jax.training.workdir import load_config
+from cwcl_jax.weights.writers import write_safetensors
 from tests.training.toy import TEXT
 
 ROOT = Path(__file__).parents[2]
@@ -396,6 +397,36 @@ def test_an_encoder_whose_call_asks_is_told_whether_it_trains(own):
     definition, leaves = built("own_waves:Told")
     encoder, signal = definition.merge(leaves), {"signal": jnp.ones((1, 8))}
     np.testing.assert_allclose(encoder(signal, jax.random.key(0)), 2 * encoder(signal), rtol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["towers/wave/", ""])
+def test_an_encoder_of_ones_own_starts_from_a_file(own, tmp_path, prefix):
+    """From an export, or from a file that has the paths of the module's leaves alone."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    first = make_blueprint(config(), mesh)
+    below = "towers/wave/encoder/module/"
+    paths = [path for path in first.abstract if path.startswith(below)]
+    new = {path: np.full(first.abstract[path].shape, n, np.float32) for n, path in enumerate(paths)}
+    cut = "" if prefix else below
+    file = tmp_path / "own.safetensors"
+    write_safetensors(file, {path.removeprefix(cut): value for path, value in new.items()})
+    made = config(**{"towers.wave.weights": str(file)})
+    leaves, sources = import_towers(make_blueprint(made, mesh))
+    assert {path.removeprefix(below) for path in leaves} >= {"norm/mean", "window", "dense/kernel"}
+    for path, value in new.items():
+        np.testing.assert_array_equal(leaves[path], value)
+    assert sources["wave"].sha256
+    narrow = {"towers.wave.weights": str(file), "towers.wave.overrides.width": 8}
+    with pytest.raises(ConfigError, match=r"towers\.wave\.weights=.*shape"):
+        import_towers(make_blueprint(config(**narrow), mesh))
+
+
+def test_last_k_of_an_encoder_of_ones_own_says_what_to_do(own):
+    with pytest.raises(ConfigError, match=r"'last:1' counts blocks.* by a regex"):
+        make_blueprint(
+            config(**{"towers.wave.tune": "last:1"}),
+            sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
+        )
 
 
 def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
