@@ -260,7 +260,7 @@ def load_run(
     restored = restore(workdir, step, devices=jax.local_devices()[:1])
     blueprint = restored.blueprint
     config = blueprint.config
-    code = code_of(config)["towers"]
+    code = code_of(config, ("towers",))["towers"]
     description = ModelDescription(
         towers=config.towers,
         embed_dim=config.embed_dim,

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from cwcl_jax.data.sources import own_kinds
 from cwcl_jax.extension import code_hash, import_named
 from cwcl_jax.losses import LossConfig
 
@@ -24,6 +25,14 @@ def test_a_name_leads_to_its_object():
 def test_a_name_that_leads_nowhere_is_one_sentence(name, message):
     with pytest.raises(ValueError, match=message):
         import_named(name, "loss")
+
+
+def test_code_that_is_not_there_has_no_hash():
+    assert code_hash("no_such_module:f") == ""
+    assert own_kinds("no_such_module:f:path::scenes:train::csv:a:b::other:g:") == [
+        "no_such_module:f", "other:g"
+    ]  # fmt: skip
+    assert own_kinds("no source line") == []
 
 
 def test_an_error_inside_of_the_module_is_not_hidden(tmp_path, monkeypatch):

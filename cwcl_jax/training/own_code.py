@@ -19,14 +19,19 @@ _FILE = "code.json"
 ALL = ("towers", "loss", "data")
 
 
-def code_of(config: ExperimentConfig) -> dict[str, dict[str, str]]:
-    """Returns what a run's numbers depend on: name -> hash, by what it is for."""
+def code_of(config: ExperimentConfig, parts: Collection[str] = ALL) -> dict[str, dict[str, str]]:
+    """Returns what a run's numbers depend on: name -> hash, by what it is for.
+
+    Args:
+      parts: of `ALL`; the code of others is not imported.
+    """
     towers = config.towers.values()
-    return {
-        "towers": _hashes(name for tower in towers for name in (tower.modality, tower.encoder)),
-        "loss": _hashes((config.loss.name, config.loss.weight_function)),
-        "data": _hashes(own_kinds(config.data.train)),
+    named = {
+        "towers": lambda: [name for tower in towers for name in (tower.modality, tower.encoder)],
+        "loss": lambda: [config.loss.name, config.loss.weight_function],
+        "data": lambda: own_kinds(config.data.train),
     }
+    return {part: _hashes(named[part]()) for part in parts}
 
 
 def code_of_tasks(tasks: Mapping[str, Task]) -> dict[str, str]:
@@ -55,7 +60,7 @@ def check_same_code(
     path = workdir / _FILE
     if not path.exists():
         return
-    recorded, now = read_record(path), code_of(config)
+    recorded, now = read_record(path), code_of(config, parts)
     changed = [
         name
         for part in parts

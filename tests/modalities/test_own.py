@@ -503,6 +503,22 @@ def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path, capsys):
         load_model(tmp_path / "out", allow_code=True)
 
 
+def test_a_run_on_data_of_ones_own_is_loaded_without_its_code(own, tmp_path, monkeypatch):
+    (tmp_path / "own_data.py").write_text(OWN)
+    made = config(
+        total_steps=1,
+        **{
+            "data.train": "own_data:Waves:x", "data.wave": {"field": "text", "max_tokens": 16},
+            "towers.wave": defaults(TowerConfig, encoder="text", overrides=TEXT).to_dict(),
+        },
+    )  # fmt: skip
+    assert train(made, tmp_path / "run") == DONE
+    sys.modules.pop("own_data")
+    model = load_model(tmp_path / "run")
+    assert model.encode_items("wave", ["a wave"]).shape == (1, 16)
+    assert "own_data" not in sys.modules
+
+
 def test_code_that_is_missing_is_no_fault_of_the_version(own, tmp_path, monkeypatch):
     task = {"kind": "own_waves:Count", "source": "own_waves:Waves:x", "tower": "wave"}
     (tmp_path / "config.json").write_text(to_json(config(**{"evaluation.tasks": {"t": task}})))

@@ -98,9 +98,15 @@ def open_source(line: str, *, cache_dir: str = "") -> Source:
 
 
 def own_kinds(line: str) -> list[str]:
-    """Returns the "module:name" of the parts of a line that are of the user's own kinds."""
-    kinds = [_opener(part)[0].kind for part in parse_source_line(line)]
-    return [kind for kind in kinds if is_reference(kind)]
+    """Returns the "module:name" of the parts of a line that are of the user's own kinds.
+
+    Nothing is imported or opened, and a line that is none has no such parts.
+    """
+    try:
+        parts = [part for part in parse_source_line(line) if part.kind not in SOURCE_KINDS]
+    except ValueError:
+        return []
+    return [f"{part.kind}:{part.path.partition(':')[0]}" for part in parts if ":" in part.path]
 
 
 def _weight(line: SourceLine) -> float | None:
