@@ -54,6 +54,8 @@ class Model:
         self.description = description
         self.leaves = dict(leaves)
         self._encoders = {name: _encoder(model_def, name) for name in description.towers}
+        towers = model_def.merge(self.leaves).towers
+        self._widths = {name: towers[name].feature_width for name in description.towers}
         for name, tower in description.towers.items():
             settings = tower.encoder_settings()
             description.inputs[name].check(
@@ -198,6 +200,7 @@ class Model:
                 f"the {tower} tower ({self.description.towers[tower].encoder}) reads "
                 f"{' and '.join(names)}, not {' and '.join(inputs) or 'nothing'}"
             )
+        self._check_shapes(tower, inputs)
         count = len(next(iter(inputs.values())))
         if not count:
             return self._no_rows()
@@ -205,6 +208,24 @@ class Model:
         rows = np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
         padded = {name: jnp.asarray(np.asarray(array)[rows]) for name, array in inputs.items()}
         return np.asarray(self._encoders[tower](self.leaves, padded))[:count]
+
+    def _check_shapes(self, tower: str, inputs: Mapping[str, Any]) -> None:
+        """Raises ValueError where the arrays are no rows of what the tower reads."""
+        modality = self._inputs(tower)
+        if only_features(inputs):
+            wanted = {"features": (self._widths[tower],)}
+        else:
+            wanted = {name: tuple(spec.shape) for name, spec in modality.arrays().items()}
+        # Where padding can be cut off, rows may be shorter.
+        exact = type(modality).trim is Modality.trim
+        counts = {len(inputs[name]) for name in wanted if np.ndim(inputs[name])}
+        for name, shape in wanted.items():
+            found = np.shape(inputs[name])
+            if len(found) != 1 + len(shape) or (exact and found[1:] != shape) or len(counts) > 1:
+                raise ValueError(
+                    f"the {tower} tower reads {name} of shape {('b', *shape)}, one row an item: "
+                    f"not {found}".replace("'b'", "b")
+                )
 
     def similarity(
         self, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
@@ -356,16 +377,19 @@ def load_run(
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
     """Definition, leaves and description of a run's model, on the default device."""
     from cwcl_jax.training.encode import restore
+    from cwcl_jax.training.own_code import code_of
 
     restored = restore(workdir, step, devices=jax.local_devices()[:1], compact=False)
     blueprint = restored.blueprint
     config = blueprint.config
+    code = code_of(config, ("towers",))["towers"]
     description = ModelDescription(
         towers=config.towers,
         embed_dim=config.embed_dim,
         dtype=config.dtype,
         logit_bias="logit_bias" in blueprint.abstract,
         inputs={tower: config.data.inputs_of(tower) for tower in config.towers},
-        origin={"run": config.name, "loss": config.loss.name, "step": restored.step},
+        origin={"run": config.name, "loss": config.loss.name, "step": restored.step}
+        | ({"code": code} if code else {}),
     )
     return blueprint.model_def, restored.params | restored.locked, description

@@ -1,15 +1,15 @@
 """Writes a source's embeddings: `python -m cwcl_jax.embed --config=FILE --output=DIR`.
 
 By default the locked tower's features of the training data; a run whose source line says
-`embeds=DIR` then trains from them without running that tower. With `--workdir` the tower is that of
-a trained run, and `--what=embeds` gives the normalised embeddings after its head, for search and
-plots. An interrupted command continues where it stopped.
+`features_from=DIR` then trains from them without running that tower. With `--workdir` the tower is
+that of a trained run, and `--what=embeds` gives the normalised embeddings after its head, for
+search and plots. An interrupted command continues where it stopped.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,8 @@ def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", default="", help="a trained run, in place of --config")
     add("--output", required=True, help="folder of the embeddings")
-    add("--modality", default="", help="tower; default: the locked one (U)")
+    add("--tower", default="", help="by name; default: the locked one (U)")
+    add("--modality", default="", help=SUPPRESS)  # its former name
     add("--source", default="", help="source line; default: the training data")
     what = ["features", "embeds"]
     add("--what", default="features", choices=what, help="before or after the head")
@@ -39,7 +40,7 @@ def embed(
     *,
     workdir: str,
     output: str,
-    modality: str = "",
+    tower: str = "",
     line: str = "",
     what: str = "features",
     dtype: str = "float16",
@@ -62,14 +63,14 @@ def embed(
 
     from cwcl_jax.data.embeddings import EmbeddingWriter
     from cwcl_jax.data.sources import open_source
-    from cwcl_jax.training.embedding import all_finished, describe, embed_source
+    from cwcl_jax.training.embedding import all_finished, embed_source, folder_description
     from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
     from cwcl_jax.training.stopping import IndependentStop
     from cwcl_jax.training.watchdog import unwatched
 
-    modality = modality or config.tower_names[0]
-    if modality not in config.towers:
-        raise ConfigError(f"--modality={modality}: the towers are {sorted(config.towers)}")
+    tower = tower or config.tower_names[0]
+    if tower not in config.towers:
+        raise ConfigError(f"--tower={tower}: the towers are {sorted(config.towers)}")
     try:
         source = open_source(line or config.data.train, cache_dir=config.data.cache_dir)
     except (FileNotFoundError, ValueError) as error:
@@ -81,9 +82,9 @@ def embed(
         sources = tower_sources(Path(workdir))
     else:
         encoder, sources = imported_encoder(config, devices=devices)
-    width = encoder.width(modality, what)
-    description = describe(
-        encoder, sources, source, modality, output=what, dtype=dtype, width=width,
+    width = encoder.width(tower, what)
+    description = folder_description(
+        encoder, sources, source, tower, output=what, dtype=dtype, width=width,
         shard_size=shard_size,
     )  # fmt: skip
     try:
@@ -124,6 +125,8 @@ def main(options: Namespace) -> int:
 
     if bool(options.workdir) == (options.config is not None):
         raise ConfigError("give either --config=FILE or --workdir=RUN")
+    if options.modality:
+        raise ConfigError(f"--modality={options.modality} is now called --tower={options.modality}")
     config = options.config or load_config(Path(options.workdir))
     initialize(config.distributed)
 
@@ -132,7 +135,7 @@ def main(options: Namespace) -> int:
             config,
             workdir=options.workdir,
             output=options.output,
-            modality=options.modality,
+            tower=options.tower,
             line=options.source,
             what=options.what,
             dtype=options.dtype,

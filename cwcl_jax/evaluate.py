@@ -21,7 +21,7 @@ from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, with_tasks
 
 if TYPE_CHECKING:
-    from cwcl_jax.evaluation.compare import Items
+    from cwcl_jax.evaluation.compare import SavedItems
     from cwcl_jax.evaluation.results import TaskResult
     from cwcl_jax.training.encode import Encoder
     from cwcl_jax.training.kept_rows import KeptRows
@@ -92,7 +92,7 @@ def _evaluate(options: Options, watchdog: Watchdog) -> int:
                 _rank_one(options, encoder, config)
             else:
                 kept = KeptRows(encoder, sources)
-                _run_tasks(options, kept, with_tasks(config, options.tasks))
+                _run_tasks(options, kept, with_tasks(config, options.tasks), sources)
                 kept.save()
     except (ValueError, FileNotFoundError, ImportError, TooManyBadExamples) as error:
         raise ConfigError(str(error)) from error
@@ -160,10 +160,16 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
     return encoder, options.config, sources
 
 
-def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> None:
+def _run_tasks(
+    options: Options,
+    kept: KeptRows,
+    config: ExperimentConfig,
+    sources: Mapping[str, TowerSource],
+) -> None:
     from cwcl_jax.evaluation.checks import check_tasks
     from cwcl_jax.evaluation.compare import check_common, load_items
     from cwcl_jax.evaluation.runner import run_tasks
+    from cwcl_jax.training.checks import check_task_inputs
     from cwcl_jax.training.distributed import is_primary
 
     others = {}
@@ -172,6 +178,8 @@ def _run_tasks(options: Options, kept: KeptRows, config: ExperimentConfig) -> No
         others = load_items(Path(options.compare))
         check_common(config.evaluation.tasks, others)
     check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
+    encoder = kept.encoder
+    check_task_inputs(encoder.blueprint, config.evaluation.tasks, sources, encoder.step)
     results = run_tasks(
         config.evaluation,
         encode=kept.encode,
@@ -201,7 +209,7 @@ def _write(
     options: Options,
     config: ExperimentConfig,
     results: list[TaskResult],
-    others: Mapping[str, Items],
+    others: Mapping[str, SavedItems],
     step: int,
 ) -> None:
     """Prints and writes the results, then compares them: what is written stays whatever follows."""

@@ -66,7 +66,7 @@ def plan(
         config = without_files(config)
         check(config)
         embedded: tuple[str, ...] = ()
-        if "embeds=" in config.data.train:
+        if "features_from=" in config.data.train:
             embedded = inputs.embedded_modalities(planner.blueprint(config))
         base = planner.estimate(config, embedded)
     except ConfigError:

@@ -53,7 +53,7 @@ def reproduce(
       ConfigError: a table or figure that is not known, or settings that cannot work.
     """
     from cwcl_jax.reproduction import experiments, page
-    from cwcl_jax.reproduction.runs import Runner
+    from cwcl_jax.reproduction.runs import RunMaker
     from cwcl_jax.reproduction.sections import Maker
 
     unknown = [number for number in figures if number not in (5, 6, 7, 8)]
@@ -66,7 +66,7 @@ def reproduce(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--{option}={folder} cannot be made: {error.strerror}") from error
-    maker = Maker(Runner(runs), scale, range(seeds), output)
+    maker = Maker(RunMaker(runs), scale, range(seeds), output)
     sections = [maker.experiment(experiment) for experiment in wanted]
     drawn = {5: maker.figure5, 6: maker.figure6}
     for number in figures:

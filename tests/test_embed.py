@@ -1,12 +1,13 @@
 """Embeddings of a source: written once, trained from, refused when stale, continued if cut off."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 
 from cwcl_jax.cli import DONE, PREEMPTED
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, from_config_dict
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import open_source
@@ -55,7 +56,7 @@ def test_training_from_embeddings_gives_the_losses_of_training_from_pictures(fol
         return [record["loss"] for record in records if "loss" in record]
 
     np.testing.assert_allclose(
-        losses("cached", f"{SOURCE}&embeds={folder}"), losses("pictures", SOURCE), rtol=1e-5
+        losses("cached", f"{SOURCE}&features_from={folder}"), losses("pictures", SOURCE), rtol=1e-5
     )
 
 
@@ -65,7 +66,7 @@ def test_training_from_embeddings_gives_the_losses_of_training_from_pictures(fol
     ids=["weights", "architecture", "preprocessing"],
 )
 def test_stale_embeddings_are_refused(folder, tmp_path, changes):
-    config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", **changes})
+    config = toy_config(**{"data.train": f"{SOURCE}&features_from={folder}", **changes})
     with pytest.raises(ConfigError, match="stale"):
         train(config, tmp_path)
 
@@ -78,13 +79,15 @@ def test_what_only_training_does_to_inputs_makes_no_vectors_stale():
 
 
 def test_embeddings_of_another_source_are_refused(folder, tmp_path):
-    config = toy_config(**{"data.train": f"scenes:train?n=100&seed=5&embeds={folder}"})
+    config = toy_config(**{"data.train": f"scenes:train?n=100&seed=5&features_from={folder}"})
     with pytest.raises(ConfigError, match="stale"):
         train(config, tmp_path)
 
 
 def test_embeddings_of_a_tower_that_trains_are_refused(folder, tmp_path):
-    config = toy_config(**{"data.train": f"{SOURCE}&embeds={folder}", "towers.image.tune": "all"})
+    config = toy_config(
+        **{"data.train": f"{SOURCE}&features_from={folder}", "towers.image.tune": "all"}
+    )
     with pytest.raises(ConfigError, match=r"the image tower trains.*tune"):
         train(config, tmp_path)
 
@@ -96,7 +99,7 @@ def test_embeds_of_another_head_are_not_mixed_in(tmp_path):
     def embed_run(name):
         config = toy_config()  # what --workdir has instead
         return embed(
-            config, workdir=str(tmp_path / name), output=str(tmp_path / "out"), modality="image",
+            config, workdir=str(tmp_path / name), output=str(tmp_path / "out"), tower="image",
             line=SOURCE, what="embeds", batch_size=32,
         )  # fmt: skip
 
@@ -138,11 +141,6 @@ def test_interrupted_command_continues(tmp_path, monkeypatch):
     assert len(EmbeddingStore(tmp_path)) == 100
 
 
-def test_unknown_modality_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"--modality=sound: the towers are"):
-        embed(toy_config(), workdir="", output=str(tmp_path), modality="sound")
-
-
 def test_several_captions_and_many_unusable_examples_are_told(tmp_path, capsys):
     rows = [{"title": ["a star", "a red star"] if n < 3 else ""} for n in range(5)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -150,7 +148,7 @@ def test_several_captions_and_many_unusable_examples_are_told(tmp_path, capsys):
     def run(share):
         config = toy_config(**{"data.max_skipped_share": share})
         return embed(
-            config, workdir="", output=str(tmp_path / f"{share}"), modality="text",
+            config, workdir="", output=str(tmp_path / f"{share}"), tower="text",
             line=f"jsonl:{tmp_path}/t.jsonl", batch_size=5,
         )  # fmt: skip
 
@@ -158,3 +156,28 @@ def test_several_captions_and_many_unusable_examples_are_told(tmp_path, capsys):
         run(0.2)
     assert run(0.5) == DONE
     assert "3 of the examples embedded now are with several captions" in capsys.readouterr().out
+
+
+def test_unknown_tower_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"--tower=sound: the towers are"):
+        embed(toy_config(), workdir="", output=str(tmp_path), tower="sound")
+
+
+def test_towers_that_read_features_are_trained_with_kept_ones_and_embedded(tmp_path):
+    line = "made:train?n=32"
+    made = runpy.run_path("configs/features_cwcl.py")["get_config"]("")
+    made.update_from_flattened_dict(
+        {
+            "data.train": line, "data.keep_locked_features": True, "total_steps": 1,
+            "data.cache_dir": str(tmp_path), "global_batch_size": 16, "logging.tensorboard": False,
+        }
+    )  # fmt: skip
+    made.evaluation.tasks = {}
+    config = from_config_dict(made)
+    assert train(config, tmp_path / "run") == DONE
+    vector = open_source(line).read(3, ("features",))["features"]["u"]
+    expected = {"features": vector, "embeds": vector / np.linalg.norm(vector)}  # u has no head
+    for what, values in expected.items():
+        arguments = {"workdir": str(tmp_path / "run"), "output": str(tmp_path / what)}
+        assert embed(config, **arguments, tower="u", what=what, dtype="float32") == DONE
+        np.testing.assert_allclose(EmbeddingStore(tmp_path / what)[3][1], values, atol=1e-6)

@@ -249,7 +249,7 @@ def test_features_that_vary_between_epochs_are_not_kept(cache):
     assert source.durations.shape == (64,)
     flipped = config(**{"data.image.flip": True})
     with pytest.raises(ConfigError, match="same in every epoch"):
-        features_module._check_repeatable(flipped, ["image"], source, "embeds=")
+        features_module._check_repeatable(flipped, ["image"], source, "features_from=")
 
 
 @pytest.mark.parametrize("argument", ["lock=speech", "lock=both", "head,init=x"])

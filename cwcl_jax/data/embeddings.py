@@ -33,7 +33,7 @@ class EmbeddingDescription:
     """What a folder of embeddings holds and what it was made from.
 
     Attributes:
-      modality: the modality that was embedded.
+      tower: whose vectors they are.
       shape: shape of one vector, usually (dim,).
       dtype: "float16", "bfloat16" or "float32"; readers give float32.
       count: number of examples of the source.
@@ -43,7 +43,7 @@ class EmbeddingDescription:
       shard_size: examples in one file.
     """
 
-    modality: str
+    tower: str
     shape: tuple[int, ...]
     dtype: str
     count: int
@@ -57,7 +57,10 @@ class EmbeddingDescription:
             raise ValueError(f"dtype={self.dtype!r} of embeddings must be one of {list(_DTYPES)}.")
 
     def to_json(self) -> str:
-        return json.dumps({"version": _VERSION, **asdict(self)}, indent=1, sort_keys=True)
+        values = asdict(self)
+        # The name that the first version wrote: folders and fingerprints of then stay valid.
+        values["modality"] = values.pop("tower")
+        return json.dumps({"version": _VERSION, **values}, indent=1, sort_keys=True)
 
     @classmethod
     def read(cls, folder: str | Path) -> "EmbeddingDescription":
@@ -72,7 +75,8 @@ class EmbeddingDescription:
             values = json.loads(file.read_text(encoding="utf-8"))
             if values.pop("version", None) != _VERSION:
                 raise ValueError(f"{file} is of another version; make the embeddings again.")
-            return cls(**{**values, "shape": tuple(values["shape"])})
+            tower = values.pop("modality")
+            return cls(**{**values, "tower": tower, "shape": tuple(values["shape"])})
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeError) as error:
             raise ValueError(f"{file} is damaged ({error}); {_AGAIN}.") from error
 

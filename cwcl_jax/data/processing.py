@@ -11,7 +11,8 @@ from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.options import DataConfig, features_name, given_as_features, reads_features
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example
-from cwcl_jax.modalities import Modality, stream_of
+from cwcl_jax.modalities import Modality, WrongInputs, stream_of
+from cwcl_jax.modalities.base import fitting, prepared
 from cwcl_jax.modalities.text import usable_captions
 
 Batch = dict[str, Any]
@@ -81,29 +82,37 @@ class Processor:
         Random choices follow the integers `key`, those of one tower apart from the others'.
         `length` is that of the batch, where it is not the usual one.
         """
-        prepared: dict[str, Any] = {}
+        made: dict[str, Any] = {}
         for tower, modality in self.inputs.items():
             if tower not in self.raw:
-                prepared[tower] = {"features": _features(example, tower, modality)}
+                made[tower] = {"features": _features(example, tower, modality)}
                 continue
             value = _field(example, modality.field)
             if length is not None and modality.lengths:
                 modality = modality.fitting(value, length)
             draws = Draws(*key, *stream_of(tower, modality))
-            prepared[tower] = modality.prepare(value, draws)
+            made[tower] = self._prepared(tower, modality, value, draws)
         if self.config.labels:
-            prepared["label"] = self._label(example, prepared)
-        return prepared
+            made["label"] = self._label(example, made)
+        return made
 
-    def _label(self, example: Example, prepared: Mapping[str, Any]) -> np.int32:
+    def _prepared(
+        self, tower: str, modality: Modality, value: Any, draws: Draws | None = None
+    ) -> Any:
+        try:
+            return prepared(modality, value, draws)
+        except WrongInputs as error:
+            raise WrongInputs(f"config.data.{tower}: {error}") from error
+
+    def _label(self, example: Example, made: Mapping[str, Any]) -> np.int32:
         """Equal for pairs that the options call alike."""
         if self.config.labels == "class":
             return _in_32_bits(_field(example, "label"))
         # The caption that a tower reads, if one does, so that label and input agree.
         read = [
-            prepared[tower]
+            made[tower]
             for tower, modality in self.raw.items()
-            if modality.field == _CAPTIONS and isinstance(prepared[tower], str)
+            if modality.field == _CAPTIONS and isinstance(made[tower], str)
         ]
         text = read[0] if read else usable_captions(_field(example, _CAPTIONS))[0]
         return np.int32(zlib.crc32(text.casefold().encode()) & 0x7FFFFFFF)
@@ -111,7 +120,7 @@ class Processor:
     def eval_example(self, example: Example) -> dict[str, Any]:
         """As `train_example`, without any randomness."""
         return {
-            tower: modality.prepare(_field(example, modality.field))
+            tower: self._prepared(tower, modality, _field(example, modality.field))
             if tower in self.raw
             else {"features": _features(example, tower, modality)}
             for tower, modality in self.inputs.items()
@@ -129,7 +138,10 @@ class Processor:
         for tower, modality in self.raw.items() if examples else ():
             finished = modality.finish([example[tower] for example in examples])
             for example, arrays in zip(examples, finished, strict=True):
-                example[tower] = arrays
+                try:
+                    example[tower] = fitting(modality, arrays)
+                except WrongInputs as error:
+                    raise WrongInputs(f"config.data.{tower}: {error}") from error
 
 
 def collect(examples: Sequence[Any]) -> Any:
@@ -151,7 +163,11 @@ def join(parts: Sequence[Any]) -> Any:
 def _field(example: Example, name: str) -> Any:
     value = example.get(name)
     if value is None:
-        raise BadExample(f"{name} missing", f"the example has {', '.join(example)}")
+        raise BadExample(
+            f"{name} missing",
+            f"the source gave {', '.join(example)} (config.data.<tower>.field names what a tower "
+            "reads)",
+        )
     return value
 
 

@@ -11,8 +11,8 @@ from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.significance import PairedTest, holm, paired_test
 from cwcl_jax.evaluation.tables import Table
 
-Items = Mapping[str, np.ndarray]
-Pair = tuple[Items, Items]  # of run A and of run B
+SavedItems = Mapping[str, np.ndarray]
+Pair = tuple[SavedItems, SavedItems]  # of run A and of run B
 # Values that are not per item: they say what a task was.
 _ABOUT = ("prompts", "class_names", "top_k", "recall_k", "data")
 _SAME = {"class_names": "class names", "labels": "labels", "owner": "captions", "data": "data"}
@@ -24,7 +24,7 @@ _KS = {"top_k": (1, 5), "recall_k": (1, 5, 10)}
 def compare_with(
     results: Sequence[TaskResult],
     name: str,
-    others: Mapping[str, Items],
+    others: Mapping[str, SavedItems],
     other_name: str,
     folder: Path,
 ) -> tuple[Table, list[Path]]:
@@ -66,7 +66,7 @@ def item_files(folder: Path) -> list[Path]:
     return [files[task] for task in sorted(files)]
 
 
-def load_items(folder: Path) -> dict[str, Items]:
+def load_items(folder: Path) -> dict[str, SavedItems]:
     """The values per item that an evaluation left in a folder, by task."""
     loaded = {}
     for path in item_files(folder):
@@ -79,7 +79,7 @@ def load_items(folder: Path) -> dict[str, Items]:
     return loaded
 
 
-def check_common(tasks: Collection[str], others: Mapping[str, Items]) -> None:
+def check_common(tasks: Collection[str], others: Mapping[str, SavedItems]) -> None:
     """Raises ValueError where the other run has none of the tasks."""
     if not set(tasks) & set(others):
         raise ValueError(
@@ -88,7 +88,9 @@ def check_common(tasks: Collection[str], others: Mapping[str, Items]) -> None:
         )
 
 
-def pair_up(a: Mapping[str, Items], b: Mapping[str, Items]) -> tuple[dict[str, Pair], list[str]]:
+def pair_up(
+    a: Mapping[str, SavedItems], b: Mapping[str, SavedItems]
+) -> tuple[dict[str, Pair], list[str]]:
     """The tasks of both runs on the items of both, and what a reader must know of them."""
     pairs: dict[str, Pair] = {}
     notes = []
@@ -113,7 +115,7 @@ def pair_up(a: Mapping[str, Items], b: Mapping[str, Items]) -> tuple[dict[str, P
     return pairs, notes
 
 
-def _on_common_items(a: Items, b: Items) -> Pair | None:
+def _on_common_items(a: SavedItems, b: SavedItems) -> Pair | None:
     """Both cut to the items of both; None where ranks depend on which items there are."""
     if "owner" in a or "matrix" in a:
         return None
@@ -130,7 +132,7 @@ def _on_common_items(a: Items, b: Items) -> Pair | None:
     return cut[0], cut[1]
 
 
-def _differences(a: Items, b: Items) -> list[str]:
+def _differences(a: SavedItems, b: SavedItems) -> list[str]:
     """In what, beside the model, two runs of a task differ; files of old have less to tell."""
     lines = []
     for key in sorted(a.keys() & b.keys()):
@@ -233,7 +235,7 @@ def compare_templates(
     return files
 
 
-def draw_matrices(items: Mapping[str, Items], path: Path, *, tower: str = "speech") -> Path:
+def draw_matrices(items: Mapping[str, SavedItems], path: Path, *, tower: str = "speech") -> Path:
     """One panel per run, titled with its block diagonality."""
     first = next(iter(items.values()))
     classes, places = np.unique(first["matrix_classes"], return_index=True)
@@ -245,18 +247,20 @@ def draw_matrices(items: Mapping[str, Items], path: Path, *, tower: str = "speec
     return plot_matrices(matrices, sizes, names, path, notes=notes, y_label=f"{tower} embeddings")
 
 
-def _diagonality(items: Items) -> float:
+def _diagonality(items: SavedItems) -> float:
     same = items["matrix_classes"][:, None] == items["matrix_classes"][None, :]
     return float(items["matrix"][same].mean() - items["matrix"][~same].mean())
 
 
-def _common_ks(a: Items, b: Items, name: str) -> list[int]:
+def _common_ks(a: SavedItems, b: SavedItems, name: str) -> list[int]:
     """The k of both runs' tasks, at which their numbers are reported."""
     one, other = (np.asarray(side.get(name, _KS[name])).tolist() for side in (a, b))
     return [k for k in one if k in other]
 
 
-def _values(a: Items, b: Items) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+def _values(
+    a: SavedItems, b: SavedItems
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Metric -> values of both runs and the groups that belong together."""
     values = {}
     for key in a:

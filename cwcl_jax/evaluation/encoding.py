@@ -1,6 +1,6 @@
 """Runs an encoder over sources and sentences, in batches of one shape.
 
-The encoder is a callable `encode(modality, inputs) -> embeds`. Every batch has the same size, the
+The encoder is a callable `encode(tower, inputs) -> embeds`. Every batch has the same size, the
 last one is padded by repeating, so that nothing is compiled twice; padding is dropped here.
 """
 
@@ -143,9 +143,9 @@ class Items:
 
 
 def encode_items(
-    batches: Iterable[Mapping[str, Any]], modality: str, *, encode: Encode, clock: Clock
+    batches: Iterable[Mapping[str, Any]], tower: str, *, encode: Encode, clock: Clock
 ) -> Items:
-    """Embeds one modality of `batches` (see `data.pipeline.eval_batches`) and drops the filling."""
+    """Embeds a tower's inputs of `batches` (`data.pipeline.eval_batches`); drops the filling."""
     parts: dict[str, list] = {
         name: [] for name in ("embeds", "index", "label", "captions", "id", "content")
     }
@@ -153,7 +153,7 @@ def encode_items(
     for batch in batches:
         clock.add("data", waiting)
         begin = time.perf_counter()
-        encoded = np.asarray(encode(modality, batch[modality]), np.float32)
+        encoded = np.asarray(encode(tower, batch[tower]), np.float32)
         clock.add("encode", begin)
         valid = np.flatnonzero(batch["valid"])
         parts["embeds"].append(encoded[valid])
@@ -161,11 +161,11 @@ def encode_items(
             parts[name].append(np.asarray(batch[name])[valid])
         parts["captions"] += [tuple(batch["captions"][i]) for i in valid]
         parts["id"] += [str(batch["id"][i]) for i in valid]
-        keys = row_keys(batch[modality])
+        keys = row_keys(batch[tower])
         parts["content"] += [keys[i] for i in valid]
         waiting = time.perf_counter()
     if not parts["id"]:
-        raise ValueError(f"the source gave no usable example of modality {modality!r}.")
+        raise ValueError(f"the source gave no usable example for the tower {tower!r}.")
     return Items(
         np.concatenate(parts["embeds"]),
         np.concatenate(parts["index"]).astype(np.int64),

@@ -1,7 +1,9 @@
 """Pictures of an evaluation: template robustness (CWCL Figure 5), alignment (Figures 7 and 8)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +15,22 @@ from cwcl_jax.files import replacing
 # Distinguishable without colour vision, also in grey by their markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
+
+
+def draw_item(panel: Any, shown: Any) -> None:
+    """Draws what `Modality.preview` gives of an item: a picture, a text, or lines over time."""
+    panel.set_xticks([])
+    panel.set_yticks([])
+    if isinstance(shown, str):
+        text = textwrap.fill(shown, 22)
+        panel.text(0.5, 0.5, text, ha="center", va="center", transform=panel.transAxes, fontsize=8)
+    elif shown.dtype == np.uint8 and shown.ndim == 3:
+        panel.imshow(shown, interpolation="nearest")
+    else:
+        lines = np.asarray(shown, np.float32).reshape(-1, shown.shape[-1] if shown.ndim else 1)
+        apart = float(np.ptp(lines)) or 1.0
+        for place, line in enumerate(lines):
+            panel.plot(line - place * apart, linewidth=0.7, color="black")
 
 
 def plot_template_robustness(

@@ -98,12 +98,12 @@ class Runner:
         texts = [view.read(i, ("text",)).get("text") or () for i in range(len(view))]
         return [(text,) if isinstance(text, str) else tuple(text) for text in texts]
 
-    def items(self, view: View, modality: str, *, features: str = "embeds") -> Items:
-        """`modality` of all examples, embedded. Unusable examples are left out, with a warning."""
-        key = (view.fingerprint(), modality, features)
+    def items(self, view: View, tower: str, *, features: str = "embeds") -> Items:
+        """All examples embedded by `tower`; unusable ones are left out, with a warning."""
+        key = (view.fingerprint(), tower, features)
         if key not in self.known_items:
             before, self.warnings = self.warnings, []
-            items = self._embed_items(view, modality, features)
+            items = self._embed_items(view, tower, features)
             self.known_items[key] = items, self.warnings
             self.warnings = before
         items, warnings = self.known_items[key]
@@ -111,13 +111,13 @@ class Runner:
             self.warn(warning)
         return items
 
-    def _embed_items(self, view: View, modality: str, features: str) -> Items:
+    def _embed_items(self, view: View, tower: str, features: str) -> Items:
         # Here and not above: settings are read without the pipeline's libraries.
         from cwcl_jax.data.pipeline import eval_batches
 
-        batches = eval_batches(view, self.data, (modality,), batch_size=self.batch_size)
-        watched = self._with_remarks(batches, modality)
-        items = encode_items(watched, modality, encode=self._encoder(features), clock=self.clock)
+        batches = eval_batches(view, self.data, (tower,), batch_size=self.batch_size)
+        watched = self._with_remarks(batches, tower)
+        items = encode_items(watched, tower, encode=self._encoder(features), clock=self.clock)
         if len(items) < len(view):
             kinds = ", ".join(f"{kind}: {count}" for kind, count in batches.skipped.items())
             self.warn(

@@ -88,7 +88,7 @@ def make_loss(
     """
     frame = resolve(config, weight_function)
     if is_own(config.name):
-        return own_loss(import_named(config.name, "a loss"), config.name)
+        return own_loss(import_named(config.name, "loss"), config.name)
     if mesh is not None and AxisType.Explicit in mesh.axis_types:
         return _of_explicit_mesh(config, mesh, axes, weight_function)
     axes = _splitting_axes(config, mesh, axes)
@@ -137,15 +137,17 @@ def _with_constants(frame: Frame, dtype: jnp.dtype) -> Frame:
     return dataclasses.replace(frame, weights=dataclasses.replace(frame.weights, own=own))
 
 
-def own_loss(function: Callable[..., Any], name: str) -> LossFn:
+def own_loss(function: Any, name: str) -> LossFn:
     """A `LossFn` of a person's own function.
 
     The function takes any of u, v, p, logit_scale, logit_bias, labels, q and progress by these
     names, global arrays as in `LossFn`, and returns a scalar, or a scalar and a dict of scalars.
 
     Raises:
-      ValueError: it wants an argument of another name.
+      ValueError: it is no function, or wants an argument of another name.
     """
+    if not callable(function) or isinstance(function, type):
+        raise ValueError(f"loss {name!r} is a {type(function).__name__}, not a function.")
     wanted = argument_names(function)
     unknown = [argument for argument in wanted if argument not in _ARGUMENTS]
     if unknown:

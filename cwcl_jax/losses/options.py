@@ -189,7 +189,7 @@ def needs_bias(config: LossConfig) -> bool:
     if is_own(config.name):
         from cwcl_jax.losses.make import argument_names
 
-        return "logit_bias" in argument_names(import_named(config.name, "a loss"))
+        return "logit_bias" in argument_names(import_named(config.name, "loss"))
     return resolve(config).needs_bias
 
 
@@ -245,6 +245,9 @@ def _frame_of_own_loss(config: LossConfig, function: Callable | None) -> Frame:
             f"name={config.name!r} is a loss of your own, which {(set_ or ['weight_function'])[0]} "
             "does not reach: leave it out."
         )
+    from cwcl_jax.losses.make import own_loss
+
+    own_loss(import_named(config.name, "loss"), config.name)  # refuses what is no loss
     return Frame(
         config, "own", parse_weights("identity"), "both", "negatives", 0.0, (0.0,), (1.0, 1.0), {},
         detach_weights=True, row_sum_epsilon=0.0, negatives=(1.0, 1.0),

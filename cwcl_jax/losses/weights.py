@@ -199,7 +199,7 @@ def parse_weights(text: str, own: Callable[[Array], Array] | None = None) -> Wei
     if own is not None:
         return Weights("your own weight function", "own", own=own)
     if ":" in text:
-        return Weights(text, "own", own=import_named(text, "a weight function"))
+        return Weights(text, "own", own=import_named(text, "weight function"))
     name, numbers = parse_number(text)
     if name not in NUMBERS:
         known = ", ".join(n + "NUMBER" * bool(x) for n, x in NUMBERS.items() if n != "identity")

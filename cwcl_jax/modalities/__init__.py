@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 from cwcl_jax.extension import import_named, is_reference
-from cwcl_jax.modalities.base import ArraySpec, Modality
+from cwcl_jax.modalities.base import ArraySpec, Modality, WrongInputs
 from cwcl_jax.modalities.features import FeatureInputs
 from cwcl_jax.modalities.image import ImageInputs
 from cwcl_jax.modalities.speech import SpeechInputs
@@ -20,6 +20,7 @@ __all__ = [
     "Modality",
     "SpeechInputs",
     "TextInputs",
+    "WrongInputs",
     "modality_class",
     "stream_of",
 ]

@@ -43,6 +43,10 @@ class ArraySpec(NamedTuple):
     dtype: str
 
 
+class WrongInputs(ValueError):
+    """A modality fails on a value, or gives other arrays than it says: no fault of one example."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Modality:
     """One kind of input. A subclass gives `arrays` and `prepare`; all else has a default.
@@ -97,8 +101,9 @@ class Modality:
         Raises:
           BadExample, ValueError: an item that cannot be used, by its path or its number.
         """
-        finished = self.finish(each(lambda item: self.prepare(self.opened(item)), items, first))
-        return {name: np.stack([row[name] for row in finished]) for name in finished[0]}
+        made = each(lambda item: prepared(self, self.opened(item)), items, first)
+        rows = each(lambda row: fitting(self, row), self.finish(made), first)
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def listed(self, items: Any) -> list[Any]:
         """Returns one item or many as a list."""
@@ -175,6 +180,14 @@ class Modality:
         del value
         return ()
 
+    def preview(self, value: Any) -> Any:
+        """Returns what a report shows of a raw value (see `evaluation.plots.draw_item`).
+
+        Returns:
+          A picture, uint8 (y, x, 3); a text; or numbers (n,) or (lines, n), drawn as lines.
+        """
+        return value if isinstance(value, str) else np.asarray(value)
+
     def without_border(self, value: Any, pixels: int) -> Any:
         """Returns a raw value without `pixels` on every side, where there is such a border."""
         del value, pixels
@@ -220,6 +233,60 @@ class Modality:
         """Returns the options of an export with its files' whole paths."""
         del folder
         return self
+
+
+def prepared(modality: Modality, value: Any, draws: Draws | None = None) -> Any:
+    """Calls `prepare`; numbers that are not finite make an example unusable.
+
+    Raises:
+      BadExample: the value cannot be used.
+      WrongInputs: `prepare` fails.
+    """
+    try:
+        made = modality.prepare(value, draws)
+    except BadExample:
+        raise
+    except Exception as error:
+        raise WrongInputs(
+            f"{type(modality).__name__}.prepare fails on {_shown(value)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for name, array in made.items() if isinstance(made, Mapping) else ():
+        if np.asarray(array).dtype.kind == "f" and not np.isfinite(array).all():
+            raise BadExample(f"{name} not finite", "NaN or infinity")
+    return made
+
+
+def fitting(modality: Modality, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the arrays of one example in the dtypes that `arrays()` says.
+
+    Raises:
+      WrongInputs: they have other names, shapes, or another kind of numbers.
+    """
+    made = {name: np.asarray(array) for name, array in arrays.items()}
+    specs: dict[str, ArraySpec] = {}
+    for one in [modality.at_length(length) for length in modality.lengths] or [modality]:
+        specs = one.arrays()
+        if made.keys() == specs.keys() and all(_fits(n, made[n], specs[n]) for n in specs):
+            return {n: array.astype(specs[n].dtype, copy=False) for n, array in made.items()}
+    said = {name: f"{dtype}{list(shape)}" for name, (shape, dtype) in specs.items()}
+    found = {name: f"{array.dtype}{list(array.shape)}" for name, array in made.items()}
+    kind = type(modality).__name__
+    raise WrongInputs(f"{kind} gives {found} for one example, but {kind}.arrays() says {said}")
+
+
+def _fits(name: str, array: np.ndarray, spec: ArraySpec) -> bool:
+    # Features may have any shape where nothing says which.
+    same_shape = array.shape == tuple(spec.shape) or (name == "features" and not spec.shape)
+    return same_shape and array.dtype.kind == np.dtype(spec.dtype).kind
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: an array by its type and shape."""
+    if isinstance(value, np.ndarray):
+        return f"an array {value.dtype}{list(value.shape)}"
+    text = repr(value)
+    return f"the {type(value).__name__} {text if len(text) < 80 else text[:77] + '...'}"
 
 
 def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:

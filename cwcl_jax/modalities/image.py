@@ -101,6 +101,9 @@ class ImageInputs(Modality):
     def opened(self, item: Any) -> bytes | Image.Image:
         return open_picture(item)
 
+    def preview(self, value: Any) -> UInt8[np.ndarray, "y x 3"]:
+        return eval_pixels(value, self)
+
     def varies(self, source: Any) -> str:
         if not (self.crop_min_area or self.flip):
             return ""

@@ -90,6 +90,10 @@ class SpeechInputs(Modality):
     def opened(self, item: Any) -> Audio:
         return open_recording(item)
 
+    def preview(self, value: Any) -> Int16[np.ndarray, " n"]:
+        made = waveform(value, self)
+        return made["waveform"][: made["length"]]
+
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Cuts waveforms to the shortest of the options' lengths that holds them all."""
         longest = int(np.asarray(arrays["length"]).max())

@@ -91,6 +91,9 @@ class TextInputs(Modality):
         """Names a (first) caption that is cut, or has words that the tokenizer does not know."""
         return self.loaded.lost(usable_captions(value)[0])
 
+    def preview(self, value: Any) -> str:
+        return usable_captions(value)[0]
+
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Cuts sentences to the longest of them, in steps of 8 tokens so that programs are few."""
         used = np.flatnonzero(np.asarray(arrays["mask"]).any(axis=0))

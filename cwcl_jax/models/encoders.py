@@ -18,7 +18,7 @@ from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.transformer import Execution
 
 
-class Encoder(Protocol):
+class EncoderModule(Protocol):
     """What a tower asks of an encoder; no key means deterministic."""
 
     config: Any

@@ -79,6 +79,11 @@ def _top_blocks(names: list[str], tune: str) -> set[str]:
     depth = 1 + max(blocks.values(), default=-1)
     if depth == 0 and any(_STACKED_PATH.fullmatch(name) for name in names):
         raise ValueError(f"{tune!r} needs separate layers: set scan_layers=False for this tower")
+    if not depth:
+        raise ValueError(
+            f"{tune!r} counts blocks, and this encoder has none that are known: name leaves by a "
+            f"regex; paths look like {', '.join(names[:3])}"
+        )
     if not count.isdecimal() or not 0 <= int(count) <= depth:
         raise ValueError(f"K of last:K is a number from 0 to {depth} (the depth), not {count!r}")
     top = {name for name, index in blocks.items() if index >= depth - int(count)}

@@ -9,7 +9,9 @@ A class of flax.nnx, or of flax.linen:
 
 The config's `overrides` are its arguments. Where it has arguments of these names, it also gets
 `dtype`, the compute type, and `arrays`, name -> (shape, dtype) of one example's inputs. BatchNorm's
-running statistics and Dropout are the run's business; see `models.leaves`.
+running statistics and Dropout are the run's business; see `models.leaves`. A module of flax.nnx is
+switched by its `train()` and `eval()`; where `__call__` takes `train` or `deterministic` (or
+another name of `_MODES`), as is usual in flax.linen, it is told so.
 """
 
 import difflib
@@ -18,6 +20,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx
@@ -26,6 +29,14 @@ from cwcl_jax.extension import import_named
 from cwcl_jax.models.transformer import Execution
 
 _GIVEN = ("rngs", "dtype", "arrays")
+# Arguments of `__call__` that say whether this is training, and what they are when it is.
+_MODES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
 
 
 def settings_of(encoder: str, preset: str, overrides: Mapping[str, Any], pooling: str) -> Any:
@@ -91,15 +102,20 @@ class OwnEncoder(nnx.Module):
             name: jnp.zeros((2, *shape), jnp.dtype(dtype))
             for name, (shape, dtype) in arrays.items()
         }
+        takes = inspect.signature(kind.__call__).parameters
+        self.takes_key = "key" in takes
+        self.modes = tuple(name for name in _MODES if name in takes)
+        self.is_linen = issubclass(kind, linen.Module)
         try:
-            if issubclass(kind, linen.Module):
+            if self.is_linen:
                 module = nnx.bridge.ToNNX(kind(**vars(settings), **given), rngs=rngs)
-                self.module = nnx.bridge.lazy_init(module, sample)
+                self.module = nnx.bridge.lazy_init(module, sample, **self._mode(training=False))
             else:
                 self.module = kind(**vars(settings), **given)
-        except TypeError as error:
-            raise ValueError(f"encoder {encoder!r} cannot be built: {error}") from error
-        self.takes_key = "key" in inspect.signature(kind.__call__).parameters
+        except (TypeError, flax.errors.FlaxError, ValueError) as error:
+            raise ValueError(
+                f"encoder {encoder!r} cannot be built: {error}{_hint(error)}"
+            ) from error
         self.feature_width = _width(encoder, self, sample)
 
     def __call__(self, inputs: Mapping[str, Any], key: jax.Array | None = None) -> Any:
@@ -110,7 +126,23 @@ class OwnEncoder(nnx.Module):
         else:
             self.module.train()
         call: Callable[..., Any] = self.module
-        return call(inputs, key=key) if self.takes_key else call(inputs)
+        named = self._mode(training=key is not None)
+        if self.takes_key:
+            named["key"] = key
+        if self.is_linen and key is not None:
+            named["mutable"] = ["batch_stats"]
+        return call(inputs, **named)
+
+    def _mode(self, *, training: bool) -> dict[str, Any]:
+        """What `__call__` is told of training, by the names that it has."""
+        return {name: _MODES[name] is training for name in self.modes}
+
+
+def _hint(error: Exception) -> str:
+    """What to do about a module that does not know whether it trains."""
+    if "use_running_average" in str(error) or "deterministic" in str(error):
+        return "; give __call__ an argument train or deterministic, and pass it on"
+    return ""
 
 
 def _width(encoder: str, module: OwnEncoder, sample: Mapping[str, Any]) -> int:
@@ -122,6 +154,7 @@ def _width(encoder: str, module: OwnEncoder, sample: Mapping[str, Any]) -> int:
         shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in sample.items()}
         raise ValueError(
             f"encoder {encoder!r} fails on inputs {shapes}: {type(error).__name__}: {error}"
+            f"{_hint(error)}"
         ) from error
     if not isinstance(made, jax.ShapeDtypeStruct) or made.ndim != 2 or made.shape[0] != 2:
         found = getattr(made, "shape", type(made).__name__)

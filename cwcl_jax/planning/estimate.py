@@ -191,7 +191,7 @@ def step_work(blueprint: Blueprint, batch: AbstractBatch) -> Work:
     """Work of one device: gradients of its share of the batch, and the optimizer's products."""
     arguments = (
         blueprint.abstract_params,
-        blueprint.abstract_locked,
+        {**blueprint.abstract_locked, **blueprint.abstract_statistics},
         batch,
         jax.ShapeDtypeStruct((), jnp.int32),
     )

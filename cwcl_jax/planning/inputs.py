@@ -78,9 +78,9 @@ def feature_width(blueprint: Blueprint, modality: str) -> int:
 
 
 def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
-    """Modalities whose features the training data already holds: `embeds=` in its source line."""
+    """Towers whose features the training data already holds: `features_from=` in its line."""
     config = blueprint.config
-    if "embeds=" not in config.data.train:
+    if "features_from=" not in config.data.train:
         return ()
     return tuple(m for m in config.tower_names if blueprint.features_are_locked(m))
 

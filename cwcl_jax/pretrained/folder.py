@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cwcl_jax.extension import is_reference
+from cwcl_jax.extension import CodeError, code_hash, is_missing_code, is_reference
 from cwcl_jax.files import parse_json, replacing
 from cwcl_jax.modalities import Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
@@ -143,9 +143,23 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
             .unpacked(folder)
             for name, kind in kinds.items()
         }
-        return ModelDescription(towers=towers, inputs=inputs, **content)
+        description = ModelDescription(towers=towers, inputs=inputs, **content)
     except (ValueError, TypeError, KeyError) as error:
+        if is_missing_code(error):
+            raise CodeError(f"{path} names code that is not here: {error}") from error
         raise ValueError(f"{path}: not a description of a model: {error!r}") from error
+    _check_same_code(path, description)
+    return description
+
+
+def _check_same_code(file: Path, description: ModelDescription) -> None:
+    """Raises CodeError where the user's code is not the one that the model was exported with."""
+    for name, then in description.origin.get("code", {}).items():
+        if code_hash(name) != then:
+            raise CodeError(
+                f"{file}: the code of {name} changed since the model was exported: restore it, "
+                "export again, or remove origin.code from this file to take it as it is now"
+            )
 
 
 def check_code_is_allowed(file: Path, allow_code: bool) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cwcl_jax.extension import is_reference
 from cwcl_jax.models.encoders import ENCODERS, encoder_family
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained.folder_config import check_settings, explain_sizes
@@ -59,8 +60,11 @@ def import_tower(
     try:
         plan = make_plan(view, layout, leaves)
     except WeightsMismatch as error:
+        if is_reference(config.encoder):
+            raise
         raise error.explained(explain_sizes(path, config)) from None
-    check_settings(path, config)
+    if not is_reference(config.encoder):
+        check_settings(path, config)
     digest = sha256_of(path)
     place = put if put is not None else _on_default_device
     result = {}
@@ -122,12 +126,24 @@ def own_layout(modality: str) -> Layout:
     )
 
 
+def _layout_of_paths() -> Layout:
+    """A file of the user's own, whose names are the paths of the leaves of the user's module."""
+    return Layout(
+        name="paths of the module's leaves",
+        signature=r"(?!towers/).+",
+        rules=[Rule(r"(.+)", r"encoder/module/\1")],
+    )
+
+
 def recognise(weights: Weights, encoder: str, tower: str) -> Layout:
     """Returns the layout whose signature the file's names show.
 
     Raises:
       WeightsMismatch: it is no file for this encoder; says what was found.
     """
+    if is_reference(encoder):
+        exported = own_layout(tower)
+        return exported if _signed(exported, weights) else _layout_of_paths()
     family = encoder_family(encoder)
     possible = [own_layout(tower), *family.layouts]
     for layout in possible:

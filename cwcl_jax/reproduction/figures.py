@@ -11,6 +11,7 @@ from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cwcl_jax.evaluation.plots import draw_item
 from cwcl_jax.losses.weights import affine, exponential, rectified_square
 from cwcl_jax.reproduction.measures import Spread
 
@@ -57,7 +58,7 @@ def plot_templates(
 
 def plot_similarity(
     anchors: Sequence[int],
-    pictures: Sequence[Any],
+    previews: Sequence[Any],
     embeds: Float[np.ndarray, "n d"],
     path: Path,
     *,
@@ -68,7 +69,7 @@ def plot_similarity(
 
     Args:
       anchors: rows of `embeds`.
-      pictures: of all scenes.
+      previews: of all scenes, as their modality gives them.
       embeds: of the locked tower, rows of length 1.
       captions: of all scenes.
     """
@@ -78,9 +79,7 @@ def plot_similarity(
     for row, anchor in zip(grid, anchors, strict=True):
         for place, other in enumerate([anchor, *_spread_out(cosines[anchor], anchor, shown)]):
             panel = row[place]
-            panel.imshow(pictures[other], interpolation="nearest")
-            panel.set_xticks([])
-            panel.set_yticks([])
+            draw_item(panel, previews[other])
             cosine = float(cosines[anchor, other])
             lines = [f"cos {cosine:.2f}"] + [
                 f"{name} {float(function(np.float32(cosine))):.2f}"

@@ -63,7 +63,7 @@ class Run:
         ]  # fmt: skip
 
 
-class Runner:
+class RunMaker:
     """Carries out runs one after the other, each once.
 
     Attributes:

@@ -15,7 +15,7 @@ from cwcl_jax.reproduction import experiments, figures, page
 from cwcl_jax.reproduction.experiments import Experiment, Scale
 from cwcl_jax.reproduction.measures import Spread, difference, spread
 from cwcl_jax.reproduction.processes import run_process
-from cwcl_jax.reproduction.runs import Run, Runner
+from cwcl_jax.reproduction.runs import Run, RunMaker
 
 _TEMPLATES = (1, 5, 10)
 
@@ -31,7 +31,7 @@ class Maker:
       folder: of the page and its pictures.
     """
 
-    runner: Runner
+    runner: RunMaker
     scale: Scale
     seeds: Sequence[int]
     folder: Path
@@ -147,13 +147,13 @@ def similarity_picture(path: Path, scale: Scale, *, scenes: int = 300) -> Path:
     config = load_experiment(experiments.SCENES, scale.scenes)
     encoder, _ = imported_encoder(config)
     source = open_source(f"scenes:test?task=retrieval&n={scenes}")
-    pixels, embeds = [], []
-    for batch in eval_batches(source, config.data, ("image",), batch_size=100):
-        pixels.append(batch["image"]["pixels"])
-        embeds.append(encoder.encode("image", batch["image"], output="features"))
-    pictures = np.concatenate(pixels)[:scenes]
-    captions = [str(source[index]["text"]) for index in range(len(source))]
-    anchors = (3, 11, 42)
+    batches = eval_batches(source, config.data, ("image",), batch_size=100)
+    embeds = [encoder.encode("image", batch["image"], output="features") for batch in batches]
+    examples, inputs = [source[index] for index in range(scenes)], config.data.inputs_of("image")
     return figures.plot_similarity(
-        anchors, list(pictures), normalise(np.concatenate(embeds)[:scenes]), path, captions=captions
+        (3, 11, 42),
+        [inputs.preview(example[inputs.field]) for example in examples],
+        normalise(np.concatenate(embeds)[:scenes]),
+        path,
+        captions=[str(example["text"]) for example in examples],
     )

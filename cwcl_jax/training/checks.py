@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.losses.options import resolve
+from cwcl_jax.data.options import reads_features
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.tasks.base import Task
+from cwcl_jax.losses import make_loss
+from cwcl_jax.losses.options import LossConfig, is_own, resolve
+from cwcl_jax.training.embedding import check_features
+from cwcl_jax.training.state import Blueprint, TowerSource
 
 
 def check_inputs(config: ExperimentConfig) -> None:
@@ -26,3 +38,93 @@ def check_inputs(config: ExperimentConfig) -> None:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def check_own_loss(blueprint: Blueprint) -> None:
+    """Raises ConfigError where a loss or weight function of the user's cannot be trained with."""
+    config = blueprint.config
+    try:
+        if is_own(config.loss.name):
+            _try_loss(blueprint)
+        elif is_own(config.loss.weight_function):
+            _try_weights(config.loss)
+    except Exception as error:
+        field = "name" if is_own(config.loss.name) else "weight_function"
+        named = f"config.loss.{field}={getattr(config.loss, field)!r}"
+        raise ConfigError(f"{named}: {type(error).__name__}: {error}") from error
+
+
+def _try_loss(blueprint: Blueprint) -> None:
+    """Traces the loss for four pairs; nothing is computed."""
+    config = blueprint.config
+    towers = blueprint.model_def.merge(blueprint.abstract).towers
+    widths = [towers[tower].feature_width for tower in config.tower_names]
+
+    def array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    made, _ = jax.eval_shape(
+        lambda u, v, p, scale, bias, labels, q, progress: make_loss(config.loss)(
+            u, v, p, scale, logit_bias=bias, labels=labels, q=q, progress=progress
+        ),
+        array(4, config.embed_dim),
+        array(4, config.embed_dim),
+        array(4, widths[0]),
+        array(),
+        array() if "logit_bias" in blueprint.abstract else None,
+        array(4, dtype="int32") if config.data.labels else None,
+        array(4, widths[1]),
+        array(),
+    )
+    if not jnp.issubdtype(made.dtype, jnp.floating):
+        raise ValueError(f"it returns {made.dtype}, and must return a float")
+
+
+def _try_weights(loss: LossConfig) -> None:
+    """Computes the weights of cosines from -1 to 1."""
+    cosines = jnp.linspace(-1.0, 1.0, 21).reshape(3, 7)
+    weights = np.asarray(resolve(loss).weights.function()(cosines, 1.0))
+    wrong = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        at = tuple(wrong[0])
+        raise ValueError(
+            f"the weight of a cosine of {float(cosines[at]):.1f} is {weights[at]:g}; weights must "
+            "be finite and at least 0 for cosines from -1 to 1, for example jnp.maximum(weight, 0)"
+        )
+
+
+def check_task_inputs(
+    blueprint: Blueprint, tasks: Mapping[str, Task], sources: Mapping[str, TowerSource], step: int
+) -> None:
+    """Raises ConfigError where a task would feed a tower with what it does not read.
+
+    Args:
+      sources: where the towers' weights came from.
+      step: of the run; 0 where it begins.
+    """
+    config = blueprint.config
+    for name, task in tasks.items():
+        partner, reader = (getattr(task, field, "") for field in ("partner", "text_tower"))
+        towers = [tower for tower in (task.tower, partner) if tower in config.towers]
+        for field in ("source", "train_source"):
+            if line := getattr(task, field, ""):
+                source = open_source(line, cache_dir=config.data.cache_dir)
+                what = f"config.evaluation.tasks.{name}.{field}={line!r}"
+                check_features(
+                    blueprint, source, sources, towers=towers, what=what, step=step
+                )  # fmt: skip
+        if reader in config.towers and partner in ("", reader):
+            _check_reads_sentences(config, name, reader)
+
+
+def _check_reads_sentences(config: ExperimentConfig, task: str, tower: str) -> None:
+    inputs = config.data.inputs_of(tower)
+    if reads_features(inputs):
+        return
+    try:
+        inputs.batch(inputs.listed(["a sentence"]))
+    except Exception as error:
+        raise ConfigError(
+            f"config.evaluation.tasks.{task}.text_tower={tower!r} reads no sentences "
+            f"({type(inputs).__name__}): {error}"
+        ) from error

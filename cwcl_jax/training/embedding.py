@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from cwcl_jax.data.options import DataConfig, reads_features
 from cwcl_jax.data.pipeline import eval_batches
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, Subset
+from cwcl_jax.extension import code_hash, is_reference
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training import coordination
 from cwcl_jax.training.encode import Encoder
@@ -31,7 +32,7 @@ from cwcl_jax.training.watchdog import Watchdog, unwatched
 _NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
 
 
-def describe(
+def folder_description(
     encoder: Encoder,
     sources: Mapping[str, TowerSource],
     source: Source,
@@ -45,7 +46,7 @@ def describe(
     """What the folder will say about itself."""
     blueprint = encoder.blueprint
     return EmbeddingDescription(
-        modality=modality,
+        tower=modality,
         shape=(width,),
         dtype=dtype,
         count=len(source),
@@ -78,7 +79,10 @@ def weights_name(
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
     """All but the weights that decides a vector: inputs, architecture, compute type, output."""
     tower = {k: v for k, v in to_plain(config.towers[modality]).items() if k not in _NO_INFLUENCE}
+    named = (config.towers[modality].modality, config.towers[modality].encoder)
+    code = {name: code_hash(name) for name in named if is_reference(name)}
     return {
+        **({"code": code} if code else {}),
         "output": output,
         "tower": tower | {"dtype": tower["dtype"] or config.dtype},
         # Vectors are made as in evaluation.
@@ -116,7 +120,7 @@ def embed_source(
     """
     watchdog = watchdog or unwatched()
     told = Counter() if told is None else told
-    tower, unusable = writer.description.modality, Counter[str]()
+    tower, unusable = writer.description.tower, Counter[str]()
     pending = writer.pending()
     total, done, start = sum(map(len, pending)), 0, time.perf_counter()
     for number, rows in enumerate(pending):
@@ -193,23 +197,36 @@ def _arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_features(
-    blueprint: Blueprint, source: Source, sources: Mapping[str, TowerSource]
+    blueprint: Blueprint,
+    source: Source,
+    sources: Mapping[str, TowerSource],
+    *,
+    towers: Collection[str] = (),
+    what: str = "config.data.train",
+    step: int = 0,
 ) -> None:
-    """Raises ConfigError where a run reads features that its own tower would not give."""
+    """Raises ConfigError where a source gives features that the tower's encoder would not give.
+
+    Args:
+      towers: whose features are read; by default all.
+      what: names the source in errors.
+      step: of the run; 0 where it begins.
+    """
     config = blueprint.config
-    for tower in config.towers:
+    for tower in towers or config.towers:
         if not from_cache(config, tower, source):
             continue
         stores = source.stores.get(tower, ())
         if not stores:
             raise ConfigError(
-                f"config.data.train gives features for the tower {tower!r}, but nothing says that "
+                f"{what} gives features for the tower {tower!r}, but nothing says that "
                 f"its encoder {config.towers[tower].encoder!r} made them: set "
-                f"config.towers.{tower}.encoder='precomputed' to take them as inputs, or make them "
-                "with python -m cwcl_jax.embed"
+                f"config.towers.{tower}.encoder='precomputed' to take them as inputs, make them "
+                "with python -m cwcl_jax.embed, or, where they are raw inputs, say so in the "
+                "source line (raw=NAME)"
             )
         for store in stores:
-            _check_store(blueprint, tower, store, sources)
+            _check_store(blueprint, tower, store, sources, what, step)
 
 
 def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
@@ -218,18 +235,24 @@ def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
 
 
 def _check_store(
-    blueprint: Blueprint, tower: str, store: EmbeddingStore, sources: Mapping[str, TowerSource]
+    blueprint: Blueprint,
+    tower: str,
+    store: EmbeddingStore,
+    sources: Mapping[str, TowerSource],
+    what: str,
+    step: int,
 ) -> None:
-    if not blueprint.features_are_locked(tower):
+    if not step and not blueprint.features_are_locked(tower):
         raise ConfigError(
-            f"config.data.train reads {tower} features from {store.folder}, but the {tower} tower "
-            f"trains: set config.towers.{tower}.tune to 'none' or 'head', or leave out embeds="
+            f"{what} reads {tower} features from {store.folder}, but the {tower} tower "
+            f"trains: set config.towers.{tower}.tune to 'none' or 'head', or leave out "
+            "features_from="
         )
     try:
         store.description.require(
             store.folder,
-            weights=weights_name(blueprint, sources, tower, 0),
+            weights=weights_name(blueprint, sources, tower, step),
             preprocessing=preprocessing(blueprint.config, tower, "features"),
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{what}: {error}") from error

@@ -17,6 +17,7 @@ from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.options import MeshConfig
+from cwcl_jax.training.own_code import check_same_code
 from cwcl_jax.training.state import (
     Blueprint,
     Leaves,
@@ -25,7 +26,7 @@ from cwcl_jax.training.state import (
     locked_leaves,
     make_blueprint,
 )
-from cwcl_jax.training.workdir import check_same_sources, load_config, read_json
+from cwcl_jax.training.workdir import check_same_sources, load_config, read_record
 
 
 class EncodeFunctions:
@@ -159,6 +160,9 @@ def restore(
         params = checkpoints.restore_model(found, blueprint.abstract_state())
     locked, sources = locked_leaves(blueprint)
     check_same_sources(workdir, sources, config)
+    check_same_code(
+        workdir, config, ("towers",), f"or remove {workdir / 'code.json'} to take it as it is now"
+    )
     return Restored(blueprint, params, locked, found)
 
 
@@ -174,8 +178,8 @@ def load_encoder(
 def tower_sources(workdir: Path) -> dict[str, TowerSource]:
     """Where the weights of a run's towers came from."""
     return {
-        modality: TowerSource(record["source"], record["sha256"], record.get("code", ""))
-        for modality, record in read_json(workdir / "towers.json").items()
+        modality: TowerSource(record["source"], record["sha256"])
+        for modality, record in read_record(workdir / "towers.json").items()
     }
 
 

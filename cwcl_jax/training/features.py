@@ -1,8 +1,8 @@
 """The training data with the features of locked encoders, made before the first step and kept.
 
-The same as `python -m cwcl_jax.embed` and `embeds=` in the source line, without the two commands:
-`data.keep_locked_features=True`. The folder lies in the cache and is named after all that decides
-the vectors, so another run with the same encoder and data finds it.
+The same as `python -m cwcl_jax.embed` and `features_from=` in the source line, without the two
+commands: `data.keep_locked_features=True`. The folder lies in the cache and is named after all
+that decides the vectors, so another run with the same encoder and data finds it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cwcl_jax.modalities.text import OUTSIDE_SCENES
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.distributed import is_primary
-from cwcl_jax.training.embedding import describe, embed_source, from_cache
+from cwcl_jax.training.embedding import embed_source, folder_description, from_cache
 from cwcl_jax.training.encode import Encoder, imported_encoder
 from cwcl_jax.training.state import make_blueprint
 
@@ -46,7 +46,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     check_training_line(config.data.train)
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
     embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
-    _check_repeatable(config, embedded, source, "embeds=")
+    _check_repeatable(config, embedded, source, "features_from=")
     check_whole(config, source)
     if not config.data.keep_locked_features:
         return source
@@ -75,7 +75,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
     folders = []
     for tower in locked:
-        description = describe(
+        description = folder_description(
             encoder, sources, source, tower, output="features", dtype="float32",
             width=encoder.width(tower, "features"), shard_size=_SHARD,
         )  # fmt: skip
@@ -143,13 +143,13 @@ def _keep(
 ) -> str:
     """Writes what is missing of the folder; other processes of this machine wait for it."""
     name = hashlib.sha256(description.to_json().encode()).hexdigest()[:16]
-    folder = cache_folder(config) / f"{description.modality}-{name}"
+    folder = cache_folder(config) / f"{description.tower}-{name}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Whoever holds the lock is watched by a watchdog of its own.
     with locked(folder.with_suffix(".lock"), waiting=beat):
         writer = EmbeddingWriter(folder, description)
         if not writer.is_complete():
-            print(f"features of the locked {description.modality} encoder, once, into {folder}")
+            print(f"features of the locked {description.tower} encoder, once, into {folder}")
             encoder.on_batch = beat
             embed_source(
                 encoder, source, writer, config.data,

@@ -33,7 +33,7 @@ def plot_losses(metrics: Path, output: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(names) > 1 and axis.lines:  # a loss of the user's may report nothing else
             axis.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as partial:

@@ -13,13 +13,15 @@ from pathlib import Path
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source
 from cwcl_jax.data.sources.base import columns_taken
 from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.files import side_output
+from cwcl_jax.modalities import WrongInputs
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.checks import check_inputs
+from cwcl_jax.training.checks import check_inputs, check_own_loss, check_task_inputs
 from cwcl_jax.training.coordination import barrier, gather, meet
 from cwcl_jax.training.distributed import (
     check_agreement,
@@ -35,6 +37,7 @@ from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
 from cwcl_jax.training.meter import Meter, Profiler
 from cwcl_jax.training.metrics import Progress, check_writers, make_writers, read_json_lines
+from cwcl_jax.training.own_code import ALL, check_same_code, code_of_tasks, write_code
 from cwcl_jax.training.plots import plot_losses
 from cwcl_jax.training.state import (
     Blueprint,
@@ -66,12 +69,15 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
     """Trains in `workdir`, or resumes what it holds; returns the exit code.
 
     Raises:
-      ConfigError: settings, data or weights that cannot work, before anything is computed.
+      ConfigError: settings, data or weights that cannot work: before anything is computed, but for
+        examples that turn out to be unusable.
       NonFiniteLossError: the loss diverged.
     """
     with only_user(workdir) if is_primary() else nullcontext():
         try:
             return _train(config, workdir, watchdog or unwatched())
+        except (TooManyBadExamples, WrongInputs) as error:
+            raise ConfigError(str(error)) from error
         except Stopped:
             say("stopped while features of locked encoders were made; the same command goes on")
             return PREEMPTED
@@ -80,6 +86,8 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
 def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_writers(config)
     check_same_run(workdir, config)
+    if not config.checkpoint.accept_changes:
+        check_same_code(workdir, config, ALL, _OTHER_CODE)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     check_inputs(blueprint.config)
     evaluator = Evaluator(config, workdir)
@@ -96,8 +104,9 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             saved = Checkpoints(workdir / "checkpoints", config.checkpoint)
             checkpoints = stack.enter_context(saved)
             start = checkpoints.latest_step or 0
+            code = code_of_tasks(config.evaluation.tasks)
             evaluated = evaluator.has_results() and is_evaluated(
-                workdir, start, config.evaluation, evaluator.fingerprints()
+                workdir, start, config.evaluation, evaluator.fingerprints(), code
             )
             if start >= config.total_steps and evaluated:
                 say(f"{workdir} is complete ({start} steps). Its results:\n")
@@ -105,13 +114,16 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
                 return DONE
             if seems_complete:
                 evaluator.check_sources()
+            check_own_loss(blueprint)
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             start = int(state.step)
             check_same_sources(workdir, sources, config)
             check_features(blueprint, batches.source, sources)
+            check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
+                write_code(workdir, config)
             say(tower_table(blueprint))
             for told in columns_taken(batches.source):
                 say(f"training data: {told}")
@@ -139,6 +151,9 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
         say(f"stopped {done}; the same command resumes")
         return PREEMPTED
     return DONE
+
+
+_OTHER_CODE = "give another --workdir, or set --config.checkpoint.accept_changes=True"
 
 
 def _steps_saved(workdir: Path) -> int:
@@ -354,8 +369,10 @@ def _finish(
                 writer.close()
             with side_output("losses.png"):
                 plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+            code = code_of_tasks(config.evaluation.tasks)
             # Last: a run that dies before it is evaluated again.
-            write_evaluated(workdir, encoder.step, config.evaluation, evaluator.fingerprints())
+            data = evaluator.fingerprints()
+            write_evaluated(workdir, encoder.step, config.evaluation, data, code)
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")
     return True

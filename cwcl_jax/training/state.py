@@ -19,7 +19,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.extension import import_named, is_reference, source_hash
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
@@ -60,13 +59,11 @@ class TowerSource:
     Attributes:
       source: path of the weights, or "initialised".
       sha256: of the weights' file.
-      code: names and hashes of the user's classes that the tower is made of.
       random: leaves that the weights do not hold, such as a new head.
     """
 
     source: str
     sha256: str
-    code: str = ""
     random: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
@@ -261,15 +258,13 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
     sources = {}
     for modality, tower in blueprint.config.towers.items():
         if not tower.weights:
-            sources[modality] = TowerSource("initialised", "", code_of(tower))
+            sources[modality] = TowerSource("initialised", "")
             continue
         with _weights_errors(modality, tower):
             result = import_tower(tower, modality, blueprint.abstract, put=put)
         _check_inputs_of_files(blueprint.config, modality)
         imported |= result.leaves
-        sources[modality] = TowerSource(
-            result.source, result.sha256, code_of(tower), result.initialised
-        )
+        sources[modality] = TowerSource(result.source, result.sha256, result.initialised)
         _check_filled(blueprint, modality, result.initialised)
     imported |= {path: put(path, x) for path, x in _logits_of_files(blueprint).items()}
     return imported, sources
@@ -303,12 +298,6 @@ def _logits_of_files(blueprint: Blueprint) -> dict[str, np.ndarray]:
     if not config.temperature.from_weights or len(names) > 1 or "" in names:
         return {}
     return {k: x for k, x in logits_of(*names).items() if k in blueprint.abstract}
-
-
-def code_of(tower: TowerConfig) -> str:
-    """Names and hashes of the user's classes that a tower is made of; "" without any."""
-    named = [name for name in (tower.modality, tower.encoder) if is_reference(name)]
-    return ", ".join(f"{name} {source_hash(import_named(name, 'class'))}" for name in named)
 
 
 def locked_leaves(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:

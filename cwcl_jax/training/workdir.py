@@ -3,6 +3,7 @@
 config.json       resolved settings
 environment.json  versions and devices of the last start
 towers.json       source and sha256 of each tower's weights, trained leaves by tower
+code.json         hashes of the user's own code that the run names (see `own_code`)
 data.json         fingerprint of the training data
 metrics.jsonl     one record a logged step
 checkpoints/      trained leaves, optimizer state, data position
@@ -35,6 +36,7 @@ from cwcl_jax.config import (
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.extension import is_missing_code
 from cwcl_jax.files import InUse, locked, parse_json, write_text
 from cwcl_jax.training.state import TowerSource
 
@@ -74,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_record(path: Path) -> Any:
     """Raises ConfigError for a file that is no JSON."""
     try:
         return parse_json(path.read_bytes())
@@ -133,6 +135,8 @@ def load_config(workdir: Path) -> ExperimentConfig:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
+        if is_missing_code(error):
+            raise ConfigError(f"{path} names code that is not here: {error}") from error
         raise ConfigError(
             f"{path} does not fit this version of the package: {error}; take the version that made "
             "it (environment.json), or another --workdir"
@@ -164,7 +168,7 @@ def check_same_sources(
     path = workdir / "towers.json"
     if not path.exists() or config.checkpoint.accept_changes:
         return
-    recorded = read_json(path)
+    recorded = read_record(path)
     for modality, source in sources.items():
         old = recorded.get(modality, {})
         if old.get("sha256", "") != source.sha256:
@@ -173,12 +177,6 @@ def check_same_sources(
                 f"{old.get('source')} (sha256 {old.get('sha256', '')[:12]}) then, {source.source} "
                 f"(sha256 {source.sha256[:12]}) now; restore the file, give another --workdir, "
                 "or set --config.checkpoint.accept_changes=True"
-            )
-        if old.get("code", "") != source.code:
-            raise ConfigError(
-                f"the code of the {modality} tower changed since the run in {workdir} began: "
-                f"{old.get('code') or 'none'} then, {source.code or 'none'} now; restore it, give "
-                "another --workdir, or set --config.checkpoint.accept_changes=True"
             )
 
 
@@ -189,7 +187,7 @@ def check_same_data(
     path = workdir / "data.json"
     if not path.exists() or config.checkpoint.accept_changes:
         return
-    old = _of_today(read_json(path))
+    old = _of_today(read_record(path))
     changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")
     if changed:
         raise ConfigError(
@@ -230,11 +228,19 @@ def write_records(
 
 
 def write_evaluated(
-    workdir: Path, step: int, evaluation: EvaluationConfig, data: Mapping[str, Any]
+    workdir: Path,
+    step: int,
+    evaluation: EvaluationConfig,
+    data: Mapping[str, Any],
+    code: Mapping[str, str],
 ) -> None:
-    """Records what the results in the folder belong to; `data` are fingerprints by task."""
-    record = {"step": step, "evaluation": to_plain(evaluation), "data": dict(data)}
-    write_json(workdir / "evaluated.json", record)
+    """Records what the results in the folder belong to.
+
+    Args:
+      data: fingerprints by task.
+      code: the tasks' own, name -> hash.
+    """
+    write_json(workdir / "evaluated.json", _evaluated(step, evaluation, data, code))
 
 
 def withdraw_evaluated(workdir: Path) -> None:
@@ -243,18 +249,28 @@ def withdraw_evaluated(workdir: Path) -> None:
 
 
 def is_evaluated(
-    workdir: Path, step: int, evaluation: EvaluationConfig, data: Mapping[str, Any]
+    workdir: Path,
+    step: int,
+    evaluation: EvaluationConfig,
+    data: Mapping[str, Any],
+    code: Mapping[str, str],
 ) -> bool:
-    """Whether the results in the folder are of this step, these settings and this data."""
+    """Whether the results in the folder are of this step, these settings, data and code."""
     path = workdir / "evaluated.json"
     if not path.exists():
         return False
-    record = read_json(path)
-    now = {"step": step, "evaluation": to_plain(evaluation), "data": dict(data)}
+    record, now = read_record(path), _evaluated(step, evaluation, data, code)
     # An earlier version did not write down what the data was, and missing files tell nothing.
     if not record.get("data") or not data:
         now["data"] = record["data"] = {}
     return not changed_fields(record, now)
+
+
+def _evaluated(
+    step: int, evaluation: EvaluationConfig, data: Mapping[str, Any], code: Mapping[str, str]
+) -> dict[str, Any]:
+    made = {"step": step, "evaluation": to_plain(evaluation), "data": dict(data)}
+    return made | {"code": dict(code)} if code else made
 
 
 def environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from cwcl_jax.weights.readers import Entry, Weights
 Layout = Callable[[np.ndarray], np.ndarray]
 
 
-class View:
+class RenamedWeights:
     """A file under other names, each with a layout change; shapes follow from the layouts."""
 
     def __init__(self, weights: Weights, names: Mapping[str, tuple[str, Layout]]) -> None:
@@ -63,13 +63,13 @@ def unstacked(weights: Weights, pattern: str, *, joint: str = "_") -> Weights:
             continue
         for index in range(entry.shape[0]):
             names[f"{match[1]}{joint}{index}{match[2]}"] = (name, _layer(index))
-    return View(weights, names)
+    return RenamedWeights(weights, names)
 
 
 def without_prefix(weights: Weights, pattern: str) -> Weights:
     """Names without a leading match of `pattern`."""
     names = {re.sub(f"^(?:{pattern})", "", name): (name, _same) for name in weights.entries}
-    return View(weights, names)
+    return RenamedWeights(weights, names)
 
 
 _EMBEDDING = re.compile(r".*(embed|embedding|embeddings|shared)(_\w+)?")
@@ -96,7 +96,7 @@ def flax_names(weights: Weights) -> Weights:
         elif last == "beta":
             path = "/".join([*parents, "bias"])
         names[path] = (name, layout)
-    return View(weights, names)
+    return RenamedWeights(weights, names)
 
 
 def _weight(axes: int, parent: str) -> tuple[str, Layout]:

@@ -17,6 +17,13 @@ _NAMES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.int64): "I64",
     np.dtype(np.int32): "I32",
+    # Constants of an encoder of the user's: masks, tables.
+    np.dtype(np.uint32): "U32",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.uint16): "U16",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.bool_): "BOOL",
 }
 
 

@@ -21,6 +21,13 @@ def _open(tmp_path, **arrays):
     return open_source(f"arrays:{tmp_path}/f.npz")
 
 
+def test_a_raw_field_may_have_the_name_of_an_array_that_is_not_its_own(tmp_path):
+    np.savez(tmp_path / "a.npz", eeg=np.zeros((2, 3)), filtered=np.ones((2, 3)), text=["a", "b"])
+    source = open_source(f"arrays:{tmp_path}/a.npz?raw=eeg:filtered")
+    require_fields(source, ("eeg", "text"), "a.npz")
+    np.testing.assert_array_equal(source.read(0, ("eeg",))["eeg"], np.ones(3))
+
+
 def test_features_that_are_computed_anew_are_other_data(tmp_path):
     arrays = {"u": FEATURES, "ids": np.arange(COUNT), "label": np.arange(COUNT) % 3}
     before = _open(tmp_path, **arrays).fingerprint()

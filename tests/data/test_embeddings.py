@@ -21,7 +21,7 @@ VECTORS = np.random.default_rng(0).normal(size=(COUNT, DIM)).astype(np.float32)
 
 def _description(**changes) -> EmbeddingDescription:
     description = EmbeddingDescription(
-        modality="image",
+        tower="image",
         shape=(DIM,),
         dtype="float32",
         count=COUNT,
@@ -105,9 +105,9 @@ def test_a_folder_made_from_anything_else_is_refused(tmp_path, change):
 def test_a_source_that_changed_is_refused(tmp_path):
     _write(tmp_path)
     with pytest.raises(ValueError, match="stale"):
-        open_source(f"scenes:train?n=50&seed=1&embeds={tmp_path}")
+        open_source(f"scenes:train?n=50&seed=1&features_from={tmp_path}")
     with pytest.raises(FileNotFoundError, match=r"cwcl_jax\.embed"):
-        open_source(f"{LINE}&embeds={tmp_path}/nowhere")
+        open_source(f"{LINE}&features_from={tmp_path}/nowhere")
 
 
 def test_wrong_shapes_and_counts_are_refused(tmp_path):
@@ -128,7 +128,7 @@ def test_training_reads_vectors_instead_of_pictures(tmp_path, monkeypatch):
         raise AssertionError("a picture was drawn")
 
     monkeypatch.setattr("cwcl_jax.synthetic.scenes.draw", refuse)
-    config = DataConfig(train=f"{LINE}&embeds={tmp_path}", threads=1)
+    config = DataConfig(train=f"{LINE}&features_from={tmp_path}", threads=1)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=10)
     batch = next(batches)
     np.testing.assert_array_equal(batch["image"]["features"], VECTORS[batch["index"]])
@@ -144,7 +144,7 @@ def test_examples_that_could_not_be_embedded_are_skipped(tmp_path):
     valid = np.ones(COUNT, bool)
     valid[7] = False
     _write(tmp_path, valid=valid)
-    source = open_source(f"{LINE}&embeds={tmp_path}")
+    source = open_source(f"{LINE}&features_from={tmp_path}")
     with pytest.raises(BadExample, match="features missing"):
         source[7]
     batches = list(eval_batches(source, DataConfig(threads=1), ("image",), batch_size=25))
@@ -155,7 +155,7 @@ def test_ids_that_do_not_belong_are_an_error(tmp_path):
     writer = EmbeddingWriter(tmp_path, _description(shard_size=64))
     writer.write(writer.pending()[0], [f"other {i}" for i in range(COUNT)], VECTORS)
     with pytest.raises(ValueError, match="belongs to 'other 0'"):
-        open_source(f"{LINE}&embeds={tmp_path}")[0]
+        open_source(f"{LINE}&features_from={tmp_path}")[0]
 
 
 def test_vectors_alone_are_a_source(tmp_path):
@@ -213,7 +213,7 @@ def vector_source(request, tmp_path):
         return open_source(f"arrays:{tmp_path}/f.npz")
     valid = np.arange(COUNT) != 7
     _write(tmp_path / "store", valid=valid)
-    line = f"{LINE}&embeds=" if request.param == "beside a source" else "embeddings:"
+    line = f"{LINE}&features_from=" if request.param == "beside a source" else "embeddings:"
     return open_source(f"{line}{tmp_path}/store")
 
 
@@ -257,7 +257,7 @@ def test_training_refuses_ids_that_do_not_belong(tmp_path):
     writer = EmbeddingWriter(tmp_path, _description(shard_size=64))
     writer.write(writer.pending()[0], [f"other {i}" for i in range(COUNT)], VECTORS)
     with pytest.raises(ValueError, match="belongs to 'other"):
-        _batches(open_source(f"{LINE}&embeds={tmp_path}"), 1)
+        _batches(open_source(f"{LINE}&features_from={tmp_path}"), 1)
 
 
 def test_a_stored_vector_of_zeros_is_named_and_not_used(tmp_path):
@@ -267,7 +267,7 @@ def test_a_stored_vector_of_zeros_is_named_and_not_used(tmp_path):
     source = open_source(LINE)
     ids = [source.read(i, ())["id"] for i in range(COUNT)]
     writer.write(range(COUNT), ids, rows)
-    for line in (f"embeddings:{tmp_path}", f"{LINE}&embeds={tmp_path}"):
+    for line in (f"embeddings:{tmp_path}", f"{LINE}&features_from={tmp_path}"):
         opened = open_source(line)
         with pytest.raises(BadExample, match=f"features all zero: {ids[7]}"):
             opened.read(7, ("features",))

@@ -131,6 +131,7 @@ def _outside(folder):
         (_other_columns, "columns of .*b.arrow are not those of .*data-00000-of-00001.arrow"),
         (_outside, r"state.json of .* names .*\.\./b.arrow, outside of the folder"),
         (lambda f: (f / "state.json").write_text("{}"), "lists no data files"),
+        (lambda f: (f / "state.json").write_text('{"_data_files": []}'), "has no examples"),
         (lambda f: (f / "state.json").write_text("["), "state.json cannot be read"),
         (lambda f: (f / "dataset_info.json").unlink(), "dataset_info.json cannot be read"),
         (lambda f: (f / "state.json").unlink(), "has neither dataset_dict.json nor state.json"),

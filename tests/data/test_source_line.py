@@ -163,7 +163,7 @@ def test_the_users_folder_is_written_with_a_tilde(tmp_path, monkeypatch):
     assert open_source("csv:~/p.csv?root=~/img")[0]["image"] == jpeg(3)
     assert len(open_source("spoken:csv:~/p.csv?text=title")) == 1
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "e1")):
-        open_source("tars:~/d?embeds=~/e1")
+        open_source("tars:~/d?features_from=~/e1")
 
 
 def test_brackets_may_be_part_of_a_folders_name(tmp_path):
@@ -198,3 +198,8 @@ def test_sources_tell_whether_they_have_labels():
     assert Subset(source, [1]).lacks == source.lacks
     with pytest.raises(ValueError, match="'line' has no classes; choose"):
         require_fields(source, ("text", "label"), "line")
+
+
+def test_the_former_name_of_features_from_is_refused_with_todays():
+    with pytest.raises(ValueError, match="embeds=/a is now called features_from=/a"):
+        open_source("scenes:train?embeds=/a")

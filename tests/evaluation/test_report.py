@@ -6,15 +6,17 @@ import warnings
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cwcl_jax.evaluation.compare import _values, compare_with, load_items
-from cwcl_jax.evaluation.plots import plot_matrices, plot_template_robustness
+from cwcl_jax.evaluation.plots import draw_item, plot_matrices, plot_template_robustness
 from cwcl_jax.evaluation.report import clip_benchmark_records, terminal_report, write_report
 from cwcl_jax.evaluation.runner import run_task
 from cwcl_jax.evaluation.tasks.alignment import Alignment
 from cwcl_jax.evaluation.tasks.retrieval import Retrieval
 from cwcl_jax.evaluation.tasks.zero_shot import ZeroShot
+from cwcl_jax.modalities import FeatureInputs, ImageInputs, SpeechInputs, TextInputs
 from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
 
 SHAPES = ["circle", "square", "star"]
@@ -243,3 +245,25 @@ def test_a_comparison_is_at_the_k_of_the_tasks():
         "a_to_b_R@1",
         "a_to_b_R@10",
     }
+
+
+@pytest.mark.parametrize(
+    ("modality", "value", "drawn"),
+    [
+        (ImageInputs(size=8), Image.new("RGB", (16, 8), "red"), "images"),
+        (TextInputs(), ["", "a red star"], "texts"),
+        (SpeechInputs(max_seconds=0.1), (np.arange(1600, dtype=np.int16), 16000), "lines"),
+        (FeatureInputs(), np.ones((3, 5), np.float32), "lines"),
+    ],
+)
+def test_an_item_of_any_modality_is_drawn(modality, value, drawn):
+    panel = Figure().subplots()
+    shown = modality.preview(value)
+    draw_item(panel, shown)
+    assert {name: len(getattr(panel, name)) for name in ("images", "texts", "lines")} == {
+        "images": 0, "texts": 0, "lines": 0, drawn: 3 if np.ndim(shown) == 2 else 1
+    }  # fmt: skip
+    if drawn == "images":
+        np.testing.assert_array_equal(panel.images[0].get_array()[4, 4], [255, 0, 0])
+    if drawn == "lines":
+        np.testing.assert_array_equal(panel.lines[0].get_ydata(), np.atleast_2d(shown)[0])

@@ -1,5 +1,8 @@
 """A modality, an encoder and a source of one's own: built, trained, resumed, exported, refused."""
 
+import importlib
+import json
+import linecache
 import os
 import shutil
 import subprocess
@@ -15,14 +18,25 @@ from flax import nnx
 from cwcl_jax.api import load_model
 from cwcl_jax.config import ConfigError, defaults, from_config_dict, from_json, to_json
 from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.skipping import BadExample, TooManyBadExamples
 from cwcl_jax.exit_codes import DONE
 from cwcl_jax.export import export
+from cwcl_jax.modalities import WrongInputs, modality_class
 from cwcl_jax.models.leaves import split
+from cwcl_jax.models.own_encoder import OwnEncoder, settings_of
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.models.transformer import Execution
+from cwcl_jax.planning.estimate import step_work
+from cwcl_jax.planning.inputs import abstract_batch
+from cwcl_jax.training import sharding
 from cwcl_jax.training.embedding import preprocessing
 from cwcl_jax.training.encode import load_encoder
 from cwcl_jax.training.metrics import read_json_lines
+from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
+from cwcl_jax.training.state import import_towers, make_blueprint
+from cwcl_jax.training.workdir import load_config
+from cwcl_jax.weights.writers import write_safetensors
 from tests.training.toy import TEXT
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +47,8 @@ import numpy as np
 from flax import linen, nnx
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import Source
+from cwcl_jax.evaluation.results import TaskResult
+from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities import ArraySpec, Modality
 
 class Waves(Source):
@@ -60,6 +76,26 @@ class WaveInputs(Modality):
         loud = 1.0 if draws is None else draws.uniform(1.0, self.gain)
         return {"signal": np.float32(loud) * value[: self.samples]}
 
+@dataclasses.dataclass(frozen=True)
+class Longer(WaveInputs):
+    def arrays(self):
+        return {"signal": ArraySpec((9,), "float32")}
+
+@dataclasses.dataclass(frozen=True)
+class Whole(WaveInputs):
+    def prepare(self, value, draws=None):
+        return {"signal": np.arange(self.samples)}
+
+@dataclasses.dataclass(frozen=True)
+class Failing(WaveInputs):
+    def prepare(self, value, draws=None):
+        return {"signal": value[:, 0]}
+
+@dataclasses.dataclass(frozen=True)
+class Holed(WaveInputs):
+    def prepare(self, value, draws=None):
+        return {"signal": np.where(value > 2, value, np.nan)}
+
 class Encoder(nnx.Module):
     def __init__(self, width: int = 16, drop: float = 0.0, *, rngs):
         self.dense = nnx.Linear(8, width, rngs=rngs)
@@ -74,6 +110,24 @@ class InLinen(linen.Module):
     @linen.compact
     def __call__(self, inputs):
         return linen.Dense(self.width)(inputs["signal"])
+
+class Noisy(linen.Module):
+    @linen.compact
+    def __call__(self, inputs, train: bool = False):
+        x = linen.Dense(4)(inputs["signal"])
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        return linen.Dropout(0.5)(x, deterministic=not train)
+
+class Undecided(linen.Module):
+    @linen.compact
+    def __call__(self, inputs):
+        return linen.BatchNorm()(inputs["signal"])
+
+class Told(nnx.Module):
+    def __init__(self, *, rngs):
+        self.dense = nnx.Linear(8, 4, rngs=rngs)
+    def __call__(self, inputs, *, deterministic: bool):
+        return self.dense(inputs["signal"]) * (1.0 if deterministic else 2.0)
 
 class Flat(nnx.Module):
     def __init__(self, *, rngs):
@@ -94,6 +148,30 @@ class Remembering(nnx.Module):
         return inputs["signal"]
 
 NUMBER = 3
+
+def a_list(path):
+    return [path]
+
+def dot_loss(u, v, logit_scale):
+    return -jnp.exp(logit_scale) * (u * v).sum(axis=1).mean()
+
+@dataclasses.dataclass(frozen=True)
+class Count(Task):
+    def run(self, name, runner):
+        items = runner.items(self.open(runner), self.tower)
+        return TaskResult(name, self, metrics={"count": float(len(items))})
+
+def odd_loss(u, w):
+    return u.sum()
+
+def rows_loss(u, v):
+    return (u * v).sum(axis=1)
+
+def negative(cosine):
+    return cosine
+
+def summed(cosine):
+    return cosine.sum()
 """
 
 
@@ -123,6 +201,45 @@ def config(**changes):
         for path, value in changes.items():
             made.update_from_flattened_dict({path: value})
     return from_config_dict(made)
+
+
+def tiny(modality):
+    """A modality of the module, without its encoder."""
+    return modality_class(f"own_waves:{modality}")()
+
+
+@pytest.mark.parametrize(
+    ("modality", "message"),
+    [
+        ("Longer", r"Longer gives .*float32\[8\].*Longer.arrays\(\) says .*float32\[9\]"),
+        ("Whole", r"int64\[8\].* says .*float32\[8\]"),
+        ("Failing", r"Failing.prepare fails on an array float32\[8\]: IndexError"),
+    ],
+)
+def test_a_modality_that_gives_other_arrays_than_it_says_is_refused(own, modality, message):
+    made = config(**{"towers.wave.modality": f"own_waves:{modality}"})
+    batches = train_batches(made.data, ("wave", "text"), seed=0, global_batch_size=16)
+    with pytest.raises(WrongInputs, match=f"config.data.wave: .*{message}"):
+        next(batches)
+    batches.close()
+    wave = np.ones(8, np.float32)
+    with pytest.raises(ValueError, match=f"item 0: .*{message}"):
+        tiny(modality).batch([wave])
+
+
+def test_inputs_that_are_not_finite_make_an_example_unusable(own):
+    made = config(**{"towers.wave.modality": "own_waves:Holed"})
+    batches = train_batches(made.data, ("wave", "text"), seed=0, global_batch_size=16)
+    with pytest.raises(TooManyBadExamples, match="signal not finite"):
+        next(batches)
+    batches.close()
+    with pytest.raises(BadExample, match="item 3: NaN"):
+        tiny("Holed").batch([np.full(8, 3.0, np.float32)] * 3 + [np.ones(8, np.float32)])
+
+
+def test_numbers_of_another_width_come_in_the_dtype_that_is_said(own):
+    rows = tiny("WaveInputs").batch([np.ones(8)])
+    assert rows["signal"].dtype == np.float32
 
 
 def losses(workdir):
@@ -209,14 +326,24 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"towers.wave.encoder": "own_waves:Flat"}, r"shape \(b, f\).*b=2 it gives \(2,\)"),
         ({"towers.wave.encoder": "own_waves:Remembering"}, "module/seen is a Cache"),
         ({"towers.wave.encoder": "own_waves:Plain"}, r"'window' .*nnx\.data"),
+        ({"towers.wave.encoder": "own_waves:Undecided"}, "built: .*an argument train or determ"),
         ({"towers.wave.overrides": {"widht": 3}}, "no argument 'widht'; did you mean 'width'"),
         ({"towers.wave.preset": "tiny"}, "your own and has no preset"),
         ({"towers.wave.scan_layers": True}, "scan_layers and remat are for the built-in"),
         ({"towers.wave.modality": ""}, "does not say what it reads"),
         ({"towers.wave.modality": "own_waves:Encoder"}, "no subclass of .*Modality"),
         ({"towers.wave.modality": "sound"}, "unknown modality 'sound'"),
+        ({"loss.name": "own_waves:odd_loss"}, "config.loss: .*takes an argument 'w'"),
+        ({"loss.name": "own_waves:nothing"}, "config.loss: .* has no 'nothing'"),
+        ({"loss.name": "own_waves:NUMBER"}, "config.loss: .* is a int, not a function"),
+        ({"loss.name": "own_waves:rows_loss"}, r"must return a scalar, got the shape \(4,\)"),
+        ({"loss.weight_function": "own_waves:negative"}, "cosine of -1.0 is -1; .* at least 0"),
+        ({"loss.weight_function": "own_waves:summed"}, "must work entry by entry"),
         ({"data.wave.samples": 7}, r"fails on inputs .*float32\[2, 7\]"),
         ({"data.train": "own_waves:Wave:x"}, "has no 'Wave'"),
+        ({"data.train": "own_waves:Waves"}, "has no path: write own_waves:Waves:PATH"),
+        ({"data.train": "own_waves:Encoder:x"}, "source 'own_waves:Encoder' fails on 'x': Type"),
+        ({"data.train": "own_waves:a_list:x"}, "gives a list, which does not derive from .*Source"),
         ({"data.train": "own_waves:Waves:x?m=3"}, "has no option 'm'"),
     ],
 )
@@ -224,6 +351,13 @@ def test_what_cannot_work_is_one_error_before_the_first_step(own, tmp_path, chan
     with pytest.raises(ConfigError, match=message):
         train(config(**changes), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_encoder_with_running_statistics_is_planned(own):
+    blueprint = make_blueprint(config(), sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    work = step_work(blueprint, abstract_batch(blueprint))
+    dense = 2 * 16 * 8 * 16  # products of the encoder's layer alone: batch x in x out
+    assert sum(work.flops.values()) > 3 * dense
 
 
 def test_an_encoder_in_linen_trains(own, tmp_path):
@@ -234,6 +368,65 @@ def test_an_encoder_in_linen_trains(own, tmp_path):
     assert train(made, tmp_path / "run") == DONE
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
+
+
+def built(name):
+    """An encoder of the module as the tower holds it, its definition and leaves."""
+    arrays = {"signal": ((8,), "float32")}
+    settings = settings_of(name, "", {}, "")
+    encoder = OwnEncoder(name, settings, Execution(jnp.float32), arrays, rngs=nnx.Rngs(0))
+    return split(encoder)
+
+
+def test_an_encoder_in_linen_is_told_that_it_trains(own):
+    definition, leaves = built("own_waves:Noisy")
+    signal = {"signal": jnp.arange(24.0).reshape(3, 8)}
+    training = definition.merge(leaves, jax.random.key(0))
+    dropped = training(signal, jax.random.key(0))
+    assert float((dropped == 0).mean()) > 0.2
+    x = signal["signal"] @ leaves["module/Dense_0/kernel"]
+    statistics = definition.statistics_of(training)
+    (mean,) = [value for path, value in statistics.items() if path.endswith("mean")]
+    np.testing.assert_allclose(mean, 0.5 * x.mean(axis=0), rtol=1e-5)
+    resting = definition.merge(leaves)
+    np.testing.assert_allclose(resting(signal), x / np.sqrt(1 + 1e-5), rtol=1e-5)
+    assert set(definition.statistics_of(resting)) == set(statistics)
+
+
+def test_an_encoder_whose_call_asks_is_told_whether_it_trains(own):
+    definition, leaves = built("own_waves:Told")
+    encoder, signal = definition.merge(leaves), {"signal": jnp.ones((1, 8))}
+    np.testing.assert_allclose(encoder(signal, jax.random.key(0)), 2 * encoder(signal), rtol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["towers/wave/", ""])
+def test_an_encoder_of_ones_own_starts_from_a_file(own, tmp_path, prefix):
+    """From an export, or from a file that has the paths of the module's leaves alone."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    first = make_blueprint(config(), mesh)
+    below = "towers/wave/encoder/module/"
+    paths = [path for path in first.abstract if path.startswith(below)]
+    new = {path: np.full(first.abstract[path].shape, n, np.float32) for n, path in enumerate(paths)}
+    cut = "" if prefix else below
+    file = tmp_path / "own.safetensors"
+    write_safetensors(file, {path.removeprefix(cut): value for path, value in new.items()})
+    made = config(**{"towers.wave.weights": str(file)})
+    leaves, sources = import_towers(make_blueprint(made, mesh))
+    assert {path.removeprefix(below) for path in leaves} >= {"norm/mean", "window", "dense/kernel"}
+    for path, value in new.items():
+        np.testing.assert_array_equal(leaves[path], value)
+    assert sources["wave"].sha256
+    narrow = {"towers.wave.weights": str(file), "towers.wave.overrides.width": 8}
+    with pytest.raises(ConfigError, match=r"towers\.wave\.weights=.*shape"):
+        import_towers(make_blueprint(config(**narrow), mesh))
+
+
+def test_last_k_of_an_encoder_of_ones_own_says_what_to_do(own):
+    with pytest.raises(ConfigError, match=r"'last:1' counts blocks.* by a regex"):
+        make_blueprint(
+            config(**{"towers.wave.tune": "last:1"}),
+            sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
+        )
 
 
 def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
@@ -248,22 +441,96 @@ def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
     again = load_model(tmp_path / "out", allow_code=True)
     waves = [np.sin(np.arange(8.0) * k).astype(np.float32) for k in (1, 2, 3)]
     rows = again.encode_items("wave", waves)
+    for wrong in (np.ones((2, 9)), np.ones(8), np.ones((2, 8, 1))):
+        with pytest.raises(ValueError, match=r"signal of shape \(b, 8\), one row an item: not"):
+            again.encode("wave", {"signal": wrong})
+    with pytest.raises(ValueError, match=r"features of shape \(b, 16\)"):
+        again.encode("wave", {"features": np.ones((2, 15))})
     np.testing.assert_allclose(rows, model.encode_items("wave", waves), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     encoder, _ = load_encoder(tmp_path / "run")
     np.testing.assert_allclose(encoder.encode("wave", {"signal": np.stack(waves)}), rows, atol=1e-5)
 
 
-def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path):
-    assert train(config(total_steps=2), tmp_path / "run") == DONE
-    (own / "own_waves.py").write_text(OWN.replace("momentum=0.5", "momentum=0.6"))
-    sys.modules.pop("own_waves")
-    import linecache
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"source": "arrays:test.npz"}, "tasks.t.source='arrays:test.npz' gives features for .*'w"),
+        ({"text_tower": "wave"}, "tasks.t.text_tower='wave' reads no sentences .*WaveInputs"),
+    ],
+)
+def test_a_task_that_feeds_a_tower_with_something_else_is_refused(own, monkeypatch, task, message):
+    monkeypatch.chdir(own)
+    np.savez("test.npz", wave=np.ones((4, 8), np.float32), label=list("abcd"))
+    fields = {"source": "arrays:test.npz?raw=wave", "tower": "wave", "templates": "name"} | task
+    made = config(**{"evaluation.tasks": {"t": fields}})
+    with pytest.raises(ConfigError, match=message):
+        train(made, own / "run")
+    assert not (own / "run" / "metrics.jsonl").exists()
 
+
+def rewrite(folder, old, new):
+    """Changes the module on disk, and lets it be imported anew."""
+    text = (folder / "own_waves.py").read_text()
+    assert old in text
+    (folder / "own_waves.py").write_text(text.replace(old, new))
+    sys.modules.pop("own_waves")
     linecache.clearcache()
-    (tmp_path / "run" / "evaluated.json").unlink()  # the complete run is to be evaluated again
-    with pytest.raises(ConfigError, match="the code of the wave tower changed"):
-        train(config(total_steps=2, name="other"), tmp_path / "run")
+    importlib.invalidate_caches()
+
+
+def test_changed_code_is_told_before_a_run_goes_on(own, tmp_path, capsys):
+    task = {"kind": "own_waves:Count", "source": "own_waves:Waves:x", "tower": "wave"}
+    loss = {"loss.name": "own_waves:dot_loss", "evaluation.tasks": {"t": task}}
+    made = config(total_steps=2, **loss)
+    assert train(made, tmp_path / "run") == DONE
+    export(load_model(tmp_path / "run", allow_code=True), tmp_path / "out", "safetensors")
+    rewrite(own, "class Encoder", "# the same numbers\nclass Encoder")
+    assert train(made, tmp_path / "run") == DONE  # complete, and nothing to do
+    # A task of another code: the complete run is evaluated again.
+    rewrite(own, "float(len(items))", "2.0 * len(items)")
+    capsys.readouterr()
+    assert train(config(total_steps=2, **loss), tmp_path / "run") == DONE
+    assert "128" in capsys.readouterr().out
+    rewrite(own, "(u * v).sum(axis=1).mean()", "(u * v).sum()")
+    with pytest.raises(ConfigError, match="the code of own_waves:dot_loss changed"):
+        train(config(total_steps=2, **loss), tmp_path / "run")
+    load_encoder(tmp_path / "run")  # the loss has no part in it
+    rewrite(own, "momentum=0.5", "momentum=0.6")
+    with pytest.raises(ConfigError, match=r"code of own_waves:Encoder changed.*remove .*code.json"):
+        load_encoder(tmp_path / "run")
+    with pytest.raises(ValueError, match="own_waves:Encoder changed since the model was exported"):
+        load_model(tmp_path / "out", allow_code=True)
+
+
+def test_a_run_on_data_of_ones_own_is_loaded_without_its_code(own, tmp_path, monkeypatch):
+    (tmp_path / "own_data.py").write_text(OWN)
+    made = config(
+        total_steps=1,
+        **{
+            "data.train": "own_data:Waves:x", "data.wave": {"field": "text", "max_tokens": 16},
+            "towers.wave": defaults(TowerConfig, encoder="text", overrides=TEXT).to_dict(),
+        },
+    )  # fmt: skip
+    assert train(made, tmp_path / "run") == DONE
+    sys.modules.pop("own_data")
+    model = load_model(tmp_path / "run")
+    assert model.encode_items("wave", ["a wave"]).shape == (1, 16)
+    assert "own_data" not in sys.modules
+
+
+def test_code_that_is_missing_is_no_fault_of_the_version(own, tmp_path, monkeypatch):
+    task = {"kind": "own_waves:Count", "source": "own_waves:Waves:x", "tower": "wave"}
+    (tmp_path / "config.json").write_text(to_json(config(**{"evaluation.tasks": {"t": task}})))
+    description = {"format": 2, "towers": {"wave": {"encoder": "own_waves:Encoder"}}}
+    description["towers"]["wave"]["modality"] = "own_waves:WaveInputs"
+    (tmp_path / "cwcl_jax.json").write_text(json.dumps(description))
+    sys.modules.pop("own_waves", None)
+    monkeypatch.undo()
+    (tmp_path / "own_waves.py").unlink()
+    for call in (load_config, lambda folder: load_model(folder, allow_code=True)):
+        with pytest.raises(ValueError, match=r"json names code that is not here: .*no module"):
+            call(tmp_path)
 
 
 def test_two_towers_of_one_modality_have_inputs_of_their_own(tmp_path):

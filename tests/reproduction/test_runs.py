@@ -14,7 +14,7 @@ import pytest
 from cwcl_jax.config import ConfigError
 from cwcl_jax.reproduction import sections
 from cwcl_jax.reproduction.experiments import Scale
-from cwcl_jax.reproduction.runs import Run, Runner
+from cwcl_jax.reproduction.runs import Run, RunMaker
 from cwcl_jax.reproduction.sections import Maker
 
 
@@ -46,9 +46,9 @@ def appending(path, code=0):
 
 def test_a_run_is_made_once_also_by_another_command(tmp_path):
     once = script("a", appending(tmp_path / "count"))
-    runner = Runner(tmp_path, say=lambda text: None)
+    runner = RunMaker(tmp_path, say=lambda text: None)
     assert runner.complete(once) == runner.complete(once) == tmp_path / "a"
-    again = Runner(tmp_path, say=lambda text: None)
+    again = RunMaker(tmp_path, say=lambda text: None)
     again.complete(once)
     assert (tmp_path / "count").read_text() == "x"
     assert again.seconds == runner.seconds > 0
@@ -60,7 +60,7 @@ def test_what_a_run_starts_from_is_made_and_exported_first(tmp_path):
     both = [str(tmp_path / "order"), str(exported)]
     check = f"[open(path).read() == 'x' or 1 / 0 for path in {both}]"
     for _ in range(2):  # also by another command: neither run nor export is made again
-        runner = Runner(tmp_path, say=lambda text: None)
+        runner = RunMaker(tmp_path, say=lambda text: None)
         for name in ("second", "third"):
             runner.complete(script(name, check, after=first))
         assert [command[2] for command in runner.commands].count(check) == 2
@@ -70,7 +70,7 @@ def test_what_a_run_starts_from_is_made_and_exported_first(tmp_path):
 
 def test_other_settings_run_again(tmp_path):
     for comment in ("", " # other"):
-        runner = Runner(tmp_path, say=lambda text: None)
+        runner = RunMaker(tmp_path, say=lambda text: None)
         runner.complete(script("a", appending(tmp_path / "count") + comment))
     assert (tmp_path / "count").read_text() == "xx"
 
@@ -81,17 +81,17 @@ def test_a_stopped_run_stops_the_command_and_goes_on_later(tmp_path):
         f"open({str(tmp_path / 'half')!r}, 'w'); sys.exit(0 if done else 75)"
     )
     with pytest.raises(SystemExit) as error:
-        Runner(tmp_path, say=lambda text: None).complete(script("a", stopped))
+        RunMaker(tmp_path, say=lambda text: None).complete(script("a", stopped))
     assert error.value.code == 75
     record = json.loads((tmp_path / "a" / "reproduce.json").read_text())
     assert not record["complete"]
-    runner = Runner(tmp_path, say=lambda text: None)
+    runner = RunMaker(tmp_path, say=lambda text: None)
     runner.complete(script("a", stopped))
     assert runner.seconds > record["seconds"]  # both parts
 
 
 def test_failures_name_the_log(tmp_path):
-    runner = Runner(tmp_path, say=lambda text: None)
+    runner = RunMaker(tmp_path, say=lambda text: None)
     with pytest.raises(RuntimeError, match=r"ended with code 1 .*reproduce\.log.*oh no"):
         runner.complete(script("a", "raise SystemExit('oh no')"))
     with pytest.raises(ConfigError, match="ended with code 2"):
@@ -132,11 +132,11 @@ COMMAND = """
 import signal, sys
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from cwcl_jax.reproduction.runs import Run, Runner
+from cwcl_jax.reproduction.runs import Run, RunMaker
 class Script(Run):
     def command(self, root):
         return ["python", "-c", self.argument, str(root)]
-Runner(Path(sys.argv[1])).complete(Script("a", "", sys.argv[2]))
+RunMaker(Path(sys.argv[1])).complete(Script("a", "", sys.argv[2]))
 """
 
 
@@ -158,11 +158,11 @@ def test_a_stop_reaches_the_run_which_saves(tmp_path, number):
 
 
 def test_settings_that_are_refused_leave_the_record_of_the_run_before(tmp_path):
-    Runner(tmp_path, say=lambda text: None).complete(script("a", "pass"))
+    RunMaker(tmp_path, say=lambda text: None).complete(script("a", "pass"))
     record = (tmp_path / "a" / "reproduce.json").read_text()
     refused = "import sys; print('error: give another --workdir'); sys.exit(2)"
     with pytest.raises(ConfigError, match="another --runs"):
-        Runner(tmp_path, say=lambda text: None).complete(script("a", refused))
+        RunMaker(tmp_path, say=lambda text: None).complete(script("a", refused))
     assert (tmp_path / "a" / "reproduce.json").read_text() == record
 
 
@@ -170,7 +170,7 @@ def test_a_record_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "reproduce.json").write_text('{"command": ["py')
     with pytest.raises(ConfigError, match=r"reproduce\.json is not whole: delete it"):
-        Runner(tmp_path, say=lambda text: None).complete(script("a", "pass"))
+        RunMaker(tmp_path, say=lambda text: None).complete(script("a", "pass"))
 
 
 def test_entries_in_another_order_are_the_same_run(tmp_path):
@@ -182,14 +182,14 @@ def test_entries_in_another_order_are_the_same_run(tmp_path):
         made = {"command": run.command(tmp_path), "seconds": 7.0, "complete": True}
         (run.folder(tmp_path) / "reproduce.json").write_text(json.dumps(made))
 
-    runner = Runner(tmp_path, say=lambda text: None)
+    runner = RunMaker(tmp_path, say=lambda text: None)
     record("loss=contrastive,data=/data")
     runner.complete(Run("a", "configs/x.py", "data=/data,loss=contrastive"))
     assert runner.seconds == 7
     # Of two entries of one name the last one holds.
     record("batch=32,batch=64")
     with pytest.raises((ConfigError, RuntimeError), match="ended with code"):
-        Runner(tmp_path, say=lambda text: None).complete(
+        RunMaker(tmp_path, say=lambda text: None).complete(
             Run("a", "configs/x.py", "batch=64,batch=32")
         )
 
@@ -213,9 +213,9 @@ def test_other_classes_are_evaluated_once_and_the_page_has_the_command(tmp_path,
 
     monkeypatch.setattr(sections, "run_process", evaluate)
     with pytest.raises(ConfigError, match="with other classes failed"):
-        Maker(Runner(tmp_path), Scale(), [0], tmp_path)._other_classes(tmp_path)
+        Maker(RunMaker(tmp_path), Scale(), [0], tmp_path)._other_classes(tmp_path)
     for _ in range(2):
-        maker = Maker(Runner(tmp_path), Scale(), [0], tmp_path)
+        maker = Maker(RunMaker(tmp_path), Scale(), [0], tmp_path)
         assert maker._other_classes(tmp_path) == tmp_path / "figure8"
         assert maker.runner.commands == commands[:1]
     assert len(commands) == 2

@@ -42,7 +42,7 @@ def test_pictures_that_vary_are_refused_on_both_ways(tmp_path, changes):
     with pytest.raises(ConfigError, match=r"keep_locked_features=True needs inputs.*flip="):
         training_source(kept)
     line = _embedded(tmp_path, SOURCE, "image")
-    with pytest.raises(ConfigError, match=r"^embeds= needs inputs.*crop_min_area="):
+    with pytest.raises(ConfigError, match=r"^features_from= needs inputs.*crop_min_area="):
         training_source(toy_config(**changes, **{"data.train": line}))
 
 
@@ -66,7 +66,7 @@ def test_several_captions_are_refused_on_both_ways(tmp_path):
     with pytest.raises(ConfigError, match=r"0\.tar/2 has 2 captions"):
         training_source(kept)
     read = toy_config(**TEXT_LOCKED, **{"data.train": _embedded(tmp_path / "e", line, "text")})
-    with pytest.raises(ConfigError, match=r"^embeds= .*0\.tar/2 has 2 captions"):
+    with pytest.raises(ConfigError, match=r"^features_from= .*0\.tar/2 has 2 captions"):
         training_source(read)
 
 
@@ -108,7 +108,7 @@ class Recordings(Source):
 def test_random_windows_of_speech_are_refused_where_there_are_any(source, random_crop, refused):
     config = toy_config(**{"data.speech.random_crop": random_crop})
     if not refused:
-        _check_repeatable(config, ["speech"], source, "embeds=")
+        _check_repeatable(config, ["speech"], source, "features_from=")
         return
     with pytest.raises(ConfigError, match="random_crop=True changes the windows"):
-        _check_repeatable(config, ["speech"], source, "embeds=")
+        _check_repeatable(config, ["speech"], source, "features_from=")

@@ -1,12 +1,15 @@
 """Opens the sources that a source line names; see `base` for the form of the line."""
 
 import difflib
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable
+from typing import Any
 
 from cwcl_jax.data.sources.arrays import open_arrays
 from cwcl_jax.data.sources.base import (
+    SHARED_OPTIONS,
     Example,
     Source,
     SourceLine,
@@ -35,7 +38,7 @@ from cwcl_jax.data.sources.subset import Subset
 from cwcl_jax.data.sources.tables import open_delimited, open_jsonl
 from cwcl_jax.data.sources.tars import open_clip_benchmark, open_tars
 from cwcl_jax.data.sources.tfds import open_tfds
-from cwcl_jax.extension import import_named
+from cwcl_jax.extension import import_named, is_reference
 
 __all__ = [
     "SOURCE_KINDS",
@@ -77,8 +80,9 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
 def open_source(line: str, *, cache_dir: str = "") -> Source:
     """Opens a source line; several parts joined by `::` become a `Mixture`.
 
-    Every kind also takes `weight=` (its share in a mixture) and `embeds=` (folders of embeddings
-    made from this very source, separated by commas). `cache_dir` receives the indexes of tars.
+    Every kind also takes `weight=` (its share in a mixture) and `features_from=` (folders of
+    features made from this very source, separated by commas). `cache_dir` receives the indexes of
+    tars.
     """
     lines = parse_source_line(line)
     weights = [_weight(part) for part in lines]
@@ -109,6 +113,18 @@ def check_training_line(line: str) -> None:
             )
 
 
+def own_kinds(line: str) -> list[str]:
+    """Returns the "module:name" of the parts of a line that are of the user's own kinds.
+
+    Nothing is imported or opened, and a line that is none has no such parts.
+    """
+    try:
+        parts = [part for part in parse_source_line(line) if part.kind not in SOURCE_KINDS]
+    except ValueError:
+        return []
+    return [f"{part.kind}:{part.path.partition(':')[0]}" for part in parts if ":" in part.path]
+
+
 def _weight(line: SourceLine) -> float | None:
     text = line.options.get("weight")
     if text is None:
@@ -123,24 +139,48 @@ def _weight(line: SourceLine) -> float | None:
 
 
 def _open_one(line: SourceLine, cache_dir: str) -> Source:
+    if "embeds" in line.options:
+        folder = line.options["embeds"]
+        raise ValueError(
+            f"The option embeds={folder} is now called features_from={folder}: what a folder of "
+            "python -m cwcl_jax.embed gives stands before the head."
+        )
     line, opener = _opener(line)
     # The one place where `~` becomes the user's folder: no shell expands it inside a source line.
     options = {
         key: os.path.expanduser(value)
         for key, value in line.options.items()
-        if key not in ("weight", "embeds")
+        if key not in SHARED_OPTIONS
     }
     plain = SourceLine(line.kind, os.path.expanduser(line.path), options)
     if line.kind == "spoken":
         source = _open_spoken(plain, cache_dir)
     else:
-        source = call_with_options(opener, plain.path, plain, {"cache_dir": cache_dir})
+        source = _called(opener, plain, cache_dir)
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
-    folders = line.options.get("embeds")
+    folders = line.options.get("features_from")
     if not folders:
         return source
     return Embedded(source, [os.path.expanduser(folder) for folder in folders.split(",")])
+
+
+def _called(opener: Callable[..., Any], line: SourceLine, cache_dir: str) -> Source:
+    """What the opener gives; of one of the user's own any error is one about the line."""
+    try:
+        source = call_with_options(opener, line.path, line, {"cache_dir": cache_dir})
+    except (TypeError, AttributeError, KeyError) as error:
+        if not is_reference(line.kind):
+            raise
+        raise ValueError(
+            f"source {line.kind!r} fails on {line.path!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(source, Source):
+        raise ValueError(
+            f"source {line.kind!r} gives a {type(source).__name__}, which does not derive from "
+            "cwcl_jax.data.sources.Source"
+        )
+    return source
 
 
 def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
@@ -151,6 +191,11 @@ def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
     if colon and name.isidentifier():
         own = f"{line.kind}:{name}"
         return SourceLine(own, path, line.options), import_named(own, "source")
+    if line.path.isidentifier() and importlib.util.find_spec(line.kind.split(".")[0]):
+        raise ValueError(
+            f"The source {line.kind}:{line.path} has no path: write {line.kind}:{line.path}:PATH, "
+            f"or {line.kind}:{line.path}: where it needs none."
+        )
     close = difflib.get_close_matches(line.kind, SOURCE_KINDS, 1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(

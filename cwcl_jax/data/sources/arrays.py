@@ -89,6 +89,7 @@ class Arrays(Source):
         lacks = {
             key: f"has an array {key!r} that the line does not use; say raw={key} or features={key}"
             for key in self._unnamed
+            if key not in self.raw
         }
         for field in ("image", "audio"):
             if field not in self.raw:

@@ -19,6 +19,8 @@ import numpy as np
 
 Example = dict[str, Any]
 ALL_FIELDS = ("image", "text", "audio", "label", "features")
+# Options of a source line that every kind takes.
+SHARED_OPTIONS = ("features_from", "weight")
 NO_CLASSES = (
     "has no classes; choose a source with classes, or data.labels='text' for equal captions"
 )
@@ -166,8 +168,8 @@ def parse_source_line(line: str) -> list[SourceLine]:
 
 
 def call_with_options(
-    opener: Callable[..., Source], first: Any, line: SourceLine, shared: Mapping[str, Any]
-) -> Source:
+    opener: Callable[..., Any], first: Any, line: SourceLine, shared: Mapping[str, Any]
+) -> Any:
     """Calls `opener(first, option=value...)`, options converted as its annotations say.
 
     A parameter that is annotated with a dataclass stands for options named after its fields.
@@ -187,7 +189,7 @@ def call_with_options(
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
                 f"A source of kind {line.kind!r} has no option {name!r}.{hint} It has: "
-                f"{', '.join(sorted([*known, 'embeds', 'weight']))}."
+                f"{', '.join(sorted([*known, *SHARED_OPTIONS]))}."
             )
         arguments[name] = _convert(line.kind, name, value, _type_of(known[name]))
     for name, group in groups.items():

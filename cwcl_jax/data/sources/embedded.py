@@ -28,7 +28,7 @@ class Embedded(SourceAround):
             store = EmbeddingStore(folder)
             expected = source.fingerprint()
             store.description.require(folder, source=expected, count=len(source))
-            self._stores[store.description.modality] = store
+            self._stores[store.description.tower] = store
 
     @property
     def embedded(self) -> Sequence[str]:
@@ -77,8 +77,8 @@ class EmbeddingsOnly(Source):
 
     def __init__(self, store: EmbeddingStore):
         self.store = store
-        self.embedded = (store.description.modality,)
-        self.stores = {store.description.modality: [store]}
+        self.embedded = (store.description.tower,)
+        self.stores = {store.description.tower: [store]}
 
     def __len__(self) -> int:
         return len(self.store)
@@ -89,11 +89,11 @@ class EmbeddingsOnly(Source):
         if vector is None:
             raise BadExample("features missing", f"{name} was unusable when it was embedded")
         vector = feature_vector(vector, name)
-        return {"id": name, "features": {self.store.description.modality: vector}}
+        return {"id": name, "features": {self.store.description.tower: vector}}
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
         _, rows = self.store.rows(indices)
-        return None if rows is None else {self.store.description.modality: rows}
+        return None if rows is None else {self.store.description.tower: rows}
 
     def fingerprint(self) -> str:
         return fingerprint_of("embeddings", self.store.description.to_json())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cwcl_jax.data.sources.files import require
-from cwcl_jax.data.sources.tables import Table, table_of_rows
+from cwcl_jax.data.sources.tables import TableSource, table_of_rows
 from cwcl_jax.data.sources.tar_index import PARTS
 from cwcl_jax.data.sources.texts import lines_of, text_of_bytes
 from cwcl_jax.files import is_hidden
@@ -14,7 +14,7 @@ from cwcl_jax.files import is_hidden
 _LOG = logging.getLogger(__name__)
 
 
-def open_folder(path: str, *, captions: bool = False) -> Table:
+def open_folder(path: str, *, captions: bool = False) -> TableSource:
     """Opens a folder of pictures: `folder:/data/flowers`, one subfolder a class.
 
     With `captions`, the file `<name>.txt` beside each picture holds its captions, one a line.

@@ -141,6 +141,8 @@ class SavedRows:
 
 def _listed_files(folder: Path, listed: Any) -> list[Path]:
     """The files that a state names, all of which must lie in the folder."""
+    if listed == []:
+        raise ValueError(f"The saved data set hf:{folder} has no examples.")
     names = [item.get("filename") for item in listed or () if isinstance(item, dict)]
     if not names:
         raise ValueError(f"The state.json of hf:{folder} lists no data files.")

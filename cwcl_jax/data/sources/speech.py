@@ -11,12 +11,17 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import require
-from cwcl_jax.data.sources.tables import Table, known_seconds, read_json_lines, table_of_rows
+from cwcl_jax.data.sources.tables import (
+    TableSource,
+    known_seconds,
+    rows_of_json_lines,
+    table_of_rows,
+)
 
 TEN_COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 
 
-class Recordings(Table):
+class Recordings(TableSource):
     """A table whose recordings lie in the first of several folders that has them.
 
     Where a folder has no file of that name, `renamed` (old, new) gives a second name to try.
@@ -138,7 +143,7 @@ def _slurp_classes(folder: Path) -> list[str]:
 
 def _slurp_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The sentences of a list; broken lines are logged and left out."""
-    for row in read_json_lines(file):
+    for row in rows_of_json_lines(file):
         if row:
             needed = ("slurp_id", "sentence", "scenario", "action")
             _require_names(row, needed, f"{file}: a sentence")

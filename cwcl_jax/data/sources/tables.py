@@ -33,7 +33,7 @@ _FILES_LOOKED_AT, _HEAD_BYTES = 64, 1 << 16
 _NEXT_CAPTION = "\x1e"
 
 
-class Table(Source):
+class TableSource(Source):
     """Rows with strings; image and audio columns hold paths, relative ones below `root`.
 
     Labels are numbers into `class_names`; several captions stand in one string (`join_captions`).
@@ -146,7 +146,7 @@ def table_of_rows(
     *,
     hint: str = "",
     named_classes: bool = False,
-) -> Table:
+) -> TableSource:
     """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
 
     "duration" is in seconds; a row without one may be of any length (inf).
@@ -164,7 +164,7 @@ def table_of_rows(
     if "duration" in columns:
         column = columns.pop("duration")
         durations = known_seconds(listed_seconds(column))
-    return Table(columns, root=root, class_names=names, durations=durations, hint=hint)
+    return TableSource(columns, root=root, class_names=names, durations=durations, hint=hint)
 
 
 def listed_seconds(column: StringColumn) -> list[float]:
@@ -241,7 +241,7 @@ def open_delimited(
     sep: str = "",
     quoting: str = "auto",
     root: str = "",
-) -> Table:
+) -> TableSource:
     """Opens `csv:/x.tsv?image=filepath&text=title`; OpenCLIP's column names are the default.
 
     Without `sep` (tab, comma, semicolon or a sign) the header line decides: a tab in it means tabs.
@@ -310,14 +310,14 @@ def open_jsonl(
     label: str = "",
     duration: str = "",
     root: str = "",
-) -> Table:
+) -> TableSource:
     """Opens `jsonl:/manifest.jsonl?audio=audio_filepath&text=text`, one object a line.
 
     `duration` names the column with the seconds of recordings.
     """
     file = require_file(path, "The manifest")
     options = {"image": image, "text": text, "audio": audio, "label": label, "duration": duration}
-    rows = read_json_lines(file)
+    rows = rows_of_json_lines(file)
     first = list(islice(rows, 1000))
     columns = list(dict.fromkeys(key for row in first for key in row))
     fields, unclear = _named_fields(columns, path, first, options)
@@ -423,7 +423,7 @@ def _hint(columns: Sequence[str]) -> str:
     return f"; name the column with image=, text= or audio= (it has {', '.join(columns)})"
 
 
-def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+def rows_of_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Objects of a JSONL file; a broken line gives an empty one, which is skipped when read."""
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
