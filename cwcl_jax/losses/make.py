@@ -148,6 +148,7 @@ def own_loss(function: Any, name: str) -> LossFn:
     """
     if not callable(function) or isinstance(function, type):
         raise ValueError(f"loss {name!r} is a {type(function).__name__}, not a function.")
+    call: Callable[..., Any] = function
     wanted = argument_names(function)
     unknown = [argument for argument in wanted if argument not in _ARGUMENTS]
     if unknown:
@@ -161,7 +162,7 @@ def own_loss(function: Any, name: str) -> LossFn:
     ):
         given = (u, v, p, logit_scale, logit_bias, labels, targets, q, progress)
         values: dict[str, Any] = dict(zip(_ARGUMENTS, given, strict=True))
-        result = function(**{argument: values[argument] for argument in wanted})
+        result = call(**{argument: values[argument] for argument in wanted})
         loss, reported = result if isinstance(result, tuple) else (result, {})
         if jnp.shape(loss) != ():
             raise ValueError(f"{name!r} must return a scalar, got the shape {jnp.shape(loss)}.")
