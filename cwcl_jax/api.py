@@ -348,15 +348,13 @@ def load_embeddings(folder: str | Path) -> tuple[list[str], Float[np.ndarray, "n
 
 def load_clip(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
     """Definition, leaves and description of a CLIP that transformers saved."""
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = parse_json((folder / "config.json").read_bytes())
     encoders = {"image": "vit", "text": "text"}
     towers = {
         name: complete(TowerConfig(encoder, weights=str(folder), tune="none"))
         for name, encoder in encoders.items()
     }
-    image, text = (
-        encoder_config(t.encoder, t.preset, t.overrides, t.pooling) for t in towers.values()
-    )
+    image, text = (tower.encoder_settings() for tower in towers.values())
     inputs = {
         "image": ImageInputs(size=image.image_size).of_folder(folder),
         "text": TextInputs(tokenizer=str(folder), max_tokens=text.max_tokens),

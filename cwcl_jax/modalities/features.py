@@ -1,7 +1,7 @@
 """Features that some encoder gave before: one array of numbers for each example, of any shape."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np

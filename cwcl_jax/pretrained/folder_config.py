@@ -208,7 +208,7 @@ def _check_modules(path: Path, config: TowerConfig) -> None:
     if family is None or family.modality != "text":
         return
     file = _folder(path) / "modules.json"
-    modules = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    modules = parse_json(file.read_bytes()) if file.exists() else []
     unread = [m for m in modules if str(m.get("type", "")).rpartition(".")[2] not in _MODULES]
     if unread:
         raise WeightsMismatch(

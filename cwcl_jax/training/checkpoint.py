@@ -169,7 +169,7 @@ class Checkpoints:
                 raise ValueError(f"the list of its {missing[0]} cannot be read")
             _check_leaves({name: saved[name] for name in targets}, targets)
             loaded = self._checkpointer.load_checkpointables(step, targets)
-            metadata = self._checkpointer.metadata(step).custom_metadata
+            metadata: Any = self._checkpointer.metadata(step).custom_metadata
             _check_seal(metadata)
             _check_digests(loaded, metadata.get("digests"))
             return loaded, metadata["data"]

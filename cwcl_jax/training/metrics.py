@@ -138,7 +138,7 @@ class TensorBoard:
     def __init__(self, directory: Path, start_step: int):
         # Not SummaryWriter: it writes from a thread, and waits for ever once that has failed.
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 
         directory.mkdir(parents=True, exist_ok=True)
         # Files are named after the second of their start: without the step a second one of the same
@@ -160,7 +160,7 @@ class TensorBoard:
         self._writer.close()
 
     def _event(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
 
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 

@@ -178,7 +178,7 @@ class NpzFile:
 
     def _open(self, member: str) -> zipfile.ZipExtFile:
         try:
-            return self._archive.open(member)
+            return self._archive.open(member)  # pyright: ignore[reportReturnType]
         except (*_DAMAGE, NotImplementedError, RuntimeError) as error:
             raise ValueError(
                 f"{self.source}: array {member!r} is damaged ({error}): fetch the file again"
