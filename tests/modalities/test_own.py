@@ -189,6 +189,7 @@ def config(**changes):
     made.data.train = "own_waves:Waves:anywhere?n=64"
     made.data.wave = {"gain": 1.0}
     made.data.text.max_tokens = 16
+    made.data.max_cut_share = 1.0  # words of no scene, under the small tokenizer
     made.towers.text = defaults(TowerConfig, encoder="text", overrides=TEXT, tune="none")
     made.towers.wave = defaults(
         TowerConfig, encoder="own_waves:Encoder", modality="own_waves:WaveInputs"
@@ -536,6 +537,7 @@ def test_code_that_is_missing_is_no_fault_of_the_version(own, tmp_path, monkeypa
 def test_two_towers_of_one_modality_have_inputs_of_their_own(tmp_path):
     made = defaults(name="pairs", total_steps=2, global_batch_size=8, embed_dim=16)
     made.data.train = "scenes:train?n=40&captions=3"
+    made.data.max_cut_share = 1.0
     made.data.query = {"max_tokens": 12}
     made.data.document = {"max_tokens": 16}
     for name in ("query", "document"):
@@ -582,7 +584,8 @@ def test_the_example_runs_as_its_text_says(tmp_path):
     small = [
         "--config.towers.text.encoder=text", "--config.towers.text.preset=tiny",
         "--config.towers.text.weights=", "--config.towers.text.pooling=", "--config.embed_dim=128",
-        "--config.data.text.tokenizer=", "--config.total_steps=30",
+        "--config.data.text.tokenizer=", "--config.data.max_cut_share=1.0",
+        "--config.total_steps=30",
     ]  # fmt: skip
     python = [sys.executable]
     load = (

@@ -75,7 +75,7 @@ def test_one_caption_an_example_is_kept(tmp_path):
     changes = {"data.train": line, "data.keep_locked_features": True, "data.cache_dir": "~/kept"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path))
-        config = toy_config(**TEXT_LOCKED, **changes)
+        config = toy_config(**TEXT_LOCKED, **changes, global_batch_size=4)
         assert training_source(config).embedded == ("text",)
         assert cache_folder(config) == tmp_path / "kept" / "features"
         assert cache_folder(config).is_dir()
