@@ -6,7 +6,6 @@ texts = model.encode_text(["a photo of a cat", "a photo of a dog"])
 print(model.similarity(images, texts))
 """
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from PIL import Image
 
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.files import parse_json
 from cwcl_jax.modalities import ImageInputs, Modality, TextInputs
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.modalities.text import TextTokenizer
@@ -284,7 +284,7 @@ def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]
 def _is_clip(config: Path) -> bool:
     if not config.is_file():
         return False
-    content = json.loads(config.read_text(encoding="utf-8"))
+    content = parse_json(config.read_bytes())
     return isinstance(content, dict) and content.get("model_type") == "clip"
 
 
