@@ -42,12 +42,10 @@ def _narrow_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array
     last, rows = (x.ndim - 1,), tuple(range(x.ndim - 1))
     to_x = lax.dot_general(g, kernel.astype(g.dtype), ((last, (1,)), ((), ())))
     to_kernel = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    to_bias = None if bias is None else jnp.sum(g, axis=rows, dtype=jnp.float32)
-    return (
-        to_x,
-        to_kernel.astype(kernel.dtype),
-        None if bias is None else to_bias.astype(bias.dtype),
-    )
+    to_kernel = to_kernel.astype(kernel.dtype)
+    if bias is None:
+        return to_x, to_kernel, None
+    return to_x, to_kernel, jnp.sum(g, axis=rows, dtype=jnp.float32).astype(bias.dtype)
 
 
 _narrow.defvjp(_narrow_forward, _narrow_backward)
