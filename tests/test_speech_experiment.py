@@ -55,6 +55,7 @@ def toy(cache: Path, argument="", **changes):
     made.embed_dim = 32
     made.data.text.tokenizer = ""
     made.data.text.max_tokens = 16
+    made.data.max_cut_share = 1.0  # commands, under the small tokenizer of scenes
     made.data.cache_dir = str(cache)
     made.data.train = "spoken:commands:train?n=64&voices=train&keep=auto"
     made.total_steps = 6

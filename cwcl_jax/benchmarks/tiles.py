@@ -57,7 +57,9 @@ def loss_program(chip: Any, loss: str, n: int, d: int, dtype: str, block: tuple[
     x = jax.ShapeDtypeStruct((n, d), jnp.dtype(dtype), sharding=one)
     with as_on(chip):
         lowered = jax.jit(jax.value_and_grad(total, (0, 1))).lower(x, x)
-        return lowered.compile(compiler_options(chip)).as_text()
+        text = lowered.compile(compiler_options(chip)).as_text()
+    assert text is not None  # XLA's compilers all give it
+    return text
 
 
 def traffic_of(hlo: str, least: int) -> tuple[float, float]:

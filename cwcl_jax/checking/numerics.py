@@ -158,8 +158,8 @@ def _attention_gradients(
     """Of q, k and v, for the cotangent g at real tokens."""
     real = 1.0 if mask is None else mask[:, :, None, None]
 
-    def total(*arrays: jax.Array) -> jax.Array:
-        made = attend(*arrays, mask, causal=False, implementation=implementation)
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        made = attend(q, k, v, mask, causal=False, implementation=implementation)
         return jnp.sum(made.astype(jnp.float32) * g.astype(jnp.float32) * real)
 
     return jax.grad(total, (0, 1, 2))(q, k, v)

@@ -137,12 +137,11 @@ def _bytes(step: Any) -> int:
 
 
 def _same_bits(states: list[Any]) -> Finding:
-    one, two = (state.params for state in states)
-    different = [
-        path
-        for path in one
-        if not np.array_equal(*(np.asarray(x[path].addressable_shards[0].data) for x in (one, two)))
-    ]
+    one, two = (
+        {path: np.asarray(leaf.addressable_shards[0].data) for path, leaf in state.params.items()}
+        for state in states
+    )
+    different = [path for path in one if not np.array_equal(one[path], two[path])]
     if not different:
         return Finding("same step twice", PASS, f"the same bits in {len(one)} leaves")
     return Finding(
