@@ -42,17 +42,10 @@ def _narrow_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array
     last, rows = (x.ndim - 1,), tuple(range(x.ndim - 1))
     to_x = lax.dot_general(g, kernel.astype(g.dtype), ((last, (1,)), ((), ())))
     to_kernel = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-<<<<<<< .merge_file_KBniQG
     to_bias = None
     if bias is not None:
         to_bias = jnp.sum(g, axis=rows, dtype=jnp.float32).astype(bias.dtype)
     return to_x, to_kernel.astype(kernel.dtype), to_bias
-=======
-    to_kernel = to_kernel.astype(kernel.dtype)
-    if bias is None:
-        return to_x, to_kernel, None
-    return to_x, to_kernel, jnp.sum(g, axis=rows, dtype=jnp.float32).astype(bias.dtype)
->>>>>>> .merge_file_igZRTk
 
 
 _narrow.defvjp(_narrow_forward, _narrow_backward)
