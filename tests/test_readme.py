@@ -1,4 +1,4 @@
-"""Options, config files and fields that a command of the README names exist.
+"""Options, config files and fields that a command of the documentation names exist; links too.
 
 A command is what stands in an indented block or between backticks and begins with `python`,
 `launch/` or `sbatch`.
@@ -15,12 +15,17 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("[cl]*/**/README.md")),
+    ROOT / "configs/RESULTS.md",
+]
+TEXTS = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
 
 
 def commands() -> list[str]:
-    """The README's commands, without comments; those that only prepare an environment count too."""
-    body = re.sub(r"\\\n\s*", "", README)
+    """The documented commands, without comments; those that prepare an environment count too."""
+    body = re.sub(r"\\\n\s*", "", "\n\n".join(TEXTS))
     lines = [line.strip() for line in body.splitlines() if line.startswith("    ")]
     lines += re.findall(r"`((?:python|sbatch|launch/)[^`]*)`", body)
     lines += [
@@ -58,3 +63,22 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         if not _PLACEHOLDERS.fullmatch(word)
     ]
     importlib.import_module(f"cwcl_jax.{module}").main.parse(words)
+
+
+def anchor(heading: str) -> str:
+    """The name by which GitHub links a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, part = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), target
+        if part:
+            text = path.read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert part in map(anchor, headings), target

@@ -23,8 +23,8 @@ from tests.evaluation.analytic import DATA, Analytic, Memory, give_sources
 from tests.training.toy import toy_config
 
 ROOT = Path(__file__).parents[3]
-# The README's own, as a person would copy it.
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The documented one, as a person would copy it.
+README = (ROOT / "cwcl_jax/evaluation/README.md").read_text(encoding="utf-8")
 MODULE = textwrap.dedent(re.findall(r'^    """Rank:.*\n(?:    .*\n|\n)+', README, re.M)[0])
 SOURCE = "scenes:test?task=retrieval&n=24"
 
