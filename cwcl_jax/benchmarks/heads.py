@@ -28,7 +28,7 @@ import numpy as np
 
 from cwcl_jax import cli
 from cwcl_jax.benchmarks.head_runs import Head, HeadRuns, check_batch
-from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
+from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, with_tasks
 from cwcl_jax.evaluation.tables import Table
 from cwcl_jax.files import replacing
 from cwcl_jax.reproduction.measures import Spread, difference
@@ -42,7 +42,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--batches", type=cli.counts, default=[], help="sizes, learning rate in proportion")
     add("--steps", type=cli.counts, default=[], help="of a head; by default the config's examples")
     add("--group", type=cli.at_least(1), default=1, help="near duplicates that come together")
-    add("--tasks", type=cli.words, default=[], help="names; by default all of the config's")
+    add("--tasks", default="", help="names, or a JSON file; by default all of the config's")
     add("--baseline", default="contrastive", help="the loss that gains are over")
     about = "file of all results; it is continued"
     add("--output", type=Path, default=Path("heads.json"), help=about)
@@ -151,22 +151,6 @@ def wanted_heads(
         for length in steps or [max(1, round(examples / max(batch, 1)))]
         for loss in losses
     ]
-
-
-def with_tasks(config: ExperimentConfig, names: Sequence[str]) -> ExperimentConfig:
-    """The config with the tasks of these names only; with all where none is named.
-
-    Raises:
-      ConfigError: there is no such task.
-    """
-    tasks = config.evaluation.tasks
-    for name in names:
-        if name not in tasks:
-            raise ConfigError(f"--tasks={name}: the config has {', '.join(tasks)}")
-    chosen = {name: tasks[name] for name in names or tasks}
-    return dataclasses.replace(
-        config, evaluation=dataclasses.replace(config.evaluation, tasks=chosen)
-    )
 
 
 @cli.command(_define, config=True)

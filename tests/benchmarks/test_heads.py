@@ -16,8 +16,8 @@ from cwcl_jax.benchmarks.head_runs import (
     make_chunk,
     nearest_rows,
 )
-from cwcl_jax.benchmarks.heads import compare, headline, read_records, wanted_heads, with_tasks
-from cwcl_jax.config import ConfigError
+from cwcl_jax.benchmarks.heads import compare, headline, read_records, wanted_heads
+from cwcl_jax.config import ConfigError, with_tasks
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.state import initialise, make_blueprint
@@ -82,10 +82,10 @@ def test_a_length_of_its_own_keeps_the_share_of_the_warmup():
 
 def test_tasks_are_chosen_by_name():
     base = config("head,init=x")
-    assert list(with_tasks(base, ["alignment"]).evaluation.tasks) == ["alignment"]
-    assert with_tasks(base, []) == base
-    with pytest.raises(ConfigError, match="--tasks=intents: the config has alignment, intent"):
-        with_tasks(base, ["intents"])
+    assert list(with_tasks(base, "alignment").evaluation.tasks) == ["alignment"]
+    assert with_tasks(base, "") == base
+    with pytest.raises(ConfigError, match="--tasks=intents: no task 'intents'; there are"):
+        with_tasks(base, "intents")
 
 
 def test_the_projection_is_that_of_the_side_that_gives_the_weights():
@@ -146,7 +146,7 @@ def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
     settings = toy(
         tmp_path, "head,init=x", **{"towers.speech.weights": "", "optimizer.learning_rate": 1e-2}
     )
-    runs = HeadRuns(with_tasks(settings, ["keywords", "alignment"]))
+    runs = HeadRuns(with_tasks(settings, "keywords,alignment"))
     affine = Head("affine", "none", 8, 1, 6)
     first = runs.run(affine, 0)
     assert first["keywords/top1"] >= 0
