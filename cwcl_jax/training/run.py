@@ -124,23 +124,11 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
                 write_code(workdir, config)
-            say(tower_table(blueprint))
-            for told in columns_taken(batches.source):
-                say(f"training data: {told}")
-            _say_of_start(blueprint, state, start)
-            for told in evaluator.compare_with(batches.source):
-                say(f"warning: {told}")
-            if warning := unused_gpu(os.environ):
-                say(warning)
-            if config.optimizer.warmup_steps > config.total_steps:
-                say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
+            _say_before(blueprint, batches.source, evaluator, state)
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
             fit = _Fit(blueprint, workdir, checkpoints, batches, evaluator, watchdog)
             state, finished = fit.run(state, locked, stop)
-            if batches.skipped:
-                kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(batches.skipped.items()))
-                total = sum(batches.skipped.values())
-                say(f"{total} training examples were unusable and skipped ({kinds})")
+            _say_skipped(batches)
             with watchdog.phase("saving", "the last checkpoint"):
                 checkpoints.wait()
                 last = checkpoints.latest_step or 0
@@ -162,10 +150,35 @@ def _steps_saved(workdir: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def _say_of_start(blueprint: Blueprint, state: TrainState, start: int) -> None:
-    """What the weights' files decide, and what they leave random for good."""
+def _say_before(
+    blueprint: Blueprint, source: Source, evaluator: Evaluator, state: TrainState
+) -> None:
+    """Tells what trains on what, and what a person may not have meant."""
+    config = blueprint.config
+    say(tower_table(blueprint))
+    for told in columns_taken(source):
+        say(f"training data: {told}")
+    _say_of_weights(blueprint, state)
+    for told in evaluator.compare_with(source):
+        say(f"warning: {told}")
+    if warning := unused_gpu(os.environ):
+        say(warning)
+    if config.optimizer.warmup_steps > config.total_steps:
+        say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
+
+
+def _say_skipped(batches: Batches) -> None:
+    """Tells how many training examples were unusable, by kind."""
+    if batches.skipped:
+        kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(batches.skipped.items()))
+        total = sum(batches.skipped.values())
+        say(f"{total} training examples were unusable and skipped ({kinds})")
+
+
+def _say_of_weights(blueprint: Blueprint, state: TrainState) -> None:
+    """Tells what the weights' files decide, and what they leave random for good."""
     scale = state.params.get("logit_scale")
-    if not start and scale is not None:
+    if not int(state.step) and scale is not None:
         say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
     for name, tower in blueprint.config.towers.items():
         leaves = {path for path in blueprint.abstract if path.startswith(f"towers/{name}/")}
