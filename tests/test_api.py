@@ -192,7 +192,7 @@ def test_a_tower_without_preset_is_trained_and_exported_with_its_folders_sizes(t
     sizes = dict(zip(theirs, (16, 16, 2, 2), strict=True)) | {"intermediate_size": 24}
     sizes |= {"model_type": "vit", "patch_size": 8, "hidden_act": "gelu_pytorch_tanh"}
     (folder / "config.json").write_text(json.dumps(sizes))
-    tower = defaults(TowerConfig, encoder="vit", weights=str(folder), tune="none", head="linear")
+    tower = defaults(TowerConfig, encoder="vit", weights=str(folder), tune="head", head="linear")
     config = toy_config(
         **{"total_steps": 1, "evaluation.tasks": {}, "towers.image": tower, "data.image.size": 16}
     )

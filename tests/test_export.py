@@ -70,7 +70,7 @@ def test_exported_processors_prepare_the_same_inputs(tmp_path):
     two = model(image=IMAGE, text=TEXT_TOWERS["text-cls"])
     export(two, tmp_path, "transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    theirs = tokenizer(TEXTS, padding="max_length", max_length=12, truncation=True)
+    theirs = tokenizer(TEXTS, padding="max_length", max_length=16, truncation=True)
     ours = two.process_text(TEXTS)
     np.testing.assert_array_equal(ours["tokens"], theirs["input_ids"])
     np.testing.assert_array_equal(ours["mask"], np.array(theirs["attention_mask"], bool))
@@ -119,7 +119,9 @@ def test_every_format_brings_the_tokenizer_wherever_it_comes_from(tmp_path, monk
         again = load_model(own)
         assert str(again.description.inputs["text"].tokenizer).startswith(str(own))
         np.testing.assert_array_equal(again.process_text(texts)["tokens"], expected)
-        np.testing.assert_array_equal(again.encode_text(texts), named.encode_text(texts))
+        with pytest.warns(UserWarning, match="1 of 3 items are cut at max_tokens=12"):
+            found, wanted = again.encode_text(texts), named.encode_text(texts)
+        np.testing.assert_array_equal(found, wanted)
         tokenizer = transformers.AutoTokenizer.from_pretrained(theirs)
         ids = tokenizer(texts, padding="max_length", truncation=True)["input_ids"]
         np.testing.assert_array_equal(ids, expected)

@@ -89,13 +89,13 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     if not config.checkpoint.accept_changes:
         check_same_code(workdir, config, ALL, _OTHER_CODE)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
-    check_inputs(blueprint.config)
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
     barrier("start", config.distributed.barrier_timeout)
     with StopSignal() as stop:
         with ExitStack() as stack:
             batches = stack.enter_context(_open_batches(config, watchdog, stop))
+            check_inputs(blueprint.config)
             check_same_data(workdir, batches.fingerprint(), config)
             seems_complete = _steps_saved(workdir) >= config.total_steps
             if not seems_complete:  # whose results are shown without the tasks' data

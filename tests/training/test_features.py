@@ -27,7 +27,7 @@ def _embedded(folder, line: str, modality: str) -> str:
     )
     ids = [source.read(index, ())["id"] for index in range(len(source))]
     EmbeddingWriter(folder, description).write(range(len(source)), ids, np.ones((len(ids), 4)))
-    return f"{line}{'&' if '?' in line else '?'}embeds={folder}"
+    return f"{line}{'&' if '?' in line else '?'}features_from={folder}"
 
 
 def _captions(path, *captions: str) -> str:
