@@ -87,13 +87,18 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
     """Says what share of the data is cut on its way to the towers.
 
     Raises:
-      ConfigError: it is more than `data.max_cut_share`.
+      ConfigError: it is more than `data.max_cut_share`, or a tokenizer cannot be read.
     """
     raw = {
         tower: inputs
         for tower in config.towers
         if not given_as_features(tower, inputs := config.data.inputs_of(tower), source.embedded)
     }
+    for tower, inputs in raw.items():
+        try:
+            inputs.fingerprint()  # reads what it needs, such as a tokenizer
+        except ValueError as error:
+            raise ConfigError(f"config.data.{tower}: {error}") from error
     losses = survey(source, raw)
     for loss in losses if is_primary() else ():
         print(f"warning: in a sample of the training data {loss}", flush=True)
