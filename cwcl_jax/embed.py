@@ -18,6 +18,8 @@ from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
 
 if TYPE_CHECKING:
+    from cwcl_jax.training.encode import Encoder
+    from cwcl_jax.training.state import TowerSource
     from cwcl_jax.training.watchdog import Watchdog
 
 
@@ -64,7 +66,6 @@ def embed(
     from cwcl_jax.data.embeddings import EmbeddingWriter
     from cwcl_jax.data.sources import open_source
     from cwcl_jax.training.embedding import all_finished, embed_source, folder_description
-    from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
     from cwcl_jax.training.stopping import IndependentStop
     from cwcl_jax.training.watchdog import unwatched
 
@@ -75,13 +76,7 @@ def embed(
         source = open_source(line or config.data.train, cache_dir=config.data.cache_dir)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--source={line or config.data.train}: {error}") from error
-    # Each process works through files of its own with its own devices: nothing is exchanged.
-    devices = jax.local_devices()
-    if workdir:
-        encoder, _ = load_encoder(Path(workdir), devices=devices)
-        sources = tower_sources(Path(workdir))
-    else:
-        encoder, sources = imported_encoder(config, devices=devices)
+    encoder, sources = _encoder(config, workdir)
     width = encoder.width(tower, what)
     description = folder_description(
         encoder, sources, source, tower, output=what, dtype=dtype, width=width,
@@ -108,6 +103,22 @@ def embed(
         print(f"warning: {count} of the examples embedded now are {remark}")
     print(f"{len(source)} vectors of {width} {dtype} in {output}" if finished else "stopped")
     return cli.DONE if finished else cli.PREEMPTED
+
+
+def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str, TowerSource]]:
+    """Returns a run's encoder, or the one that the config imports, and where its weights are from.
+
+    Each process works through files of its own with its own devices: nothing is exchanged.
+    """
+    import jax
+
+    from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
+
+    devices = jax.local_devices()
+    if not workdir:
+        return imported_encoder(config, devices=devices)
+    encoder, _ = load_encoder(Path(workdir), devices=devices)
+    return encoder, tower_sources(Path(workdir))
 
 
 def _report(done: int, total: int, seconds: float) -> None:

@@ -8,7 +8,6 @@ import pytest
 from cwcl_jax import config as config_module
 from cwcl_jax.config import (
     ConfigError,
-    changed_fields,
     convert,
     defaults,
     from_json,
@@ -126,13 +125,6 @@ def test_fields_are_those_of_the_chosen_class(fields, message):
         convert(Drawing, {"shapes": {"a": fields}}, "config")
     with pytest.raises(ConfigError, match="Circle has no field 'radus'"):
         defaults(Shape, radus=2.0)
-
-
-def test_changed_fields_are_dotted_paths():
-    old = toy_config()
-    new = dataclasses.replace(old, seed=3)
-    assert changed_fields(old, new) == {"config.seed": (old.seed, new.seed)}
-    assert changed_fields(old, from_json(to_json(old))) == {}
 
 
 def test_one_tower_is_an_error():

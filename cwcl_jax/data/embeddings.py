@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from cwcl_jax.files import replacing
+from cwcl_jax.files import parse_json, replacing
 
 _VERSION = 1
 _DESCRIPTION = "description.json"
@@ -72,13 +72,13 @@ class EmbeddingDescription:
                 "python -m cwcl_jax.embed."
             )
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            if values.pop("version", None) != _VERSION:
-                raise ValueError(f"{file} is of another version; make the embeddings again.")
-            tower = values.pop("modality")
-            return cls(**{**values, "tower": tower, "shape": tuple(values["shape"])})
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError, UnicodeError) as error:
+            values = parse_json(file.read_bytes())
+            if values.pop("version", None) == _VERSION:
+                tower = values.pop("modality")
+                return cls(**{**values, "tower": tower, "shape": tuple(values["shape"])})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}); {_AGAIN}.") from error
+        raise ValueError(f"{file} is of another version; make the embeddings again.")
 
     def require(self, folder: str | Path, **expected: Any) -> None:
         """Raises ValueError when a field of this description is not as expected."""

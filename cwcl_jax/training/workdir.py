@@ -29,15 +29,14 @@ import jax
 from cwcl_jax.config import (
     ConfigError,
     ExperimentConfig,
-    changed_fields,
     from_json,
-    tell_changes,
     to_json,
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.extension import is_missing_code
 from cwcl_jax.files import InUse, locked, parse_json, write_text
+from cwcl_jax.training.changes import changed_fields, tell_changes
 from cwcl_jax.training.state import TowerSource
 
 # What may differ between two starts of one run without changing its numbers.

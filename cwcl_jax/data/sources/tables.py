@@ -1,7 +1,6 @@
 """Tables that name files: CSV and TSV pairs (OpenCLIP's convention) and JSONL manifests."""
 
 import csv
-import difflib
 import functools
 import hashlib
 import logging
@@ -18,13 +17,12 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import read_bytes, require_file
-from cwcl_jax.data.sources.tar_index import PARTS
+from cwcl_jax.data.sources.table_columns import FILE_FIELDS, column_hint, named_fields
 from cwcl_jax.data.sources.texts import captions_of
 from cwcl_jax.files import parse_json
 
 _LOG = logging.getLogger(__name__)
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
-_FILE_FIELDS = ("image", "audio")
 # Rows whose file names tell pictures from recordings.
 _TYPES_LOOKED_AT = 100
 # Files that take part in a fingerprint: enough to tell data sets apart, few enough to be quick.
@@ -84,7 +82,7 @@ class TableSource(Source):
             value = column[index] if name in fields else None
             if value is None:
                 continue
-            if name in _FILE_FIELDS:
+            if name in FILE_FIELDS:
                 example[name] = read_bytes(self.locate(value))
             elif name == "label":
                 example[name] = int(value)
@@ -98,7 +96,7 @@ class TableSource(Source):
         return self.root / name
 
     def _id(self, index: int) -> str:
-        for name in ("id", *_FILE_FIELDS):
+        for name in ("id", *FILE_FIELDS):
             if name in self.columns:
                 return self.columns[name][index] or f"row {index}"
         return f"row {index}"
@@ -113,7 +111,7 @@ class TableSource(Source):
     @functools.cached_property
     def _files(self) -> list[str]:
         """What some of the named files hold: tables of equal names may mean other pictures."""
-        made = [name for name in _FILE_FIELDS if name in self.columns]
+        made = [name for name in FILE_FIELDS if name in self.columns]
         rows = (
             np.unique(np.linspace(0, len(self) - 1, _FILES_LOOKED_AT).astype(int)) if made else ()
         )
@@ -274,8 +272,10 @@ def open_delimited(
         first = next(rows, None)
         columns = [name for name in reader.fieldnames or [] if name]
         seen = [] if first is None else [first, *islice(rows, _TYPES_LOOKED_AT)]
-        fields, unclear = _named_fields(columns, path, seen, options)
-        table = table_of_rows(chain(seen, rows), fields, root or file.parent, hint=_hint(columns))
+        fields, unclear = named_fields(columns, path, seen, options)
+        table = table_of_rows(
+            chain(seen, rows), fields, root or file.parent, hint=column_hint(columns)
+        )
         table.unclear, table.taken = unclear, fields
         return table
 
@@ -320,11 +320,11 @@ def open_jsonl(
     rows = rows_of_json_lines(file)
     first = list(islice(rows, 1000))
     columns = list(dict.fromkeys(key for row in first for key in row))
-    fields, unclear = _named_fields(columns, path, first, options)
+    fields, unclear = named_fields(columns, path, first, options)
     rows = chain(first, rows)
     if "audio" in fields:
         rows = _whole_recordings(rows, path)
-    table = table_of_rows(rows, fields, root or file.parent, hint=_hint(columns))
+    table = table_of_rows(rows, fields, root or file.parent, hint=column_hint(columns))
     table.unclear, table.taken = unclear, fields
     return table
 
@@ -355,72 +355,6 @@ def _whole_recordings(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[
                 "recordings are read from their beginning: cut the parts into files of their own."
             )
         yield row
-
-
-_USUAL_NAMES = {
-    "image": ("filepath", "image", "image_path", "file_name", "img"),
-    "text": ("title", "text", "caption", "captions", "sentence"),
-    "audio": ("audio_filepath", "audio", "audio_path", "path", "wav"),
-    "label": ("label", "intent", "class"),
-    "duration": ("duration",),
-}
-
-
-def _named_fields(
-    columns: Sequence[str], path: str, rows: Sequence[Mapping[str, Any]], asked: Mapping[str, str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Field -> column, and why a field has none.
-
-    Columns are taken as asked, or by the usual names, in any case, where nothing is asked and only
-    one has such a name. Columns of files count by the files' type, as far as `rows` tell.
-    """
-    fields, unclear = {}, {}
-    for field, name in asked.items():
-        if name and name not in columns:
-            close = difflib.get_close_matches(name, columns, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"{path} has no column {name!r} (asked for as {field}=).{hint} Its columns: "
-                f"{', '.join(columns)}."
-            )
-        may_be = [column for column in columns if column.lower() in _USUAL_NAMES[field]]
-        if field in _FILE_FIELDS:
-            may_be = [column for column in may_be if _type_of_files(column, rows) in ("", field)]
-            may_be += [
-                column
-                for other in _FILE_FIELDS
-                for column in columns
-                if other != field and column.lower() in _USUAL_NAMES[other]
-                if _type_of_files(column, rows) == field
-            ]
-        if name or len(may_be) == 1:
-            fields[field] = name or may_be[0]
-        elif may_be:
-            unclear[field] = (
-                f"has {len(may_be)} columns that may be the {field} ({', '.join(may_be)}); choose "
-                f"with {field}=COLUMN"
-            )
-    if "audio" not in fields:
-        fields.pop("duration", None)
-    if not fields:
-        if unclear:
-            raise ValueError(f"{path} {next(iter(unclear.values()))}.")
-        raise ValueError(
-            f"None of the columns of {path} ({', '.join(columns)}) is known; name them with "
-            "image=, text=, audio= or label=."
-        )
-    return fields, unclear
-
-
-def _type_of_files(column: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Whether a column names pictures or recordings, by the endings of its names; "" if unknown."""
-    endings = {Path(str(row.get(column) or "")).suffix.lower().removeprefix(".") for row in rows}
-    kinds = {field for field in _FILE_FIELDS if endings & set(PARTS[field])}
-    return kinds.pop() if len(kinds) == 1 else ""
-
-
-def _hint(columns: Sequence[str]) -> str:
-    return f"; name the column with image=, text= or audio= (it has {', '.join(columns)})"
 
 
 def rows_of_json_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,74 @@
+"""Which columns of a table hold pictures, texts, recordings, labels: as asked, or by usual names."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cwcl_jax.data.sources.tar_index import PARTS
+
+FILE_FIELDS = ("image", "audio")
+_USUAL_NAMES = {
+    "image": ("filepath", "image", "image_path", "file_name", "img"),
+    "text": ("title", "text", "caption", "captions", "sentence"),
+    "audio": ("audio_filepath", "audio", "audio_path", "path", "wav"),
+    "label": ("label", "intent", "class"),
+    "duration": ("duration",),
+}
+
+
+def named_fields(
+    columns: Sequence[str], path: str, rows: Sequence[Mapping[str, Any]], asked: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Field -> column, and why a field has none.
+
+    Columns are taken as asked, or by the usual names, in any case, where nothing is asked and only
+    one has such a name. Columns of files count by the files' type, as far as `rows` tell.
+    """
+    fields, unclear = {}, {}
+    for field, name in asked.items():
+        if name and name not in columns:
+            close = difflib.get_close_matches(name, columns, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"{path} has no column {name!r} (asked for as {field}=).{hint} Its columns: "
+                f"{', '.join(columns)}."
+            )
+        may_be = [column for column in columns if column.lower() in _USUAL_NAMES[field]]
+        if field in FILE_FIELDS:
+            may_be = [column for column in may_be if _type_of_files(column, rows) in ("", field)]
+            may_be += [
+                column
+                for other in FILE_FIELDS
+                for column in columns
+                if other != field and column.lower() in _USUAL_NAMES[other]
+                if _type_of_files(column, rows) == field
+            ]
+        if name or len(may_be) == 1:
+            fields[field] = name or may_be[0]
+        elif may_be:
+            unclear[field] = (
+                f"has {len(may_be)} columns that may be the {field} ({', '.join(may_be)}); choose "
+                f"with {field}=COLUMN"
+            )
+    if "audio" not in fields:
+        fields.pop("duration", None)
+    if not fields:
+        if unclear:
+            raise ValueError(f"{path} {next(iter(unclear.values()))}.")
+        raise ValueError(
+            f"None of the columns of {path} ({', '.join(columns)}) is known; name them with "
+            "image=, text=, audio= or label=."
+        )
+    return fields, unclear
+
+
+def _type_of_files(column: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Whether a column names pictures or recordings, by the endings of its names; "" if unknown."""
+    endings = {Path(str(row.get(column) or "")).suffix.lower().removeprefix(".") for row in rows}
+    kinds = {field for field in FILE_FIELDS if endings & set(PARTS[field])}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def column_hint(columns: Sequence[str]) -> str:
+    return f"; name the column with image=, text= or audio= (it has {', '.join(columns)})"
