@@ -1,4 +1,4 @@
-"""Which columns of a table hold pictures, texts, recordings, labels: as asked, or by usual names."""
+"""Which columns of a table hold pictures, texts, recordings or labels: as asked, or as usual."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
