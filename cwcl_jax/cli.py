@@ -3,11 +3,11 @@
     @cli.command(_define, config=True)
     def main(options: Namespace) -> int: ...
 
-makes `main(argv)` a function that returns the exit code. A mistake in the options, the settings
-or the data is one line on stderr and exit code 2; an OSError (a full disk, a file that cannot be
-read) is one line and exit code 1. With CWCL_TRACEBACK=1 in the environment both are shown with
-their traceback. Options are written --with_underscores;
---with-hyphens are the same. The second half of this file are types of options.
+makes `main(argv)` a function that returns the exit code. A mistake in the options, the settings or
+the data is one line on stderr and exit code 2; an OSError (a full disk, a file that cannot be read)
+is one line and exit code 1. With CWCL_TRACEBACK=1 in the environment both are shown with their
+traceback. Options are written --with_underscores; --with-hyphens are the same. The end of this file
+holds types of options.
 """
 
 from __future__ import annotations
