@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from cwcl_jax import compiling
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.files import parse_json
@@ -274,7 +276,7 @@ def _warn_of_losses(inputs: Modality, items: Sequence[Any]) -> None:
 
 
 def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]:
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiling.options())
     def encode(leaves: Mapping[str, Any], inputs: Mapping[str, jax.Array]) -> jax.Array:
         return model_def.merge(leaves).towers[tower](inputs)
 

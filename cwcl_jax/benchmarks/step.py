@@ -13,6 +13,10 @@ trained weights, in values of float32:
                                         and statistics travel one hop more
     moments     (P-1)/P * 2 (k d + k + 2 d)   closed form of the weighted direction
     gradients   (P-1)/P * 2 W           one all-reduce
+
+With --peer=torch: the parts of one process's step beside the same towers in PyTorch, in turns, on
+the device at hand. --config names an image-text run; by default a ViT 192 x 6 and a text tower
+256 x 6 at 256 pairs. Writes peer.md and peer.json.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ import time
 from typing import Any
 
 from cwcl_jax import cli
-from cwcl_jax.benchmarks import harness
+from cwcl_jax.benchmarks import harness, peer
 from cwcl_jax.benchmarks.harness import Row, run_fresh
+from cwcl_jax.config import ConfigError
 
 FORMS = ("gathered", "ring")
 # The largest devices of one link: NVLink 3 has 300 GB/s each way; between nodes eight adapters
@@ -185,11 +190,12 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=cli.at_least(1), default=64, help="of each device")
     add("--forms", type=cli.names(FORMS), default=list(FORMS), help="of the loss")
     add("--steps", type=cli.at_least(2), default=12, help="the first is not counted")
+    add("--peer", choices=("", "torch"), default="", help="race the step's parts with PyTorch")
     harness.define(parser, "step")
     harness.define_job(parser)
 
 
-@cli.command(_define)
+@cli.command(_define, config=True)
 def main(options: argparse.Namespace) -> int:
     """Measures all forms and numbers of processes; fails where a measurement does."""
     if options.job:
@@ -197,6 +203,12 @@ def main(options: argparse.Namespace) -> int:
         if result is not None:
             print(json.dumps(result))
         return cli.DONE
+    if options.peer:
+        rows = peer.race(options.config or peer.default_experiment(), options.steps - 1)
+        harness.report(options.output, "peer", {"peer": rows}, {"peer": peer.COLUMNS})
+        return cli.DONE
+    if options.config is not None:
+        raise ConfigError("--config is for --peer=torch: the other measurement has its own run")
     rows = []
     for form, processes in itertools.product(options.forms, options.processes):
         job = {"form": form, "examples": options.examples, "steps": options.steps}

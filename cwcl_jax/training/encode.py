@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cwcl_jax import compiling
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training import sharding
@@ -45,9 +46,11 @@ class EncodeFunctions:
             )
         key = (modality, output)
         if key not in self._jitted:
+            mesh = self.blueprint.mesh
             self._jitted[key] = jax.jit(
                 self._function(modality, output),
-                out_shardings=sharding.replicated(self.blueprint.mesh),
+                out_shardings=sharding.replicated(mesh),
+                compiler_options=compiling.options(mesh.devices.flat[0].platform),
             )
         return self._jitted[key]
 

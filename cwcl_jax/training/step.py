@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from cwcl_jax import compiling
 from cwcl_jax.losses import make_loss
 from cwcl_jax.losses.options import Frame, is_own, resolve
 from cwcl_jax.training import sharding
@@ -64,6 +65,7 @@ class TrainStep:
                 sharding.replicated(blueprint.mesh),
             ),
             donate_argnums=0,
+            compiler_options=compiling.options(blueprint.mesh.devices.flat[0].platform),
         )
 
     def __call__(
