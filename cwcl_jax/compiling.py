@@ -30,8 +30,8 @@ def options(platform: str | None = None) -> dict[str, str] | None:
 def _known() -> bool:
     """Whether this jaxlib takes the option: it is experimental, and may go."""
     try:
-        program = jax.jit(lambda: 0, compiler_options=_ONLY_SUMS, backend="cpu")
-        program.lower().compile()
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=_ONLY_SUMS)()
     except Exception:  # a jaxlib names its refusal as it likes; the default is right everywhere
         return False
     return True

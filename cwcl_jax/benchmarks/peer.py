@@ -56,12 +56,12 @@ def race(config: ExperimentConfig, rounds: int) -> list[Row]:
     ours = _parts(config, batch)
     theirs = torch_towers.parts(image, text, config.embed_dim, batch["image"] | batch["text"])
     turns = {
-        (who, part): _timed(call)
+        f"{who}, {part}": _timed(call)
         for part in ours
         for who, call in (("ours", ours[part]), ("torch", theirs[part]))
     }
     found = {key: times[1:] for key, times in interleaved(turns, rounds=rounds + 1).items()}
-    return [_row(part, found["ours", part], found["torch", part]) for part in ours]
+    return [_row(part, found[f"ours, {part}"], found[f"torch, {part}"]) for part in ours]
 
 
 def _row(part: str, ours: list[tuple[float, float]], torch: list[tuple[float, float]]) -> Row:

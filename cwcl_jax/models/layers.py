@@ -32,7 +32,7 @@ def affine(
 def _product(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     y = _rows(x) @ kernel.astype(x.dtype)
     if bias is not None:
-        y = y + bias.astype(x.dtype)
+        y = y + bias.astype(x.dtype)[None]
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -85,9 +85,9 @@ class LayerNorm(nnx.LayerNorm):
         centred = rows - _means(rows)
         y = centred * lax.rsqrt(_means(centred * centred) + self.epsilon)
         if self.scale is not None:
-            y = y * self.scale[...].astype(jnp.float32)
+            y = y * self.scale[...].astype(jnp.float32)[None]
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + self.bias[...].astype(jnp.float32)[None]
         return y.astype(self.narrow).reshape(x.shape)
 
 

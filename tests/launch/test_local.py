@@ -37,6 +37,7 @@ def test_cpu_devices_and_threads():
     env = local.environment(options, 1234, 1)
     assert "--xla_force_host_platform_device_count=3" in env["XLA_FLAGS"]
     assert (env["JAX_PLATFORMS"], env["PJRT_NPROC"]) == ("cpu", "32")
+    assert env["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 def test_gpus_are_shared_out(monkeypatch):
