@@ -86,8 +86,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
 def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_writers(config)
     check_same_run(workdir, config)
-    if not config.checkpoint.accept_changes:
-        check_same_code(workdir, config, ALL, _OTHER_CODE)
+    check_same_code(workdir, config, ALL, _OTHER_CODE)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
