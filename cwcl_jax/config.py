@@ -257,8 +257,18 @@ def _modality(name: str, tower: TowerConfig) -> type[Modality]:
         raise ConfigError(f"config.towers.{name}.{field}: {error}") from error
 
 
+# What other programs call a field.
+USUAL_NAMES = {
+    "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps",
+    "batch_size": "global_batch_size", "steps": "total_steps", "epochs": "total_steps",
+}  # fmt: skip
+
+
 def _unknown(name: str, known: list[str], where: str) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    usual = [USUAL_NAMES[name]] if USUAL_NAMES.get(name) in known else []
+    near = list(dict.fromkeys([*usual, *difflib.get_close_matches(name, known, n=3, cutoff=0.0)]))[
+        :3
+    ]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     others = ", ".join(near[1:])
     return f"{where} has no field {name!r}{hint}" + (f" (or: {others})" if others else "")

@@ -380,7 +380,10 @@ def _finish(
                     writer.write(encoder.step, metrics)
                 writer.close()
             with side_output("losses.png"):
-                plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+                plot_losses(
+                    workdir / "metrics.jsonl", workdir / "losses.png", name=config.name,
+                    towers=config.tower_names, batch_size=config.global_batch_size,
+                )  # fmt: skip
             code = code_of_tasks(config.evaluation.tasks)
             # Last: a run that dies before it is evaluated again.
             data = evaluator.fingerprints()
