@@ -95,6 +95,7 @@ class Command:
         return options
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
+        importable = [*sys.path]
         try:
             options = self.parse(sys.argv[1:] if argv is None else argv)
             if argv is None:  # this process is the command's own
@@ -105,6 +106,9 @@ class Command:
                 traceback.print_exception(error)
             print(f"error: {error}", file=sys.stderr)
             return exit_code(error)
+        finally:
+            if argv is not None:  # the folder of one command's config is not another's
+                sys.path[:] = [folder for folder in sys.path if folder in importable]
 
 
 def command(

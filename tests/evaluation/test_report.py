@@ -294,3 +294,18 @@ def test_an_item_of_any_modality_is_drawn(modality, value, drawn):
         np.testing.assert_array_equal(panel.images[0].get_array()[4, 4], [255, 0, 0])
     if drawn == "lines":
         np.testing.assert_array_equal(panel.lines[0].get_ydata(), np.atleast_2d(shown)[0])
+
+
+def test_results_say_what_they_were_computed_from(sources):
+    shape = dataclasses.replace(results_of(GOOD)[0], data={"memory:x": "0123abcd"})
+    for record in clip_benchmark_records([shape], model="toy"):
+        assert record["data"] == {"memory:x": "0123abcd"}
+
+
+def test_intervals_over_texts_say_so_beside_the_number(sources):
+    """Recordings of one sentence are drawn together: 15 items are no 15 draws."""
+    shape = results_of(GOOD)[0]
+    count = len(shape.items["labels"])
+    grouped = dataclasses.replace(shape, items={**shape.items, "groups": np.arange(count) // 5})
+    assert f" {count} (3 texts)" in terminal_report([grouped])
+    assert "texts)" not in terminal_report([shape])
