@@ -10,6 +10,7 @@ and less than 1 GB of memory over the start.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import io
 import json
@@ -54,9 +55,10 @@ def read_source(line: str) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         source = open_source(line.format(path), cache_dir=str(path.parent / "cache"))
         for index in range(len(source)):
-            example = source[index]
-            if isinstance(example.get("image"), bytes):
-                ImageInputs(size=16).prepare(example["image"])
+            with contextlib.suppress(BadExample):  # skipped and counted: the others are read
+                example = source[index]
+                if isinstance(example.get("image"), bytes):
+                    ImageInputs(size=16).prepare(example["image"])
 
     return read
 
