@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
+from cwcl_jax.config import USUAL_NAMES, ConfigError, ExperimentConfig, from_config_dict
 
 # Entry files name the exit codes by this module.
 from cwcl_jax.exit_codes import (  # noqa: F401
@@ -95,6 +95,7 @@ class Command:
         return options
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
+        importable = [*sys.path]
         try:
             options = self.parse(sys.argv[1:] if argv is None else argv)
             if argv is None:  # this process is the command's own
@@ -105,6 +106,9 @@ class Command:
                 traceback.print_exception(error)
             print(f"error: {error}", file=sys.stderr)
             return exit_code(error)
+        finally:
+            if argv is not None:  # the folder of one command's config is not another's
+                sys.path[:] = [folder for folder in sys.path if folder in importable]
 
 
 def command(
@@ -288,6 +292,10 @@ def _override_error(argv: list[str], error: Exception) -> str:
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
     if not near:
         options = [a for a in argv if re.match(r"--?(no)?config\.", a)]
+        name = str(error).strip("'\"")
+        if usual := USUAL_NAMES.get(name):
+            option = next((a.split("=")[0] for a in options if a.split("=")[0].endswith(name)), "")
+            return f"{option}: the config has no field {name!r}; did you mean {usual!r}?"
         return f"{' '.join(options)}: the config has no such field ({error})"
     option = next((a for a in argv if near[2] in a), f"--config...{near[2]}")
     return f"{option.split('=')[0]}: the config has no field {near[2]!r}; did you mean {near[1]!r}?"

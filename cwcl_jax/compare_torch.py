@@ -2,7 +2,8 @@
 
 Every row is one form of the loss on one set of embeds; the reference is PyTorch autograd on the
 equations in float64 on the same (rounded) embeds. `--embeds=FILE.npz` takes arrays u, v and,
-optionally, p and logit_scale from your own model. Writes compare_torch.md and .json, with the
+optionally, p (u where there is none, which is said) and logit_scale, the log of 1/tau, from your
+own model. Writes compare_torch.md and .json, with the
 losses of the same small training run in both frameworks. The exit code is 1 if a tolerance is
 exceeded. Needs `pip install cwcl_jax[torch]`.
 """
@@ -38,8 +39,9 @@ from cwcl_jax.config import ConfigError
 from cwcl_jax.losses import LossConfig, make_loss
 
 # Largest error allowed: of the value (relative, or absolute below 1), and of each gradient
-# (relative to its norm). Of narrow types only the gradients are rounded. Plain accelerator float32
-# products ("tf32") keep 10 bits, which the inverse temperature multiplies.
+# (relative to its norm; near 0 to a share of its terms, see `errors`). Of narrow types only the
+# gradients are rounded. Plain accelerator float32 products ("tf32") keep 10 bits, which the inverse
+# temperature multiplies.
 TOLERANCES = {
     "float64": (1e-12, 1e-11),
     "float32": (1e-5, 1e-5),
@@ -47,6 +49,10 @@ TOLERANCES = {
     "float16": (1e-5, 3e-3),
     "tf32": (5e-2, 5e-2),
 }
+# Of the size of a gradient's terms: the least norm to which its error is compared.
+_FLOOR = 0.1
+# A larger stored log is none: 1/tau would be above 1,000 (CLIP's is 100 at most).
+_LARGEST_LOG = 7.0
 FORMS = ("dense", "fused", "gathered", "ring")
 
 
@@ -79,6 +85,13 @@ def read_embeds(path: str) -> dict[str, np.ndarray]:
     scale = arrays.get("logit_scale", np.zeros(()))
     if scale.size != 1 or not np.isfinite(scale).all():
         raise ValueError(f"{path}: logit_scale must be one finite number, it is {scale}.")
+    if scale.item() > _LARGEST_LOG:
+        raise ValueError(
+            f"{path}: logit_scale={scale.item():g} is no log of 1/tau (4.6 for CLIP's 100) but "
+            "seems to be 1/tau itself, as OpenCLIP's models return it; save np.log of it."
+        )
+    if "p" not in arrays:
+        print(f"{path} has no p: the similarity weights come from u")
     arrays = {"p": arrays["u"]} | arrays
     u, v, p = (arrays[name] for name in ("u", "v", "p"))
     if u.ndim != 2 or v.shape != u.shape or p.ndim != 2 or len(p) != len(u):
@@ -133,7 +146,9 @@ def compare(name, form, dtype, arrays, logit_scale, devices) -> Row:
     else:
         ours = jax_gradients(name, form, dtype, arrays, logit_scale, devices)
     used = devices if form in ("gathered", "ring") else 1
-    return row_of(name, form, dtype, arrays, logit_scale, used) | errors(ours, exact, dtype)
+    return row_of(name, form, dtype, arrays, logit_scale, used) | errors(
+        ours, exact, dtype, terms_of(arrays, logit_scale)
+    )
 
 
 def row_of(name, form, dtype, arrays, logit_scale, devices) -> Row:
@@ -149,12 +164,26 @@ def row_of(name, form, dtype, arrays, logit_scale, devices) -> Row:
     }
 
 
-def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str) -> Row:
-    """Differences of value and gradients, and whether they are within the tolerance."""
+def terms_of(arrays: dict[str, np.ndarray], logit_scale: float) -> float:
+    """The norm of what the gradient of u sums, before it cancels: rows of 1/tau divided by n."""
+    return float(np.exp(logit_scale)) / math.sqrt(len(arrays["u"]))
+
+
+def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str, terms: float) -> Row:
+    """Differences of value and gradients, and whether they are within the tolerance.
+
+    Args:
+      ours: value, and the gradients of u, v and logit_scale.
+      exact: the same in float64.
+      dtype: names the tolerance.
+      terms: norm of what a gradient sums. Where the pairs are told apart already, the terms cancel
+        and only their rounding is left, in any framework: the error is then compared to a share
+        of the terms.
+    """
     value = abs(ours[0] - exact[0]) / max(1.0, abs(exact[0]))
     names = ("grad_u", "grad_v", "grad_logit_scale")
     relative = {
-        name: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+        name: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), _FLOOR * terms))
         for name, a, b in zip(names, ours[1], exact[1], strict=True)
     }
     kind = "float32" if dtype == "tf32" else dtype
@@ -214,7 +243,8 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
     theirs.append(np.asarray(parts[0]["logit_scale"], np.float64))
     ours = jax_gradients(name, "ring", "float32", arrays, float(np.float32(logit_scale)), world)
     row = row_of(name, f"ring / gloo x {world}", "float32", arrays, logit_scale, world)
-    return row | errors(ours, (float(parts[0]["loss"]), theirs), "float32")
+    exact = float(parts[0]["loss"]), theirs
+    return row | errors(ours, exact, "float32", terms_of(arrays, logit_scale))
 
 
 def train_in_jax(weights, batches, name, learning_rate, weight_decay) -> list[float]:
@@ -290,8 +320,8 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--losses", type=cli.names(losses), default=losses)
     add("--forms", type=cli.names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
     add("--dtypes", type=cli.names(list(TOLERANCES)), default=dtypes)
-    add("--sizes", type=cli.sizes, default="256x64", help="N x d, comma-separated")
-    add("--inverse_temperatures", type=cli.positives, default="14.3,100", help="1 / tau")
+    add("--sizes", type=cli.sizes, help="N x d, comma-separated; default: 256x64")
+    add("--inverse_temperatures", type=cli.positives, help="1 / tau; default: 14.3,100")
     devices = len(jax.devices())
     add("--devices", type=cli.at_least(1), default=devices, help="of the sharded forms")
     # A ring of one device is none: beside it there is nothing to compare.
@@ -309,6 +339,10 @@ def check(options: argparse.Namespace) -> None:
             )
     if not (options.processes or combinations(options)):
         raise ConfigError("--forms=pytorch has no --dtypes=tf32: nothing is left to compare")
+    if options.embeds and options.sizes:
+        raise ConfigError("--sizes is of embeds made here; --embeds brings its own: leave one out")
+    if options.embeds and "logit_scale" in options.embeds and options.inverse_temperatures:
+        raise ConfigError("--inverse_temperatures and a logit_scale in --embeds: leave one out")
     if options.embeds and len(options.embeds["u"]) < multiple(options):
         raise ConfigError(
             f"--embeds has {len(options.embeds['u'])} rows, fewer than the {multiple(options)} "
@@ -338,8 +372,9 @@ def _embeds(path: str) -> dict[str, np.ndarray]:
 def all_rows(options: argparse.Namespace) -> list[Row]:
     """The table of losses and gradients."""
     devices, even = options.devices, multiple(options)
-    sets = [made_embeds(max(n - n % even, even), d) for n, d in options.sizes]
-    scales = [float(np.log(number)) for number in options.inverse_temperatures]
+    sizes = options.sizes or [(256, 64)]
+    sets = [made_embeds(max(n - n % even, even), d) for n, d in sizes]
+    scales = [float(np.log(number)) for number in options.inverse_temperatures or (14.3, 100)]
     if options.embeds:
         sets = [first_rows(options.embeds, even)]
         if "logit_scale" in options.embeds:

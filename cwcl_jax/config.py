@@ -128,6 +128,12 @@ def check(config: ExperimentConfig) -> None:
         )
     if config.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
+    for name, tower in config.towers.items():
+        if tower.dtype not in ("", "float32", "bfloat16"):
+            raise ConfigError(
+                f"config.towers.{name}.dtype must be 'float32' or 'bfloat16', or '' for the "
+                f"experiment's, got {tower.dtype!r}"
+            )
     profiled_steps(config)
     for path, name in (
         ("config", config.precision),
@@ -251,10 +257,21 @@ def _modality(name: str, tower: TowerConfig) -> type[Modality]:
         raise ConfigError(f"config.towers.{name}.{field}: {error}") from error
 
 
+# What other programs call a field.
+USUAL_NAMES = {
+    "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps",
+    "batch_size": "global_batch_size", "steps": "total_steps", "epochs": "total_steps",
+}  # fmt: skip
+
+
 def _unknown(name: str, known: list[str], where: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    usual = [USUAL_NAMES[name]] if USUAL_NAMES.get(name) in known else []
+    near = list(dict.fromkeys([*usual, *difflib.get_close_matches(name, known, n=3, cutoff=0.0)]))[
+        :3
+    ]
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{where} has no field {name!r}{hint} (fields: {', '.join(sorted(known))})"
+    others = ", ".join(near[1:])
+    return f"{where} has no field {name!r}{hint}" + (f" (or: {others})" if others else "")
 
 
 def _variant(cls: type, given: Mapping[str, Any], path: str) -> tuple[type, dict[str, Any]]:

@@ -3,11 +3,13 @@
 By default the locked tower's features of the training data; a run whose source line says
 `features_from=DIR` then trains from them without running that tower. With `--workdir` the tower is
 that of a trained run, and `--what=embeds` gives the normalised embeddings after its head, for
-search and plots. An interrupted command continues where it stopped.
+search and plots. An interrupted command continues where it stopped. A folder of files is a source
+too (`--source=folder:DIR`, pictures or recordings); what of them cannot be read is counted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections import Counter
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
     from cwcl_jax.training.watchdog import Watchdog
 
 
+# Share of the examples that may be unusable; None: the config's data.max_skipped_share.
+_SHARES = {"limit": None, "skip": 1.0, "raise": 0.0}
+_ERRORS = (
+    "unusable examples have no vector: up to data.max_skipped_share of them (limit), however many "
+    "there are (skip), or none at all (raise)"
+)
+
+
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--workdir", default="", help="a trained run, in place of --config")
@@ -35,6 +45,7 @@ def _define(parser: ArgumentParser) -> None:
     dtypes = ["float16", "bfloat16", "float32"]
     add("--dtype", default="float16", choices=dtypes, help="stored as")
     add("--batch_size", type=cli.at_least(1), default=256, help="examples per call")
+    add("--errors", default="limit", choices=[*_SHARES], help=_ERRORS)
 
 
 def embed(
@@ -48,6 +59,7 @@ def embed(
     dtype: str = "float16",
     batch_size: int = 256,
     shard_size: int = 8192,
+    errors: str = "limit",
     watchdog: Watchdog | None = None,
 ) -> int:
     """Embeds a source; returns the exit code.
@@ -56,6 +68,7 @@ def embed(
       config: the experiment; with `workdir` that run's own.
       workdir: "" for the weights that the config imports.
       line: source line, "" for the training data.
+      errors: "limit", "skip" or "raise", as the option.
 
     Raises:
       ConfigError: settings, data or weights that cannot work, or a folder of something else.
@@ -91,10 +104,13 @@ def embed(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    share, data = _SHARES[errors], config.data
+    if share is not None:
+        data = dataclasses.replace(data, max_skipped_share=share)
     watchdog, told = watchdog or unwatched(), Counter[str]()
     with IndependentStop() as stop, watchdog.phase("embedding"):
         finished = embed_source(
-            encoder, source, writer, config.data,
+            encoder, source, writer, data,
             output=what, batch_size=batch_size, progress=_report,
             stop=lambda done: stop.requested(), watchdog=watchdog, told=told,
         )  # fmt: skip
@@ -151,6 +167,7 @@ def main(options: Namespace) -> int:
             what=options.what,
             dtype=options.dtype,
             batch_size=options.batch_size,
+            errors=options.errors,
             watchdog=watchdog,
         )
 

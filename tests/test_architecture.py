@@ -15,6 +15,7 @@ _BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "draws", "skipping", "
 # What each part, a folder or a module beside them, may import of the package besides itself.
 ALLOWED = {
     "files": set(),
+    "progress": set(),
     "extension": set(),
     "early": set(),
     "precision": set(),
@@ -25,7 +26,7 @@ ALLOWED = {
     "modalities": {"extension", "synthetic", *_BELOW_MODALITIES},
     # What the package makes itself stands on hashes of integers alone.
     "synthetic": {"data.draws"},
-    "data": {"files", "modalities", "extension", "synthetic"},
+    "data": {"files", "progress", "modalities", "extension", "synthetic"},
     "pretrained": {"models", "modalities", "weights", "files", "extension"},
     "evaluation": {"losses", "data", "modalities", "files", "extension"},
     "config": {
@@ -36,7 +37,7 @@ ALLOWED = {
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-        "exit_codes", "files", "extension", "planning.chips", "planning.work",
+        "exit_codes", "files", "extension", "progress", "planning.chips", "planning.work",
     },
     "recipes": {"config", "losses"},
     "api": _LIBRARY | {"files"},

@@ -1,5 +1,7 @@
 """Flags of the entry files."""
 
+import sys
+
 import pytest
 
 from cwcl_jax import cli
@@ -30,3 +32,15 @@ def test_settings_of_no_tower_and_no_settings_are_named():
         overrides("--config.towers.sound.overrides.width=1")
     with pytest.raises(ConfigError, match="settings by name are wanted"):
         overrides("--config.towers.text.overrides=7")
+
+
+def test_a_command_in_this_process_leaves_no_folder_to_import_from(tmp_path):
+    before = [*sys.path]
+
+    @cli.command(lambda parser: None, config=True)
+    def run(options):
+        cli._make_importable(tmp_path)  # as reading a config does
+        assert str(tmp_path) in sys.path
+
+    assert run([]) == 0
+    assert sys.path == before

@@ -44,6 +44,7 @@ def test_a_file_without_embeds_is_an_error(tmp_path):
         ({"u": np.ones((4, 2)), "v": np.ones((4, 2)), "p": np.ones((3, 5))}, r"p \(3, 5\)"),
         ({"u": np.ones((4, 2)), "v": np.eye(4)[:, :2]}, "row 2 of v is zero"),
         ({"u": np.ones((4, 2)), "v": np.ones((4, 2)), "logit_scale": [1.0, 2.0]}, "one finite"),
+        ({"u": np.ones((4, 2)), "v": np.ones((4, 2)), "logit_scale": 100.0}, "1/tau itself"),
         ({"u": np.full((4, 2), np.nan), "v": np.ones((4, 2))}, "row 0 of u is zero or not finite"),
     ],
 )
@@ -79,6 +80,29 @@ def test_mistakes_end_with_exit_code_2_and_name_the_option(option, message, caps
 def test_pytorch_alone_in_tf32_is_nothing_to_compare(capsys):
     assert compare_torch.main(["--forms=pytorch", "--dtypes=tf32", "--processes=0"]) == 2
     assert "nothing is left to compare" in capsys.readouterr().err
+
+
+def test_pairs_that_are_told_apart_are_compared_by_their_terms():
+    """Each pair equal, the others far: all that is left of a gradient is rounding."""
+    u = compare_torch.unit_rows(np.random.default_rng(0).normal(size=(32, 64)))
+    row = compare_torch.compare(
+        "contrastive", "dense", "float32", dict.fromkeys("uvp", u), np.log(14.3), 1
+    )
+    assert row["value"] < 1e-3
+    assert row["passed"], row
+    wrong = compare_torch.errors((0.0, [2 * u, u, 1.0]), (0.0, [u, u, 1.0]), "float32", 2.5)
+    assert not wrong["passed"]
+
+
+def test_an_option_that_embeds_make_idle_is_refused(tmp_path, capsys):
+    path = tmp_path / "embeds.npz"
+    made = compare_torch.made_embeds(8, 4)
+    np.savez(path, u=made["u"], v=made["v"], logit_scale=2.0)
+    for option in ("--sizes=8x4", "--inverse_temperatures=10"):
+        assert compare_torch.main([f"--embeds={path}", option]) == 2
+        said = capsys.readouterr()
+        assert option.split("=")[0] in said.err
+        assert "has no p: the similarity weights come from u" in said.out
 
 
 @pytest.mark.multiprocess

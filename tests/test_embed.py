@@ -145,17 +145,22 @@ def test_several_captions_and_many_unusable_examples_are_told(tmp_path, capsys):
     rows = [{"title": ["a star", "a red star"] if n < 3 else ""} for n in range(5)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run(share):
+    def run(share, **options):
         config = toy_config(**{"data.max_skipped_share": share})
         return embed(
             config, workdir="", output=str(tmp_path / f"{share}"), tower="text",
-            line=f"jsonl:{tmp_path}/t.jsonl", batch_size=5,
+            line=f"jsonl:{tmp_path}/t.jsonl", batch_size=5, **options,
         )  # fmt: skip
 
     with pytest.raises(TooManyBadExamples, match=r"2 of 5 examples are unusable \(text empty: 2\)"):
         run(0.2)
     assert run(0.5) == DONE
-    assert "3 of the examples embedded now are with several captions" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of the examples embedded now are with several captions" in said
+    assert "2 of the examples embedded now are unusable (text empty) and have no vector" in said
+    with pytest.raises(TooManyBadExamples):
+        run(0.9, errors="raise")
+    assert run(0.1, errors="skip") == DONE
 
 
 def test_unknown_tower_is_an_error(tmp_path):

@@ -29,6 +29,14 @@ def in_the_projects_folder(monkeypatch):
             ["--config=configs/lit_cwcl.py", "--config.optimizer.learnin_rate=1"],
             "no field 'learnin_rate'; did you mean 'learning_rate'",
         ),
+        (
+            ["--config=configs/lit_cwcl.py", "--config.optimizer.lr=1"],
+            "--config.optimizer.lr: the config has no field 'lr'; did you mean 'learning_rate'?",
+        ),
+        (
+            ["--config=configs/lit_cwcl.py", "--config.towers.text.dtype=float61"],
+            "config.towers.text.dtype must be 'float32' or 'bfloat16'",
+        ),
         (["--config=configs/lit_cwcl.py", "--config.seed=x"], "--config.seed=x"),
         (["--config=configs/lit_cwcl.py", "--workdr=x"], "--workdr; did you mean --workdir?"),
         (["--confg=x"], "unknown option --confg; did you mean --config?"),

@@ -38,11 +38,13 @@ def plot_template_robustness(
     path: Path,
     *,
     chance: Mapping[str, float] | None = None,
+    intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
     title: str = "Accuracy by number of prompt templates",
 ) -> Path:
     """Top-1 accuracy (shares) over the number of templates, one curve per run or task.
 
-    `chance` draws one dotted line per name in it, in the colour of that curve.
+    `chance` draws one dotted line per name in it, in the colour of that curve; `intervals` a band
+    around the counts that it has.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -53,6 +55,13 @@ def plot_template_robustness(
         ks = sorted(curve)
         x, y = [place[k] for k in ks], [100 * curve[k] for k in ks]
         axes.plot(x, y, label=name, color=colour, marker=marker)
+        bounds = (intervals or {}).get(name, {})
+        if banded := [k for k in ks if k in bounds]:
+            low, high = zip(*(bounds[k] for k in banded), strict=True)
+            axes.fill_between(
+                [place[k] for k in banded], 100 * np.asarray(low), 100 * np.asarray(high),
+                color=colour, alpha=0.15, linewidth=0,
+            )  # fmt: skip
         if chance and name in chance:
             axes.axhline(100 * chance[name], color=colour, linestyle=":", linewidth=1)
     axes.set_xticks(range(len(counts)), [str(k) for k in counts])
@@ -106,6 +115,7 @@ def plot_effective_robustness(
     path: Path,
     *,
     x_label: str = "accuracy in distribution, %",
+    title: str = "Robustness to distribution shift",
 ) -> Path:
     """Accuracy under shift against accuracy in distribution, with the line of no loss."""
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
@@ -124,7 +134,7 @@ def plot_effective_robustness(
     axes.set_ylim(0, top)
     axes.set_xlabel(x_label)
     axes.set_ylabel("accuracy under shift, %")
-    axes.set_title("Robustness to distribution shift", fontsize=11)
+    axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)

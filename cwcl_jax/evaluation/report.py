@@ -90,18 +90,24 @@ def write_report(
         if old.stem not in {result.name for result in results}:
             old.unlink()
     for result in results:
-        files += _write_task_files(result, folder)
+        files += _write_task_files(result, folder, model)
     title = page_title(model, pretrained)
     files.append(write_page(results, folder, title=title, baselines_file=baselines_file))
     curves, chance = template_curves(results)
     if curves:
         path = folder / "template_robustness.png"
         with side_output(path.name):
-            files.append(plot_template_robustness(curves, path, chance=chance))
+            files.append(
+                plot_template_robustness(
+                    curves, path, chance=chance, intervals=_template_intervals(results),
+                    title=f"{model}: accuracy by number of prompt templates",
+                )
+            )  # fmt: skip
     if points := robustness_points(results):
         path = folder / "robustness.png"
         with side_output(path.name):
-            files.append(plot_effective_robustness(points, path))
+            title = f"{model}: robustness to distribution shift"
+            files.append(plot_effective_robustness(points, path, title=title))
     return files
 
 
@@ -128,7 +134,7 @@ def write_page(
 def markdown_report(results: Sequence[TaskResult], tables: Sequence[Table], title: str) -> str:
     """One Markdown page: tables, per-class rows, warnings, times."""
     parts = [f"## {title}", *(table.markdown() for table in tables)]
-    parts += [_per_class(result).markdown() for result in results if "per_class" in result.extras]
+    parts += [_per_class(result).markdown() for result in results if _has_classes(result)]
     warnings = warning_lines(results)
     if warnings:
         parts.append("\n".join(["### Warnings", "", *(f"- {line}" for line in warnings)]))
@@ -147,6 +153,20 @@ def template_curves(
             curves[result.name] = {k: result.metrics[f"top1_k{k}"] for k in counts}
             chance[result.name] = result.chance[f"top1_k{counts[0]}"]
     return curves, chance
+
+
+def _template_intervals(
+    results: Sequence[TaskResult],
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """The intervals of the curves' points, where the tasks have any."""
+    return {
+        result.name: {
+            k: result.intervals[f"top1_k{k}"]
+            for k in result.extras.get("template_counts") or ()
+            if f"top1_k{k}" in result.intervals
+        }
+        for result in results
+    }
 
 
 def clip_benchmark_records(
@@ -194,6 +214,11 @@ def clip_benchmark_records(
     return records
 
 
+def _has_classes(result: TaskResult) -> bool:
+    """Whether a list of classes tells anything: of one item each it is a list of items."""
+    return any(row["items"] > 1 for row in result.extras.get("per_class") or ())
+
+
 def _per_class(result: TaskResult) -> Table:
     rows = result.extras["per_class"]
     cells = tuple(tuple(_cell(value) for value in row.values()) for row in rows[:_SHOWN_CLASSES])
@@ -218,7 +243,7 @@ def _times(results: Sequence[TaskResult]) -> Table:
     return Table("Seconds", ("task", *names), tuple(rows))
 
 
-def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
+def _write_task_files(result: TaskResult, folder: Path, model: str) -> list[Path]:
     """Values per item (.npz) for paired tests; classes (CSV); the alignment matrix (CSV, PNG)."""
     if not result.items:
         return []
@@ -241,5 +266,7 @@ def _write_task_files(result: TaskResult, folder: Path) -> list[Path]:
         files.append(write_matrix(table, result.items["matrix"], ids, names))
         tower = result.task.tower
         with side_output(picture.name):
-            files.append(draw_matrices({result.name: result.items}, picture, tower=tower))
+            files.append(
+                draw_matrices({f"{result.name}, {model}": result.items}, picture, tower=tower)
+            )
     return files

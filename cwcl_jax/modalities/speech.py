@@ -237,7 +237,10 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
             yield file.frames, file.samplerate, read
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         # soundfile's message names the buffer by its address; the reason stands beside it.
-        raise BadExample("audio unreadable", getattr(error, "error_string", str(error))) from error
+        reason = getattr(error, "error_string", str(error))
+        if data[4:8] == b"ftyp":
+            reason = "M4A and MP4 are not read: write FLAC or WAV, with `ffmpeg -i x.m4a x.flac`"
+        raise BadExample("audio unreadable", reason) from error
 
 
 def _missing_bytes(data: bytes) -> int:

@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -332,17 +334,39 @@ def _from_file(name: str) -> tuple[Any, dict[str, str]]:
     return backend, {key: token for key, token in tokens.items() if isinstance(token, str)}
 
 
+def _require_hub(kind: Any, name: str) -> None:
+    """Raises OSError at once where a name is no folder, not kept here, and the hub is out of reach.
+
+    The hub's library would ask for each file several times, for a minute altogether.
+    """
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError("there is no such folder")
+    try:
+        kind.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        try:
+            urllib.request.urlopen(hub, timeout=5).close()
+        except urllib.error.HTTPError:  # it answers
+            return
+        except OSError as error:
+            raise OSError(f"there is no such folder, and {hub} cannot be reached") from error
+
+
 def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
     """The backend of a transformers tokenizer and its special tokens."""
     # Imported here: it takes seconds, and the package's own tokenizer does not need it.
     from transformers import AutoTokenizer
 
     try:
+        if not Path(name).exists():
+            _require_hub(AutoTokenizer, name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"No tokenizer could be read from tokenizer={name!r}: give a folder with "
-            f"tokenizer.json, such a file itself, or a hub name that can be reached ({error})."
+            f"tokenizer.json, such a file itself, or a hub name that can be reached ({reason})."
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -70,6 +70,7 @@ class Checkpoints:
           data_state: JSON-able position of the data, equal on all processes.
         """
         self.wait()
+        self._require_folder()
         parts = _checkpointables(state)
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
@@ -84,7 +85,24 @@ class Checkpoints:
         """Blocks until the last save is on disk; raises what went wrong in it."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            try:
+                pending.result()
+            except Exception:
+                self._require_folder()
+                raise
+
+    def _require_folder(self) -> None:
+        """Raises FileNotFoundError where the run's folder is not where it was.
+
+        Writing it anew would scatter the run over two folders.
+        """
+        directory = Path(self._checkpointer.directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"{directory} is gone: the workdir was moved or removed while the run went on. The "
+                "checkpoints saved before are where it was moved to: the same command with that "
+                "--workdir goes on from the newest of them"
+            )
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and data position of `step`.

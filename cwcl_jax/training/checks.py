@@ -14,8 +14,12 @@ from cwcl_jax.data.sources import open_source
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.losses import make_loss
 from cwcl_jax.losses.options import LossConfig, is_own, resolve
+from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.pretrained.importer import recognise
 from cwcl_jax.training.embedding import check_features
 from cwcl_jax.training.state import Blueprint, TowerSource
+from cwcl_jax.weights.locate import locate
+from cwcl_jax.weights.readers import open_weights
 
 
 def check_inputs(config: ExperimentConfig) -> None:
@@ -37,7 +41,20 @@ def check_inputs(config: ExperimentConfig) -> None:
                 imported=bool(tower.weights),
             )
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(_wrong_weights(name, tower) or str(error)) from error
+
+
+def _wrong_weights(name: str, tower: TowerConfig) -> str:
+    """What is wrong with a tower's weights as a whole; "" where they are of its family.
+
+    Weights of another family bring other sizes and another tokenizer, which are not the mistake.
+    """
+    try:
+        if tower.weights:
+            recognise(open_weights(locate(tower.weights)), tower.encoder, name)
+    except (ValueError, OSError) as error:
+        return f"config.towers.{name}.weights={tower.weights!r}: {error}"
+    return ""
 
 
 def check_own_loss(blueprint: Blueprint) -> None:

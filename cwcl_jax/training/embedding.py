@@ -140,6 +140,7 @@ def embed_source(
         unusable.update(batches.skipped)
         _check_share(unusable, done, total, data.max_skipped_share)
         writer.write(rows, ids, np.concatenate(vectors), np.concatenate(valid))
+    told.update({f"unusable ({kind}) and have no vector": n for kind, n in unusable.items()})
     return True
 
 
@@ -181,10 +182,10 @@ def _remarks(batch: Mapping[str, Any], tower: str, data: DataConfig) -> Iterator
 def _check_share(unusable: Counter[str], done: int, total: int, limit: float) -> None:
     """Raises TooManyBadExamples; at the end also for the few that a share says nothing of before.
 
-    One example may always be bad: it has a row without a vector.
+    One example may always be bad, unless the limit is 0: it has a row without a vector.
     """
     count = unusable.total()
-    if done == total and count > max(1, limit * total):
+    if done == total and count > max(1 if limit else 0, limit * total):
         kinds = ", ".join(f"{kind}: {number}" for kind, number in sorted(unusable.items()))
         raise TooManyBadExamples(
             f"{count} of {total} examples are unusable ({kinds}), more than the share "

@@ -95,7 +95,8 @@ class CheckpointConfig:
     keep: how many of the latest are kept; 0 keeps all.
     keep_every: steps that are multiples of this are saved too and stay for ever; 0 for none.
     asynchronous: whether the loop goes on while files are written.
-    accept_changes: resume although settings, tower weights or data differ from the saved ones.
+    accept_changes: resume although settings, tower weights, data or code differ from the saved
+        ones; what is accepted is printed. It is of this start only and not kept with the run.
     """
 
     every_steps: int = 500

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.data.sources import own_kinds
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.extension import code_hash, is_reference
-from cwcl_jax.training.workdir import read_record, write_json
+from cwcl_jax.training.workdir import read_record, refuse_change, write_json
 
 _FILE = "code.json"
 ALL = ("towers", "loss", "data")
@@ -68,9 +68,10 @@ def check_same_code(
         if recorded.get(part, {}).get(name) != now[part].get(name)
     ]
     if changed:
-        raise ConfigError(
-            f"the code of {', '.join(changed)} changed since the run in {workdir} began: restore "
-            f"it, {way_out}"
+        refuse_change(
+            f"the code of {', '.join(changed)} changed since the run in {workdir} began",
+            f"restore it, {way_out}",
+            config,
         )
 
 

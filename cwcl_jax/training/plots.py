@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +17,46 @@ _PANELS = (
 )
 
 
-def plot_losses(metrics: Path, output: Path) -> None:
-    """Four panels over steps from metrics.jsonl; does nothing if it holds no steps."""
+def plot_losses(
+    metrics: Path, output: Path, *, name: str, towers: Sequence[str], batch_size: int
+) -> None:
+    """Four panels over steps from metrics.jsonl; does nothing if it holds no steps.
+
+    Args:
+      name: of the run, the picture's title.
+      towers: U and V by name, so that a direction says what is searched with what.
+      batch_size: pairs in a batch: guessing finds the right one once in so many.
+    """
     records = [record for record in read_json_lines(metrics) if "loss" in record]
     if not records:
         return
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(name)
+    axes = figure.subplots(2, 2)
+    u, v = towers
+    directions = {"_u_to_v": f"{u} to {v}", "_v_to_u": f"{v} to {u}"}
     for axis, (title, names) in zip(axes.flat, _PANELS, strict=True):
-        for name in names:
-            _curve(axis, records, name)
+        for metric in names:
+            _curve(axis, records, metric, directions.get(metric[-7:], metric))
+        if "accuracy_u_to_v" in names and axis.lines:
+            axis.axhline(1 / batch_size, color="grey", linestyle=":", label="chance")
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         if len(names) > 1 and axis.lines:  # a loss of the user's may report nothing else
             axis.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    plt.close(figure)
 
 
-def _curve(axis: Any, records: list[dict[str, Any]], name: str) -> None:
+def _curve(axis: Any, records: list[dict[str, Any]], name: str, label: str) -> None:
     points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), label=name)
+        axis.plot(*zip(*points, strict=True), label=label)

@@ -86,8 +86,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
 def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_writers(config)
     check_same_run(workdir, config)
-    if not config.checkpoint.accept_changes:
-        check_same_code(workdir, config, ALL, _OTHER_CODE)
+    check_same_code(workdir, config, ALL, _OTHER_CODE)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
     # The next thing that needs all processes is a collective of orbax's, which names nobody.
@@ -381,7 +380,10 @@ def _finish(
                     writer.write(encoder.step, metrics)
                 writer.close()
             with side_output("losses.png"):
-                plot_losses(workdir / "metrics.jsonl", workdir / "losses.png")
+                plot_losses(
+                    workdir / "metrics.jsonl", workdir / "losses.png", name=config.name,
+                    towers=config.tower_names, batch_size=config.global_batch_size,
+                )  # fmt: skip
             code = code_of_tasks(config.evaluation.tasks)
             # Last: a run that dies before it is evaluated again.
             data = evaluator.fingerprints()

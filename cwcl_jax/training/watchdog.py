@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from cwcl_jax.exit_codes import WATCHDOG
+from cwcl_jax.progress import listening
 from cwcl_jax.training.options import DistributedConfig
 
 PHASES = ("startup", "first_step", "step", "evaluation", "saving", "embedding", "shutdown")
@@ -59,6 +60,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
+        self._listening = ExitStack()
 
     @classmethod
     def from_config(cls, config: DistributedConfig, **options: Any) -> Watchdog:
@@ -66,12 +68,14 @@ class Watchdog:
         return cls({name: getattr(config, f"{name}_timeout") for name in PHASES}, **options)
 
     def __enter__(self) -> Watchdog:
+        self._listening.enter_context(listening(self.beat))
         if any(self._limits.values()):
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._listening.close()
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)

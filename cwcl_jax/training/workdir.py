@@ -132,7 +132,7 @@ def load_config(workdir: Path) -> ExperimentConfig:
     if not path.exists():
         raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return _accepting_nothing(from_json(path.read_text(encoding="utf-8")))
     except ValueError as error:
         if is_missing_code(error):
             raise ConfigError(f"{path} names code that is not here: {error}") from error
@@ -142,21 +142,46 @@ def load_config(workdir: Path) -> ExperimentConfig:
         ) from error
 
 
+def _accepting_nothing(config: ExperimentConfig) -> ExperimentConfig:
+    checkpoint = dataclasses.replace(config.checkpoint, accept_changes=False)
+    return dataclasses.replace(config, checkpoint=checkpoint)
+
+
+def refuse_change(told: str, way_out: str, config: ExperimentConfig) -> None:
+    """Raises ConfigError for a change of a run, or says that it is accepted.
+
+    Args:
+      told: what changed.
+      way_out: what a person can do.
+      config: of this start.
+    """
+    if not config.checkpoint.accept_changes:
+        raise ConfigError(f"{told}; {way_out}")
+    if jax.process_index() == 0:
+        print(f"accepted by config.checkpoint.accept_changes, this once: {told}", flush=True)
+
+
 def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
     """Raises ConfigError if `workdir` holds a run with other settings that matter."""
-    if not (workdir / "config.json").exists() or config.checkpoint.accept_changes:
+    if not (workdir / "config.json").exists():
         return
-    old = load_config(workdir)
+    try:
+        old = load_config(workdir)
+    except ConfigError:
+        if config.checkpoint.accept_changes:  # of a version that this one cannot read
+            return
+        raise
     changed = {
         path: values
         for path, values in changed_fields(old, config).items()
         if not (path.startswith(_FREE) or path.endswith(_FREE_IN_TOWERS))
     }
     if changed:
-        raise ConfigError(
-            f"{workdir} holds a run with other settings ({tell_changes(changed)}); give another "
-            "--workdir, or resume with the new settings by "
-            "--config.checkpoint.accept_changes=True"
+        refuse_change(
+            f"{workdir} holds a run with other settings ({tell_changes(changed)})",
+            "give another --workdir, or resume with the new settings by "
+            "--config.checkpoint.accept_changes=True",
+            config,
         )
 
 
@@ -165,17 +190,19 @@ def check_same_sources(
 ) -> None:
     """Raises ConfigError if a tower's file is not the one that the run began with."""
     path = workdir / "towers.json"
-    if not path.exists() or config.checkpoint.accept_changes:
+    if not path.exists():
         return
     recorded = read_record(path)
     for modality, source in sources.items():
         old = recorded.get(modality, {})
         if old.get("sha256", "") != source.sha256:
-            raise ConfigError(
+            refuse_change(
                 f"the {modality} tower's weights changed since the run in {workdir} began: "
                 f"{old.get('source')} (sha256 {old.get('sha256', '')[:12]}) then, {source.source} "
-                f"(sha256 {source.sha256[:12]}) now; restore the file, give another --workdir, "
-                "or set --config.checkpoint.accept_changes=True"
+                f"(sha256 {source.sha256[:12]}) now",
+                "restore the file, give another --workdir, or set "
+                "--config.checkpoint.accept_changes=True",
+                config,
             )
 
 
@@ -184,15 +211,15 @@ def check_same_data(
 ) -> None:
     """Raises ConfigError if the training data is not what the run began with."""
     path = workdir / "data.json"
-    if not path.exists() or config.checkpoint.accept_changes:
+    if not path.exists():
         return
     old = _of_today(read_record(path))
     changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")
     if changed:
-        raise ConfigError(
-            f"the training data changed since the run in {workdir} began "
-            f"({tell_changes(changed)}); restore it, give another --workdir, or set "
-            "--config.checkpoint.accept_changes=True"
+        refuse_change(
+            f"the training data changed since the run in {workdir} began ({tell_changes(changed)})",
+            "restore it, give another --workdir, or set --config.checkpoint.accept_changes=True",
+            config,
         )
 
 
@@ -215,8 +242,11 @@ def write_records(
     trained: Mapping[str, list[str]],
     fingerprint: Mapping[str, Any],
 ) -> None:
-    """Writes config.json, environment.json, towers.json and data.json."""
-    write_text(workdir / "config.json", to_json(config))
+    """Writes config.json, environment.json, towers.json and data.json.
+
+    `accept_changes` is not kept: it is of one start, and would silence what comes later.
+    """
+    write_text(workdir / "config.json", to_json(_accepting_nothing(config)))
     write_json(workdir / "environment.json", environment())
     towers = {
         modality: dataclasses.asdict(source) | {"trained": trained.get(modality, [])}

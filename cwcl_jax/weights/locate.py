@@ -8,6 +8,7 @@ from cwcl_jax.data.installed import inside_package
 from cwcl_jax.weights.readers import READERS, files_of
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_SETTINGS = ["*.json", "*.txt", "*.model"]
 # The first kind that a repository has; a folder's files are preferred in the same order.
 _HUB_WEIGHTS = (
@@ -87,11 +88,39 @@ def _has_weights(folder: Path) -> bool:
 
 
 def sha256_of(path: Path) -> str:
-    """One hash for the weights at `path`: of the file, or of the hashes of its shards."""
+    """One hash for the weights at `path`: of the file, or of the hashes of its shards.
+
+    Raises:
+      ValueError: a file is not the one whose hash came with it.
+    """
     digests = []
     for file in files_of(path):
         with file.open("rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        promised, where = _promised_sha256(file)
+        if promised and promised != digests[-1]:
+            raise ValueError(
+                f"{file} is damaged or was changed: its sha256 is {digests[-1][:16]}..., {where} "
+                f"says {promised[:16]}...; fetch it again"
+            )
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _promised_sha256(file: Path) -> tuple[str, str]:
+    """The hash that came with a file, and where it stands; empty where none did.
+
+    The hub's cache names a large file by its hash and links to it; a folder that the hub's tools
+    filled has the hash in the second line of a file; others lay NAME.sha256 beside NAME.
+    """
+    if file.is_symlink() and _SHA256.fullmatch(file.readlink().name):
+        return file.readlink().name, "the name in the hub's cache"
+    notes = file.parent / ".cache/huggingface/download" / f"{file.name}.metadata"
+    for place, line in ((notes, 1), (file.with_name(f"{file.name}.sha256"), 0)):
+        if place.is_file():
+            lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+            words = lines[line].split() if len(lines) > line else []
+            if words and _SHA256.fullmatch(words[0].lower()):
+                return words[0].lower(), str(place)
+    return "", ""

@@ -104,3 +104,26 @@ def test_a_folder_is_read_once_whatever_links_lead_to_it(tmp_path, caplog):
     found = sorted(source.read(index, ("image",))["id"] for index in range(len(source)))
     assert len(found) == 3
     assert "5 links to folders that are read anyway are not followed" in caplog.text
+
+
+def test_a_folder_of_recordings_is_one(tmp_path):
+    for name in ("a/1.wav", "b/2.FLAC"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"sound")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ["a", "b"]
+    assert [source[i]["audio"] for i in range(2)] == [b"sound"] * 2
+
+
+def test_recordings_beside_pictures_are_told(tmp_path, caplog):
+    _picture(tmp_path / "1.jpg")
+    (tmp_path / "1.wav").write_bytes(b"sound")
+    assert len(open_source(f"folder:{tmp_path}")) == 1
+    assert "its 1 recordings are left out" in caplog.text
+
+
+def test_a_folder_of_other_files_says_what_it_has(tmp_path):
+    for name in ("1.m4a", "2.m4a", "notes"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"no recordings.*holds 2 \.m4a, 1 without"):
+        open_source(f"folder:{tmp_path}")

@@ -2,6 +2,11 @@
 
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources import recorded as module
 from cwcl_jax.data.sources.base import Source
+from cwcl_jax.progress import listening
 from cwcl_jax.synthetic.espeak import VOICE_SETS
 
 pytest.importorskip("espeakng_loader")
@@ -35,6 +41,18 @@ class Tones(Source):
 
     def fingerprint(self):
         return f"tones {self.count}"
+
+
+class Slow(Tones):
+    """One that is never done; tells in a file which process speaks."""
+
+    def __init__(self, file):
+        super().__init__(1)
+        self.file = file
+
+    def read(self, index, fields):
+        Path(self.file).write_text(f"{os.getpid()} {os.getppid()}")
+        time.sleep(300)
 
 
 @pytest.fixture
@@ -127,6 +145,41 @@ def test_a_terminals_ctrl_c_is_left_to_who_started_the_processes(tmp_path, monke
     module.record(open_source("spoken:commands:test?task=keywords&n=2&voices=test"), tmp_path)
     assert groups
     assert os.getpgrp() not in groups
+
+
+def waited(done, seconds=60):
+    """Whether something becomes true in time."""
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.05)
+    return done()
+
+
+def test_no_process_speaks_on_for_a_run_that_was_killed(tmp_path):
+    file = tmp_path / "pids"
+    script = (
+        "from pathlib import Path; from tests.data.test_recorded import Slow, module; "
+        f"module.record(Slow({str(file)!r}), Path({str(tmp_path / 'kept')!r}), processes=1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    assert waited(lambda: file.exists() and len(file.read_text().split()) == 2)
+    pids = [int(pid) for pid in file.read_text().split()]
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+
+    def gone():
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        return all(not s.exists() or s.read_text().rpartition(") ")[2][0] == "Z" for s in states)
+
+    assert waited(gone), pids
+
+
+def test_parts_that_are_spoken_are_progress(tmp_path):
+    """Hours of speaking are no standstill of the run that asked for it."""
+    beats = []
+    with listening(lambda: beats.append(1)):
+        module.record(Tones(6), tmp_path, processes=1)
+    assert beats
 
 
 def test_bytes_depend_neither_on_the_number_of_processes_nor_on_interruptions(tmp_path):

@@ -233,3 +233,16 @@ def test_lists_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "train.tsv").write_text("\ufeffpath\tsentence\na.mp3\tone\n", encoding="utf-8")
     source = open_source(f"common_voice:{tmp_path}")
     assert source.read(0, ("text",)) == {"id": "a.mp3", "text": "one"}
+
+
+def test_recordings_of_slurp_may_stand_by_name(tmp_path):
+    """As in the release's own metadata."""
+    row = {
+        "slurp_id": 1, "sentence": "turn on", "scenario": "iot", "action": "on",
+        "recordings": {"a.flac": {"usrid": "x"}, "b.flac": {"usrid": "y"}},
+    }  # fmt: skip
+    folder = tmp_path / "dataset" / "slurp"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    source = open_source(f"slurp:{tmp_path}?split=train")
+    assert source.columns["audio"][1] == "b.flac"

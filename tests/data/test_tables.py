@@ -292,3 +292,14 @@ def test_a_line_that_is_nested_too_deeply_is_skipped(tmp_path, caplog):
     source = open_source(f"jsonl:{tmp_path / 'a.jsonl'}")
     assert "line 1 is not a JSON object" in caplog.text
     assert source.read(1, ("text",))["text"] == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"PAR1" + bytes(20), "is a Parquet file: write parquet:"), (b"\x1f\x8b\x08", "compressed")],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_of_another_kind_is_named(tmp_path, kind, content, message):
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(f"{kind}:{tmp_path}/data")

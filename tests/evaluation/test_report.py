@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from cwcl_jax.evaluation import plots
 from cwcl_jax.evaluation.compare import _values, compare_with, load_items
 from cwcl_jax.evaluation.plots import draw_item, plot_matrices, plot_template_robustness
 from cwcl_jax.evaluation.report import clip_benchmark_records, terminal_report, write_report
@@ -219,6 +220,32 @@ def test_a_table_that_fails_costs_no_values(sources, tmp_path, monkeypatch):
     assert len(list((tmp_path / "items").iterdir())) == 3
 
 
+def test_classes_of_one_item_each_are_no_list(sources, tmp_path):
+    shape = results_of(GOOD)[0]
+    rows = [{**row, "items": 1} for row in shape.extras["per_class"]]
+    single = dataclasses.replace(shape, extras={**shape.extras, "per_class": rows})
+    for result, listed in ((shape, True), (single, False)):
+        write_report([result], tmp_path, model="toy")
+        page = (tmp_path / "results.md").read_text()
+        assert ("classes, worst first" in page) == listed
+
+
+def test_a_picture_names_its_run_and_shows_chance_and_intervals(monkeypatch, tmp_path):
+    """What a slide needs, without the table beside it."""
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    plot_template_robustness(
+        {"shape": {1: 0.2, 5: 0.4}}, tmp_path / "t.png", chance={"shape": 0.1},
+        intervals={"shape": {1: (0.1, 0.3), 5: (0.3, 0.5)}}, title="toy: accuracy",
+    )  # fmt: skip
+    (axes,) = drawn[0].axes
+    assert axes.get_title().startswith("toy: accuracy")
+    assert [list(line.get_ydata()) for line in axes.lines][1] == [10, 10]
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([heights.min(), heights.max()], [10, 50])
+
+
 def test_plots_leave_the_matplotlib_backend_alone(tmp_path):
     import matplotlib
 
@@ -267,3 +294,18 @@ def test_an_item_of_any_modality_is_drawn(modality, value, drawn):
         np.testing.assert_array_equal(panel.images[0].get_array()[4, 4], [255, 0, 0])
     if drawn == "lines":
         np.testing.assert_array_equal(panel.lines[0].get_ydata(), np.atleast_2d(shown)[0])
+
+
+def test_results_say_what_they_were_computed_from(sources):
+    shape = dataclasses.replace(results_of(GOOD)[0], data={"memory:x": "0123abcd"})
+    for record in clip_benchmark_records([shape], model="toy"):
+        assert record["data"] == {"memory:x": "0123abcd"}
+
+
+def test_intervals_over_texts_say_so_beside_the_number(sources):
+    """Recordings of one sentence are drawn together: 15 items are no 15 draws."""
+    shape = results_of(GOOD)[0]
+    count = len(shape.items["labels"])
+    grouped = dataclasses.replace(shape, items={**shape.items, "groups": np.arange(count) // 5})
+    assert f" {count} (3 texts)" in terminal_report([grouped])
+    assert "texts)" not in terminal_report([shape])

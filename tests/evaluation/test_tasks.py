@@ -210,6 +210,8 @@ def test_probe_learns_classes_that_have_no_words(monkeypatch):
     result = run(task, encode)
     assert result.metrics["top1"] == 1.0
     assert result.chance["top1"] == 0.5
+    known = "5 of 5 test items have the same image input as an item that the classifier was fitted"
+    assert any(known in warning for warning in result.warnings)
     few = FewShot(source="memory:test", train_source="memory:train", shots=(1, 4), repeats=3)
     result = run(few, encode)
     assert result.metrics["top1_shots4"] == 1.0

@@ -152,3 +152,10 @@ def test_captions_of_which_letters_are_lost_are_unusable():
     with pytest.raises(BadExample, match="text not UTF-8"):
         TextInputs().prepare("un caf\ufffd")
     assert TextInputs().prepare(["un caf\ufffd", "a star"]) == "a star"
+
+
+def test_a_hub_out_of_reach_is_told_after_one_question(monkeypatch):
+    """In one line and our words; the hub's library alone would ask for a minute."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9 cannot be reached\)\.$"):
+        load_tokenizer(TextInputs(tokenizer="somebody/some-tokenizer"))

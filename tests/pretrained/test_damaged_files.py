@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import resource
@@ -13,6 +14,7 @@ import pytest
 from flax import serialization
 from safetensors.numpy import save_file
 
+from cwcl_jax.weights.locate import sha256_of
 from cwcl_jax.weights.readers import open_weights
 
 ARRAYS = {
@@ -133,3 +135,30 @@ def test_an_array_that_claims_more_than_its_file_holds_is_refused(tmp_path):
         archive.writestr("a.npy", npy((1 << 40,), bytes(16)))
     with pytest.raises(ValueError, match=r"'a\.npy' says that it has 4398046511104 bytes"):
         open_weights(path)
+
+
+@pytest.mark.parametrize("kind", ["hub cache", "hub folder", "beside"])
+def test_a_file_is_checked_by_the_hash_that_came_with_it(tmp_path, kind):
+    """A flipped bit of an array is no error of the format: only a hash shows it."""
+    path = tmp_path / "model.safetensors"
+    save_file(ARRAYS, path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    file = path
+    if kind == "hub cache":
+        file = tmp_path / "blobs" / sha256
+        file.parent.mkdir()
+        path.rename(file)
+        path.symlink_to(file)
+    elif kind == "hub folder":
+        notes = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
+        notes.parent.mkdir(parents=True)
+        notes.write_text(f"{'1' * 40}\n{sha256}\n1700000000.0\n")
+    else:
+        (tmp_path / "model.safetensors.sha256").write_text(f"{sha256}  model.safetensors\n")
+    assert sha256_of(tmp_path) == sha256
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert open_weights(path).read("a/kernel") is not None
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or was changed"):
+        sha256_of(tmp_path)

@@ -201,3 +201,16 @@ def test_learning_rate_factors_may_change(saved):
     changes = {"optimizer.layer_decay": 0.5, "optimizer.multipliers": ("logit_scale=10",)}
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:
         checkpoints.restore(4, blueprint(**changes).abstract_state())
+
+
+def test_a_workdir_that_is_moved_keeps_what_was_saved(saved, state):
+    """And nothing is written where it was: a run in two folders is in none."""
+    moved = saved.with_name("moved")
+    with Checkpoints(saved, CheckpointConfig()) as checkpoints:
+        saved.rename(moved)
+        with pytest.raises(FileNotFoundError, match=r"moved or removed.*that --workdir goes on"):
+            checkpoints.save(6, state, {"position": 6})
+    assert not saved.exists()
+    with Checkpoints(moved, CheckpointConfig()) as checkpoints:
+        _, position = checkpoints.restore(4, blueprint().abstract_state())
+    assert position == {"position": 4}

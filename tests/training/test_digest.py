@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cwcl_jax.training.digest import digests
+from cwcl_jax.training.digest import _digest, digests
 
 
 def by_hand(array):
@@ -40,6 +40,14 @@ def test_it_does_not_depend_on_the_layout(spec):
     array = noise((8, 6), np.float32)
     there = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
     assert digests({"leaf": there}) == {"leaf": by_hand(array)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.bfloat16, "uint8"])
+def test_blocks_and_what_is_left_of_them_give_the_same(dtype):
+    """On a CPU a leaf is read in blocks; spread over devices it is not."""
+    array = noise((3, 5000), dtype)
+    assert digests({"leaf": jnp.asarray(array)}) == {"leaf": int(_digest(jnp.asarray(array)))}
+    assert digests({"leaf": jnp.asarray(array)}) == {"leaf": by_hand(array)}
 
 
 def test_every_flipped_bit_is_found():

@@ -29,7 +29,7 @@ from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
 from cwcl_jax.training.state import make_blueprint
 from cwcl_jax.training.step import GradientFunction
-from cwcl_jax.training.workdir import only_user
+from cwcl_jax.training.workdir import load_config, only_user
 from tests.training.toy import toy_config
 
 
@@ -95,7 +95,10 @@ def test_results_of_an_earlier_step_are_made_again(finished, tmp_path, monkeypat
     monkeypatch.setattr(run_module, "StopSignal", StopAtTheEnd)
     assert train(longer, workdir) == PREEMPTED
     monkeypatch.undo()
-    capsys.readouterr()
+    told = "with other settings (config.total_steps: 4 then, 6 now)"
+    assert told in capsys.readouterr().out
+    # Accepted once: it would switch off the checks of every later command that reads the folder.
+    assert not load_config(workdir).checkpoint.accept_changes
     for expected in ("results, metrics and plots are in", "is complete (6 steps)"):
         assert train(longer, workdir) == DONE
         assert expected in capsys.readouterr().out

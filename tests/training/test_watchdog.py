@@ -7,6 +7,7 @@ import types
 import pytest
 
 from cwcl_jax.cli import WATCHDOG, exit_code
+from cwcl_jax.progress import beat
 from cwcl_jax.training import watchdog as module
 from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.watchdog import PHASES, Watchdog, unwatched
@@ -125,3 +126,13 @@ def test_every_phase_has_a_setting_and_unknown_phases_are_errors():
 
 def test_a_passed_deadline_has_the_watchdogs_exit_code():
     assert exit_code(TimeoutError("barrier")) == WATCHDOG
+
+
+def test_progress_far_below_is_heard_as_long_as_the_watchdog_runs(ended):
+    """As of tars that are indexed: their module knows of no watchdog."""
+    dog = unwatched()
+    with dog, dog.phase("startup"):
+        before = dog._phases[-1].since
+        beat()
+        assert dog._phases[-1].since > before
+    beat()  # nobody listens

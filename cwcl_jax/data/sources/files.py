@@ -75,6 +75,18 @@ def require_file(path: str | Path, what: str) -> Path:
     return found
 
 
+def require_text_file(path: str | Path, what: str) -> Path:
+    """As `require_file`, and a ValueError where a file of another kind is there."""
+    found = require_file(path, what)
+    with found.open("rb") as file:
+        start = file.read(4)
+    if start == b"PAR1":
+        raise ValueError(f"{found} is a Parquet file: write parquet:{found}.")
+    if start[:2] == b"\x1f\x8b" or start == b"PK\x03\x04":
+        raise ValueError(f"{found} is compressed or a spreadsheet: write it as plain text first.")
+    return found
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The whole file; a file that cannot be read is a bad example, not the end of the run."""
     try:

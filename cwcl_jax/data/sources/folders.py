@@ -1,9 +1,11 @@
-"""Folders of pictures, one subfolder a class, with or without captions beside them."""
+"""Folders of pictures or recordings, one subfolder a class, with captions beside them or not."""
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cwcl_jax.data.sources.files import require
 from cwcl_jax.data.sources.tables import TableSource, table_of_rows
@@ -17,25 +19,49 @@ _LOG = logging.getLogger(__name__)
 def open_folder(path: str, *, captions: bool = False) -> TableSource:
     """Opens a folder of pictures: `folder:/data/flowers`, one subfolder a class.
 
-    With `captions`, the file `<name>.txt` beside each picture holds its captions, one a line.
+    A folder without pictures is one of recordings. With `captions`, the file `<name>.txt` beside
+    each of them holds its captions, one a line.
     """
-    root = require(path, "The folder of pictures")
-    extensions = {"." + extension for extension in PARTS["image"]}
-    rows = []
+    root = require(path, "The folder of pictures or recordings")
+    found: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}
+    others = Counter[str]()
     for folder, names in _folders_below(root):
         inside = folder.relative_to(root)
         for name in sorted(names):
             file = inside / name
-            if file.suffix.lower() not in extensions:
+            field = next((f for f in found if file.suffix[1:].lower() in PARTS[f]), None)
+            if field is None:
+                others[file.suffix.lower()] += 1
                 continue
-            rows.append({"image": str(file), "label": inside.parts[0] if inside.parts else None})
+            row: dict[str, Any] = {field: str(file)}
+            row["label"] = inside.parts[0] if inside.parts else None
             if captions:
-                rows[-1]["text"] = _captions_beside(folder / name)
+                row["text"] = _captions_beside(folder / name)
+            found[field].append(row)
+    field = "image" if found["image"] else "audio"
+    rows = found[field]
     if not rows:
-        raise FileNotFoundError(f"The folder {root} holds no pictures ({', '.join(extensions)}).")
-    fields = {name: name for name in ("image", "label", "text") if any(r.get(name) for r in rows)}
-    hint = "; captions=true reads the .txt files beside the pictures"
+        raise FileNotFoundError(_nothing_in(root, others))
+    if field == "image" and found["audio"]:
+        _LOG.warning(
+            "%s is read as a folder of pictures: its %d recordings are left out.",
+            root,
+            len(found["audio"]),
+        )
+    fields = {name: name for name in (field, "label", "text") if any(r.get(name) for r in rows)}
+    hint = "; captions=true reads the .txt files beside the files"
     return table_of_rows(rows, fields, root, named_classes=True, hint=hint)
+
+
+def _nothing_in(root: Path, others: Counter[str]) -> str:
+    """What a folder lacks, and what it has."""
+    wanted = ", ".join(f".{ending}" for field in ("image", "audio") for ending in PARTS[field])
+    had = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.most_common(3))
+    return (
+        f"The folder {root} holds no pictures and no recordings ({wanted})"
+        + (f"; it holds {had}" if had else "")
+        + "."
+    )
 
 
 def _folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:

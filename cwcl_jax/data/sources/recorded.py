@@ -11,8 +11,10 @@ the recordings are read, and their lengths are known.
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround
 from cwcl_jax.files import locked, replacing
+from cwcl_jax.progress import beat
 
 RATE = 16_000
 _SHARD = 256
@@ -95,7 +98,7 @@ def record(source: Source, folder: Path, *, processes: int = 0) -> None:
     manifest = folder / "manifest.jsonl"
     if manifest.exists() and not _missing(folder, len(source)):
         return
-    with locked(folder / "lock", waiting=lambda: None):
+    with locked(folder / "lock", waiting=beat):
         missing = _missing(folder, len(source))
         if missing:
             usable = getattr(os, "sched_getaffinity", None)
@@ -164,21 +167,23 @@ def _record_in_processes(source: Source, folder: Path, shards: list[int], count:
         for number, worker in enumerate(workers):
             assert worker.stdin is not None
             pickle.dump((source, folder, shards[number::count]), worker.stdin)
-            worker.stdin.close()
-            worker.stdin = None
+            worker.stdin.flush()  # and left open: its end tells that this process is gone
         _watch(workers, folder, len(source), len(shards))
     finally:
         for worker in workers:
-            worker.kill()
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)  # with the fork that speaks
             worker.communicate()
 
 
 def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: int) -> None:
     start, shown = time.perf_counter(), 0.0
-    total = min(count, wanted * _SHARD)
+    total, done = min(count, wanted * _SHARD), 0
     while any(worker.poll() is None for worker in workers):
         time.sleep(0.1)
-        done = (wanted - len(_missing(folder, count))) * _SHARD
+        before, done = done, (wanted - len(_missing(folder, count))) * _SHARD
+        if done > before:
+            beat()
         if sys.stderr.isatty() and time.perf_counter() - shown > 1:
             shown = time.perf_counter()
             rate = done / (shown - start)
@@ -202,11 +207,17 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
 
 
 def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
-    """Writes some of the files of a folder, each in a fork that has not spoken before."""
+    """Writes some of the files of a folder, each in a fork that has not spoken before.
+
+    Ends with all of its group of processes when the standard input does: who asked is gone.
+    """
     context = multiprocessing.get_context("fork")
+    asked = sys.stdin.fileno()
     for shard in shards:
         process = context.Process(target=speak_shard, args=(source, folder, shard))
         process.start()
+        if asked in multiprocessing.connection.wait([process.sentinel, asked]):
+            os.killpg(0, signal.SIGKILL)
         process.join()
         if process.exitcode:
             sys.exit(1)  # its message is on the standard error

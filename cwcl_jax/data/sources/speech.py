@@ -122,7 +122,10 @@ def open_slurp(
             "text": sentence["sentence"],
             "label": slurp_class(sentence),
         }
-        files = [recording["file"] for recording in sentence.get("recordings", ())]
+        recordings = sentence.get("recordings", ())
+        # The release's metadata have them by file name, its lists as objects that name the file.
+        by_name = isinstance(recordings, Mapping)
+        files = [*recordings] if by_name else [recording["file"] for recording in recordings]
         wanted: list[str | None] = [*files] if unit == "recordings" else [next(iter(files), None)]
         rows += [{**base, "audio": file} for file in wanted]
     roots = [Path(audio)] if audio else _slurp_audio_folders(Path(path), folder)

@@ -16,7 +16,7 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
-from cwcl_jax.data.sources.files import read_bytes, require_file
+from cwcl_jax.data.sources.files import read_bytes, require_text_file
 from cwcl_jax.data.sources.table_columns import FILE_FIELDS, column_hint, named_fields
 from cwcl_jax.data.sources.texts import captions_of
 from cwcl_jax.files import parse_json
@@ -253,7 +253,7 @@ def open_delimited(
     delimiter = _SEPARATORS.get(sep, sep)
     if len(delimiter) > 1 or delimiter in ("\n", "\r", '"'):
         raise ValueError(f"sep={sep!r} of {path} must be tab, comma, semicolon or one sign.")
-    file = require_file(path, "The table")
+    file = require_text_file(path, "The table")
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         header = lines.readline()
         delimiter = delimiter or ("\t" if "\t" in header else ",")
@@ -315,7 +315,7 @@ def open_jsonl(
 
     `duration` names the column with the seconds of recordings.
     """
-    file = require_file(path, "The manifest")
+    file = require_text_file(path, "The manifest")
     options = {"image": image, "text": text, "audio": audio, "label": label, "duration": duration}
     rows = rows_of_json_lines(file)
     first = list(islice(rows, 1000))

@@ -24,6 +24,7 @@ import numpy as np
 
 from cwcl_jax.data.options import cache_home
 from cwcl_jax.files import is_hidden, replacing
+from cwcl_jax.progress import beat
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 3  # 1: without a checksum; 2: with what stands in hidden folders
@@ -82,6 +83,7 @@ class TarIndex:
 
 def load_index(path: str, cache_dir: str = "") -> TarIndex:
     """The index of a tar: read if one of the same size and time is kept, built otherwise."""
+    beat()
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is no regular file, but tars are read at random offsets.")
@@ -211,6 +213,7 @@ class _Window:
         inside = start - self._start
         if not 0 <= inside <= len(self._data) - size:
             self._data = os.pread(self._descriptor, max(size, _WINDOW), start)
+            beat()
             self._start, inside = start, 0
         return self._data[inside : inside + size]
 

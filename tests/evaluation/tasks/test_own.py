@@ -90,7 +90,10 @@ def test_own_task_is_run_by_train_and_by_evaluate(folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"limt": 3}, r"tasks\.own has no field 'limt'; did you mean 'limit'\? \(fields: boot"),
+        (
+            {"limt": 3},
+            r"tasks\.own has no field 'limt'; did you mean 'limit'\? \(or: [a-z_]+, [a-z_]+\)$",
+        ),
         ({"limit": "many"}, r"tasks\.own\.limit must be int, got 'many'"),
         ({"kind": "mytask:Rang"}, r"tasks\.own: .*the module 'mytask' has no 'Rang'"),
         ({"kind": "myjob:Rank"}, r"tasks\.own: .*there is no module 'myjob'; start Python in"),

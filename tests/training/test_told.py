@@ -1,0 +1,63 @@
+"""What a run tells a person, and with which exit code it ends: nothing here computes."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from cwcl_jax import cli
+from cwcl_jax.config import with_tasks
+from cwcl_jax.data.skipping import TooManyBadExamples
+from cwcl_jax.modalities import SpeechInputs
+from cwcl_jax.training import run
+from tests.training.toy import toy_config
+
+
+def test_too_many_bad_examples_are_one_line_and_exit_code_2(capsys):
+    @cli.command(lambda parser: None)
+    def command(options):
+        raise TooManyBadExamples("20 of 30 examples are unusable")
+
+    assert command([]) == cli.BAD_CONFIG
+    assert capsys.readouterr().err == "error: 20 of 30 examples are unusable\n"
+
+
+def test_the_examples_skipped_in_a_run_are_summed_up(capsys):
+    run._say_skipped(types.SimpleNamespace(skipped={"text empty": 2, "image unreadable": 1}))
+    said = capsys.readouterr().out
+    assert said.startswith("3 training examples were unusable and skipped (image unreadable: 1, ")
+    run._say_skipped(types.SimpleNamespace(skipped={}))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("trained", "warned"), [(set(), True), ({"towers/image/kernel"}, False)])
+def test_a_locked_tower_without_weights_is_warned_of(capsys, trained, warned):
+    blueprint = types.SimpleNamespace(
+        config=toy_config(**{"towers.image.weights": "", "towers.image.tune": "none"}),
+        abstract={"towers/image/kernel": None},
+        trained=trained,
+    )
+    run._say_of_weights(blueprint, types.SimpleNamespace(params={}, step=np.int32(0)))
+    told = "warning: the image tower has no weights and does not train: it stays random"
+    assert (told in capsys.readouterr().out) == warned
+
+
+def test_more_seconds_than_a_whisper_hears_are_refused_before_the_start():
+    settings = types.SimpleNamespace(max_positions=1500)
+    options = {"options": "config.data.speech", "overrides": "overrides", "imported": True}
+    SpeechInputs(max_seconds=30.0).check(settings, **options)
+    with pytest.raises(ValueError, match=r"max_seconds=31, but the tower hears 30 s"):
+        SpeechInputs(max_seconds=31.0).check(settings, **options)
+
+
+def test_tasks_of_a_file_take_the_place_of_the_configs(tmp_path):
+    config = toy_config()
+    (task,) = list(config.evaluation.tasks)[:1]
+    plain = {"kind": "zero_shot", "source": "scenes:test?task=colour&n=4"}
+    file = tmp_path / "tasks.json"
+    file.write_text(json.dumps({"mine": plain}))
+    assert list(with_tasks(config, str(file)).evaluation.tasks) == ["mine"]
+    assert list(with_tasks(config, task).evaluation.tasks) == [task]
