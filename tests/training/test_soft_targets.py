@@ -51,6 +51,7 @@ def line(tmp_path_factory):
 def config_of(line, **changes):
     config = defaults(name="soft", total_steps=4, global_batch_size=COUNT, embed_dim=WIDTH)
     config.data.train = line
+    config.data.max_labels = 3
     config.towers.u = defaults(
         TowerConfig, encoder="precomputed", overrides={"width": WIDTH}, tune="none", head="none"
     )
