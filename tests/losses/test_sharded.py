@@ -24,13 +24,10 @@ SHARDED = [
     ("mixed relu, both", "ring"),
     ("calibrated, duplicates masked", "gathered"),
     ("calibrated of each modality", "ring"),
-    ("cellclip_both", "gathered"),
     ("gist, relative, weighted", "gathered"),
     ("gist, relative, weighted", "ring"),
-    ("softclip", "gathered"),
     ("softclip", "ring"),
     ("morphoclip", "ring"),
-    ("cyclip", "gathered"),
     ("s2l, mixed, masked, replicates", "ring"),
 ]
 
