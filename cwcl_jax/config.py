@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
-from cwcl_jax.data.options import DataConfig
+from cwcl_jax.data.options import BESIDE, DataConfig
 from cwcl_jax.evaluation.files import read_json
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.extension import is_reference
@@ -112,6 +112,11 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.loss.weights_from={config.loss.weights_from!r} is not one of the towers "
             f"{sorted(config.towers)}"
+        )
+    if taken := sorted(set(config.towers) & {"index", *BESIDE}):
+        raise ConfigError(
+            f"config.towers.{taken[0]}: a tower cannot be called so; {taken[0]!r} means something "
+            "else in a batch"
         )
     for field in ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim"):
         if getattr(config, field) < 1:

@@ -54,6 +54,7 @@ def gradients_in(
     import jax
     import jax.numpy as jnp
 
+    from cwcl_jax.data.options import BESIDE
     from cwcl_jax.training import sharding
     from cwcl_jax.training.state import initialise, make_blueprint
     from cwcl_jax.training.step import GradientFunction
@@ -62,7 +63,7 @@ def gradients_in(
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     state, locked, _ = initialise(blueprint)
     function = jax.jit(lambda *x: GradientFunction(blueprint)(*x)[0])
-    arrays = {k: v for k, v in batch.items() if k in (*config.towers, "label")}
+    arrays = {k: v for k, v in batch.items() if k in (*config.towers, *BESIDE)}
     found = function(state.params, {**locked, **state.statistics}, arrays, jnp.int32(0))
     return {path: np.asarray(leaf, np.float64) for path, leaf in found.items()}
 

@@ -2,12 +2,15 @@
 
 Every measurement runs in a fresh process. In it, calls of the loss alternate with calls of a plain
 square matrix product; the floor is the loss's matrix flops (8 N^2 d, or 6 N^2 d with u constant) at
-the rate of that product. Wall times are the fastest of all rounds. CPU times (all threads) tell the
-same on a machine that others use, save for what waits. Memory is the peak above that before the
-first call; on a GPU the device's own count. Writes loss.md and loss.json.
+the rate of that product. `products` are the flops of all products in a JAX form's program, over
+8 N^2 d (contrastive's); `over_contrastive` are its seconds over those of "fused contrastive" of the
+same size, where that was measured before it. Wall times are the fastest of all rounds. CPU times
+(all threads) tell the same on a machine that others use, save for what waits. Memory is the peak
+above that before the first call; on a GPU the device's own count. Writes loss.md and loss.json.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -31,14 +34,18 @@ FORMS = (
     "dense torch cwcl",
     "dense torch contrastive",
 )
-# Every preset, tiled on one device: `--forms="fused softclip;fused contrastive"`.
-PRESET_FORMS = tuple(f"fused {name}" for name in PRESETS if f"fused {name}" not in FORMS)
+# Every preset, tiled on one device, by `--forms=presets` (contrastive first) or by their names.
+PRESET_FORMS = (
+    "fused contrastive",
+    *(f"fused {name}" for name in PRESETS if name != "contrastive"),
+)
 # Dense forms keep about this many N x N float32 arrays; larger ones are left out.
 _DENSE_ARRAYS = 7
 _SHARDED_DEVICES = 2
 COLUMNS = (
-    "form", "n", "d", "dtype", "seconds", "cpu_seconds", "matmul_gflops",
-    "of_matmul_rate", "of_matmul_rate_cpu", "extra_mb", "failed",
+    "form", "n", "d", "dtype", "seconds", "cpu_seconds", "products", "over_contrastive",
+    "cpu_over_contrastive", "matmul_gflops", "of_matmul_rate", "of_matmul_rate_cpu", "extra_mb",
+    "failed",
 )  # fmt: skip
 
 
@@ -59,6 +66,7 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
     from jax.sharding import PartitionSpec as P
 
     from cwcl_jax.losses import LossConfig, make_loss
+    from cwcl_jax.planning.work import count_work
 
     kind, name = form.split(", ")[0].rsplit(" ", 1)
     mesh = None
@@ -77,15 +85,28 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
         return loss_fn(u, v, p, scale, -10.0, labels=labels, q=q)[0]
 
     scale = jnp.asarray(2.66, jnp.float32)
+    gradient = jax.value_and_grad(loss, argnums=wanted)
+    flops = count_work(gradient, u, v, scale, devices=len(jax.devices())).total_flops
     # Compiled ahead, so that the compiler's own memory is not counted.
-    run = jax.jit(jax.value_and_grad(loss, argnums=wanted)).lower(u, v, scale).compile()
+    run = jax.jit(gradient).lower(u, v, scale).compile()
     # Not ones, which cost a chip less power than numbers do.
     square = jax.random.normal(jax.random.key(0), (4096, 4096), dtype)
     product = jax.jit(lambda x: jnp.dot(x, x, precision="highest"))
     return (
-        lambda: jax.block_until_ready(run(u, v, scale)),
+        _Counted(lambda: jax.block_until_ready(run(u, v, scale)), flops),
         lambda: jax.block_until_ready(product(square)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """A call whose program has so many flops in its products."""
+
+    call: Callable[[], Any]
+    flops: float
+
+    def __call__(self) -> Any:
+        return self.call()
 
 
 def torch_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -116,6 +137,7 @@ def measure(job: Row) -> Row:
     u, v = made_embeds(n, d)
     call = torch_call if "torch" in form else jax_call
     run, product = call(form, u, v, job["dtype"])
+    products = getattr(run, "flops", None)
     product()
     before = peak_resident_bytes()
     run()
@@ -130,6 +152,7 @@ def measure(job: Row) -> Row:
     return {
         "seconds": wall,
         "cpu_seconds": cpu,
+        **({} if products is None else {"products": products / (8 * n * n * d)}),
         "matmul_gflops": 2 * 4096**3 / square_wall / 1e9,
         "of_matmul_rate": share * square_wall / wall,
         "of_matmul_rate_cpu": share * square_cpu / cpu,
@@ -153,14 +176,29 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     default = "1024x512,4096x512,16384x768,65536x512"
     add("--sizes", type=cli.sizes, default=default, help="N x d, comma-separated")
-    forms = cli.names((*FORMS, *PRESET_FORMS), separator=";")
-    add("--forms", type=forms, default=list(FORMS), help="separated by ;")
+    known = cli.names(tuple(dict.fromkeys((*FORMS, *PRESET_FORMS))), separator=";")
+
+    def forms(text: str) -> list[str]:
+        return list(PRESET_FORMS) if text == "presets" else known(text)
+
+    add("--forms", type=forms, default=list(FORMS), help="separated by ;, or presets: every one")
     dtypes = cli.names(["float32", "bfloat16", "float16"])
     add("--dtypes", type=dtypes, default="float32", help="on a GPU also bfloat16")
     add("--seconds", type=float, default=10.0, help="least time of a measurement")
     add("--dense_gb", type=float, default=8.0, help="leave out larger dense forms")
     harness.define(parser, "loss")
     harness.define_job(parser)
+
+
+def _compare(rows: list[Row]) -> None:
+    """Writes into the last row its times over contrastive's of the same size and type."""
+    row = rows[-1]
+    same = ("n", "d", "dtype")
+    for other in rows:
+        plain = other["form"] == "fused contrastive" and "seconds" in other
+        if plain and "seconds" in row and all(other[key] == row[key] for key in same):
+            for name, key in (("", "seconds"), ("cpu_", "cpu_seconds")):
+                row[f"{name}over_contrastive"] = row[key] / other[key]
 
 
 @cli.command(_define)
@@ -177,6 +215,7 @@ def main(options: argparse.Namespace) -> int:
             rows.append(job | {"failed": f"left out: needs about {gb:.0f} GB"})
         else:
             rows.append(run_fresh("cwcl_jax.benchmarks.loss", job, options.timeout))
+        _compare(rows)
         print(harness.markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     harness.report(options.output, "loss", {"losses": rows}, {"losses": COLUMNS})
     return harness.code_of(rows)

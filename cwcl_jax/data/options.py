@@ -8,6 +8,9 @@ from pathlib import Path
 from cwcl_jax.modalities import MODALITIES, Modality
 from cwcl_jax.modalities.base import ENDLESS, check_ranges
 
+# What a batch may hold beside the arrays of the towers, for the loss.
+BESIDE = ("label", "guide")
+
 
 def usual_inputs() -> dict[str, Modality]:
     """Returns the built-in modalities that read raw inputs, under their own names."""
@@ -28,8 +31,16 @@ class DataConfig:
     examples_per_epoch: int = 0
     shuffle: bool = True
     # What makes two pairs of a batch alike, for losses that go by labels: "class" (the source's
-    # labels), "text" (equal captions, whatever their case), "" = pairs carry no label.
+    # labels), "text" (equal captions, whatever their case), "sets" (several labels an example,
+    # `labels=COLUMN` of the source line), "" = pairs carry no label.
     labels: str = ""
+    # Of sets: what stands between the labels of one string ("" = a string is one label), and the
+    # most that an example may have; one with more is unusable.
+    label_separator: str = ";"
+    max_labels: int = 8
+    # Features that come with the examples and that no tower reads, by their name: the loss makes
+    # its weights (or masks) of them in place of U's own. "" = of U's own.
+    guide: str = ""
     inputs: Mapping[str, Modality] = field(default_factory=usual_inputs)
     # Reader threads; 0 = one for each core that this process may use, at most 16.
     threads: int = 0
@@ -48,8 +59,8 @@ class DataConfig:
     max_cut_share: float = 0.5
 
     def __post_init__(self):
-        if self.labels not in ("", "class", "text"):
-            raise ValueError(f"labels={self.labels!r} is not one of '', 'class', 'text'.")
+        if self.labels not in ("", "class", "text", "sets"):
+            raise ValueError(f"labels={self.labels!r} is not one of '', 'class', 'text', 'sets'.")
         check_ranges(
             self,
             examples_per_epoch=(0, ENDLESS),
@@ -57,6 +68,7 @@ class DataConfig:
             prefetch=(0, ENDLESS),
             max_skipped_share=(0, 1),
             max_cut_share=(0, 1),
+            max_labels=(1, ENDLESS),
         )
 
     def inputs_of(self, tower: str) -> Modality:
@@ -68,6 +80,11 @@ class DataConfig:
         if tower not in self.inputs:
             raise ValueError(f"there are no inputs for {tower!r}; known: {', '.join(self.inputs)}.")
         return self.inputs[tower]
+
+
+def label_shape(config: DataConfig) -> tuple[int, ...]:
+    """Returns the shape of one example's label: one integer, or a row of them for sets."""
+    return (config.max_labels,) if config.labels == "sets" else ()
 
 
 def features_name(tower: str, modality: Modality) -> str:

@@ -105,6 +105,12 @@ class TrainBatches:
 
     def _check(self, config: DataConfig, length: int) -> None:
         require_fields(self.source, self._processor.fields(), config.train)
+        if config.guide and config.guide not in self.source.embedded:
+            raise ValueError(
+                f"{config.train!r} has no features {config.guide!r}, which data.guide names (it "
+                f"has {', '.join(self.source.embedded) or 'none'}); bring them in the source line, "
+                f"features={config.guide}:COLUMN or features_from={config.guide}:FILE."
+            )
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"An epoch of {self.examples_per_epoch} examples (data.examples_per_epoch="
@@ -160,10 +166,11 @@ class TrainBatches:
         found = self.source.vectors(indices)
         if found is None:
             return None
-        return {
+        made: Batch = {
             tower: {"features": found[features_name(tower, modality)]}
             for tower, modality in self._processor.inputs.items()
         }
+        return made | ({"guide": found[self._config.guide]} if self._config.guide else {})
 
     def _load_one(
         self, epoch: int, position: int, index: int, length: float | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.draws import Draws
+from cwcl_jax.data.label_sets import labels_of, numbered
 from cwcl_jax.data.options import DataConfig, features_name, given_as_features, reads_features
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example
@@ -18,6 +19,7 @@ from cwcl_jax.modalities.text import usable_captions
 Batch = dict[str, Any]
 # The field of an example that holds its captions.
 _CAPTIONS = "text"
+_LABEL_FIELDS = {"class": "label", "text": _CAPTIONS, "sets": "labels"}
 
 
 class Processor:
@@ -47,8 +49,9 @@ class Processor:
         """What must be read of every example."""
         fields = {modality.field for modality in self.raw.values()}
         if self.config.labels:
-            fields.add("label" if self.config.labels == "class" else _CAPTIONS)
-        return fields if len(self.raw) == len(self.inputs) else {*fields, "features"}
+            fields.add(_LABEL_FIELDS[self.config.labels])
+        with_features = self.config.guide or len(self.raw) < len(self.inputs)
+        return {*fields, "features"} if with_features else fields
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the arrays, by tower."""
@@ -57,6 +60,10 @@ class Processor:
         }
         if self.config.labels:
             made["labels"] = self.config.labels
+        if self.config.labels == "sets":
+            made |= {name: getattr(self.config, name) for name in ("label_separator", "max_labels")}
+        if self.config.guide:
+            made["guide"] = self.config.guide
         return made
 
     @property
@@ -94,6 +101,8 @@ class Processor:
             made[tower] = self._prepared(tower, modality, value, draws)
         if self.config.labels:
             made["label"] = self._label(example, made)
+        if self.config.guide:
+            made["guide"] = _named_features(example, self.config.guide)
         return made
 
     def _prepared(
@@ -104,8 +113,12 @@ class Processor:
         except WrongInputs as error:
             raise WrongInputs(f"config.data.{tower}: {error}") from error
 
-    def _label(self, example: Example, made: Mapping[str, Any]) -> np.int32:
-        """Equal for pairs that the options call alike."""
+    def _label(self, example: Example, made: Mapping[str, Any]) -> np.int32 | np.ndarray:
+        """Equal for pairs that the options call alike; of sets a row of labels."""
+        if self.config.labels == "sets":
+            name = str(example["id"])
+            found = labels_of(_field(example, "labels"), self.config.label_separator, name)
+            return numbered(found, self.config.max_labels, name)
         if self.config.labels == "class":
             return _in_32_bits(_field(example, "label"))
         # The caption that a tower reads, if one does, so that label and input agree.
@@ -178,8 +191,11 @@ def _in_32_bits(label: int) -> np.int32:
 
 
 def _features(example: Example, tower: str, modality: Modality) -> np.ndarray:
+    return _named_features(example, features_name(tower, modality))
+
+
+def _named_features(example: Example, name: str) -> np.ndarray:
     vectors = example.get("features") or {}
-    name = features_name(tower, modality)
     if name not in vectors:
         raise BadExample("features missing", f"no vector for {name!r}")
     return vectors[name]

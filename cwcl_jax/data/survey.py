@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.data.label_sets import labels_of
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import Source
 from cwcl_jax.modalities import Modality
@@ -31,6 +32,64 @@ class Loss:
         return f"{self.count} of {self.of} {self.tower} inputs are {self.remark}"
 
 
+@dataclass(frozen=True)
+class LabelSets:
+    """What the sets of labels of a sample are.
+
+    Attributes:
+      kinds: how many different labels there are.
+      mean: how many an example has.
+      without: how many examples have none, `of` so many.
+      example: the labels of one example.
+    """
+
+    kinds: int
+    mean: float
+    without: int
+    of: int
+    example: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:.1f} labels an example in a sample of {self.of}, {self.kinds} different "
+            f"ones, {self.without} examples without any; one has {self.example}"
+        )
+
+
+def survey_labels(source: Source, separator: str) -> LabelSets:
+    """The sets of labels in a sample spread evenly over the source."""
+    sets = []
+    for index in _sample(source):
+        try:
+            value = source.read(index, ("labels",)).get("labels")
+            sets.append(labels_of(value, separator))
+        except BadExample:
+            continue
+    example = max(sets, key=len, default=[])
+    kinds = {label for found in sets for label in found}
+    mean = sum(map(len, sets)) / max(len(sets), 1)
+    without = sum(not found for found in sets)
+    return LabelSets(len(kinds), mean, without, len(sets), " | ".join(example))
+
+
+def shape_of_features(source: Source, name: str) -> tuple[int, ...]:
+    """The shape of the features `name` of one example.
+
+    Raises:
+      ValueError: none of a sample has any.
+    """
+    for index in _sample(source):
+        try:
+            return source.read(index, ("features",))["features"][name].shape
+        except BadExample:
+            continue
+    raise ValueError(f"no example of a sample has usable features {name!r}")
+
+
+def _sample(source: Source) -> list[int]:
+    return np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)).tolist()
+
+
 def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
     """What `inputs` lose of raw values, in a sample spread evenly over the source.
 
@@ -41,10 +100,10 @@ def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
     losers = {tower: m for tower, m in inputs.items() if _says_something(m)}
     counts: dict[str, Counter[str]] = {tower: Counter() for tower in losers}
     looked_at = Counter[str]()
-    for index in np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)):
+    for index in _sample(source):
         for tower, modality in losers.items():
             try:
-                value = source.read(int(index), (modality.field,)).get(modality.field)
+                value = source.read(index, (modality.field,)).get(modality.field)
                 remarks = () if value is None else _remarks(modality, value)
             except BadExample:
                 continue

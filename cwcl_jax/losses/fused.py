@@ -164,7 +164,10 @@ def _factors(stats, cotangents: dict[str, Array], epsilon: float, deficit: Array
     if "negatives" in cotangents:
         valid, count = _rows_with_negatives(stats)
         share = cotangents["negatives"] * (valid.shape[0] / count)
-        factors["best_other"] = stats["best_other"]
+        # A row without others has no best one; its factors are 0.
+        factors["best_other"] = jnp.maximum(
+            stats["best_other"], jnp.finfo(stats["best_other"].dtype).min
+        )
         for name in ("others", "other_weights"):
             factors[name] = jnp.where(valid, share / jnp.where(valid, stats[name], 1), 0)
     return factors

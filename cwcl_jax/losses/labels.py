@@ -34,25 +34,34 @@ def label_sets(labels: Array) -> Array:
 
 def common_labels(a: Array, b: Array) -> Array:
     """How many labels two sets have in common, for all pairs of rows."""
-    count = jnp.zeros((len(a), len(b)), jnp.int32)
-    for x in a.T:
-        for y in b.T:
-            count += (x[:, None] == y[None, :]) & (x >= 0)[:, None]
-    return count
+    valid, columns = a >= 0, a.T
+
+    def add(place, count):
+        # Looped over one side alone: all pairs unrolled take a compiler minutes.
+        y = jax.lax.dynamic_index_in_dim(b, place, axis=1, keepdims=False)
+        for x, there in zip(columns, valid.T, strict=True):
+            count += (x[:, None] == y[None, :]) & there[:, None]
+        return count
+
+    return jax.lax.fori_loop(0, b.shape[1], add, jnp.zeros((len(a), len(b)), jnp.int32))
 
 
 def same_labels(a: Array, b: Array) -> Array:
     """Which pairs of rows have equal labels; empty sets equal none."""
     if a.ndim == 1:
         return a[:, None] == b[None, :]
+    return _all_in_common(a, b, common_labels(a, b))
+
+
+def _all_in_common(a: Array, b: Array, common: Array) -> Array:
     sizes = [(x >= 0).sum(axis=1) for x in (a, b)]
-    common = common_labels(a, b)
     return (common == sizes[0][:, None]) & (common == sizes[1][None, :]) & (common > 0)
 
 
 def label_weights(a: Array, b: Array, overlap: float, dtype: jnp.dtype) -> Array:
     """1 for equal labels, `overlap` for sets that have a label in common, else 0."""
-    same = same_labels(a, b).astype(dtype)
     if a.ndim == 1 or not overlap:
-        return same
-    return jnp.maximum(same, overlap * (common_labels(a, b) > 0).astype(dtype))
+        return same_labels(a, b).astype(dtype)
+    common = common_labels(a, b)
+    same = _all_in_common(a, b, common).astype(dtype)
+    return jnp.maximum(same, overlap * (common > 0).astype(dtype))

@@ -63,18 +63,15 @@ def _reduce_logits(tiling, logits: Array, masked: Array, own: OwnPairs, axis: in
     largest = jnp.maximum(best_other, own_logits)
     # A row of which everything here is masked has no maximum.
     largest = jnp.maximum(largest, jnp.finfo(logits.dtype).min)
-    others = jnp.exp(masked - jnp.expand_dims(largest, axis)).sum(axis)
-    stats = {
-        "max": largest,
-        "sum": others + jnp.exp(own_logits - largest),
-        "own": own.values(logits, axis, 0),
-        "best_other": best_other,
-    }
+    stats = {"max": largest, "own": own.values(logits, axis, 0), "best_other": best_other}
     if tiling.negatives_alone:
         # By the largest of the others alone: beside a well matched pair they would vanish.
         least = jnp.maximum(best_other, jnp.finfo(logits.dtype).min)
         stats["others"] = jnp.exp(masked - jnp.expand_dims(least, axis)).sum(axis)
-    return stats
+        others = stats["others"] * jnp.exp(least - largest)
+    else:
+        others = jnp.exp(masked - jnp.expand_dims(largest, axis)).sum(axis)
+    return stats | {"sum": others + jnp.exp(own_logits - largest)}
 
 
 def _reduce_weights(tiling, logits, weights, own: OwnPairs, axis: int) -> Stats:
@@ -112,12 +109,23 @@ def _reduce_sigmoid(tiling, tile: Tile, own: OwnPairs) -> tuple[Stats, Stats]:
     return stats[0], stats[1]
 
 
+def _sigmoids(z: Array, small: Array) -> tuple[Array, Array]:
+    """sigmoid(z) and sigmoid(-z), of exp(-|z|)."""
+    large = 1 / (1 + small)
+    small = small * large
+    return jnp.where(z >= 0, large, small), jnp.where(z >= 0, small, large)
+
+
 def _reduce_weighted_sigmoid(tiling, tile: Tile, own: OwnPairs) -> Stats:
     logits, weights = tile.logits[0], tile.weights[0]
     a, b = tiling.negatives
     against = a - b * weights
-    losses = weights * jax.nn.softplus(-logits) + against * jax.nn.softplus(logits)
-    slopes = against * jax.nn.sigmoid(logits) - weights * jax.nn.sigmoid(-logits)
+    small = jnp.exp(-jnp.abs(logits))  # the one exponential of both signs
+    rest = jnp.log1p(small)
+    losses = weights * (jnp.maximum(-logits, 0) + rest)
+    losses += against * (jnp.maximum(logits, 0) + rest)
+    right, wrong = _sigmoids(logits, small)
+    slopes = against * right - weights * wrong
     least = xlogx(weights + against) - xlogx(weights) - xlogx(against)
     if tile.masked[0] is not None:
         losses, slopes, least = (jnp.where(tile.masked[0], 0, x) for x in (losses, slopes, least))
@@ -316,7 +324,8 @@ def _sigmoid_gradient(tiling, tile: Tile, own: OwnPairs, narrow) -> Array:
         corner = -jax.nn.sigmoid(-own.square(logits))
         return own.replaced(g.astype(narrow), corner.astype(narrow))
     a, b = tiling.negatives
-    g = (a - b * weights) * jax.nn.sigmoid(logits) - weights * jax.nn.sigmoid(-logits)
+    right, wrong = _sigmoids(logits, jnp.exp(-jnp.abs(logits)))
+    g = (a - b * weights) * right - weights * wrong
     if tile.masked[0] is not None:
         g = jnp.where(tile.masked[0], 0, g)
     return g.astype(narrow)
@@ -328,12 +337,16 @@ def _softmax_gradient(tile: Tile, row_factors: Stats, column_factors: Stats, *, 
     for side, (factors, axis) in enumerate(((row_factors, 1), (column_factors, 0))):
         logits, weights = tile.logits[side], tile.weights[side]
         spread = {k: jnp.expand_dims(x, axis) for k, x in factors.items()}
-        if "softmax" in factors:
+        if alone and "others" in factors:
+            # One exponential for both softmaxes. Where the positive pair is the best, its own
+            # difference overflows and is not used.
+            share = spread["others"]
+            if "softmax" in factors:
+                share += jnp.exp(spread["best_other"] - spread["max"]) * spread["softmax"]
+            g = g + jnp.exp(jnp.minimum(logits - spread["best_other"], 0)) * share
+            g = g - weights * spread["other_weights"]
+        elif "softmax" in factors:
             g = g + jnp.exp(logits - spread["max"]) * spread["softmax"]
         if "weights" in factors:
             g = g - weights * spread["weights"]
-        if alone and "others" in factors:
-            # Where the positive pair is the best, its own difference overflows and is not used.
-            others = jnp.minimum(logits - spread["best_other"], 0)
-            g = g + jnp.exp(others) * spread["others"] - weights * spread["other_weights"]
     return g

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.data.options import reads_features
+from cwcl_jax.data.options import label_shape, reads_features
+from cwcl_jax.data.sources.base import parse_source_line
+from cwcl_jax.data.sources.embedded import named_place
 from cwcl_jax.modalities import ArraySpec
 from cwcl_jax.models.encoders import encoder_family
 from cwcl_jax.models.tower import TowerConfig
@@ -68,7 +70,9 @@ def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> Abst
             arrays = {"features": ArraySpec((feature_width(blueprint, tower),), "float32")}
         batch[tower] = {name: array(spec.shape, spec.dtype) for name, spec in arrays.items()}
     if config.data.labels:
-        batch["label"] = array((), "int32")
+        batch["label"] = array(label_shape(config.data), "int32")
+    if config.data.guide:  # its width stands in the data: as if it were U's
+        batch["guide"] = array((feature_width(blueprint, config.tower_names[0]),), "float32")
     return batch
 
 
@@ -82,7 +86,15 @@ def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
     config = blueprint.config
     if "features_from=" not in config.data.train:
         return ()
-    return tuple(m for m in config.tower_names if blueprint.features_are_locked(m))
+    places = [
+        place
+        for part in parse_source_line(config.data.train)
+        for place in part.options.get("features_from", "").split(",")
+    ]
+    # A folder without a name may be of any locked tower.
+    names = {named_place(place)[0] for place in places if place}
+    locked = (m for m in config.tower_names if blueprint.features_are_locked(m))
+    return tuple(m for m in locked if "" in names or m in names)
 
 
 def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.data.options import reads_features
-from cwcl_jax.data.sources import open_source
+from cwcl_jax.data.options import label_shape, reads_features
+from cwcl_jax.data.sources import Source, open_source
+from cwcl_jax.data.survey import shape_of_features
 from cwcl_jax.evaluation.tasks.base import Task
+from cwcl_jax.extension import import_named
 from cwcl_jax.losses import make_loss
+from cwcl_jax.losses.make import argument_names
 from cwcl_jax.losses.options import LossConfig, is_own, resolve
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained.importer import recognise
@@ -29,8 +32,10 @@ def check_inputs(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.loss.name={config.loss.name!r}, weight_function={loss.weights.text!r}, "
             f"duplicates={loss.duplicates!r} needs labels: set --config.data.labels=class (the "
-            "source's classes) or =text (pairs with equal captions)"
+            "source's classes), =text (pairs with equal captions) or =sets (several an example, "
+            "labels=COLUMN in the source line)"
         )
+    _check_that_the_loss_reads(config)
     for name, tower in config.towers.items():
         settings = tower.encoder_settings()
         try:
@@ -57,12 +62,33 @@ def _wrong_weights(name: str, tower: TowerConfig) -> str:
     return ""
 
 
-def check_own_loss(blueprint: Blueprint) -> None:
+def _check_that_the_loss_reads(config: ExperimentConfig) -> None:
+    """Raises ConfigError where the data brings what the loss does not read."""
+    loss, data = resolve(config.loss), config.data
+    reads = {"labels": loss.needs_labels, "guide": loss.needs_p}
+    if is_own(config.loss.name):
+        wanted = argument_names(import_named(config.loss.name, "loss"))
+        reads = {"labels": "labels" in wanted, "guide": "p" in wanted}
+    for option, read in reads.items():
+        if getattr(data, option) and not read:
+            raise ConfigError(
+                f"config.data.{option}={getattr(data, option)!r} does nothing: "
+                f"config.loss.name={config.loss.name!r} with weight_function="
+                f"{loss.weights.text!r}, duplicates={loss.duplicates!r} does not read it"
+            )
+    if data.guide and loss.needs_q:
+        raise ConfigError(
+            f"config.data.guide={data.guide!r} does not go with config.loss.weighted='own', which "
+            "weights each direction by its own modality; take weighted='both'"
+        )
+
+
+def check_own_loss(blueprint: Blueprint, source: Source) -> None:
     """Raises ConfigError where a loss or weight function of the user's cannot be trained with."""
     config = blueprint.config
     try:
         if is_own(config.loss.name):
-            _try_loss(blueprint)
+            _try_loss(blueprint, source)
         elif is_own(config.loss.weight_function):
             _try_weights(config.loss)
     except Exception as error:
@@ -71,7 +97,7 @@ def check_own_loss(blueprint: Blueprint) -> None:
         raise ConfigError(f"{named}: {type(error).__name__}: {error}") from error
 
 
-def _try_loss(blueprint: Blueprint) -> None:
+def _try_loss(blueprint: Blueprint, source: Source) -> None:
     """Traces the loss for four pairs; nothing is computed."""
     config = blueprint.config
     towers = blueprint.model_def.merge(blueprint.abstract).towers
@@ -86,10 +112,12 @@ def _try_loss(blueprint: Blueprint) -> None:
         ),
         array(4, config.embed_dim),
         array(4, config.embed_dim),
-        array(4, widths[0]),
+        array(
+            4, *(shape_of_features(source, guide) if (guide := config.data.guide) else widths[:1])
+        ),
         array(),
         array() if "logit_bias" in blueprint.abstract else None,
-        array(4, dtype="int32") if config.data.labels else None,
+        array(4, *label_shape(config.data), dtype="int32") if config.data.labels else None,
         array(4, widths[1]),
         array(),
     )

@@ -19,7 +19,7 @@ from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import cache_home, given_as_features, reads_features
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
-from cwcl_jax.data.survey import Loss, survey, too_much
+from cwcl_jax.data.survey import Loss, survey, survey_labels, too_much
 from cwcl_jax.files import locked
 from cwcl_jax.modalities.text import OUTSIDE_SCENES
 from cwcl_jax.training import sharding
@@ -48,6 +48,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
     _check_repeatable(config, embedded, source, "features_from=")
     check_whole(config, source)
+    check_label_sets(config, source)
     if not config.data.keep_locked_features:
         return source
     blueprint = make_blueprint(
@@ -109,6 +110,24 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
             f"config.data.max_cut_share={config.data.max_cut_share} allows: "
             f"{_remedy(config, loss)}, or raise the limit"
         )
+
+
+def check_label_sets(config: ExperimentConfig, source: Source) -> None:
+    """Says how the sets of labels of the data were understood.
+
+    Raises:
+      ConfigError: no example of a sample has any label.
+    """
+    if config.data.labels != "sets":
+        return
+    found = survey_labels(source, config.data.label_separator)
+    if not found.kinds:
+        raise ConfigError(
+            f"config.data.labels='sets', but no example of a sample of {config.data.train!r} has "
+            "labels: name their columns in the source line, labels=COLUMN"
+        )
+    if is_primary():
+        print(f"training data: {found}", flush=True)
 
 
 def _remedy(config: ExperimentConfig, loss: Loss) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cwcl_jax.config import ExperimentConfig, profiled_steps
+from cwcl_jax.data.options import BESIDE
 from cwcl_jax.planning.chips import Chip, chip_of
 from cwcl_jax.planning.work import Work, count_work
 from cwcl_jax.training.state import Blueprint, make_blueprint
@@ -29,7 +30,7 @@ def model_work(blueprint: Blueprint, batch: Any) -> Work:
     }
     config = dataclasses.replace(blueprint.config, accumulation_steps=1, towers=towers)
     plain = make_blueprint(config, blueprint.mesh)
-    inputs = {name: batch[name] for name in (*config.towers, "label") if name in batch}
+    inputs = {name: batch[name] for name in (*config.towers, *BESIDE) if name in batch}
     arguments = (
         plain.abstract_params,
         plain.abstract_locked | plain.abstract_state().statistics,

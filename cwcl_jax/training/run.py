@@ -113,7 +113,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
                 return DONE
             if seems_complete:
                 evaluator.check_sources()
-            check_own_loss(blueprint)
+            check_own_loss(blueprint, batches.source)
             check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             start = int(state.step)

@@ -30,7 +30,7 @@ from cwcl_jax.training.state import Blueprint, Leaves, TrainState
 
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, Any]
-# What the loss is told besides the embeds: "labels", or None, and "progress".
+# What the loss is told besides the embeds: "labels" and "guide", or None, and "progress".
 Context = Mapping[str, Any]
 
 _NORM_EPSILON = 1e-12
@@ -122,10 +122,12 @@ class GradientFunction:
             if any(path.startswith(f"towers/{tower}/") for path in blueprint.trained)
         ]
         self._frame: Frame = resolve(config.loss)
+        self._guided = bool(config.data.guide)
         # Features of V are handed over only where the loss may read them.
         self._with_q = self._frame.needs_q or is_own(config.loss.name)
         if not self._frame.detach_weights:
-            given = {_P: self._u} | ({_Q: self._v} if self._with_q else {})
+            given = {} if self._guided else {_P: self._u}
+            given |= {_Q: self._v} if self._with_q else {}
             self._tuned += [x for x, m in given.items() if m not in self._locked_encoders]
         self._key = jax.random.key(config.seed)
 
@@ -136,15 +138,19 @@ class GradientFunction:
 
         Args:
           locked: all other leaves, running statistics among them.
-          batch: by tower, arrays of shape (b, ...); "label", (b,), where the loss needs it;
-            other entries are ignored.
+          batch: by tower, arrays of shape (b, ...); "label", (b,) or (b, k), and "guide",
+            (b, ...), where the loss needs them; other entries are ignored.
           step: folded into the key of dropout; the share of the run that is done.
         """
         inputs = {tower: batch[tower] for tower in (self._u, self._v)}
         key = jax.random.fold_in(self._key, step)
         chunks = self._blueprint.config.accumulation_steps
         progress = step / self._blueprint.config.total_steps
-        context = {"labels": batch.get("label"), "progress": progress}
+        context = {
+            "labels": batch.get("label"),
+            "guide": batch["guide"] if self._guided else None,
+            "progress": progress,
+        }
         if chunks == 1:
             return self._direct(params, locked, inputs, context, key)
         return self._cached(params, locked, inputs, context, key, chunks)
@@ -242,23 +248,29 @@ class GradientFunction:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
                 features[tower] = model.towers[tower].features(inputs[tower], rngs=rngs)
         embeds = {tower: model.towers[tower].project(features[tower]) for tower in features}
-        embeds[_P] = self._for_weights(features[self._u])
+        if not self._guided:
+            embeds[_P] = self._for_weights(features[self._u])
         if self._with_q:
             embeds[_Q] = self._for_weights(features[self._v])
         return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
 
     def _for_weights(self, features: jax.Array) -> jax.Array:
-        """Features as the loss makes weights of them: distances go by their lengths too."""
-        features = features if self._frame.raw_features else normalise(features)
+        """Features as the loss makes weights of them: distances go by their lengths too.
+
+        Profiles of several channels are normalised by the loss.
+        """
+        if not self._frame.raw_features and features.ndim == 2:
+            features = normalise(features)
         return jax.lax.stop_gradient(features) if self._frame.detach_weights else features
 
     def _loss_of(
         self, leaves: Leaves, embeds: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, Metrics]:
+        guide = context["guide"]
         return self._loss(
             embeds[self._u],
             embeds[self._v],
-            embeds[_P],
+            embeds[_P] if guide is None else self._for_weights(guide),
             leaves["logit_scale"],
             logit_bias=leaves.get("logit_bias"),
             q=embeds.get(_Q),

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.models.attention import choice
 from cwcl_jax.models.transformer import Attention
 from cwcl_jax.training.state import Blueprint, count
@@ -34,7 +35,7 @@ def tower_table(blueprint: Blueprint) -> str:
         trained, _ = count({p: a for p, a in leaves.items() if p in blueprint.trained})
         rows.append(
             (
-                modality + (" (U: weights)" if modality == config.loss.weights_from else " (V)"),
+                f"{modality} ({_role(config, modality)})",
                 f"{tower.encoder} {tower.preset}".strip(),
                 f"{parameters:,}",
                 trained_text(parameters, trained),
@@ -48,10 +49,20 @@ def tower_table(blueprint: Blueprint) -> str:
     device = blueprint.mesh.devices.flat[0].device_kind
     return (
         format_table(_HEADER, rows)
-        + f"\nloss {config.loss.name}, global batch {config.global_batch_size}"
+        + f"\nloss {config.loss.name}{_guide(config)}, global batch {config.global_batch_size}"
         + (f" in {config.accumulation_steps} chunks" if config.accumulation_steps > 1 else "")
         + f", {config.total_steps} steps, mesh ({mesh}) of {device} devices"
     )
+
+
+def _role(config: ExperimentConfig, tower: str) -> str:
+    if tower != config.loss.weights_from:
+        return "V"
+    return "U" if config.data.guide else "U: weights"
+
+
+def _guide(config: ExperimentConfig) -> str:
+    return f" with weights from {config.data.guide!r}" if config.data.guide else ""
 
 
 def compute_text(tower: Any) -> str:

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cwcl_jax.losses import LossConfig, cwcl_loss, make_loss
+from cwcl_jax.losses.options import resolve
+from cwcl_jax.losses.presets import PRESETS
 from tests.losses.test_fused import (
     BOTH,
     CASES,
@@ -22,13 +24,10 @@ SHARDED = [
     ("mixed relu, both", "ring"),
     ("calibrated, duplicates masked", "gathered"),
     ("calibrated of each modality", "ring"),
-    ("cellclip_both", "gathered"),
     ("gist, relative, weighted", "gathered"),
     ("gist, relative, weighted", "ring"),
-    ("softclip", "gathered"),
     ("softclip", "ring"),
     ("morphoclip", "ring"),
-    ("cyclip", "gathered"),
     ("s2l, mixed, masked, replicates", "ring"),
 ]
 
@@ -54,6 +53,20 @@ def test_equals_the_equations_in_float64(name, form):
         config = LossConfig(form=form, block_size=5, block_columns=6, **options)
         result = value_and_gradients(config, *given, mesh=mesh_of(2, 2))
         assert_close_to_oracle(case, result, given)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_exact_in_both_forms(name):
+    options, case = CASES[name]
+    if name == "uniform":
+        options, case = {"name": "uniform"}, {"weights": ("uniform", 1.0)}
+    assert resolve(LossConfig(**options)).kind == PRESETS[name].kind
+    with jax.enable_x64(True):
+        given = data_of(case, 12, seed=3)
+        for form in ("gathered", "ring"):
+            config = LossConfig(form=form, diagnostics=False, **options)
+            result = value_and_gradients(config, *given, mesh=mesh_of(4))
+            assert_close_to_oracle(case, result, given)
 
 
 @pytest.mark.parametrize("form", ["gathered", "ring"])

@@ -18,6 +18,19 @@ def diagnostics(p, labels=None, **options):
     return cwcl_loss(u, v, weights_from=p, logit_scale=2.0, labels=labels, config=config)[1]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 2e-15), ("float32", 5e-7)])
+@pytest.mark.parametrize("least", [0.75, 0.1])
+def test_weights_of_distances_are_the_arc_tangent_s(least, dtype, tolerance):
+    with jax.enable_x64(True):
+        squared = jnp.concatenate([jnp.linspace(0, 1, 500), jnp.asarray([3.0, 1e3, 1e20])])
+        found = weights.ArcTangent(least)(squared.astype(dtype), 1 / 0.3)
+        exact = 1 - np.arctan(np.asarray(squared, np.float64) / 0.3) * 4 / np.pi
+        sure = np.abs(exact - least) > 1e-6
+        np.testing.assert_allclose(
+            np.asarray(found)[sure], np.where(exact < least, 0, exact)[sure], atol=tolerance
+        )
+
+
 @pytest.mark.parametrize("function", ["calibrated", "calibrated_relu"])
 def test_a_calibrated_kernel_keeps_the_diagonal_whatever_the_batch(function):
     for n in (16, 96):

@@ -29,6 +29,7 @@ from cwcl_jax.data.sources.texts import clean
 _USUAL = {
     "id": ("id", "ids"),
     "label": ("label", "labels"),
+    "labels": (),
     "text": ("text", "captions"),
     "classes": ("class_names",),
 }
@@ -41,7 +42,8 @@ class Arrays(Source):
       arrays: name -> array; those that nothing names are left alone.
       name: what error messages call the file.
       raw, features: field or modality -> array. Without both, all that is left is features.
-      given: "id", "label", "text" or "classes" -> array, where it has no usual name.
+      given: "id", "label", "labels" (sets), "text" or "classes" -> array, where it has no usual
+        name.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Arrays(Source):
         self._rows = rows
         self._length = next(iter(rows.values())).shape[0]
         self._ids, self._texts = special.get("id"), special.get("text")
-        self._labels = special.get("label")
+        self._labels, self._sets = special.get("label"), special.get("labels")
         if self._labels is not None and self._labels.dtype.kind in "US":
             self._class_names, self._labels = _numbered(self._labels, self._class_names, name)
         self._unnamed = [key for key in arrays if key not in rows and key not in roles.values()]
@@ -123,6 +125,9 @@ class Arrays(Source):
             }
         if self._labels is not None and "label" in fields:
             example["label"] = label_of(self._labels[index], self._class_names, name)
+        if self._sets is not None and "labels" in fields:
+            row = np.atleast_1d(self._sets[index])
+            example["labels"] = row[row >= 0] if row.dtype.kind in "iu" else row
         if self._texts is not None and "text" in fields:
             value = self._texts[index]
             many = isinstance(value, np.ndarray)
@@ -171,6 +176,7 @@ def open_arrays(
     features: str = "",
     id: str = "",
     label: str = "",
+    labels: str = "",
     text: str = "",
     classes: str = "",
 ) -> Arrays:
@@ -179,10 +185,11 @@ def open_arrays(
     Args:
       raw: raw inputs, `eeg` or `eeg:ARRAY`, several separated by commas.
       features: features of modalities, named the same way.
+      labels: array of sets of labels: (n, k) integers filled up with -1, or (n,) or (n, k) strings.
       id, label, text, classes: arrays of ids, labels (integers or names), captions, and the names
         of integer labels; by default those called so (or ids, labels, captions, class_names).
     """
-    options = {"raw": raw, "features": features, "id": id, "label": label}
+    options = {"raw": raw, "features": features, "id": id, "label": label, "labels": labels}
     return OpenedArrays(path, {**options, "text": text, "classes": classes})
 
 
@@ -220,6 +227,8 @@ def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> No
             raise ValueError(f"{where} has no axis of examples; leave it out of the file.")
         if role == "label" and (array.ndim != 1 or kind not in "iubUSO"):
             raise ValueError(f"{where} must hold one integer, or one class name, an example.")
+        if role == "labels" and (array.ndim not in (1, 2) or kind not in "iuUSO"):
+            raise ValueError(f"{where} must hold integers or strings, one or a row an example.")
         if role == "id" and (array.ndim != 1 or kind not in "iuUSO"):
             raise ValueError(
                 f"{where} must hold one integer or string an example; floats lose the last digits "

@@ -32,6 +32,7 @@ _WANTED = {
     "audio": "bytes, a path, or a struct of bytes and path",
     "text": "a string or a list of strings",
     "label": "an integer or a string",
+    "labels": "integers or strings, or lists of them",
     "id": "an integer or a string",
     "raw": "numbers, or lists of numbers of any depth",
     "features": "numbers, or lists of numbers of any depth",
@@ -44,7 +45,7 @@ class Columns:
 
     Attributes:
       fields: "image", "audio", "label" or "id" -> path.
-      text: the columns of captions.
+      text, labels: the columns of captions, and of sets of labels.
       raw, features: name of the field or modality -> path.
       lacks: fields that no example has, with the reason and the way out.
     """
@@ -55,11 +56,13 @@ class Columns:
     features: Mapping[str, str] = field(default_factory=dict)
     class_names: tuple[str, ...] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def tops(self, fields: Collection[str]) -> list[str]:
         """The columns to read for some fields of an example; the id always comes along."""
         paths = [path for name, path in self.fields.items() if name in fields or name == "id"]
         paths += self.text if "text" in fields else ()
+        paths += self.labels if "labels" in fields else ()
         paths += [path for name, path in self.raw.items() if name in fields]
         paths += self.features.values() if "features" in fields else ()
         return list(dict.fromkeys(path[0] for path in map(split_path, paths)))
@@ -67,12 +70,14 @@ class Columns:
     def all_fields(self) -> list[str]:
         """Every field that an example can have."""
         named = [*self.fields, *self.raw]
-        return named + (["text"] if self.text else []) + (["features"] if self.features else [])
+        several = {"text": self.text, "labels": self.labels, "features": self.features}
+        return named + [name for name, columns in several.items() if columns]
 
     def said(self) -> str:
         """All that decides the examples, for fingerprints."""
-        return repr((sorted(self.fields.items()), self.text, sorted(self.raw.items()),
-                     sorted(self.features.items()), self.class_names))  # fmt: skip
+        said = (sorted(self.fields.items()), self.text, sorted(self.raw.items()),
+                sorted(self.features.items()), self.class_names)  # fmt: skip
+        return repr((*said, self.labels) if self.labels else said)
 
 
 def split_path(path: str) -> tuple[str, ...]:
@@ -91,6 +96,9 @@ def choose_columns(schema: pa.Schema, options: ColumnOptions, name: str) -> Colu
     raw, features = parse_names(options.raw, options.features)
     raw = {key: there.find(path, f"raw={key}", "raw") for key, path in raw.items()}
     features = {k: there.find(p, f"features={k}", "features") for k, p in features.items()}
+    labels = tuple(
+        there.find(name, "labels", "labels") for name in options.labels.split(",") if name
+    )
     chosen: dict[str, list[str]] = {}
     lacks: dict[str, str] = {}
     for kind in FIELDS:
@@ -112,7 +120,7 @@ def choose_columns(schema: pa.Schema, options: ColumnOptions, name: str) -> Colu
     if not (text or raw or features or fields.keys() - {"id"}):
         raise there.nothing(lacks)
     names = there.stored.get(fields.get("label", ""), {}).get("names")
-    columns = Columns(fields, text, raw, features, tuple(names) if names else None)
+    columns = Columns(fields, text, raw, features, tuple(names) if names else None, labels=labels)
     return replace(columns, lacks=_missing(columns, lacks, there))
 
 
@@ -247,7 +255,9 @@ def _fits(kind: str, type_: pa.DataType) -> bool:
         return is_bytes(type_) or _is_string(type_) or _is_media(type_)
     if kind == "text":
         return _is_string(type_) or (_is_list(type_) and _is_string(type_.value_type))
-    if kind in ("label", "id"):
+    if kind == "labels" and _is_list(type_):
+        type_ = plain_type(type_.value_type)
+    if kind in ("label", "labels", "id"):
         return (
             pat.is_integer(type_)
             or _is_string(type_)

@@ -72,8 +72,9 @@ class ArrowRows(Source):
     @property
     def taken(self) -> Mapping[str, str]:
         columns = self.columns
-        text = {"text": " and ".join(columns.text)} if columns.text else {}
-        return {**columns.fields, **text, **columns.raw, **columns.features}
+        several = {"text": columns.text, "labels": columns.labels}
+        joined = {name: " and ".join(paths) for name, paths in several.items() if paths}
+        return {**columns.fields, **joined, **columns.raw, **columns.features}
 
     @property
     def lacks(self) -> Mapping[str, str]:
@@ -102,6 +103,8 @@ class ArrowRows(Source):
             example |= _captions([_value(cells, path) for path in columns.text])
         if "label" in fields and "label" in columns.fields:
             example |= self._label(_value(cells, columns.fields["label"]), name)
+        if "labels" in fields and columns.labels:
+            example["labels"] = [_value(cells, path) for path in columns.labels]
         for key, path in columns.raw.items():
             if key in fields:
                 example[key] = raw_value(key, _numbers(cells, path, key, name), name)

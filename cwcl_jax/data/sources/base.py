@@ -3,7 +3,8 @@
 `kind:path?option=value&option=value`, several joined by `::`. A source is a random-access list of
 examples, picklable and without jax. An example is a dict with an "id" and any of "image" (encoded
 bytes or a PIL image), "text" (one caption or a list of them), "audio" (encoded bytes or a pair of
-int16 samples and rate), "label" (an integer) and "features" (name -> vector).
+int16 samples and rate), "label" (an integer), "labels" (several, see `data.label_sets`) and
+"features" (name -> vector).
 """
 
 import difflib
@@ -18,7 +19,7 @@ from urllib.parse import unquote
 import numpy as np
 
 Example = dict[str, Any]
-ALL_FIELDS = ("image", "text", "audio", "label", "features")
+ALL_FIELDS = ("image", "text", "audio", "label", "labels", "features")
 # Options of a source line that every kind takes.
 SHARED_OPTIONS = ("features_from", "weight")
 NO_CLASSES = (

@@ -1,6 +1,8 @@
 """Precomputed embeddings as a source of their own, or beside the examples they were made from."""
 
+import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,23 +14,53 @@ from cwcl_jax.data.sources.base import (
     SourceAround,
     fingerprint_of,
 )
+from cwcl_jax.data.sources.beside import Beside
 from cwcl_jax.data.sources.named import feature_vector
+
+
+def named_place(text: str) -> tuple[str, str]:
+    """Name and path of an entry of `features_from=`, NAME:PATH or PATH alone ("" for its name)."""
+    name, colon, path = text.partition(":")
+    return (name, path) if colon and name.isidentifier() else ("", text)
+
+
+def features_beside(text: str, source: Source) -> Source:
+    """The source with what `features_from=` names: folders, and files of arrays with their names.
+
+    Args:
+      text: PATH or NAME:PATH, several by commas.
+    """
+    folders, files = [], []
+    for entry in text.split(","):
+        name, path = named_place(entry)
+        path = os.path.expanduser(path)
+        if name and (Path(path).is_file() or Path(path).suffix == ".zarr"):
+            files.append((name, path))
+        else:
+            folders.append(f"{name}:{path}" if name else path)
+    if folders:  # innermost: they know the fingerprint of the source itself
+        source = Embedded(source, folders)
+    for name, path in files:
+        source = Beside(source, name, path)
+    return source
 
 
 class Embedded(SourceAround):
     """A source whose examples carry "features"; the towers of the folders need no raw inputs.
 
-    Refuses folders that were made from another source, by its fingerprint.
+    Refuses folders that were made from another source, by its fingerprint. NAME:FOLDER gives them
+    another name than their tower's.
     """
 
     def __init__(self, source: Source, folders: Sequence[str]):
         super().__init__(source)
         self._stores: dict[str, EmbeddingStore] = {}
-        for folder in folders:
+        for text in folders:
+            name, folder = named_place(text)
             store = EmbeddingStore(folder)
             expected = source.fingerprint()
             store.description.require(folder, source=expected, count=len(source))
-            self._stores[store.description.tower] = store
+            self._stores[name or store.description.tower] = store
 
     @property
     def embedded(self) -> Sequence[str]:

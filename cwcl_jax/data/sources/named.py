@@ -14,7 +14,7 @@ from PIL import Image
 from cwcl_jax.data.skipping import BadExample
 
 # Fields of an example that hold something else than an array, whoever makes it.
-_TAKEN = ("id", "text", "audio", "label", "features")
+_TAKEN = ("id", "text", "audio", "label", "labels", "features")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ColumnOptions:
 
     Attributes:
       image, audio, label, id: a column each.
-      text: one, or several by commas.
+      text, labels: one, or several by commas.
       raw, features: columns of numbers, as NAME or NAME:COLUMN.
     """
 
@@ -31,6 +31,7 @@ class ColumnOptions:
     audio: str = ""
     text: str = ""
     label: str = ""
+    labels: str = ""
     id: str = ""
     raw: str = ""
     features: str = ""

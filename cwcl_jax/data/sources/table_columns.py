@@ -27,13 +27,8 @@ def named_fields(
     """
     fields, unclear = {}, {}
     for field, name in asked.items():
-        if name and name not in columns:
-            close = difflib.get_close_matches(name, columns, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"{path} has no column {name!r} (asked for as {field}=).{hint} Its columns: "
-                f"{', '.join(columns)}."
-            )
+        if name:
+            require_column(name, columns, path, field)
         may_be = [column for column in columns if column.lower() in _USUAL_NAMES[field]]
         if field in FILE_FIELDS:
             may_be = [column for column in may_be if _type_of_files(column, rows) in ("", field)]
@@ -61,6 +56,17 @@ def named_fields(
             "image=, text=, audio= or label=."
         )
     return fields, unclear
+
+
+def require_column(name: str, columns: Sequence[str], path: str, option: str) -> None:
+    """Raises ValueError where a table has no column that an option names."""
+    if name not in columns:
+        close = difflib.get_close_matches(name, columns, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{path} has no column {name!r} (asked for as {option}=).{hint} Its columns: "
+            f"{', '.join(columns)}."
+        )
 
 
 def _type_of_files(column: str, rows: Iterable[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import json
 import logging
 import math
 import os
@@ -17,7 +18,12 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import read_bytes, require_text_file
-from cwcl_jax.data.sources.table_columns import FILE_FIELDS, column_hint, named_fields
+from cwcl_jax.data.sources.table_columns import (
+    FILE_FIELDS,
+    column_hint,
+    named_fields,
+    require_column,
+)
 from cwcl_jax.data.sources.texts import captions_of
 from cwcl_jax.files import parse_json
 
@@ -29,6 +35,8 @@ _TYPES_LOOKED_AT = 100
 _FILES_LOOKED_AT, _HEAD_BYTES = 64, 1 << 16
 # Between several captions in one string of a column.
 _NEXT_CAPTION = "\x1e"
+# Under which a row holds the cells of all columns with labels.
+_LABELS = "\x1elabels"
 
 
 class TableSource(Source):
@@ -86,6 +94,8 @@ class TableSource(Source):
                 example[name] = read_bytes(self.locate(value))
             elif name == "label":
                 example[name] = int(value)
+            elif name == "labels":
+                example[name] = json.loads(value)
             else:
                 captions = value.split(_NEXT_CAPTION)
                 example[name] = captions if len(captions) > 1 else value
@@ -209,6 +219,8 @@ def _as_text(value: Any, field: str) -> str | None:
         return join_captions(value) if isinstance(value, list) else value
     if value is None:
         return None
+    if field == "labels":
+        return json.dumps(value)
     # An empty cell is no class.
     return (str(value).strip() or None) if field == "label" else str(value)
 
@@ -235,6 +247,7 @@ def open_delimited(
     text: str = "",
     audio: str = "",
     label: str = "",
+    labels: str = "",
     duration: str = "",
     sep: str = "",
     quoting: str = "auto",
@@ -273,11 +286,22 @@ def open_delimited(
         columns = [name for name in reader.fieldnames or [] if name]
         seen = [] if first is None else [first, *islice(rows, _TYPES_LOOKED_AT)]
         fields, unclear = named_fields(columns, path, seen, options)
-        table = table_of_rows(
-            chain(seen, rows), fields, root or file.parent, hint=column_hint(columns)
-        )
-        table.unclear, table.taken = unclear, fields
-        return table
+        rows = chain(seen, rows)
+        return _table(rows, fields, unclear, labels, columns, path, root or file.parent)
+
+
+def _table(rows, fields, unclear, labels: str, columns, path: str, root: str | Path) -> TableSource:
+    """The table of rows, with the cells of the columns `labels` (by commas) as sets of labels."""
+    taken, named = dict(fields), [name for name in labels.split(",") if name]
+    for name in named:
+        require_column(name, columns, path, "labels")
+    if named:
+        rows = ({**row, _LABELS: [row.get(name) for name in named]} for row in rows)
+        fields = {**fields, "labels": _LABELS}
+        taken["labels"] = " and ".join(named)
+    table = table_of_rows(rows, fields, root, hint=column_hint(columns))
+    table.unclear, table.taken = unclear, taken
+    return table
 
 
 def _checked_rows(reader: csv.DictReader, path: str) -> Iterator[dict[str, str]]:
@@ -308,6 +332,7 @@ def open_jsonl(
     text: str = "",
     audio: str = "",
     label: str = "",
+    labels: str = "",
     duration: str = "",
     root: str = "",
 ) -> TableSource:
@@ -324,9 +349,7 @@ def open_jsonl(
     rows = chain(first, rows)
     if "audio" in fields:
         rows = _whole_recordings(rows, path)
-    table = table_of_rows(rows, fields, root or file.parent, hint=column_hint(columns))
-    table.unclear, table.taken = unclear, fields
-    return table
+    return _table(rows, fields, unclear, labels, columns, path, root or file.parent)
 
 
 def _may_be_quoted(file: Path) -> bool:

@@ -1,0 +1,95 @@
+"""Features out of a file of arrays beside the examples: `features_from=NAME:FILE`."""
+
+import functools
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
+from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
+from cwcl_jax.data.sources.named import feature_vector, usable_rows
+
+_IDS = ("id", "ids")
+
+
+class Beside(SourceAround):
+    """A source whose examples also carry features NAME: row i of a file belongs to example i.
+
+    Args:
+      source: the examples.
+      name: of the features.
+      file: as `arrays:` opens it; with one array, or with one called NAME. Where it also has an
+        array id or ids, these must be the examples'.
+    """
+
+    def __init__(self, source: Source, name: str, file: str):
+        super().__init__(source)
+        self._name, self._file = name, file
+        arrays = load_arrays(Path(file))
+        self._ids = next((arrays[key] for key in _IDS if key in arrays), None)
+        rest = [key for key in arrays if key not in _IDS]
+        if name not in rest and len(rest) != 1:
+            raise ValueError(
+                f"features_from={name}:{file} has the arrays {', '.join(arrays)}, none of which is "
+                f"called {name!r}; call it so, or keep it in a file of its own."
+            )
+        self._rows = arrays[name if name in rest else rest[0]]
+        shape, kind = self._rows.shape, self._rows.dtype.kind
+        if len(shape) < 2 or kind not in "biuf":
+            raise ValueError(
+                f"features_from={name}:{file} holds {self._rows.dtype} of shape {tuple(shape)}; "
+                "features are numbers of shape (examples, width)."
+            )
+        for what, length in (("rows", shape[0]), ("ids", shape[0] if self._ids is None
+                                                  else len(self._ids))):  # fmt: skip
+            if length != len(source):
+                raise ValueError(
+                    f"features_from={name}:{file} has {length} {what}, the source {len(source)} "
+                    "examples: row i must belong to example i."
+                )
+
+    def __reduce__(self):
+        return Beside, (self.source, self._name, self._file)
+
+    @property
+    def embedded(self) -> Sequence[str]:
+        return tuple(dict.fromkeys([*self.source.embedded, self._name]))
+
+    def read(self, index: int, fields: Collection[str]) -> Example:
+        example = self.source.read(index, fields)
+        if "features" in fields:
+            name = str(example["id"])
+            self._check_id(index, name)
+            vector = feature_vector(np.array(self._rows[index]), name)
+            example["features"] = {**(example.get("features") or {}), self._name: vector}
+        return example
+
+    def _check_id(self, index: int, name: str) -> None:
+        if self._ids is None:
+            return
+        known = self._ids[index]
+        known = known.decode("utf-8", "replace") if isinstance(known, bytes) else str(known)
+        if known != name:
+            raise ValueError(
+                f"Row {index} of {self._file} belongs to {known!r}, the source's example is "
+                f"{name!r}: write the rows in the source's order."
+            )
+
+    def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
+        found: dict[str, Any] = dict(self.source.vectors(indices) or {})
+        if not set(found) >= set(self.source.embedded):
+            return None
+        if self._ids is not None:
+            for index in indices:
+                self._check_id(int(index), str(self.source.read(int(index), ())["id"]))
+        rows = np.asarray(take_rows(self._rows, indices), np.float32)
+        return {**found, self._name: rows} if usable_rows(rows) else None
+
+    def fingerprint(self) -> str:
+        return fingerprint_of("beside", self.source.fingerprint(), self._name, self._summary)
+
+    @functools.cached_property
+    def _summary(self) -> list[tuple[object, ...]]:
+        return summaries({self._name: self._rows})
