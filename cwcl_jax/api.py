@@ -373,7 +373,10 @@ def load_clip(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescri
 def load_run(
     workdir: Path, step: int | None = None
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
-    """Definition, leaves and description of a run's model, on the default device."""
+    """Definition, leaves and description of a run's model, on the default device.
+
+    LoRA's additions are in the kernels.
+    """
     from cwcl_jax.training.encode import restore
     from cwcl_jax.training.own_code import code_of
 
@@ -390,4 +393,4 @@ def load_run(
         origin={"run": config.name, "loss": config.loss.name, "step": restored.step}
         | ({"code": code} if code else {}),
     )
-    return blueprint.model_def, restored.params | restored.locked, description
+    return blueprint.model_def.plain, restored.plain, description
