@@ -1,4 +1,4 @@
-"""Training with LoRA: exact gradients, weights of the unadapted tower, resume, export."""
+"""Training with LoRA: exact gradients, weights of the unadapted tower, resume, export, WiSE-FT."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import pytest
 
 from cwcl_jax.api import load_model
 from cwcl_jax.cli import DONE
+from cwcl_jax.config import ConfigError
 from cwcl_jax.export import main
 from cwcl_jax.losses import LossConfig, make_loss
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.encode import load_encoder, restore
+from cwcl_jax.training.encode import Restored, load_encoder, restore
+from cwcl_jax.training.interpolation import interpolated
 from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
 from cwcl_jax.training.state import TrainState, make_blueprint
@@ -197,3 +199,30 @@ def test_an_export_holds_the_sums_and_nothing_else_changed(finished, tmp_path):
     expected |= {"towers/text/head/projection/kernel", "logit_scale"}
     changed = {p for p in old.entries if not np.array_equal(old.read(p), new.read(p))}
     assert changed == expected
+
+
+def test_interpolation_is_the_average_of_start_and_end(finished, tmp_path):
+    start = open_weights(finished / "model.safetensors")
+    end = load_model(finished / "run").leaves
+    command = [f"--source={finished / 'run'}", f"--output={tmp_path}", "--interpolate=0.25"]
+    assert main(command) == DONE
+    between = load_model(tmp_path)
+    assert between.description.origin["interpolate"] == 0.25
+    for path, leaf in between.leaves.items():
+        begun = start.read(path).astype(np.float64)
+        if path == "logit_scale":  # the config's, since `from_weights` is off
+            begun = np.log(toy_config().temperature.initial)
+        average = 0.75 * begun + 0.25 * np.asarray(end[path], np.float64)
+        np.testing.assert_allclose(leaf, average, atol=1e-7, rtol=1e-7, err_msg=path)
+
+
+def test_interpolation_without_a_start_is_refused(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"interpolate=1\.5: 0 is the start"):
+        load_model(finished / "run", interpolate=1.5)
+    main([f"--source={finished / 'run'}", f"--output={tmp_path / 'export'}"])
+    with pytest.raises(ValueError, match="is no workdir of a run"):
+        load_model(tmp_path / "export", interpolate=0.5)
+    blueprint, state, locked = setup()
+    message = r"interpolate=0\.5 .*towers/text/.*random.*towers\.text\.weights='' names no"
+    with pytest.raises(ConfigError, match=message):
+        interpolated(Restored(blueprint, state.params, locked, 1), 0.5)
