@@ -290,7 +290,13 @@ def _is_clip(config: Path) -> bool:
     return isinstance(content, dict) and content.get("model_type") == "clip"
 
 
-def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = False) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    allow_code: bool = False,
+    interpolate: float | None = None,
+) -> Model:
     """Load an exported folder, a run's workdir at a step (by default the latest), or a CLIP.
 
     A CLIP is a folder that transformers' `CLIPModel` was saved in, with its tokenizer.
@@ -300,13 +306,22 @@ def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = 
       step: a checkpoint of a run.
       allow_code: whether modules of the user's that the model names ("module:Class") may be
         imported, which runs their code.
+      interpolate: of a run, a share between 0, the weights that its towers started from, and 1,
+        those it trained (WiSE-FT, arXiv 2109.01903).
 
     Raises:
       PermissionError: the model names such modules, and `allow_code` is False.
       FileNotFoundError: `path` is neither.
-      ValueError: a `step` of an exported folder, or a folder whose files do not fit together.
+      ValueError: a `step` of an exported folder, or a folder whose files do not fit together;
+        `interpolate` where there is no start, or it was random.
     """
     folder = Path(path).expanduser()
+    is_run = (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
+    if interpolate is not None and not is_run:
+        raise ValueError(
+            f"{folder} is no workdir of a run: interpolate={interpolate} needs one, for the "
+            "weights that its towers started from"
+        )
     if (folder / DESCRIPTION).exists():
         if step is not None:
             raise ValueError(
@@ -315,9 +330,9 @@ def load_model(path: str | Path, *, step: int | None = None, allow_code: bool = 
             )
         description, leaves = load_folder(folder, allow_code=allow_code)
         return Model(description.abstract()[0], leaves, description)
-    if (folder / "config.json").exists() and (folder / "checkpoints").is_dir():
+    if is_run:
         check_code_is_allowed(folder / "config.json", allow_code)
-        return Model(*load_run(folder, step))
+        return Model(*load_run(folder, step, interpolate=interpolate))
     if _is_clip(folder / "config.json"):
         return Model(*load_clip(folder))
     found = "does not exist" if not folder.exists() else f"holds neither {DESCRIPTION}"
@@ -373,10 +388,14 @@ def load_clip(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescri
 
 
 def load_run(
-    workdir: Path, step: int | None = None
+    workdir: Path, step: int | None = None, *, interpolate: float | None = None
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
-    """Definition, leaves and description of a run's model, on the default device."""
+    """Definition, leaves and description of a run's model, on the default device.
+
+    LoRA's additions are in the kernels. `interpolate` as in `load_model`.
+    """
     from cwcl_jax.training.encode import restore
+    from cwcl_jax.training.interpolation import interpolated
     from cwcl_jax.training.own_code import code_of
 
     restored = restore(workdir, step, devices=jax.local_devices()[:1], compact=False)
@@ -390,6 +409,8 @@ def load_run(
         logit_bias="logit_bias" in blueprint.abstract,
         inputs={tower: config.data.inputs_of(tower) for tower in config.towers},
         origin={"run": config.name, "loss": config.loss.name, "step": restored.step}
-        | ({"code": code} if code else {}),
+        | ({"code": code} if code else {})
+        | ({"interpolate": interpolate} if interpolate is not None else {}),
     )
-    return blueprint.model_def, restored.params | restored.locked, description
+    leaves = restored.plain if interpolate is None else interpolated(restored, interpolate)
+    return blueprint.model_def.plain, leaves, description

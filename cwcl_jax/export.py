@@ -55,6 +55,8 @@ def _define(parser: ArgumentParser) -> None:
     add("--format", default="safetensors", choices=FORMATS, help="what to write")
     add("--dtype", default="float32", choices=["float32", "float16"], help="numbers of an npz")
     add("--step", type=int, help="checkpoint of the run; default: the latest")
+    between = "share between a run's start weights (0) and its trained ones (1): WiSE-FT"
+    add("--interpolate", type=float, metavar="SHARE", help=between)
     about = "import the modules that an exported folder names, which runs them"
     cli.switch(parser, "allow_code", False, about)
 
@@ -65,7 +67,12 @@ def main(options: Namespace) -> None:
     try:
         # A run's own code is imported as training did; a folder from elsewhere may be a stranger's.
         allowed = options.allow_code or (Path(options.source) / "checkpoints").is_dir()
-        model = load_model(options.source, step=options.step, allow_code=allowed)
+        model = load_model(
+            options.source,
+            step=options.step,
+            allow_code=allowed,
+            interpolate=options.interpolate,
+        )
         export(model, options.output, options.format, dtype=options.dtype)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

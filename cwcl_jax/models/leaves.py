@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
+from cwcl_jax.models.lora import Adapter, effective
+
 Key = tuple[Any, ...]
 
 
@@ -30,6 +32,8 @@ class ModelDef:
       statistics: paths of the leaves that are running statistics.
       constants: paths of the leaves that nothing ever changes.
       random: keys of the random state, and whether each is a key (else a count).
+      adapters: low-rank additions to kernels; their leaves are leaves of the model, but the module
+        gets the sums.
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -37,11 +41,18 @@ class ModelDef:
     statistics: frozenset[str] = frozenset()
     constants: frozenset[str] = frozenset()
     random: tuple[tuple[Key, bool], ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of all leaves, layers in numerical order."""
-        return tuple(map(_path, self.keys))
+        """The paths of all leaves, layers in numerical order, those of adapters last."""
+        added = (path for adapter in self.adapters for path in adapter.paths)
+        return (*map(_path, self.keys), *added)
+
+    @property
+    def plain(self) -> "ModelDef":
+        """The model without adapters."""
+        return dataclasses.replace(self, adapters=())
 
     def merge(self, leaves: Mapping[str, Any], key: jax.Array | None = None) -> Any:
         """Returns the module with these leaves, which may be traced or abstract.
@@ -60,9 +71,8 @@ class ModelDef:
                 f"leaves do not fit the model: missing {missing[:5]} ({len(missing)} in all), "
                 f"unexpected {unexpected[:5]} ({len(unexpected)} in all)"
             )
-        state: dict[Any, Any] = {
-            key: leaves[path] for key, path in zip(self.keys, self.paths, strict=True)
-        }
+        leaves = effective(leaves, self.adapters)
+        state: dict[Any, Any] = {key: leaves[_path(key)] for key in self.keys}
         if self.random:
             first = jax.random.key(0) if key is None else key
             state |= {

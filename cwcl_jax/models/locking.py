@@ -8,12 +8,16 @@ Every leaf gets exactly one decision from its tower's `tune`:
     last:K   the top K blocks, everything after them (final norm, pooling), and the head
     regexes  separated by commas; full matches on paths below the tower, such as
              `encoder/blocks/1[01]/.*,head/.*`
+
+`lora:R` behind one of these and a plus, or alone (for `none+lora:R`), changes nothing here: it adds
+leaves beside kernels that do not train, see `lora`.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 
 from cwcl_jax.models.encoders import fixed_leaves
+from cwcl_jax.models.lora import split_tune
 from cwcl_jax.models.tower import TowerConfig
 
 _TOWER_PATH = re.compile(r"towers/([^/]+)/(.+)")
@@ -48,7 +52,7 @@ def decide(paths: Iterable[str], towers: Mapping[str, TowerConfig]) -> dict[str,
 
 def _trained(names: list[str], tower: TowerConfig) -> set[str]:
     """The trained ones among the paths of one tower."""
-    tune = tower.tune
+    tune, _ = split_tune(tower.tune)
     if tune == "all":
         return set(names) - set(fixed_leaves(tower.encoder))
     if tune == "none":
@@ -65,8 +69,8 @@ def _trained(names: list[str], tower: TowerConfig) -> set[str]:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         if not matched:
             raise ValueError(
-                f"{pattern!r} is none of all, none, head, last:K, and as a regex it matches no "
-                f"leaf below the tower; paths look like {', '.join(names[:3])}"
+                f"{pattern!r} is none of all, none, head, last:K, lora:R, and as a regex it "
+                f"matches no leaf below the tower; paths look like {', '.join(names[:3])}"
             )
         trained |= matched
     return trained

@@ -30,7 +30,13 @@ class TowerConfig:
     weights: str = ""
     """"" trains from scratch; else a file, a folder, a hub id, or "package:NAME"."""
     tune: str = "all"
-    """"all", "none" (locked), "head", "last:K", or regexes of paths separated by commas."""
+    """"all", "none" (locked), "head", "last:K", or regexes of paths separated by commas; "lora:R"
+    adds LoRA of rank R to locked kernels, also beside one of these: "head+lora:R"."""
+    lora_kernels: str = "encoder/.*"
+    """Which kernels "lora:R" adds to: regexes, separated by commas, full matches on paths below the
+    tower, such as `encoder/blocks/.*/(query|value)/kernel`. Those that train get none."""
+    lora_alpha: float = 0.0
+    """The addition is alpha / R times the low-rank product; 0 stands for R, the factor 1."""
     head: str = "linear"
     """"none", "linear" or "mlp"."""
     pooling: str = ""

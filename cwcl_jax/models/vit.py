@@ -46,6 +46,10 @@ class VitConfig:
     activation: str = "gelu_tanh"
     epsilon: float = 1e-6
     dropout: float = 0.0
+    patch_dropout: float = 0.0
+    """Share of the patches that a training step leaves out, others for every picture (FLIP, Li et
+    al. 2023, arXiv 2212.00794). The class token stays; nothing is left out in evaluation, nor where
+    the encoder is locked."""
     pooling: str = "cls"
     """"cls", or "mean" over the patches."""
     class_token: bool = True
@@ -61,6 +65,8 @@ class VitConfig:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout {self.patch_dropout} is a share from 0 to below 1")
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f"pooling of a ViT is 'cls' or 'mean', not {self.pooling!r}")
         if self.pooling == "cls" and not self.class_token:
@@ -135,6 +141,20 @@ class PatchEmbed(nnx.Module):
         return affine(x, kernel, self.bias[...] if self.has_bias else None)
 
 
+def drop_patches(
+    x: Float[Array, "b s d"], share: float, key: jax.Array, *, first: int
+) -> Float[Array, "b t d"]:
+    """Leaves out a share of the tokens behind the `first` ones, drawn for each example.
+
+    At least one is kept. What is drawn depends on the key and the example's place in the batch.
+    """
+    patches = x.shape[1] - first
+    count = max(1, round(patches * (1 - share)))
+    _, chosen = jax.lax.top_k(jax.random.uniform(key, (x.shape[0], patches)), count)
+    kept = jnp.take_along_axis(x, first + chosen[:, :, None], axis=1)
+    return jnp.concatenate([x[:, :first], kept], axis=1)
+
+
 class Vit(nnx.Module):
     """Encoder of images {"pixels": uint8 (b, y, x, 3)}; the range is normalised inside."""
 
@@ -159,8 +179,11 @@ class Vit(nnx.Module):
 
     def embed(
         self, pixels: UInt8[Array, "b y x 3"], key: jax.Array | None = None
-    ) -> Float[Array, "b s d"]:
-        """Patches and class token with their positions added, normalised where the family does."""
+    ) -> Float[Array, "b t d"]:
+        """Patches and class token with their positions added, normalised where the family does.
+
+        With a key and `patch_dropout` some of the patches only.
+        """
         side = self.config.image_size
         if pixels.shape[1:3] != (side, side):
             raise ValueError(
@@ -176,6 +199,10 @@ class Vit(nnx.Module):
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2])), x], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
+        if key is not None and self.config.patch_dropout:
+            # A key of its own: `dropout` below draws from the key itself.
+            own = jax.random.fold_in(key, 1)
+            x = drop_patches(x, self.config.patch_dropout, own, first=int(self.config.class_token))
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
         return dropout(x.astype(self.execution.dtype), self.config.dropout, key)

@@ -22,7 +22,11 @@ from cwcl_jax.weights.failures import WeightsMismatch
 from cwcl_jax.weights.locate import locate
 
 # Only of use in training, and a choice of each run.
-_OF_TRAINING = {"dropout", *(field.name for field in dataclasses.fields(SpeechAugment))}
+_OF_TRAINING = {
+    "dropout",
+    "patch_dropout",
+    *(field.name for field in dataclasses.fields(SpeechAugment)),
+}
 # What changes the numbers and no shape: a difference is an error,
 _UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset")
 # here unless it was asked for by name.

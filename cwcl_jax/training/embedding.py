@@ -29,7 +29,9 @@ from cwcl_jax.training.state import Blueprint, TowerSource
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 
 # Fields of a tower's settings that decide how it computes, but not what.
-_NO_INFLUENCE = ("weights", "tune", "head", "remat", "scan_layers", "attention")
+_NO_INFLUENCE = (
+    "weights", "tune", "lora_kernels", "lora_alpha", "head", "remat", "scan_layers", "attention",
+)  # fmt: skip
 
 
 def folder_description(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from cwcl_jax import compiling
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.modalities.features import only_features
+from cwcl_jax.models.lora import effective
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.options import MeshConfig
@@ -133,6 +134,11 @@ class Restored:
     params: Leaves
     locked: Leaves
     step: int
+
+    @property
+    def plain(self) -> Leaves:
+        """The leaves of the model as `blueprint.model_def.plain` has them, LoRA's sums in place."""
+        return effective({**self.params, **self.locked}, self.blueprint.model_def.adapters)
 
 
 def restore(

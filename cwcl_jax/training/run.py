@@ -181,8 +181,10 @@ def _say_of_weights(blueprint: Blueprint, state: TrainState) -> None:
         say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
     for name, tower in blueprint.config.towers.items():
         leaves = {path for path in blueprint.abstract if path.startswith(f"towers/{name}/")}
-        if leaves and not leaves & blueprint.trained and not tower.weights:
-            say(f"warning: the {name} tower has no weights and does not train: it stays random")
+        trains = leaves & blueprint.trained
+        if leaves and trains <= blueprint.low_rank and not tower.weights:
+            part = "does not train" if not trains else "trains its low-rank additions only"
+            say(f"warning: the {name} tower has no weights and {part}: it stays random")
 
 
 _UNFINISHED_WARMUP = (

@@ -22,6 +22,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
+from cwcl_jax.models.lora import Adapter, find_adapters
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
 from cwcl_jax.pretrained import complete, folder_of, import_tower, logits_of
@@ -105,6 +106,11 @@ class Blueprint:
         changing = {*self.trained, *self.abstract_statistics}
         return {path: leaf for path, leaf in self.abstract.items() if path not in changing}
 
+    @property
+    def low_rank(self) -> frozenset[str]:
+        """Paths of LoRA's leaves; all of them train."""
+        return frozenset(path for x in self.model_def.adapters for path in x.paths)
+
     def optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(
             self.config.optimizer, self.config.total_steps, sorted(self.abstract_params)
@@ -120,10 +126,20 @@ class Blueprint:
 
     def features_are_locked(self, tower: str) -> bool:
         """Whether nothing before the head of this tower trains."""
+        return not self._trained_before_head(tower)
+
+    def is_only_adapted(self, tower: str) -> bool:
+        """Whether LoRA's leaves train before the head of this tower, and nothing else does."""
+        trained = self._trained_before_head(tower)
+        return bool(trained) and trained <= self.low_rank
+
+    def _trained_before_head(self, tower: str) -> set[str]:
         tower = f"towers/{tower}/"
-        return not any(
-            path.startswith(tower) and not path.startswith(tower + "head/") for path in self.trained
-        )
+        return {
+            path
+            for path in self.trained
+            if path.startswith(tower) and not path.startswith(tower + "head/")
+        }
 
 
 def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
@@ -160,7 +176,9 @@ def make_blueprint(
     try:
         model_def, abstract = abstract_split(lambda: build_model(config, nnx.Rngs(0)))
         fixed = model_def.statistics | model_def.constants
-        decisions = decide([path for path in abstract if path not in fixed], config.towers)
+        free = {path: leaf for path, leaf in abstract.items() if path not in fixed}
+        decisions = decide(free, config.towers)
+        adapters = find_adapters(free, {p for p, x in decisions.items() if x}, config.towers)
     except ValueError as error:
         raise ConfigError(f"config.towers: {error}") from error
     trained = frozenset(
@@ -168,6 +186,12 @@ def make_blueprint(
         for path, is_trained in decisions.items()
         if is_trained and (config.temperature.trained or path != "logit_scale")
     )
+    _refuse_statistics(model_def, adapters)
+    added = {path: leaf for x in adapters for path, leaf in x.shapes().items()}
+    model_def = dataclasses.replace(model_def, adapters=adapters)
+    trained, abstract = trained | set(added), abstract | added
+    # A sum of a kernel and its addition is rounded once: such kernels stay as they are.
+    kept = trained | {adapter.kernel for adapter in adapters}
     if not any(path.startswith("towers/") for path in trained):
         raise ConfigError("no leaf of either tower trains; set config.towers.<modality>.tune")
     try:
@@ -175,10 +199,22 @@ def make_blueprint(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     abstract = {
-        path: _locked_storage(leaf, config, path) if compact and path not in trained else leaf
+        path: _locked_storage(leaf, config, path) if compact and path not in kept else leaf
         for path, leaf in abstract.items()
     }
     return Blueprint(config, mesh, model_def, _with_shardings(mesh, abstract), trained)
+
+
+def _refuse_statistics(model_def: ModelDef, adapters: Sequence[Adapter]) -> None:
+    """Raises ConfigError for LoRA in an encoder whose running statistics would train with it."""
+    for adapter in adapters:
+        encoder = "/".join(adapter.kernel.split("/")[:3]) + "/"
+        moving = [path for path in sorted(model_def.statistics) if path.startswith(encoder)]
+        if moving and encoder.endswith("/encoder/"):
+            raise ConfigError(
+                f"LoRA in {encoder[:-1]} would change its running statistics too ({moving[0]}), "
+                "which belong to the locked encoder: set tune='head', or 'all' without LoRA"
+            )
 
 
 def _with_sizes_of_files(config: ExperimentConfig) -> ExperimentConfig:
@@ -254,6 +290,7 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
     def put(path: str, value: np.ndarray) -> jax.Array:
         return sharding.put_leaf(blueprint.mesh, value.astype(blueprint.abstract[path].dtype))
 
+    own = {path: blueprint.abstract[path] for path in blueprint.model_def.plain.paths}
     imported: Leaves = {}
     sources = {}
     for modality, tower in blueprint.config.towers.items():
@@ -261,7 +298,7 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
             sources[modality] = TowerSource("initialised", "")
             continue
         with _weights_errors(modality, tower):
-            result = import_tower(tower, modality, blueprint.abstract, put=put)
+            result = import_tower(tower, modality, own, put=put)
         _check_inputs_of_files(blueprint.config, modality)
         imported |= result.leaves
         sources[modality] = TowerSource(result.source, result.sha256, result.initialised)
@@ -287,7 +324,8 @@ def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str
             f"{tower}.weights={blueprint.config.towers[modality].weights!r} holds nothing for "
             f"{', '.join(left[:3])}, which would stay random: nothing of it trains with "
             f"tune={blueprint.config.towers[modality].tune!r}. Set {tower}.head='none' for the "
-            f"encoder's own features, or {tower}.tune='head' to train a head above it"
+            f"encoder's own features, or {tower}.tune='head' (with LoRA 'head+lora:R') to train a "
+            "head above it"
         )
 
 
@@ -317,6 +355,8 @@ def _initialise_leaves(blueprint: Blueprint, paths: list[str]) -> Leaves:
 
     def values(key: jax.Array) -> Leaves:
         _, leaves = split(build_model(config, nnx.Rngs(key)))
+        for adapter in blueprint.model_def.adapters:
+            leaves |= adapter.initial(key)
         return {path: leaves[path].astype(dtypes[path]) for path in paths}
 
     shardings = {path: blueprint.abstract[path].sharding for path in paths}

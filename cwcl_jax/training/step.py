@@ -125,10 +125,13 @@ class GradientFunction:
         self._guided = bool(config.data.guide)
         # Features of V are handed over only where the loss may read them.
         self._with_q = self._frame.needs_q or is_own(config.loss.name)
+        given = {} if self._guided else {_P: self._u}
+        given |= {_Q: self._v} if self._with_q else {}
+        # A locked encoder gives the weights, and with LoRA it gives those that it gave without.
+        self._unadapted = {x: m for x, m in given.items() if blueprint.is_only_adapted(m)}
         if not self._frame.detach_weights:
-            given = {} if self._guided else {_P: self._u}
-            given |= {_Q: self._v} if self._with_q else {}
-            self._tuned += [x for x, m in given.items() if m not in self._locked_encoders]
+            fixed = {*self._locked_encoders, *self._unadapted.values()}
+            self._tuned += [x for x, m in given.items() if m not in fixed]
         self._key = jax.random.key(config.seed)
 
     def __call__(
@@ -220,14 +223,19 @@ class GradientFunction:
     def _locked_features(
         self, params: Leaves, locked: Leaves, inputs: Batch
     ) -> dict[str, jax.Array]:
-        """Features of the towers whose encoder does not train: deterministic, no gradient."""
-        if not self._locked_encoders:
+        """Features of the towers whose encoder does not train: deterministic, no gradient.
+
+        Those of encoders with LoRA as they are without it, where weights are made of them, too.
+        """
+        if not self._locked_encoders and not self._unadapted:
             return {}
         leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
-        model = self._blueprint.model_def.merge(leaves)
+        definition = self._blueprint.model_def.plain
+        model = definition.merge({path: leaves[path] for path in definition.paths})
+        wanted = {tower: tower for tower in self._locked_encoders} | self._unadapted
         return {
-            tower: jax.lax.stop_gradient(model.towers[tower].features(inputs[tower]))
-            for tower in self._locked_encoders
+            name: jax.lax.stop_gradient(model.towers[tower].features(inputs[tower]))
+            for name, tower in wanted.items()
         }
 
     def _embed(
@@ -242,16 +250,16 @@ class GradientFunction:
         leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
         definition = self._blueprint.model_def
         model = definition.merge(leaves, key)
-        features = dict(locked_features)
+        features = {x: locked_features[x] for x in self._locked_encoders}
         for number, tower in enumerate((self._u, self._v)):
             if tower not in features:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
                 features[tower] = model.towers[tower].features(inputs[tower], rngs=rngs)
         embeds = {tower: model.towers[tower].project(features[tower]) for tower in features}
         if not self._guided:
-            embeds[_P] = self._for_weights(features[self._u])
+            embeds[_P] = self._for_weights(locked_features.get(_P, features[self._u]))
         if self._with_q:
-            embeds[_Q] = self._for_weights(features[self._v])
+            embeds[_Q] = self._for_weights(locked_features.get(_Q, features[self._v]))
         return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
 
     def _for_weights(self, features: jax.Array) -> jax.Array:

@@ -1,0 +1,181 @@
+"""LoRA: a locked kernel W and a trained addition of low rank, W + (alpha / R) A B.
+
+Hu et al. 2021, arXiv 2106.09685. `A` is drawn as a kernel is, `B` is zero, so that a tower starts
+as what it was before. No encoder knows of it: `ModelDef.merge` puts the sums in the kernels' place
+before a module is made, and an exported model holds the sums.
+
+A kernel `.../query/kernel` of shape (in, out) gets the leaves `.../query/lora_a/kernel`, (in, R),
+and `.../query/lora_b/kernel`, (R, out). All axes before the last count as inputs, but for the
+layers' axis of stacked blocks, which both leaves keep in front.
+"""
+
+import dataclasses
+import math
+import re
+import zlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cwcl_jax.models.tower import TowerConfig
+
+_TUNE = re.compile(r"(?:(.+)\+)?lora:(.*)")
+_STACKED = re.compile(r"towers/[^/]+/encoder/blocks/[a-z].*")
+_NUMBER = re.compile(r"(?<=/)\d+(?=/)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The two low-rank leaves of one kernel.
+
+    Attributes:
+      kernel: its path.
+      shape: its shape.
+      rank: R.
+      scale: alpha / R.
+      layers: number of stacked layers, the kernel's first axis; 0 for a kernel of one layer.
+    """
+
+    kernel: str
+    shape: tuple[int, ...]
+    rank: int
+    scale: float
+    layers: int = 0
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Paths of A and B."""
+        place = self.kernel.removesuffix("/kernel")
+        return f"{place}/lora_a/kernel", f"{place}/lora_b/kernel"
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Inputs and outputs of the kernel as a matrix."""
+        return math.prod(self.shape[bool(self.layers) : -1]), self.shape[-1]
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The leaves' shapes by path; float32."""
+        inputs, outputs = self.sizes
+        front = self.shape[: bool(self.layers)]
+        sizes = ((*front, inputs, self.rank), (*front, self.rank, outputs))
+        return {
+            path: jax.ShapeDtypeStruct(size, jnp.float32)
+            for path, size in zip(self.paths, sizes, strict=True)
+        }
+
+    def initial(self, key: jax.Array) -> dict[str, jax.Array]:
+        """A normal with variance 1 / inputs, B zero. The key is folded with the kernel's path."""
+        (a, b), (shape, _) = self.paths, self.sizes
+        shapes = self.shapes()
+        own = jax.random.fold_in(key, zlib.crc32(self.kernel.encode()))
+        values = jax.random.normal(own, shapes[a].shape) * shape**-0.5
+        return {a: values, b: jnp.zeros(shapes[b].shape)}
+
+    def applied(self, kernel: Any, a: Any, b: Any) -> Any:
+        """The kernel with the addition, in the kernel's type; of shapes alone, the kernel's shape.
+
+        The product is float32 whatever the tower computes in: it costs little, and the sum is the
+        same number in training and in an export.
+        """
+        if isinstance(kernel, jax.ShapeDtypeStruct):
+            return kernel
+        product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        change = self.scale * product.reshape(self.shape)
+        return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+
+
+def effective(leaves: Mapping[str, Any], adapters: Collection[Adapter]) -> dict[str, Any]:
+    """Leaves of the plain model: adapted kernels are the sums, low-rank leaves are gone."""
+    result = dict(leaves)
+    for adapter in adapters:
+        a, b = (result.pop(path) for path in adapter.paths)
+        result[adapter.kernel] = adapter.applied(result[adapter.kernel], a, b)
+    return result
+
+
+def split_tune(tune: str) -> tuple[str, str]:
+    """What of `tune` decides about the tower's own leaves, and R; "" where there is no LoRA."""
+    match = _TUNE.fullmatch(tune)
+    return (match[1] or "none", match[2]) if match else (tune, "")
+
+
+def find_adapters(
+    leaves: Mapping[str, Any], trained: Collection[str], towers: Mapping[str, TowerConfig]
+) -> tuple[Adapter, ...]:
+    """The adapters that the towers ask for.
+
+    Args:
+      leaves: shapes of the leaves that could train, by path.
+      trained: paths of those that do; a kernel among them gets no addition.
+
+    Raises:
+      ValueError: the rank is no number or too large, an expression matches no kernel, or only
+        such as train anyway; or a setting of LoRA stands where there is none.
+    """
+    found = []
+    for name, tower in towers.items():
+        kernels = {
+            path.removeprefix(f"towers/{name}/"): path
+            for path, leaf in leaves.items()
+            if path.startswith(f"towers/{name}/") and path.endswith("/kernel") and leaf.ndim > 1
+        }
+        try:
+            matched = [kernels[below] for below in _matched(list(kernels), tower)]
+            locked = [path for path in matched if path not in trained]
+            if matched and not locked:
+                raise ValueError(
+                    f"tune={tower.tune!r}: every kernel that lora_kernels={tower.lora_kernels!r} "
+                    "matches trains as a whole, and needs no addition"
+                )
+            found += [_adapter(path, leaves[path].shape, tower) for path in locked]
+        except ValueError as error:
+            raise ValueError(f"towers.{name}: {error}") from error
+    return tuple(found)
+
+
+def _matched(kernels: list[str], tower: TowerConfig) -> list[str]:
+    """The kernels, by path below the tower, that its settings ask LoRA for."""
+    if not split_tune(tower.tune)[1]:
+        if _TUNE.fullmatch(tower.tune):
+            raise ValueError(f"tune={tower.tune!r}: the R of lora:R is missing")
+        default = TowerConfig(tower.encoder)
+        for field in ("lora_kernels", "lora_alpha"):
+            if getattr(tower, field) != getattr(default, field):
+                raise ValueError(
+                    f"{field}={getattr(tower, field)!r} is of no use with tune={tower.tune!r}: "
+                    "set tune='lora:R', with the rank R"
+                )
+        return []
+    matched = set()
+    for pattern in (part.strip() for part in tower.lora_kernels.split(",")):
+        try:
+            hits = [name for name in kernels if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise ValueError(
+                f"lora_kernels: {pattern!r} is not a regular expression: {error}"
+            ) from error
+        if not hits:
+            known = dict.fromkeys(_NUMBER.sub("N", name) for name in kernels)
+            raise ValueError(
+                f"lora_kernels: {pattern!r} matches no kernel; there are "
+                f"{', '.join(known) or 'none'}"
+            )
+        matched.update(hits)
+    return [name for name in kernels if name in matched]
+
+
+def _adapter(path: str, shape: tuple[int, ...], tower: TowerConfig) -> Adapter:
+    text = split_tune(tower.tune)[1]
+    if tower.lora_alpha < 0:
+        raise ValueError(f"lora_alpha={tower.lora_alpha} must be at least 0")
+    rank = int(text) if text.isdecimal() else 0
+    layers = shape[0] if _STACKED.fullmatch(path) and len(shape) > 2 else 0
+    adapter = Adapter(path, tuple(shape), rank, (tower.lora_alpha or rank) / max(rank, 1), layers)
+    if not 1 <= rank <= min(adapter.sizes):
+        raise ValueError(
+            f"tune={tower.tune!r}: the rank is a number from 1 to {min(adapter.sizes)}, the "
+            f"smaller side of {path}"
+        )
+    return adapter
