@@ -54,7 +54,9 @@ def _define(parser: ArgumentParser) -> None:
     add("--output", required=True, type=Path, help="folder to write; a file for npz")
     add("--format", default="safetensors", choices=FORMATS, help="what to write")
     add("--dtype", default="float32", choices=["float32", "float16"], help="numbers of an npz")
-    add("--step", type=int, help="checkpoint of the run; default: the latest")
+    add("--step", type=cli.step, help="checkpoint of the run, or best; default: the latest")
+    about = "of the run: as trained, or their moving averages"
+    add("--weights", default="trained", choices=["trained", "ema"], help=about)
     about = "import the modules that an exported folder names, which runs them"
     cli.switch(parser, "allow_code", False, about)
 
@@ -65,7 +67,9 @@ def main(options: Namespace) -> None:
     try:
         # A run's own code is imported as training did; a folder from elsewhere may be a stranger's.
         allowed = options.allow_code or (Path(options.source) / "checkpoints").is_dir()
-        model = load_model(options.source, step=options.step, allow_code=allowed)
+        model = load_model(
+            options.source, step=options.step, weights=options.weights, allow_code=allowed
+        )
         export(model, options.output, options.format, dtype=options.dtype)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error

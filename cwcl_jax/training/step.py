@@ -23,7 +23,7 @@ from flax import nnx
 
 from cwcl_jax.losses import make_loss
 from cwcl_jax.losses.options import Frame, is_own, resolve
-from cwcl_jax.training import sharding
+from cwcl_jax.training import ema, health, sharding
 from cwcl_jax.training.optimizer import make_schedule
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState
 
@@ -87,9 +87,12 @@ class TrainStep:
         metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
+            **health.of_gradients(gradients),
+            **health.of_scale(params, self._blueprint.config.temperature.maximum),
         }
         statistics = {path: statistics[path] for path in state.statistics}
-        return TrainState(state.step + 1, params, opt_state, statistics), metrics
+        averages = ema.updated(self._blueprint.config.optimizer, state.ema, params, state.step)
+        return TrainState(state.step + 1, params, opt_state, statistics, averages), metrics
 
     def _clamp(self, params: Any) -> Leaves:
         maximum = self._blueprint.config.temperature.maximum
@@ -209,6 +212,33 @@ class GradientFunction:
         gradients, _ = jax.lax.scan(pull_back, zeros, (chunked, features, keys, cotangents))
         return {**gradients, **from_scalars}, metrics, statistics
 
+    def held_out(
+        self, leaves: Leaves, batch: Batch, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], Metrics]:
+        """Embeds by tower, and the loss with its diagnostics, of a batch that trains nothing.
+
+        Args:
+          leaves: all leaves of the model.
+          batch: as for `__call__`, of the same size.
+          step: of which the loss's schedule is taken.
+        """
+        mesh, chunks = self._blueprint.mesh, self._blueprint.config.accumulation_steps
+        inputs = {tower: batch[tower] for tower in (self._u, self._v)}
+
+        def embed(inputs: Batch) -> dict[str, jax.Array]:
+            model = self._blueprint.model_def.merge(sharding.whole(mesh, leaves))
+            towers = {tower: model.towers[tower].features(inputs[tower]) for tower in inputs}
+            return self._projected(model, towers)
+
+        if chunks == 1:
+            embeds = embed(inputs)
+        else:
+            embeds = join_chunks(mesh, jax.lax.map(embed, split_chunks(mesh, inputs, chunks)))
+        progress = step / self._blueprint.config.total_steps
+        context = {"labels": batch.get("label"), "progress": progress}
+        loss, metrics = self._loss_of(leaves, embeds, context)
+        return embeds, {"loss": loss} | metrics
+
     def _locked_features(
         self, params: Leaves, locked: Leaves, inputs: Batch
     ) -> dict[str, jax.Array]:
@@ -239,11 +269,15 @@ class GradientFunction:
             if tower not in features:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
                 features[tower] = model.towers[tower].features(inputs[tower], rngs=rngs)
+        embeds = self._projected(model, features)
+        return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
+
+    def _projected(self, model: Any, features: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         embeds = {tower: model.towers[tower].project(features[tower]) for tower in features}
         embeds[_P] = self._for_weights(features[self._u])
         if self._with_q:
             embeds[_Q] = self._for_weights(features[self._v])
-        return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
+        return embeds
 
     def _for_weights(self, features: jax.Array) -> jax.Array:
         """Features as the loss makes weights of them: distances go by their lengths too."""
@@ -253,7 +287,7 @@ class GradientFunction:
     def _loss_of(
         self, leaves: Leaves, embeds: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, Metrics]:
-        return self._loss(
+        loss, metrics = self._loss(
             embeds[self._u],
             embeds[self._v],
             embeds[_P],
@@ -263,6 +297,9 @@ class GradientFunction:
             labels=context["labels"],
             progress=context["progress"],
         )
+        if self._frame.config.diagnostics:
+            metrics = metrics | health.of_embeds({x: embeds[x] for x in (self._u, self._v)})
+        return loss, metrics
 
 
 def normalise(features: jax.Array) -> jax.Array:
