@@ -129,8 +129,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             check_own_loss(blueprint)
             if validation is not None and best.kind == VALIDATION:
                 best.require(validation.names(), VALIDATION)
-            facts = _facts(config, batches, start) | {"all data": json.dumps(data, default=str)}
-            check_agreement(facts, config.distributed.barrier_timeout)
+            check_agreement(_facts(config, data, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             start = int(state.step)
             best = _best_of(config, checkpoints, start)
@@ -186,6 +185,8 @@ def _best_of(config: ExperimentConfig, checkpoints: Checkpoints, start: int) -> 
         )
     best = Best(config.checkpoint, saved)
     checkpoints.keep(best.step)
+    if best.step is not None and best.step not in checkpoints.steps:
+        say(f"warning: the best step so far, {best.told()}, is not kept any more")
     return best
 
 
@@ -261,14 +262,14 @@ _UNFINISHED_WARMUP = (
 )
 
 
-def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, str]:
+def _facts(config: ExperimentConfig, data: Mapping[str, Any], start: int) -> dict[str, str]:
     """What all processes must have in common."""
     return {
         "settings": _common_settings(config),
         "code": code_version(),
         "packages": json.dumps(environment()["packages"]),
         "compiler flags": compiler_flags(os.environ),
-        "training data": json.dumps(batches.fingerprint(), sort_keys=True, default=str),
+        "training data": json.dumps(data, sort_keys=True, default=str),
         "first step": str(start),
     }
 
