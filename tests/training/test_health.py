@@ -100,6 +100,7 @@ LONG = {"total_steps": 24, "evaluation.tasks": {}, "checkpoint.every_steps": 0}
 def test_a_run_at_chance_and_at_its_clamp_is_told_with_the_remedies(tmp_path, capsys):
     """Compiles a run: that the step's own numbers reach the warning, and the validation the log."""
     stuck = {"temperature.initial": 0.01, "temperature.maximum": 0.01}
+    stuck |= {"optimizer.multipliers": ("logit_scale=0",)}  # or it would turn back from the clamp
     changes = {"data.train": "scenes:train?n=400", "data.validation_share": 0.1}
     changes |= {"data.validation_every_steps": 16, "data.validation_batches": 1}
     assert train(toy_config(**LONG, **stuck, **changes), tmp_path) == DONE
