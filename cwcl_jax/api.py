@@ -293,7 +293,8 @@ def _is_clip(config: Path) -> bool:
 def load_model(
     path: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
+    weights: str = "trained",
     allow_code: bool = False,
     interpolate: float | None = None,
 ) -> Model:
@@ -303,7 +304,8 @@ def load_model(
 
     Args:
       path: the folder.
-      step: a checkpoint of a run.
+      step: a checkpoint of a run, or "best" for the one that its `checkpoint.best` kept.
+      weights: "trained", or "ema" for a run's moving averages of them.
       allow_code: whether modules of the user's that the model names ("module:Class") may be
         imported, which runs their code.
       interpolate: of a run, a share between 0, the weights that its towers started from, and 1,
@@ -323,16 +325,17 @@ def load_model(
             "weights that its towers started from"
         )
     if (folder / DESCRIPTION).exists():
-        if step is not None:
+        if step is not None or weights != "trained":
+            given = f"step={step}" if step is not None else f"weights={weights}"
             raise ValueError(
-                f"{folder} is an exported model, which has one step: leave out step={step}, or "
-                "give the workdir of the run"
+                f"{folder} is an exported model, which has one step: leave out {given}, or give "
+                "the workdir of the run"
             )
         description, leaves = load_folder(folder, allow_code=allow_code)
         return Model(description.abstract()[0], leaves, description)
     if is_run:
         check_code_is_allowed(folder / "config.json", allow_code)
-        return Model(*load_run(folder, step, interpolate=interpolate))
+        return Model(*load_run(folder, step, weights, interpolate=interpolate))
     if _is_clip(folder / "config.json"):
         return Model(*load_clip(folder))
     found = "does not exist" if not folder.exists() else f"holds neither {DESCRIPTION}"
@@ -388,7 +391,11 @@ def load_clip(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescri
 
 
 def load_run(
-    workdir: Path, step: int | None = None, *, interpolate: float | None = None
+    workdir: Path,
+    step: int | str | None = None,
+    weights: str = "trained",
+    *,
+    interpolate: float | None = None,
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
     """Definition, leaves and description of a run's model, on the default device.
 
@@ -398,7 +405,8 @@ def load_run(
     from cwcl_jax.training.interpolation import interpolated
     from cwcl_jax.training.own_code import code_of
 
-    restored = restore(workdir, step, devices=jax.local_devices()[:1], compact=False)
+    one = jax.local_devices()[:1]
+    restored = restore(workdir, step, weights=weights, devices=one, compact=False)
     blueprint = restored.blueprint
     config = blueprint.config
     code = code_of(config, ("towers",))["towers"]
@@ -409,6 +417,7 @@ def load_run(
         logit_bias="logit_bias" in blueprint.abstract,
         inputs={tower: config.data.inputs_of(tower) for tower in config.towers},
         origin={"run": config.name, "loss": config.loss.name, "step": restored.step}
+        | ({"weights": weights} if weights != "trained" else {})
         | ({"code": code} if code else {})
         | ({"interpolate": interpolate} if interpolate is not None else {}),
     )

@@ -331,6 +331,16 @@ def counts(text: str) -> list[int]:
     return [int(number) for number in found]
 
 
+def step(text: str) -> int | str:
+    """A type of options: a checkpoint's number, or "best"."""
+    if text == "best":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no step: a number, or 'best'") from None
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A whole number from `least` on."""
 

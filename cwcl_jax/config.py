@@ -140,6 +140,7 @@ def check(config: ExperimentConfig) -> None:
                 f"experiment's, got {tower.dtype!r}"
             )
     profiled_steps(config)
+    _check_best(config)
     for path, name in (
         ("config", config.precision),
         *((f"config.towers.{m}", t.precision) for m, t in config.towers.items() if t.precision),
@@ -148,6 +149,23 @@ def check(config: ExperimentConfig) -> None:
             require_precision(name)
         except ValueError as error:
             raise ConfigError(f"{path}.precision: {error}") from error
+
+
+def _check_best(config: ExperimentConfig) -> None:
+    """Raises ConfigError where the number that decides on the best step is never measured."""
+    name = config.checkpoint.best.rpartition(":")[0]
+    kind, _, rest = name.partition("/")
+    missing = ""
+    if kind in ("validation", "validation_ema") and not config.data.validates:
+        missing = "config.data.validation or config.data.validation_share"
+    elif kind == "validation_ema" and not config.optimizer.ema_decay:
+        missing = "config.optimizer.ema_decay"
+    elif kind == "evaluation" and rest.partition("/")[0] not in config.evaluation.tasks:
+        missing = f"one of the tasks {list(config.evaluation.tasks)} in its name"
+    elif kind == "evaluation" and not config.evaluation.every_steps:
+        missing = "config.evaluation.every_steps"
+    if missing:
+        raise ConfigError(f"config.checkpoint.best={config.checkpoint.best} needs {missing}")
 
 
 def profiled_steps(config: ExperimentConfig) -> tuple[int, int] | None:

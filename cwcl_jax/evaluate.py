@@ -35,7 +35,8 @@ class Options:
 
     workdir: str = ""
     config: ExperimentConfig | None = None
-    step: int | None = None
+    step: int | str | None = None
+    weights: str = "trained"
     tasks: str = ""
     output: str = ""
     compare: str = ""
@@ -58,7 +59,10 @@ def _define(parser: ArgumentParser) -> None:
     }
     for name, text in about.items():
         parser.add_argument(f"--{name}", default=getattr(Options, name), help=text)
-    parser.add_argument("--step", type=int, help="checkpoint to evaluate; default: the latest")
+    about = "checkpoint to evaluate, or best; default: the latest"
+    parser.add_argument("--step", type=cli.step, help=about)
+    about = "of the run: as trained, or their moving averages"
+    parser.add_argument("--weights", default="trained", choices=["trained", "ema"], help=about)
 
 
 @cli.command(_define, config=True)
@@ -104,6 +108,10 @@ def _check(options: Options) -> None:
         raise ConfigError("give either --workdir=RUN or --config=FILE of an imported model")
     if options.audio and options.image:
         raise ConfigError("give --audio or --image, not both")
+    if options.config is not None and (options.step is not None or options.weights != "trained"):
+        raise ConfigError(
+            "--step and --weights belong to --workdir: an imported model has one step"
+        )
     if (options.audio or options.image) and not options.classes:
         raise ConfigError('--audio and --image need --classes="first,second,..."')
     if options.audio or options.image:
@@ -150,7 +158,8 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
 
     if options.config is None:
         workdir = Path(options.workdir)
-        return *load_encoder(workdir, options.step), tower_sources(workdir)
+        loaded = load_encoder(workdir, options.step, weights=options.weights)
+        return *loaded, tower_sources(workdir)
     encoder, sources = imported_encoder(options.config)
     for modality, source in sources.items():
         print(f"{modality} tower: {source.source}")
@@ -219,7 +228,8 @@ def _write(
     baselines = config.evaluation.robustness_baselines
     name = Path(options.workdir).resolve().name if options.workdir else f"{config.name}-imported"
     folder = Path(options.output or (Path(options.workdir or f"runs/{name}") / "evaluation"))
-    weights = f"step {step}" if options.workdir else "imported"
+    averages = " (ema)" if options.weights == "ema" else ""
+    weights = f"step {step}{averages}" if options.workdir else "imported"
     files = write_report(results, folder, model=name, pretrained=weights, baselines_file=baselines)
     print(terminal_report(results, baselines_file=baselines))
     if others:

@@ -54,7 +54,9 @@ def _define(parser: ArgumentParser) -> None:
     add("--output", required=True, type=Path, help="folder to write; a file for npz")
     add("--format", default="safetensors", choices=FORMATS, help="what to write")
     add("--dtype", default="float32", choices=["float32", "float16"], help="numbers of an npz")
-    add("--step", type=int, help="checkpoint of the run; default: the latest")
+    add("--step", type=cli.step, help="checkpoint of the run, or best; default: the latest")
+    about = "of the run: as trained, or their moving averages"
+    add("--weights", default="trained", choices=["trained", "ema"], help=about)
     between = "share between a run's start weights (0) and its trained ones (1): WiSE-FT"
     add("--interpolate", type=float, metavar="SHARE", help=between)
     about = "import the modules that an exported folder names, which runs them"
@@ -70,6 +72,7 @@ def main(options: Namespace) -> None:
         model = load_model(
             options.source,
             step=options.step,
+            weights=options.weights,
             allow_code=allowed,
             interpolate=options.interpolate,
         )

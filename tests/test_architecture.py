@@ -11,7 +11,7 @@ _LIBRARY = {
     "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
     "training", "precision",
 }  # fmt: skip
-_BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "draws", "skipping", "installed")}
+_BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "cuts", "draws", "skipping", "installed")}
 # What each part, a folder or a module beside them, may import of the package besides itself.
 ALLOWED = {
     "files": set(),

@@ -57,6 +57,13 @@ class DataConfig:
     # Training is refused when a larger share of a sample of the data is cut on its way to a tower,
     # at max_tokens or max_seconds, or spelt in letters by the package's own tokenizer.
     max_cut_share: float = 0.5
+    # A source line whose loss is measured during training; or a seeded share of `train` that is
+    # held out of training for it.
+    validation: str = ""
+    validation_share: float = 0.0
+    # Interval of this measure, and how many global batches it takes, always the same ones.
+    validation_every_steps: int = 100
+    validation_batches: int = 8
 
     def __post_init__(self):
         if self.labels not in ("", "class", "text", "sets"):
@@ -69,7 +76,18 @@ class DataConfig:
             max_skipped_share=(0, 1),
             max_cut_share=(0, 1),
             max_labels=(1, ENDLESS),
+            validation_every_steps=(1, ENDLESS),
+            validation_batches=(1, ENDLESS),
         )
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1).")
+        if self.validation and self.validation_share:
+            raise ValueError("validation and validation_share exclude each other: unset one.")
+
+    @property
+    def validates(self) -> bool:
+        """Whether a held-out loss is measured."""
+        return bool(self.validation or self.validation_share)
 
     def inputs_of(self, tower: str) -> Modality:
         """Returns how the inputs of a tower are made.

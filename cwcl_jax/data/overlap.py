@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Source
+from cwcl_jax.data.sources.base import Example, Source
 
 # Reading an id may cost a row of a file: some of the ids tell of an overlap that is large.
 _LOOKED_FOR, _SEARCHED = 512, 20_000
@@ -58,6 +58,11 @@ def _same(train: Source, other: Source, pair: tuple[int, int], fields: Collectio
         one, two = train.read(pair[0], fields), other.read(pair[1], fields)
     except BadExample:
         return False
+    return same_content(one, two, fields)
+
+
+def same_content(one: Example, two: Example, fields: Collection[str]) -> bool:
+    """Whether two examples are equal in those of the fields that both have, at least one."""
     present = [field for field in fields if field in one and field in two]
     return bool(present) and all(_equal(one[field], two[field]) for field in present)
 

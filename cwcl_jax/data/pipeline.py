@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.buckets import BucketedOrder
+from cwcl_jax.data.cuts import counting_cuts
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig, features_name
 from cwcl_jax.data.order import GlobalOrder
@@ -44,7 +45,14 @@ class TrainBatches:
         process_index: int = 0,
         process_count: int = 1,
         source: Source | None = None,
+        random: bool = True,
     ):
+        """Makes the iterator, at step 0; no file of examples is read yet.
+
+        Args:
+          random: whether inputs are drawn as for training (crops, one of several captions); without
+            they are as in an evaluation.
+        """
         if global_batch_size % process_count:
             raise ValueError(
                 f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
@@ -57,6 +65,7 @@ class TrainBatches:
         length = len(self.source)
         self._processor = Processor(config, towers, self.source.embedded)
         self._seed = seed
+        self._random = random
         self._global_size = global_batch_size
         self._local_size = global_batch_size // process_count
         self._first_row = process_index * self._local_size
@@ -156,7 +165,8 @@ class TrainBatches:
             for position, index in zip(positions, indices, strict=True)
         ]
         self._counter.add_read(len(loaded))
-        self._processor.finish([inputs for _, inputs in loaded])
+        with counting_cuts(self._counter.add_cut):
+            self._processor.finish([inputs for _, inputs in loaded])
         return collect([inputs | {"index": np.int64(index)} for index, inputs in loaded])
 
     def _load_vectors(self, indices: np.ndarray) -> Batch | None:
@@ -183,7 +193,7 @@ class TrainBatches:
                 example = self.source.read(index, fields)
                 name = f"{name} ({example['id']})"
                 # Keyed by the position, not by the host or thread that happens to read it.
-                key = (self._seed, 21, epoch, position)
+                key = (self._seed, 21, epoch, position) if self._random else ()
                 return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
                 self._counter.add_skipped(name, error, index)
@@ -197,6 +207,11 @@ class TrainBatches:
     def skipped(self) -> Mapping[str, int]:
         """Number of different skipped examples by kind, on this host, since it was made."""
         return self._counter.kinds
+
+    @property
+    def tokens_cut(self) -> int:
+        """Tokens cut of the examples read, on this host, since it was made."""
+        return self._counter.tokens_cut
 
     def get_state(self) -> dict[str, int]:
         """Where the iterator stands: the next step, and examples of its epoch before it.
@@ -248,6 +263,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     source: Source | None = None,
+    random: bool = True,
 ) -> TrainBatches:
     """The endless iterator of this host's batches of `source`, by default of `config.train`."""
     return TrainBatches(
@@ -258,6 +274,7 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
         source=source,
+        random=random,
     )
 
 

@@ -86,7 +86,8 @@ class Processor:
     ) -> dict[str, Any]:
         """Inputs of one example by tower, as they are before `finish`.
 
-        Random choices follow the integers `key`, those of one tower apart from the others'.
+        Random choices follow the integers `key`, those of one tower apart from the others'; without
+        a key there are none.
         `length` is that of the batch, where it is not the usual one.
         """
         made: dict[str, Any] = {}
@@ -97,7 +98,7 @@ class Processor:
             value = _field(example, modality.field)
             if length is not None and modality.lengths:
                 modality = modality.fitting(value, length)
-            draws = Draws(*key, *stream_of(tower, modality))
+            draws = Draws(*key, *stream_of(tower, modality)) if key else None
             made[tower] = self._prepared(tower, modality, value, draws)
         if self.config.labels:
             made["label"] = self._label(example, made)

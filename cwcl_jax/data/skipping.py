@@ -41,7 +41,7 @@ class SkipCounter:
     def __init__(self, max_share: float, length: int = 0):
         self.max_share = max_share
         self.length = length
-        self.read = 0
+        self.read = self.tokens_cut = 0
         self._known: set[int] = set()
         self._kinds: Counter[str] = Counter()
         self._refusal: str | None = None
@@ -63,6 +63,11 @@ class SkipCounter:
         """Counts usable examples."""
         with self._lock:
             self.read += count
+
+    def add_cut(self, tokens: int) -> None:
+        """Counts tokens that are cut of usable examples, each time they are."""
+        with self._lock:
+            self.tokens_cut += tokens
 
     def add_skipped(self, name: str, error: BadExample, index: int | None = None) -> None:
         """Counts and logs one skipped example; raises when the share passes the limit.

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from cwcl_jax.data.cuts import tell_cut
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.installed import inside_package
 from cwcl_jax.data.skipping import BadExample
@@ -238,6 +239,7 @@ class TextTokenizer:
     ) -> dict[str, Int32[np.ndarray, "b s"] | Bool[np.ndarray, "b s"]]:
         """`tokens` and `mask` of the captions, padded on the right."""
         encoded = self._fast.encode_batch(list(captions))
+        tell_cut(lambda: sum(_length(rest) for e in encoded for rest in e.overflowing))
         tokens = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
         return {"tokens": tokens, "mask": mask}
@@ -287,6 +289,14 @@ class TextTokenizer:
         from tokenizers import Tokenizer
 
         self.__dict__.update(state, _fast=Tokenizer.from_str(state["_fast"]))
+
+
+def _length(encoded: Any) -> int:
+    """Number of tokens without padding and special ones."""
+    return sum(encoded.attention_mask) - sum(
+        special and used
+        for special, used in zip(encoded.special_tokens_mask, encoded.attention_mask, strict=True)
+    )
 
 
 def load_tokenizer(inputs: TextInputs) -> TextTokenizer:

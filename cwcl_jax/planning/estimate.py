@@ -76,7 +76,9 @@ class Estimate:
     @property
     def state(self) -> dict[str, int]:
         """Bytes that lie on a device between steps, by what they are; exact."""
-        return {
+        averages = device_bytes(self.blueprint.abstract_state().ema.values())
+        more = {"averages of trained parameters": averages} if averages else {}
+        return more | {
             "trained parameters, float32": device_bytes(self.blueprint.abstract_params.values()),
             "locked parameters": device_bytes(self.blueprint.abstract_locked.values()),
             "optimizer state": device_bytes(

@@ -9,6 +9,7 @@ So each checkpoint holds a digest of every leaf and of its own metadata, and res
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import zlib
@@ -44,9 +45,10 @@ class Checkpoints:
             raise FileNotFoundError(f"{directory} does not exist: nothing was saved yet")
         self._asynchronous = config.asynchronous
         self._pending: Any = None
+        self._kept = _KeptStep()
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.absolute()),
-            preservation_policy=_preservation_policy(config),
+            preservation_policy=_preservation_policy(config, self._kept),
             # A reader must not remove what a run beside it is just writing.
             cleanup_tmp_directories=not read_only,
         )
@@ -61,21 +63,33 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, step: int, state: TrainState, data_state: dict[str, Any]) -> None:
+    def keep(self, step: int | None) -> None:
+        """Keeps one step more, in place of the one named before."""
+        self._kept.step = step
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data_state: dict[str, Any],
+        best: Mapping[str, Any] | None = None,
+    ) -> None:
         """Saves `state`; returns once device memory may be reused, files may follow later.
 
         Args:
           step: steps done.
           state: global arrays.
           data_state: JSON-able position of the data, equal on all processes.
+          best: what is remembered of the best step, JSON-able and equal on all processes.
         """
         self.wait()
         self._require_folder()
         parts = _checkpointables(state)
+        metadata = {"data": data_state, "digests": digests(_leaves(parts))}
         self._pending = self._checkpointer.save_checkpointables_async(
             step,
             parts,
-            custom_metadata=_sealed({"data": data_state, "digests": digests(_leaves(parts))}),
+            custom_metadata=_sealed(metadata | ({"best": dict(best)} if best else {})),
             force=True,
         )
         if not self._asynchronous:
@@ -111,16 +125,47 @@ class Checkpoints:
           target: ShapeDtypeStructs with the shardings wanted now, which may belong to another
             number of devices or processes than the ones that saved.
 
+        Returns:
+          The state, without averages (`ema`) where the run kept none then, and the position.
+
         Raises:
           FileNotFoundError: no such step.
           DamagedCheckpointError: it is not what was saved.
           ConfigError: it holds other leaves than the settings want.
           OSError: it cannot be read at the moment.
         """
+        if target.ema and not self._holds_ema(step):
+            target = dataclasses.replace(target, ema={})
         loaded, data_state = self._load(step, _checkpointables(target))
-        statistics = loaded.get("statistics", {})
-        state = TrainState(params=loaded["params"], **loaded["rest"], statistics=statistics)
-        return state, data_state
+        optional = {name: loaded.get(name, {}) for name in ("statistics", "ema")}
+        return TrainState(params=loaded["params"], **loaded["rest"], **optional), data_state
+
+    def best(self, step: int | None = None) -> dict[str, Any] | None:
+        """What a checkpoint remembers of the best step; None where it does not.
+
+        Args:
+          step: whose; by default the latest that can be read.
+        """
+        for number in reversed(self.steps) if step is None else [step]:
+            if metadata := self._metadata(number):
+                return metadata.get("best")
+        return None
+
+    def _holds_ema(self, step: int) -> bool:
+        """Whether a step has averages; of one whose metadata are damaged, `_load` tells that."""
+        metadata = self._metadata(step)
+        return metadata is None or any(
+            path.startswith("ema/") for path in metadata.get("digests", {})
+        )
+
+    def _metadata(self, step: int) -> dict[str, Any] | None:
+        """The metadata of a step; None where they cannot be read."""
+        try:
+            metadata: Any = self._checkpointer.metadata(step).custom_metadata
+            _check_seal(metadata)
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError):
+            return None
+        return metadata
 
     def restore_newest(
         self, target: TrainState, *, timeout: float, warn: Callable[[str], None]
@@ -165,14 +210,26 @@ class Checkpoints:
         gather("damaged steps moved", "", timeout)
         self._checkpointer.reload()
 
-    def restore_model(self, step: int, target: TrainState) -> dict[str, Any]:
+    def restore_model(
+        self, step: int, target: TrainState, weights: str = "trained"
+    ) -> dict[str, Any]:
         """Only the leaves of the model at `step`, into ShapeDtypeStructs with shardings.
 
-        Raises as `restore` does.
+        Args:
+          weights: "trained", or "ema" for their averages.
+
+        Raises as `restore` does; ConfigError where there are no averages.
         """
-        wanted = {k: v for k, v in _checkpointables(target).items() if k != "rest"}
+        trained = {"trained": "params", "ema": "ema"}[weights]
+        if trained == "ema" and not (target.ema and self._holds_ema(step)):
+            raise ConfigError(
+                f"{self._checkpointer.directory}/{step} holds no averages for weights=ema: the run "
+                "keeps them where config.optimizer.ema_decay is set"
+            )
+        parts = _checkpointables(target)
+        wanted = {name: parts[name] for name in (trained, "statistics") if name in parts}
         loaded, _ = self._load(step, wanted)
-        return {**loaded["params"], **loaded.get("statistics", {})}
+        return {**loaded[trained], **loaded.get("statistics", {})}
 
     def _load(self, step: int, targets: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parts of a checkpoint that `targets` name, checked, and the data's position."""
@@ -225,9 +282,10 @@ class Checkpoints:
 
 
 def _checkpointables(state: TrainState) -> dict[str, Any]:
-    """The parts of a checkpoint. Most models have no statistics: their checkpoints name none."""
+    """The parts of a checkpoint; it names no statistics or averages where there are none."""
     parts = {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
-    return parts | ({"statistics": state.statistics} if state.statistics else {})
+    optional = {"statistics": state.statistics, "ema": state.ema}
+    return parts | {name: leaves for name, leaves in optional.items() if leaves}
 
 
 def _leaves(parts: Any) -> dict[str, Any]:
@@ -293,10 +351,21 @@ def _read_everything(folder: Path) -> None:
                 raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _preservation_policy(config: CheckpointConfig) -> Any:
+class _KeptStep:
+    """A policy of orbax's: preserves one step, which may change."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Tells which of the checkpoints, by their attribute `step`, stay."""
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _preservation_policy(config: CheckpointConfig, one: _KeptStep) -> Any:
     """Which checkpoints stay. Any: orbax's policies do not satisfy its own protocol's type."""
     policies = ocp.training.preservation_policies
-    kept: list[Any] = [policies.LatestN(config.keep or None)]
+    kept: list[Any] = [policies.LatestN(config.keep or None), one]
     if config.keep_every:
         kept.append(policies.EveryNSteps(config.keep_every))
     return policies.AnyPreservationPolicy(kept)

@@ -30,6 +30,10 @@ from cwcl_jax.training.state import (
 )
 from cwcl_jax.training.workdir import check_same_sources, load_config, read_record
 
+# Which leaves of a run, and which step beside the numbers.
+WEIGHTS = ("trained", "ema")
+BEST = "best"
+
 
 class EncodeFunctions:
     """Compiled encoders of a blueprint's towers, kept between evaluations."""
@@ -143,19 +147,25 @@ class Restored:
 
 def restore(
     workdir: Path,
-    step: int | None = None,
+    step: int | str | None = None,
     *,
+    weights: str = "trained",
     devices: Sequence[Any] | None = None,
     compact: bool = True,
 ) -> Restored:
     """The model of a run at a step, by default its latest checkpoint, over all devices.
 
     Args:
+      step: a number, or "best" for the one that `checkpoint.best` kept.
+      weights: "trained", or "ema" for the averages of the trained leaves.
       compact: see `make_blueprint`.
 
     Raises:
-      ConfigError: `workdir` is not the folder of a run, or holds no checkpoint.
+      ConfigError: `workdir` is not the folder of a run, or holds no checkpoint, best step or
+        averages.
     """
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}")
     config = load_config(workdir)
     mesh = _encoding_mesh(config, devices)
     blueprint = make_blueprint(config, mesh, check_batch=False, compact=compact)
@@ -163,10 +173,11 @@ def restore(
     if not saved.is_dir():
         raise ConfigError(f"{workdir} holds no checkpoint; train it first")
     with Checkpoints(saved, config.checkpoint, read_only=True) as checkpoints:
-        found = checkpoints.latest_step if step is None else step
+        found = _best_step(checkpoints, config) if step == BEST else step
+        found = checkpoints.latest_step if found is None else int(found)
         if found is None:
             raise ConfigError(f"{workdir} holds no checkpoint; train it first")
-        params = checkpoints.restore_model(found, blueprint.abstract_state())
+        params = checkpoints.restore_model(found, blueprint.abstract_state(), weights)
     locked, sources = locked_leaves(blueprint)
     check_same_sources(workdir, sources, config)
     check_same_code(
@@ -175,11 +186,26 @@ def restore(
     return Restored(blueprint, params, locked, found)
 
 
+def _best_step(checkpoints: Checkpoints, config: ExperimentConfig) -> int:
+    best = checkpoints.best() or {}
+    if best.get("step") is None:
+        asked = config.checkpoint.best
+        why = (
+            f"measured no {asked} yet" if asked else "kept none: config.checkpoint.best is not set"
+        )
+        raise ConfigError(f"step=best: the run {why}; its steps are {checkpoints.steps}")
+    return best["step"]
+
+
 def load_encoder(
-    workdir: Path, step: int | None = None, *, devices: Sequence[Any] | None = None
+    workdir: Path,
+    step: int | str | None = None,
+    *,
+    weights: str = "trained",
+    devices: Sequence[Any] | None = None,
 ) -> tuple[Encoder, ExperimentConfig]:
     """What `restore` gives as an encoder, with the run's settings."""
-    model = restore(workdir, step, devices=devices)
+    model = restore(workdir, step, weights=weights, devices=devices)
     encoder = Encoder(EncodeFunctions(model.blueprint), model.params, model.locked, model.step)
     return encoder, load_config(workdir)
 

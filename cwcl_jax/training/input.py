@@ -24,6 +24,9 @@ class Batches(Protocol):
     @property
     def skipped(self) -> Mapping[str, int]: ...
 
+    @property
+    def tokens_cut(self) -> int: ...
+
     def __next__(self) -> dict[str, Any]: ...
 
     def get_state(self) -> dict[str, Any]: ...
@@ -98,6 +101,11 @@ class DeviceInput:
     def skipped(self) -> int:
         """Different examples of this process that were unusable since its start."""
         return sum(self._batches.skipped.values())
+
+    @property
+    def tokens_cut(self) -> int:
+        """Tokens that this process's tokenizers cut since its start."""
+        return self._batches.tokens_cut
 
     def reset_wait(self) -> float:
         """Seconds waited since the last call."""

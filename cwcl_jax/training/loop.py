@@ -12,11 +12,13 @@ import jax
 import numpy as np
 
 from cwcl_jax.config import ExperimentConfig
+from cwcl_jax.training.best import EVALUATION, TRAINING, VALIDATION, Best
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.coordination import barrier
+from cwcl_jax.training.health import Health
 from cwcl_jax.training.input import DeviceBatch, DeviceInput
 from cwcl_jax.training.meter import Meter, Profiler
-from cwcl_jax.training.metrics import Progress, Writer
+from cwcl_jax.training.metrics import Progress, Writer, validation_line
 from cwcl_jax.training.state import Leaves, TrainState
 from cwcl_jax.training.step import TrainStep
 from cwcl_jax.training.stopping import Stopped, StopSignal
@@ -39,11 +41,16 @@ class _Pending(NamedTuple):
 
 
 class Loop:
-    """Trains from a state to `config.total_steps`, or until asked to stop.
+    """Trains from a state to `config.total_steps`, to the end of patience, or until asked to stop.
 
     Args:
+      validate: called with (state, locked) at the chosen interval; returns scalars to log. None
+        where nothing is held out.
       evaluate: called with (state, step) at the chosen interval; returns scalars to log, or raises
         Stopped when someone asked to stop in the middle of it.
+      best: is told of every value, and decides what is kept and when to end.
+      health: finds what to warn of among the numbers.
+      say: tells a person.
     """
 
     def __init__(
@@ -56,6 +63,10 @@ class Loop:
         writers: list[Writer],
         progress: Progress,
         evaluate: Callable[[TrainState, int], dict[str, float]],
+        validate: Callable[[TrainState, Leaves], dict[str, float]] | None,
+        best: Best,
+        health: Health,
+        say: Callable[[str], None],
         watchdog: Watchdog,
         stop: StopSignal,
         meter: Meter,
@@ -68,6 +79,11 @@ class Loop:
         self._writers = writers
         self._progress = progress
         self._evaluate = evaluate
+        self._validate = validate
+        self._validated: dict[str, float] = {}
+        self._best = best
+        self._health = health
+        self._say = say
         self._watchdog = watchdog
         self._stop = stop
         self._meter = meter
@@ -85,7 +101,7 @@ class Loop:
         *,
         evaluation_is_missing: bool = False,
     ) -> tuple[TrainState, bool]:
-        """The state after the last step, and whether all steps were done.
+        """The state after the last step, and whether the run came to its end.
 
         Args:
           evaluation_is_missing: the run was stopped in the evaluation after step `done`.
@@ -93,13 +109,14 @@ class Loop:
         Raises:
           NonFiniteLossError: checkpoints made before it remain.
           OSError: metrics could not be written; all processes saved and stopped before.
+          ConfigError: no measure gives the number that is to decide on the best step.
         """
         config, stop = self._config, self._stop
         clock = _Clock(config.global_batch_size, batches)
         start, stopping = done, done < config.total_steps and stop.requested()
         if evaluation_is_missing and not stopping:
             stopping = not self._run_evaluation(state, done)
-        while done < config.total_steps and not stopping:
+        while done < config.total_steps and not stopping and not self._best.exhausted:
             with self._watchdog.phase("first_step" if done == start else "step"):
                 self._profiler.at(done, state)
                 state, batch = self._advance(state, locked, batches, done + 1)
@@ -112,15 +129,23 @@ class Loop:
                     or done == config.total_steps
                 ):
                     self._log(done, clock, batch)
+            if self._validation_is_due(done):
+                self._run_validation(state, locked, done)
+                clock.restart(done)
             stopping = done < config.total_steps and stop.requested()
+            # What decides on the best step comes before the checkpoint that remembers it.
+            evaluated = self._best.kind == EVALUATION and self._evaluation_is_due(done)
+            if evaluated and not stopping:
+                stopping = not self._run_evaluation(state, done)
+                clock.restart(done)
             saved = self._save_is_due(done) or stopping
             if saved:
                 self._save(done, state, batch)
-            if self._evaluation_is_due(done) and not stopping:
+            if self._evaluation_is_due(done) and not stopping and not evaluated:
                 stopping = not self._run_evaluation(state, done)
                 if stopping and not saved:
                     self._save(done, state, batch)
-                clock.restart()
+                clock.restart(done)
         self._profiler.end(state)
         self._progress.end()
         if self._failure is not None:
@@ -147,6 +172,10 @@ class Loop:
     def _log(self, done: int, clock: _Clock, batch: DeviceBatch) -> None:
         """Reads what the devices have computed, checks every step of it, writes the last one."""
         values = self._read_metrics()
+        self._best.observe(done, values, TRAINING)
+        for warning in self._health.look(done, values):
+            self._progress.end()
+            self._say(f"warning: {warning}")
         speed = clock.lap(done)
         if speed:
             values |= speed | self._meter.read(clock.seconds_per_step)
@@ -155,7 +184,7 @@ class Loop:
             clock.restart()
         self._write(done, values)
         remaining = (self._config.total_steps - done) * clock.seconds_per_step
-        self._progress.show(done, values, eta_seconds=remaining)
+        self._progress.show(done, values | self._validated, eta_seconds=remaining)
 
     def _read_metrics(self) -> dict[str, float]:
         """The newest step's metrics as floats, after checking every unread step."""
@@ -195,18 +224,35 @@ class Loop:
     def _save_is_due(self, done: int) -> bool:
         config = self._config.checkpoint
         intervals = [every for every in (config.every_steps, config.keep_every) if every]
-        return done == self._config.total_steps or any(done % every == 0 for every in intervals)
+        due = done == self._config.total_steps or any(done % every == 0 for every in intervals)
+        return due or self._best.step == done or self._best.exhausted
 
     def _save(self, done: int, state: TrainState, batch: DeviceBatch) -> None:
         with self._watchdog.phase("saving", f"step {done}"):
             # Reading the metrics waits for all processes too, but could not say who is missing.
             barrier("saving", self._config.distributed.barrier_timeout)
             self._read_metrics()  # never a checkpoint of parameters that a NaN has reached
-            self._checkpoints.save(done, state, batch.data_state)
+            self._checkpoints.keep(self._best.step)
+            self._checkpoints.save(done, state, batch.data_state, self._best.state())
+
+    def _validation_is_due(self, done: int) -> bool:
+        every = self._config.data.validation_every_steps
+        due = done % every == 0 or done == self._config.total_steps
+        return self._validate is not None and due
+
+    def _run_validation(self, state: TrainState, locked: Leaves, done: int) -> None:
+        assert self._validate is not None
+        with self._watchdog.phase("evaluation", f"validation after step {done}"):
+            self._validated = self._validate(state, locked)
+        self._write(done, self._validated)
+        self._best.observe(done, self._validated, VALIDATION)
+        self._progress.note(validation_line(done, self._validated))
 
     def _evaluation_is_due(self, done: int) -> bool:
         every = self._config.evaluation.every_steps
-        return bool(every and done % every == 0 and done < self._config.total_steps)
+        # The evaluation after the last step is the run's, and comes too late to be the best.
+        last = done == self._config.total_steps and self._best.kind != EVALUATION
+        return bool(every and done % every == 0 and not last)
 
     def _run_evaluation(self, state: TrainState, done: int) -> bool:
         """Whether it came to its end."""
@@ -217,6 +263,7 @@ class Loop:
         except Stopped:
             return False
         self._write(done, values)
+        self._best.observe(done, values, EVALUATION)
         return True
 
     def _write(self, done: int, values: dict[str, float]) -> None:
@@ -240,9 +287,12 @@ class _Clock:
         self.seconds_per_step = float("inf")
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, done: int | None = None) -> None:
+        """Leaves out the time before now, and the steps before `done`."""
         self._start = time.perf_counter()
         self._batches.reset_wait()
+        if done is not None and self._step is not None:
+            self._step = done
 
     def lap(self, done: int) -> dict[str, float]:
         """Figures since the last lap; the first lap, which holds the compilation, gives none."""
@@ -250,7 +300,8 @@ class _Clock:
         waited = self._batches.reset_wait()
         previous, self._step = self._step, done
         self._start = time.perf_counter()
-        skipped = {"skipped": float(count)} if (count := self._batches.skipped) else {}
+        counts = {"skipped": self._batches.skipped, "tokens_cut": self._batches.tokens_cut}
+        skipped = {name: float(count) for name, count in counts.items() if count}
         if previous is None or done == previous:
             return skipped
         self.seconds_per_step = seconds / (done - previous)

@@ -248,6 +248,12 @@ class Progress:
             self._stream.write(line + "\n")
         self._stream.flush()
 
+    def note(self, line: str) -> None:
+        """Shows a line that stays."""
+        self.end()
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
     def end(self) -> None:
         """Ends a line that is rewritten in place, so that what follows starts on its own."""
         if self._in_place and self._width:
@@ -259,11 +265,15 @@ class Progress:
 def progress_line(
     step: int, total_steps: int, values: Mapping[str, float], eta_seconds: float
 ) -> str:
-    """Step, loss, both directions, excess, effective positives, speed, devices, data wait, ETA."""
+    """Step, losses, targets, health by tower, speed, devices, data wait, counts, ETA."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, label, form in _SHOWN:
         if name in values:
             parts.append(f"{label} {values[name]:{form}}")
+        elif name.endswith("/"):  # one number a tower
+            found = {k.removeprefix(name): v for k, v in values.items() if k.startswith(name)}
+            told = " ".join(f"{tower} {value:{form}}" for tower, value in found.items())
+            parts += [f"{label} {told}"] if told else []
     parts.append(f"eta {duration(eta_seconds)}")
     return "  ".join(parts)
 
@@ -275,12 +285,37 @@ _SHOWN = (
     ("excess", "excess", ".3f"),
     ("effective_positives", "eff.pos", ".1f"),
     ("accuracy_u_to_v", "acc", ".2f"),
+    ("validation/loss", "held-out", ".3f"),
+    ("inverse_temperature", "1/tau", ".3g"),
+    ("gradient_norm/", "grad", ".2g"),
+    ("effective_rank/", "rank", ".3g"),
     ("examples_per_second", "pairs/s", ".0f"),
     ("seconds_per_step", "s/step", ".3g"),
     ("mfu", "MFU", ".1%"),
     ("memory_gb", "GB", ".1f"),
     ("data_wait", "wait", ".0%"),
     ("skipped", "skipped", ".0f"),
+    ("tokens_cut", "tokens cut", ".0f"),
+)
+
+
+def validation_line(step: int, values: Mapping[str, float]) -> str:
+    """Held-out loss, accuracy and R@1 in both directions after a step, of the averages too."""
+    told = []
+    for prefix, name in (("validation", "held-out"), ("validation_ema", "of the averages")):
+        parts = [
+            f"{label} {' / '.join(f'{values[key]:{form}}' for key in keys)}"
+            for label, form, names in _VALIDATED
+            if (keys := [key for n in names if (key := f"{prefix}/{n}") in values])
+        ]
+        told += [f"{name}: {', '.join(parts)}"] if parts else []
+    return f"validation after step {step}, {'; '.join(told)}"
+
+
+_VALIDATED = (
+    ("loss", ".4f", ("loss",)),
+    ("accuracy", ".3f", ("accuracy_u_to_v", "accuracy_v_to_u")),
+    ("R@1", ".3f", ("recall_at_1_u_to_v", "recall_at_1_v_to_u")),
 )
 
 

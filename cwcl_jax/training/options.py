@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 
@@ -53,6 +54,9 @@ class OptimizerConfig:
       clip_norm: global gradient norm; 0 switches clipping off.
       multipliers: "regex=factor" entries for the learning rate; the first match counts.
       layer_decay: factor per layer below the top of a tuned tower, 1.0 for none.
+      ema_decay: of a moving average of the trained leaves (see `training.ema`), kept beside them;
+        0 keeps none. 0.999 averages over about 1,000 steps.
+      ema_warm_start: begins with a smaller decay that grows to `ema_decay`.
     """
 
     name: str = "adamw"
@@ -70,6 +74,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     multipliers: tuple[str, ...] = ()
     layer_decay: float = 1.0
+    ema_decay: float = 0.0
+    ema_warm_start: bool = True
 
     def __post_init__(self):
         if self.name not in ("adamw", "muon"):
@@ -80,7 +86,7 @@ class OptimizerConfig:
             )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
-        for name in ("b1", "b2", "muon_momentum"):
+        for name in ("b1", "b2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         _at_least(0, self, "learning_rate", "warmup_steps", "final_fraction", "eps", "weight_decay")
@@ -94,6 +100,9 @@ class CheckpointConfig:
     every_steps: interval of saves; 0 saves only at the end and when the run is interrupted.
     keep: how many of the latest are kept; 0 keeps all.
     keep_every: steps that are multiples of this are saved too and stay for ever; 0 for none.
+    best: "NUMBER:min" or "NUMBER:max" keeps the step with the best value of a logged number, as in
+      "validation/loss:min", beside the latest ones; "" for none.
+    patience: ends the run after so many values of that number that are no better; 0 never does.
     asynchronous: whether the loop goes on while files are written.
     accept_changes: resume although settings, tower weights, data or code differ from the saved
         ones; what is accepted is printed. It is of this start only and not kept with the run.
@@ -102,6 +111,8 @@ class CheckpointConfig:
     every_steps: int = 500
     keep: int = 2
     keep_every: int = 0
+    best: str = ""
+    patience: int = 0
     asynchronous: bool = True
     accept_changes: bool = False
 
@@ -109,6 +120,15 @@ class CheckpointConfig:
         _at_least(0, self, "every_steps", meaning="0 saves at the end only")
         _at_least(0, self, "keep", meaning="0 keeps all")
         _at_least(0, self, "keep_every", meaning="0 keeps none for ever")
+        _at_least(0, self, "patience", meaning="0 never ends a run early")
+        if self.best and not re.fullmatch(r".+:(min|max)", self.best):
+            raise ValueError(
+                f"best={self.best!r} is not NUMBER:min or NUMBER:max, as in validation/loss:min"
+            )
+        if self.patience and not self.best:
+            raise ValueError(
+                f"patience={self.patience} of what? Name it in best, as in validation/loss:min"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def code_of(config: ExperimentConfig, parts: Collection[str] = ALL) -> dict[str,
     named = {
         "towers": lambda: [name for tower in towers for name in (tower.modality, tower.encoder)],
         "loss": lambda: [config.loss.name, config.loss.weight_function],
-        "data": lambda: own_kinds(config.data.train),
+        "data": lambda: own_kinds(config.data.train) + own_kinds(config.data.validation),
     }
     return {part: _hashes(named[part]()) for part in parts}
 

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
@@ -19,7 +20,8 @@ from cwcl_jax.data.sources.base import columns_taken
 from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.files import side_output
 from cwcl_jax.modalities import WrongInputs
-from cwcl_jax.training import sharding
+from cwcl_jax.training import ema, sharding
+from cwcl_jax.training.best import EVALUATION, VALIDATION, Best
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs, check_own_loss, check_task_inputs
 from cwcl_jax.training.coordination import barrier, gather, meet
@@ -33,6 +35,7 @@ from cwcl_jax.training.embedding import check_features
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
 from cwcl_jax.training.features import training_source
+from cwcl_jax.training.health import Health
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
 from cwcl_jax.training.meter import Meter, Profiler
@@ -51,6 +54,7 @@ from cwcl_jax.training.state import (
 from cwcl_jax.training.step import TrainStep
 from cwcl_jax.training.stopping import Stopped, StopSignal
 from cwcl_jax.training.summary import tower_table, unused_gpu
+from cwcl_jax.training.validation import Validation, overlap, split_source, validation_batches
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 from cwcl_jax.training.workdir import (
     check_same_data,
@@ -93,9 +97,15 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     barrier("start", config.distributed.barrier_timeout)
     with StopSignal() as stop:
         with ExitStack() as stack:
-            batches = stack.enter_context(_open_batches(config, watchdog, stop))
+            batches, held = stack.enter_context(_open_batches(config, watchdog, stop))
             check_inputs(blueprint.config)
-            check_same_data(workdir, batches.fingerprint(), config)
+            data = _fingerprint(batches, held)
+            check_same_data(workdir, data, config)
+            validation = None
+            if held is not None:
+                held_batches = validation_batches(config, held)
+                validation = Validation(blueprint, held_batches, watchdog.beat)
+                stack.callback(validation.close)
             seems_complete = _steps_saved(workdir) >= config.total_steps
             if not seems_complete:  # whose results are shown without the tasks' data
                 evaluator.check_sources()
@@ -103,31 +113,46 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             saved = Checkpoints(workdir / "checkpoints", config.checkpoint)
             checkpoints = stack.enter_context(saved)
             start = checkpoints.latest_step or 0
+            best = Best(config.checkpoint, checkpoints.best())
             code = code_of_tasks(config.evaluation.tasks)
             evaluated = evaluator.has_results() and is_evaluated(
                 workdir, start, config.evaluation, evaluator.fingerprints(), code
             )
-            if start >= config.total_steps and evaluated:
-                say(f"{workdir} is complete ({start} steps). Its results:\n")
+            if (start >= config.total_steps or best.exhausted) and evaluated:
+                why = f", ended early: {_why_ended(best)}" if start < config.total_steps else ""
+                say(f"{workdir} is complete ({start} steps{why}). Its results:\n")
                 say(evaluator.saved_table())
                 return DONE
             if seems_complete:
                 evaluator.check_sources()
             check_own_loss(blueprint, batches.source)
-            check_agreement(_facts(config, batches, start), config.distributed.barrier_timeout)
+            if validation is not None and best.kind == VALIDATION:
+                best.require(validation.names(), VALIDATION)
+            check_agreement(_facts(config, data, start), config.distributed.barrier_timeout)
             state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
             start = int(state.step)
+            best = _best_of(config, checkpoints, start)
             check_same_sources(workdir, sources, config)
             check_features(blueprint, batches.source, sources)
+            if held is not None:
+                check_features(blueprint, held, sources, what="config.data.validation")
             check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
             if is_primary():
-                write_records(workdir, config, sources, _trained(blueprint), batches.fingerprint())
+                write_records(workdir, config, sources, _trained(blueprint), data)
                 write_code(workdir, config)
             _say_before(blueprint, batches.source, evaluator, state)
+            if validation is not None and held is not None:
+                _say_of_validation(config, batches.source, held, validation)
             say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
-            fit = _Fit(blueprint, workdir, checkpoints, batches, evaluator, watchdog)
+            fit = _Fit(
+                blueprint, workdir, checkpoints, batches, evaluator, validation, best, watchdog
+            )
             state, finished = fit.run(state, locked, stop)
-            _say_skipped(batches)
+            _say_skipped(batches.skipped, "training")
+            if validation is not None:
+                _say_skipped(validation.skipped, "validation")
+            if finished:
+                _say_of_best(best, int(state.step), config.total_steps)
             with watchdog.phase("saving", "the last checkpoint"):
                 checkpoints.wait()
                 last = checkpoints.latest_step or 0
@@ -141,6 +166,51 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
 
 
 _OTHER_CODE = "give another --workdir, or set --config.checkpoint.accept_changes=True"
+
+
+def _fingerprint(batches: Batches, held: Source | None) -> dict[str, Any]:
+    """Of the training data, and of what is held out where something is."""
+    found = batches.fingerprint()
+    return found if held is None else found | {"validation": held.fingerprint()}
+
+
+def _best_of(config: ExperimentConfig, checkpoints: Checkpoints, start: int) -> Best:
+    """What the checkpoint of the step `start` remembers, where it belongs to this number."""
+    saved = checkpoints.best(start) if start else None
+    if saved and config.checkpoint.best and saved["name"] != config.checkpoint.best:
+        say(
+            f"the best step by {saved['name']} was step {saved['step']}; the best by "
+            f"{config.checkpoint.best} is looked for from step {start} on"
+        )
+    best = Best(config.checkpoint, saved)
+    checkpoints.keep(best.step)
+    if best.step is not None and best.step not in checkpoints.steps:
+        say(f"warning: the best step so far, {best.told()}, is not kept any more")
+    return best
+
+
+def _why_ended(best: Best) -> str:
+    return f"{best.waited} values of {best.name} in a row were no better than {best.told()}"
+
+
+def _say_of_best(best: Best, step: int, total_steps: int) -> None:
+    """Tells why a run ended before its last step, and which step was the best."""
+    if best.exhausted and step < total_steps:
+        say(f"ended early at step {step} of {total_steps}: {_why_ended(best)}")
+    if best.told():
+        say(f"best: {best.told()}, kept; evaluate, export and load_model take it as step=best")
+
+
+def _say_of_validation(
+    config: ExperimentConfig, train: Source, held: Source, validation: Validation
+) -> None:
+    """Tells what is held out, and where that is trained on all the same."""
+    say(
+        f"validation: {validation.count} batches of {config.global_batch_size} of {len(held)} "
+        f"examples, every {config.data.validation_every_steps} steps"
+    )
+    if told := overlap(config, train, held):
+        say(f"warning: validation: {told}")
 
 
 def _steps_saved(workdir: Path) -> int:
@@ -166,12 +236,12 @@ def _say_before(
         say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
 
 
-def _say_skipped(batches: Batches) -> None:
-    """Tells how many training examples were unusable, by kind."""
-    if batches.skipped:
-        kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(batches.skipped.items()))
-        total = sum(batches.skipped.values())
-        say(f"{total} training examples were unusable and skipped ({kinds})")
+def _say_skipped(skipped: Mapping[str, int], what: str) -> None:
+    """Tells how many examples were unusable, by kind."""
+    if skipped:
+        kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(skipped.items()))
+        total = sum(skipped.values())
+        say(f"{total} {what} examples were unusable and skipped ({kinds})")
 
 
 def _say_of_weights(blueprint: Blueprint, state: TrainState) -> None:
@@ -193,14 +263,14 @@ _UNFINISHED_WARMUP = (
 )
 
 
-def _facts(config: ExperimentConfig, batches: Batches, start: int) -> dict[str, str]:
+def _facts(config: ExperimentConfig, data: Mapping[str, Any], start: int) -> dict[str, str]:
     """What all processes must have in common."""
     return {
         "settings": _common_settings(config),
         "code": code_version(),
         "packages": json.dumps(environment()["packages"]),
         "compiler flags": compiler_flags(os.environ),
-        "training data": json.dumps(batches.fingerprint(), sort_keys=True, default=str),
+        "training data": json.dumps(data, sort_keys=True, default=str),
         "first step": str(start),
     }
 
@@ -213,10 +283,15 @@ def _common_settings(config: ExperimentConfig) -> str:
 @contextmanager
 def _open_batches(
     config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal
-) -> Iterator[Batches]:
+) -> Iterator[tuple[Batches, Source | None]]:
+    """The training batches, and the source that is held out."""
     import jax
 
+    source = held = None
     try:
+        source = _open_source(config, watchdog, stop)
+        if source is not None:
+            source, held = split_source(config, source)
         batches = train_batches(
             config.data,
             config.tower_names,
@@ -224,7 +299,7 @@ def _open_batches(
             global_batch_size=config.global_batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            source=_open_source(config, watchdog, stop),
+            source=source,
         )
     except ConfigError:
         raise
@@ -234,7 +309,7 @@ def _open_batches(
             f"config.data.train={config.data.train!r}: {reason}; set --config.data.train=..."
         ) from error
     try:
-        yield batches
+        yield batches, held
     finally:
         batches.close()
 
@@ -268,6 +343,9 @@ def _start_state(
         blueprint.abstract_state(), timeout=blueprint.config.distributed.barrier_timeout, warn=say
     )
     batches.set_state(data_state)
+    if blueprint.config.optimizer.ema_decay and not state.ema:
+        say(f"the run kept no averages up to step {int(state.step)}: they begin with its leaves")
+        state = replace(state, ema=ema.begun(state.params))
     return state, *locked_leaves(blueprint)
 
 
@@ -289,6 +367,8 @@ class _Fit:
         checkpoints: Checkpoints,
         batches: Batches,
         evaluator: Evaluator,
+        validation: Validation | None,
+        best: Best,
         watchdog: Watchdog,
     ):
         self._blueprint = blueprint
@@ -296,10 +376,12 @@ class _Fit:
         self._checkpoints = checkpoints
         self._batches = batches
         self._evaluator = evaluator
+        self._validation = validation
+        self._best = best
         self._watchdog = watchdog
 
     def run(self, state: TrainState, locked: Leaves, stop: StopSignal) -> tuple[TrainState, bool]:
-        """The last state, and whether all steps were done."""
+        """The last state, and whether the run came to its end."""
         config, mesh = self._blueprint.config, self._blueprint.mesh
         start = int(state.step)
         functions = EncodeFunctions(self._blueprint)
@@ -320,6 +402,12 @@ class _Fit:
             writers=writers,
             progress=Progress(config.total_steps),
             evaluate=evaluate,
+            validate=self._validation.run if self._validation else None,
+            best=self._best,
+            health=Health(
+                config, {t: bool(paths) for t, paths in _trained(self._blueprint).items()}
+            ),
+            say=say,
             watchdog=self._watchdog,
             stop=stop,
             meter=Meter.of(self._blueprint),
@@ -336,6 +424,8 @@ class _Fit:
         """Whether the run was stopped in the evaluation after step `start`."""
         config = self._blueprint.config
         every = config.evaluation.every_steps
+        if self._best.kind == EVALUATION:  # it knows, and the last step counts for it
+            return bool(start and start % every == 0 and self._best.seen < start)
         if not (start and every and start % every == 0 and start < config.total_steps):
             return False
         records = read_json_lines(self._workdir / "metrics.jsonl") if is_primary() else []

@@ -26,7 +26,7 @@ from cwcl_jax.models.lora import Adapter, find_adapters
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
 from cwcl_jax.pretrained import complete, folder_of, import_tower, logits_of
-from cwcl_jax.training import sharding
+from cwcl_jax.training import ema, sharding
 from cwcl_jax.training.optimizer import make_optimizer
 
 Leaves = dict[str, Any]
@@ -40,17 +40,24 @@ class TrainState:
     params: trained leaves, float32.
     opt_state: optax state over `params`.
     statistics: running means and variances of encoders that train (BatchNorm); often none.
+    ema: moving averages of `params`, see `training.ema`; none without `optimizer.ema_decay`.
     """
 
     step: Any
     params: Leaves
     opt_state: Any
     statistics: Leaves = dataclasses.field(default_factory=dict)
+    ema: Leaves = dataclasses.field(default_factory=dict)
 
     @property
     def model_leaves(self) -> Leaves:
         """All leaves of the model that are not locked."""
         return {**self.params, **self.statistics}
+
+    @property
+    def ema_leaves(self) -> Leaves:
+        """The same with the averages; running statistics are averages already."""
+        return {**self.ema, **self.statistics}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +128,8 @@ class Blueprint:
         params = self.abstract_params
         opt_state = jax.eval_shape(self.optimizer().init, params)
         step = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(step, params, opt_state, self.abstract_statistics)
+        averaged = params if self.config.optimizer.ema_decay else {}
+        state = TrainState(step, params, opt_state, self.abstract_statistics, averaged)
         return _with_shardings(self.mesh, state)
 
     def features_are_locked(self, tower: str) -> bool:
@@ -281,7 +289,8 @@ def initialise(blueprint: Blueprint) -> tuple[TrainState, Leaves, dict[str, Towe
     locked = {path: leaves[path] for path in blueprint.abstract_locked}
     step = sharding.put_leaf(blueprint.mesh, np.zeros((), np.int32))
     statistics = {path: leaves[path] for path in blueprint.abstract_statistics}
-    return TrainState(step, params, opt_state, statistics), locked, sources
+    averages = ema.begun(params) if blueprint.config.optimizer.ema_decay else {}
+    return TrainState(step, params, opt_state, statistics, averages), locked, sources
 
 
 def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:

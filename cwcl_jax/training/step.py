@@ -24,7 +24,7 @@ from flax import nnx
 from cwcl_jax import compiling
 from cwcl_jax.losses import make_loss
 from cwcl_jax.losses.options import Frame, is_own, resolve
-from cwcl_jax.training import sharding
+from cwcl_jax.training import ema, health, sharding
 from cwcl_jax.training.optimizer import make_schedule
 from cwcl_jax.training.state import Blueprint, Leaves, TrainState
 
@@ -89,9 +89,12 @@ class TrainStep:
         metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
+            **health.of_gradients(gradients),
+            **health.of_scale(params, self._blueprint.config.temperature.maximum),
         }
         statistics = {path: statistics[path] for path in state.statistics}
-        return TrainState(state.step + 1, params, opt_state, statistics), metrics
+        averages = ema.updated(self._blueprint.config.optimizer, state.ema, params, state.step)
+        return TrainState(state.step + 1, params, opt_state, statistics, averages), metrics
 
     def _clamp(self, params: Any) -> Leaves:
         maximum = self._blueprint.config.temperature.maximum
@@ -149,14 +152,14 @@ class GradientFunction:
         key = jax.random.fold_in(self._key, step)
         chunks = self._blueprint.config.accumulation_steps
         progress = step / self._blueprint.config.total_steps
-        context = {
-            "labels": batch.get("label"),
-            "guide": batch["guide"] if self._guided else None,
-            "progress": progress,
-        }
+        context = self._context(batch, progress)
         if chunks == 1:
             return self._direct(params, locked, inputs, context, key)
         return self._cached(params, locked, inputs, context, key, chunks)
+
+    def _context(self, batch: Batch, progress: jax.Array) -> Context:
+        guide = batch["guide"] if self._guided else None
+        return {"labels": batch.get("label"), "guide": guide, "progress": progress}
 
     def _direct(
         self, params: Leaves, locked: Leaves, inputs: Batch, context: Context, key: jax.Array
@@ -220,6 +223,36 @@ class GradientFunction:
         gradients, _ = jax.lax.scan(pull_back, zeros, (chunked, features, keys, cotangents))
         return {**gradients, **from_scalars}, metrics, statistics
 
+    def held_out(
+        self, leaves: Leaves, batch: Batch, step: jax.Array
+    ) -> tuple[dict[str, jax.Array], Metrics]:
+        """Embeds by tower, and the loss with its diagnostics, of a batch that trains nothing.
+
+        Args:
+          leaves: all leaves of the model.
+          batch: as for `__call__`, of the same size.
+          step: of which the loss's schedule is taken.
+        """
+        mesh, chunks = self._blueprint.mesh, self._blueprint.config.accumulation_steps
+        inputs = {tower: batch[tower] for tower in (self._u, self._v)}
+
+        def embed(inputs: Batch) -> dict[str, jax.Array]:
+            model = self._blueprint.model_def.merge(sharding.whole(mesh, leaves))
+            locked = self._locked_features({}, leaves, inputs)
+            features = {x: locked[x] for x in self._locked_encoders}
+            for tower in [x for x in inputs if x not in features]:
+                features[tower] = model.towers[tower].features(inputs[tower])
+            return self._projected(model, features, locked)
+
+        if chunks == 1:
+            embeds = embed(inputs)
+        else:
+            embeds = join_chunks(mesh, jax.lax.map(embed, split_chunks(mesh, inputs, chunks)))
+        progress = step / self._blueprint.config.total_steps
+        context = self._context(batch, progress)
+        loss, metrics = self._loss_of(leaves, embeds, context)
+        return embeds, {"loss": loss} | metrics
+
     def _locked_features(
         self, params: Leaves, locked: Leaves, inputs: Batch
     ) -> dict[str, jax.Array]:
@@ -255,12 +288,21 @@ class GradientFunction:
             if tower not in features:
                 rngs = nnx.Rngs(dropout=jax.random.fold_in(key, number))
                 features[tower] = model.towers[tower].features(inputs[tower], rngs=rngs)
+        embeds = self._projected(model, features, locked_features)
+        return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
+
+    def _projected(
+        self,
+        model: Any,
+        features: Mapping[str, jax.Array],
+        locked_features: Mapping[str, jax.Array],
+    ) -> dict[str, jax.Array]:
         embeds = {tower: model.towers[tower].project(features[tower]) for tower in features}
         if not self._guided:
             embeds[_P] = self._for_weights(locked_features.get(_P, features[self._u]))
         if self._with_q:
             embeds[_Q] = self._for_weights(locked_features.get(_Q, features[self._v]))
-        return embeds, jax.lax.stop_gradient(definition.statistics_of(model))
+        return embeds
 
     def _for_weights(self, features: jax.Array) -> jax.Array:
         """Features as the loss makes weights of them: distances go by their lengths too.
@@ -275,7 +317,7 @@ class GradientFunction:
         self, leaves: Leaves, embeds: Mapping[str, jax.Array], context: Context
     ) -> tuple[jax.Array, Metrics]:
         guide = context["guide"]
-        return self._loss(
+        loss, metrics = self._loss(
             embeds[self._u],
             embeds[self._v],
             embeds[_P] if guide is None else self._for_weights(guide),
@@ -285,6 +327,9 @@ class GradientFunction:
             labels=context["labels"],
             progress=context["progress"],
         )
+        if self._frame.config.diagnostics:
+            metrics = metrics | health.of_embeds({x: embeds[x] for x in (self._u, self._v)})
+        return loss, metrics
 
 
 def normalise(features: jax.Array) -> jax.Array:

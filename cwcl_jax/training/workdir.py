@@ -50,6 +50,7 @@ _FREE = (
     "config.data.cache_dir",
     "config.data.max_skipped_share",
     "config.data.threads",
+    "config.data.validation_every_steps",
     "config.data.prefetch",
     "config.profile",
 )

@@ -64,6 +64,18 @@ def test_the_latest_and_the_milestones_are_kept(tmp_path, state, options, expect
         assert checkpoints.steps == expected
 
 
+def test_the_best_step_is_kept_beside_the_latest_and_told_by_the_newest_whole_one(tmp_path, state):
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
+        for step, best in enumerate((1, 2, 2, 2, 5, 5), 1):
+            checkpoints.keep(best)
+            checkpoints.save(step, state, {"position": step}, {"name": "loss:min", "step": best})
+    (tmp_path / "6" / "_CHECKPOINT_METADATA").write_bytes(b"")
+    with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
+        assert checkpoints.steps == [5, 6]
+        assert checkpoints.best() == {"name": "loss:min", "step": 5}
+        assert checkpoints.best(6) is None
+
+
 def test_what_was_saved_is_restored(saved, state):
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:
         restored, data_state = checkpoints.restore(4, blueprint().abstract_state())

@@ -74,6 +74,9 @@ def test_progress_line_shows_what_a_person_watches():
         "mfu": 0.4123,
         "memory_gb": 61.26,
         "data_wait": 0.031,
+        "gradient_norm/image": 0.25,
+        "gradient_norm/text": 12.3,
+        "validation/loss": 8.5,
     }
     line = progress_line(20, 400, values, eta_seconds=83.0)
     for part in (
@@ -87,6 +90,8 @@ def test_progress_line_shows_what_a_person_watches():
         "GB 61.3",
         "3%",
         "eta 1:23",
+        "grad image 0.25 text 12",
+        "held-out 8.500",
     ):
         assert part in line
 

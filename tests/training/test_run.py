@@ -38,11 +38,36 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
-def saved_params(workdir, config):
+def validated(workdir):
+    records = read_json_lines(workdir / "metrics.jsonl")
+    return {r["step"]: r for r in records if "validation/loss" in r}
+
+
+def best_of(workdir, config):
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+        best = checkpoints.best()
+        assert best["step"] in checkpoints.steps
+        return best
+
+
+# All that a run remembers besides its leaves: its best step, values since, averages.
+WATCHED = {
+    "data.train": "scenes:train?n=200",
+    "data.validation_share": 0.1,
+    "data.validation_every_steps": 3,
+    "data.validation_batches": 1,
+    "checkpoint.best": "validation/loss:min",
+    "checkpoint.keep": 1,
+    "checkpoint.patience": 10,
+    "optimizer.ema_decay": 0.9,
+}
+
+
+def saved_params(workdir, config, weights="trained"):
     blueprint = make_blueprint(config, sharding.make_mesh(MeshConfig()))
     with Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         return jax.device_get(
-            checkpoints.restore_model(config.total_steps, blueprint.abstract_state())
+            checkpoints.restore_model(config.total_steps, blueprint.abstract_state(), weights)
         )
 
 
@@ -232,7 +257,7 @@ sys.exit(run.train(from_json((workdir.parent / "experiment.json").read_text()), 
 
 @pytest.mark.multiprocess
 def test_killed_run_resumes_bit_for_bit(tmp_path):
-    config = toy_config(**{"total_steps": 20, "checkpoint.every_steps": 5})
+    config = toy_config(**{"total_steps": 20, "checkpoint.every_steps": 5}, **WATCHED)
     (tmp_path / "experiment.json").write_text(to_json(config))
     command = ["timeout", "-s", "KILL", "600", sys.executable, "-c", _CHILD]
 
@@ -245,14 +270,18 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = start(tmp_path / "killed", 0)
     assert resumed.returncode == DONE, resumed.stderr
-    # The save of step 10 may still have been under way when the process died.
-    assert re.search(r"resuming after step (5|10)\b", resumed.stdout)
+    # The last save may still have been under way when the process died.
+    assert re.search(r"resuming after step (6|8|9|10|12)\b", resumed.stdout)
     whole = start(tmp_path / "whole", 0)
     assert whole.returncode == DONE, whole.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    expected = saved_params(tmp_path / "whole", config)
-    for path, value in saved_params(tmp_path / "killed", config).items():
-        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert len(validated(tmp_path / "whole")) == 7
+    assert validated(tmp_path / "killed") == validated(tmp_path / "whole")
+    assert best_of(tmp_path / "killed", config) == best_of(tmp_path / "whole", config)
+    for weights in ("trained", "ema"):
+        expected = saved_params(tmp_path / "whole", config, weights)
+        for path, value in saved_params(tmp_path / "killed", config, weights).items():
+            np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
 
 @pytest.mark.multiprocess
@@ -284,6 +313,37 @@ def wait_for(condition, seconds=300):
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.1)
+
+
+def test_a_run_that_no_longer_improves_ends_as_a_complete_one(tmp_path, capsys):
+    """With a learning rate of 0 no value is better than the first."""
+    changes = {"total_steps": 40, "optimizer.learning_rate": 0.0, "checkpoint.patience": 2}
+    config = toy_config(**WATCHED | changes)
+    for told in (
+        "ended early at step 9 of 40: 2 values of validation/loss",
+        "is complete (9 steps",
+    ):
+        assert train(config, tmp_path) == DONE
+        assert told in capsys.readouterr().out
+    best = best_of(tmp_path, config)
+    assert (best["step"], best["seen"], best["waited"]) == (3, 9, 2)
+    assert load_encoder(tmp_path, "best")[0].step == 3
+    assert sorted(losses(tmp_path)) == list(range(1, 10))
+
+
+def test_averages_begin_in_the_middle_of_a_run_only_on_demand(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "averaged")
+    changes = {"total_steps": 5, "optimizer.ema_decay": 0.5}
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.ema_decay: 0\.0 then, 0\.5 now"):
+        train(toy_config(**changes), workdir)
+    config = toy_config(**changes, **{"checkpoint.accept_changes": True})
+    assert train(config, workdir) == DONE
+    assert "kept no averages up to step 4: they begin with its leaves" in capsys.readouterr().out
+    then = saved_params(workdir, toy_config())
+    now, averages = saved_params(workdir, config), saved_params(workdir, config, "ema")
+    for path, average in averages.items():
+        expected = 0.5 * then[path] + 0.5 * now[path]
+        np.testing.assert_allclose(average, expected, rtol=1e-6, atol=1e-7, err_msg=path)
 
 
 def test_non_finite_loss_stops_with_step_checkpoint_and_batch(tmp_path, monkeypatch):

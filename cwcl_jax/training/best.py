@@ -1,0 +1,104 @@
+"""The step with the best value of a logged number, and the end of a run that no longer improves.
+
+Both follow from the values that were seen, in order. What is remembered of them is a part of every
+checkpoint, so that a resumed run decides as the undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from cwcl_jax.config import ConfigError
+from cwcl_jax.training.options import CheckpointConfig
+
+# Whose numbers stand below a prefix of their own: see `kind_of`.
+VALIDATION, EVALUATION, TRAINING = "validation", "evaluation", "training"
+
+
+def kind_of(name: str) -> str:
+    """Which measure gives a number: the step itself, the validation or the evaluation."""
+    prefix = name.partition("/")[0].removesuffix("_ema")
+    return prefix if prefix in (VALIDATION, EVALUATION) else TRAINING
+
+
+class Best:
+    """Attributes:
+    value: the best value so far; None before the first.
+    step: where it was; None before the first.
+    seen: the last step of which a value was seen; 0 before the first.
+    waited: values since the best one.
+    """
+
+    def __init__(self, config: CheckpointConfig, saved: Mapping[str, Any] | None = None):
+        """Begins, or goes on with what `state` gave.
+
+        Args:
+          saved: of a checkpoint; what belongs to another number is left out.
+        """
+        self._name, _, self._direction = config.best.rpartition(":")
+        self._patience = config.patience
+        self.value: float | None = None
+        self.step: int | None = None
+        self.seen = self.waited = 0
+        if saved and saved["name"] == config.best:
+            self.value, self.step = saved["value"], saved["step"]
+            self.seen, self.waited = saved["seen"], saved["waited"]
+
+    @property
+    def kind(self) -> str:
+        """The measure that gives the number; "" where none is watched."""
+        return kind_of(self._name) if self._name else ""
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint holds, JSON-able; None where no number is watched."""
+        if not self._name:
+            return None
+        return {
+            "name": f"{self._name}:{self._direction}",
+            "value": self.value,
+            "step": self.step,
+            "seen": self.seen,
+            "waited": self.waited,
+        }
+
+    def require(self, known: Mapping[str, Any], kind: str) -> None:
+        """Raises ConfigError where the measure `kind` should give the number, and does not."""
+        if kind == self.kind and self._name not in known:
+            raise ConfigError(
+                f"config.checkpoint.best={self._name}:{self._direction}: no such number is "
+                f"measured; there are {', '.join(sorted(known))}"
+            )
+
+    def observe(self, step: int, values: Mapping[str, float], kind: str) -> None:
+        """Takes in what a measure gave at a step; a step that was seen counts once.
+
+        Raises:
+          ConfigError: the number is not among the values.
+        """
+        if kind != self.kind or step <= self.seen:
+            return
+        self.require(values, kind)
+        value, self.seen = float(values[self._name]), step
+        self.waited += 1
+        if math.isfinite(value) and (self.value is None or self._is_better(value, self.value)):
+            self.value, self.step, self.waited = value, step, 0
+
+    def _is_better(self, value: float, than: float) -> bool:
+        return value < than if self._direction == "min" else value > than
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run should end: `patience` values in a row were no better."""
+        return bool(self._patience) and self.waited >= self._patience
+
+    def told(self) -> str:
+        """The best step in words; "" before there is one."""
+        if self.step is None:
+            return ""
+        return f"{self._name} {self.value:.6g} at step {self.step}"
