@@ -29,7 +29,10 @@ from cwcl_jax.weights.sentence_folder import (
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {"dropout", *(field.name for field in dataclasses.fields(SpeechAugment))}
 # What changes the numbers and no shape: a difference is an error,
-_UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset")
+_UNSEEN = (
+    *("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset"),
+    *("global_every", "local_window", "global_theta", "local_theta"),
+)
 # here unless it was asked for by name.
 _FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
 
