@@ -17,6 +17,7 @@ from cwcl_jax.weights.readers import Entry, Weights, open_weights
 MODULES = "modules.json"
 TEXT_SETTINGS = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
+_TOKENIZER = "tokenizer_config.json"
 # Their pooling -> ours; older files say it as pooling_mode_NAME = true.
 POOLINGS = {
     "cls": "cls",
@@ -239,11 +240,13 @@ def read_text_settings(folder: Path) -> TextSettings:
     """Reads them; defaults for a folder of another kind.
 
     Raises:
-      ValueError: the default prompt is none of the folder's prompts.
+      ValueError: the default prompt is none of the folder's prompts, or texts go another way
+        through the encoder than a tower's.
     """
     root = root_of(folder)
     inside = encoder_folder(root)
     transformer = {**_settings(root / TEXT_SETTINGS), **_settings(inside / TEXT_SETTINGS)}
+    _check_way(root / TEXT_SETTINGS, transformer)
     content = _settings(root / PROMPTS)
     prompts = {name: text for name, text in (content.get("prompts") or {}).items() if text}
     chosen = content.get("default_prompt_name")
@@ -253,6 +256,11 @@ def read_text_settings(folder: Path) -> TextSettings:
             f"{', '.join(prompts) or 'none'}"
         )
     longest = transformer.get("max_seq_length")
+    if longest is None and (root / MODULES).exists():
+        # Newer files leave it to the tokenizer, which says "very many" where there is no limit.
+        tokenizer = {**_settings(root / _TOKENIZER), **_settings(inside / _TOKENIZER)}
+        limit = tokenizer.get("model_max_length")
+        longest = limit if isinstance(limit, int) and limit < 1_000_000 else None
     return TextSettings(
         max_tokens=longest if isinstance(longest, int) else None,
         lower_case=bool(transformer.get("do_lower_case")),
@@ -260,3 +268,20 @@ def read_text_settings(folder: Path) -> TextSettings:
         prompt_name=chosen or "",
         prompts=prompts,
     )
+
+
+def _check_way(file: Path, content: Mapping[str, Any]) -> None:
+    """Raises ValueError where the encoder's result is not its last layer's tokens."""
+    method = (content.get("modality_config") or {}).get("text") or {}
+    other = {
+        name: value
+        for name, value, usual in (
+            ("transformer_task", content.get("transformer_task"), "feature-extraction"),
+            ("method_output_name", method.get("method_output_name"), "last_hidden_state"),
+            ("processing_kwargs", content.get("processing_kwargs") or None, None),
+        )
+        if value is not None and value != usual
+    }
+    if other:
+        named = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        raise ValueError(f"{file}: {named} is not supported")

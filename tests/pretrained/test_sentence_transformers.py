@@ -6,6 +6,7 @@ The models are tiny, random, and made by the library itself; nothing is download
 import dataclasses
 import json
 import logging
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,9 @@ def library():
     """sentence-transformers, which the test extra brings: its import takes seconds."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    import sentence_transformers
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sentence_transformers
 
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     return sentence_transformers
@@ -136,8 +139,9 @@ def test_a_folder_with_dense_layers_prompt_and_small_letters_gives_the_librarys_
     inputs = dataclasses.replace(inputs, lower_case=True)
     inputs.check_files(tmp_path / "model", "data.text")
     np.testing.assert_allclose(tower(inputs.batch(TEXTS)), expected, atol=1e-5)
-    # Each of the three matters here.
-    for change in ({"prompt": "none"}, {"lower_case": False}, {"max_tokens": 5}):
+    assert read_text_settings(tmp_path / "model").max_tokens == 9
+    # Either matters here.
+    for change in ({"prompt": "none"}, {"max_tokens": 5}):
         other = tower(dataclasses.replace(inputs, **change).batch(TEXTS))
         assert np.abs(np.asarray(other) - expected).max() > 1e-2, change
 
@@ -190,6 +194,31 @@ def test_options_of_texts_that_change_nothing_leave_the_fingerprint_alone():
     assert not {"prompt", "lower_case"} & plain.keys()
     assert TextInputs(prompt="none").fingerprint()["vocabulary"] == plain["vocabulary"]
     assert TextInputs(prompt="a ").fingerprint()["vocabulary"] != plain["vocabulary"]
+
+
+def test_small_letters_are_made_whatever_the_tokenizer_does(tmp_path):
+    inputs = TextInputs(tokenizer=str(word_pieces(tmp_path / "tokens")), max_tokens=8)
+    cased = json.loads(inputs.loaded._fast.to_str()) | {"normalizer": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(cased))
+    inputs = dataclasses.replace(inputs, tokenizer=str(tmp_path / "tokenizer.json"))
+    small = dataclasses.replace(inputs, lower_case=True)
+    expected = inputs.batch(["red star"])["tokens"]
+    assert (inputs.batch(["RED Star"])["tokens"] != expected).any()
+    np.testing.assert_array_equal(small.batch(["RED Star"])["tokens"], expected)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"transformer_task": "text-generation"},
+        {"processing_kwargs": {"text": {"max_length": 3}}},
+        {"modality_config": {"text": {"method_output_name": "pooler_output"}}},
+    ],
+)
+def test_another_way_through_the_encoder_is_refused(tmp_path, content):
+    write_json(tmp_path / "sentence_bert_config.json", content)
+    with pytest.raises(ValueError, match=r"sentence_bert_config.json: \w+=.* is not supported"):
+        read_text_settings(tmp_path)
 
 
 def modules(path, *kinds, types="sentence_transformers.models."):
