@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from cwcl_jax.api import Model
 from cwcl_jax.export import export
 from cwcl_jax.modalities import TextInputs
 from cwcl_jax.models.dense import layers_of
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
+from cwcl_jax.pretrained.folder import ModelDescription
 from cwcl_jax.weights.sentence_folder import read_sentence_folder, read_text_settings
 from tests.modalities.test_text import byte_pairs, word_pieces
-from tests.models.builders import one_tower
+from tests.models.builders import filled, one_tower
 from tests.pretrained.test_folder_config import folder, load, write_json
 from tests.pretrained.test_parity import randomise
 from tests.pretrained.test_text_families import imported
-from tests.test_api import IMAGE, model
+from tests.test_api import IMAGE, INPUTS, model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -314,11 +316,10 @@ def test_an_exported_text_tower_gives_the_same_embeds_in_the_library_and_here(
     pieces = word_pieces if encoder in ("bert", "text") else byte_pairs
     tokens = pieces(tmp_path / "tokens")
     inputs = TextInputs(tokenizer=str(tokens), max_tokens=12, prompt="a ", lower_case=True)
-    two = model(image=IMAGE, text=EXPORTED[encoder])
-    described = dataclasses.replace(
-        two.description, inputs={**two.description.inputs, "text": inputs}
-    )
-    two = type(two)(described.abstract()[0], two.leaves, described)
+    towers = {"image": IMAGE, "text": EXPORTED[encoder]}
+    description = ModelDescription(towers, 8, inputs=INPUTS | {"text": inputs})
+    definition, shapes = description.abstract()
+    two = Model(definition, filled(shapes), description)
     export(two, tmp_path / "out", "sentence-transformers")
     texts = ["red star", "A Blue star", "stars red"]
     expected = two.encode_text(texts)
