@@ -183,6 +183,8 @@ def _modernbert(
         "embedding_dropout": rate,
         "mlp_dropout": rate,
         "attention_dropout": 0.0,
+        # Its usual ids are those of its own tokenizer, and no input here comes from them.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
         # Names of the published files, which older and newer versions of the library read.
         "global_attn_every_n_layers": settings.global_every,
         "local_attention": settings.local_window,
@@ -254,5 +256,5 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def float32(arrays: Mapping[str, Any]) -> Arrays:
-    """The arrays as float32, contiguous."""
-    return {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
+    """The arrays as float32, scalars as such."""
+    return {name: np.asarray(x, np.float32) for name, x in arrays.items()}
