@@ -315,7 +315,7 @@ def test_an_exported_text_tower_gives_the_same_embeds_in_the_library_and_here(
 ):
     pieces = word_pieces if encoder in ("bert", "text") else byte_pairs
     tokens = pieces(tmp_path / "tokens")
-    inputs = TextInputs(tokenizer=str(tokens), max_tokens=12, prompt="a ", lower_case=True)
+    inputs = TextInputs(tokenizer=str(tokens), max_tokens=17, prompt="a ", lower_case=True)
     towers = {"image": IMAGE, "text": EXPORTED[encoder]}
     description = ModelDescription(towers, 8, inputs=INPUTS | {"text": inputs})
     definition, shapes = description.abstract()
@@ -328,7 +328,7 @@ def test_an_exported_text_tower_gives_the_same_embeds_in_the_library_and_here(
     if encoder == "text":  # its pre-norm layers have no reader here: own exports have them
         return
     again = imported(encoder, tmp_path / "out")
-    read = TextInputs(tokenizer=str(tmp_path / "out"), max_tokens=12, prompt="a ")
+    read = TextInputs(tokenizer=str(tmp_path / "out"), max_tokens=17, prompt="a ")
     read.check_files(tmp_path / "out", "data.text")
     np.testing.assert_allclose(compiled(again, read)(texts), expected, atol=1e-5)
 
