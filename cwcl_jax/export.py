@@ -3,8 +3,13 @@
 Formats:
     safetensors   a folder for `cwcl_jax.load_model`: model.safetensors, cwcl_jax.json, tokenizer
     transformers  a folder for `transformers.VisionTextDualEncoderModel.from_pretrained`
+    clip          a folder for transformers' `CLIPModel` and `CLIPProcessor`, of towers of its kind
+    sentence-transformers
+                  the text tower as a folder for `sentence_transformers.SentenceTransformer`
     npz           the image tower as one file in AugReg's layout
     onnx          a folder with one file per tower, by jax2onnx where it is installed
+
+Each writes a model card beside it: README.md, or NAME.md beside NAME.npz.
 """
 
 import sys
@@ -15,11 +20,14 @@ from cwcl_jax import cli
 from cwcl_jax.api import Model, load_model
 from cwcl_jax.config import ConfigError
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
+from cwcl_jax.pretrained.clip_folder import write_clip_folder
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
 from cwcl_jax.pretrained.folder import below, save_folder
+from cwcl_jax.pretrained.model_card import write_card
 from cwcl_jax.pretrained.onnx_files import write_onnx
+from cwcl_jax.pretrained.sentence_folder import write_sentence_folder
 
-FORMATS = ("safetensors", "transformers", "npz", "onnx")
+FORMATS = ("safetensors", "transformers", "clip", "sentence-transformers", "npz", "onnx")
 
 
 def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> None:
@@ -28,6 +36,10 @@ def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> 
         save_folder(output, model.description, model.leaves)
     elif form == "transformers":
         write_dual_encoder(output, model.description, model.leaves)
+    elif form == "clip":
+        write_clip_folder(output, model.description, model.leaves)
+    elif form == "sentence-transformers":
+        write_sentence_folder(output, model.description, model.leaves)
     elif form == "npz":
         _export_npz(model, output, dtype)
     elif form == "onnx":
@@ -48,6 +60,16 @@ def _export_npz(model: Model, output: Path, dtype: str) -> None:
     write_augreg_npz(output, config, below(model.leaves, vits[0]), dtype=dtype)
 
 
+def _write_card(model: Model, options: Namespace) -> None:
+    output = options.output
+    card = output.with_suffix(".md") if options.format == "npz" else output / "README.md"
+    source = Path(options.source)
+    name = output.stem if options.format == "npz" else output.resolve().name
+    write_card(
+        card, model.description, options.format, source=source, licence=options.license, name=name
+    )
+
+
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="workdir of a run, or an exported folder")
@@ -59,6 +81,7 @@ def _define(parser: ArgumentParser) -> None:
     add("--weights", default="trained", choices=["trained", "ema"], help=about)
     between = "share between a run's start weights (0) and its trained ones (1): WiSE-FT"
     add("--interpolate", type=float, metavar="SHARE", help=between)
+    add("--license", default="unknown", help="for the model card, as the hub names it")
     about = "import the modules that an exported folder names, which runs them"
     cli.switch(parser, "allow_code", False, about)
 
@@ -77,6 +100,7 @@ def main(options: Namespace) -> None:
             interpolate=options.interpolate,
         )
         export(model, options.output, options.format, dtype=options.dtype)
+        _write_card(model, options)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"wrote {options.output} ({options.format})")

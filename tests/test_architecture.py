@@ -23,7 +23,9 @@ ALLOWED = {
     "weights": {"files", "data.installed"},
     "models": {"extension", "precision", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.
-    "modalities": {"extension", "synthetic", *_BELOW_MODALITIES},
+    "modalities": {
+        "extension", "synthetic", "weights.sentence_folder", *_BELOW_MODALITIES,
+    },
     # What the package makes itself stands on hashes of integers alone.
     "synthetic": {"data.draws"},
     "data": {"files", "progress", "modalities", "extension", "synthetic"},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from absl import logging
 from jaxtyping import Bool, Int32
 
 from cwcl_jax.data.cuts import tell_cut
@@ -21,6 +22,7 @@ from cwcl_jax.data.installed import inside_package
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 from cwcl_jax.synthetic.captions import TOKENIZER_FILE
+from cwcl_jax.weights.sentence_folder import PROMPTS, TEXT_SETTINGS, read_text_settings
 
 _SETTINGS = "tokenizer_config.json"
 # What the special tokens are called where a file does not say so.
@@ -30,6 +32,8 @@ _USUAL = {
     "bos_token": ("[BOS]", "[CLS]", "<s>"),
     "eos_token": ("[EOS]", "[SEP]", "</s>"),
 }
+# A prompt of this name is none, on purpose.
+_NO_PROMPT = "none"
 # The package's own tokenizer, made for captions of its own scenes.
 _OWN = "scenes"
 OUTSIDE_SCENES = "outside the words of the package's tokenizer for scenes, spelt in letters"
@@ -54,6 +58,11 @@ class TextInputs(Modality):
     # "" = the package's own small tokenizer; otherwise a folder, a tokenizer.json or a hub name.
     tokenizer: str = ""
     max_tokens: int = 32
+    # Put before every text, as sentence encoders are trained with ("query: "). "none" is no prompt
+    # where the weights' own folder has one.
+    prompt: str = ""
+    # Makes small letters of all, whatever the tokenizer does.
+    lower_case: bool = False
 
     def __post_init__(self):
         check_ranges(self, max_tokens=(1, ENDLESS))
@@ -104,7 +113,12 @@ class TextInputs(Modality):
         return {name: np.asarray(array)[:, :length] for name, array in arrays.items()}
 
     def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
-        return super().fingerprint(training=training) | {"vocabulary": self.loaded.fingerprint()}
+        made = super().fingerprint(training=training)
+        # Options that runs of earlier versions do not know, where they change nothing.
+        for option in ("prompt", "lower_case"):
+            if not made[option]:
+                del made[option]
+        return made | {"vocabulary": self.loaded.fingerprint()}
 
     def varies(self, source: Any) -> str:
         found = with_several_captions(source, self.field)
@@ -131,6 +145,33 @@ class TextInputs(Modality):
                 f"tower's table {rows}: they do not belong together; name the tower's own "
                 f"tokenizer, or set vocab_size={size} in {overrides} for one from scratch"
             )
+
+    def check_files(self, folder: Path, options: str) -> None:
+        """Compares with what sentence-transformers does to texts before this folder's encoder."""
+        theirs = read_text_settings(folder)
+        if theirs.lower_case and not self.lower_case:
+            raise ValueError(
+                f"{folder}: {TEXT_SETTINGS} makes small letters of all texts (do_lower_case): set "
+                f"--{options}.lower_case=True"
+            )
+        if theirs.prompt and not self.prompt:
+            raise ValueError(
+                f"{folder}: {PROMPTS} puts {theirs.prompt!r} (its prompt {theirs.prompt_name!r}) "
+                f"before every text: set --{options}.prompt={theirs.prompt!r}, another, or "
+                f"{_NO_PROMPT!r} on purpose"
+            )
+        if theirs.prompts and not self.prompt:
+            logging.warning(
+                "%s: texts have no prompt, as by default in sentence-transformers; the model knows "
+                "%s: choose with --%s.prompt",
+                folder, ", ".join(f"{n} {p!r}" for n, p in theirs.prompts.items()), options,
+            )  # fmt: skip
+        if theirs.max_tokens is not None and self.max_tokens > theirs.max_tokens:
+            logging.warning(
+                "%s: %s cuts texts at %d tokens, %s.max_tokens is %d: longer ones get another "
+                "embedding than there",
+                folder, TEXT_SETTINGS, theirs.max_tokens, options, self.max_tokens,
+            )  # fmt: skip
 
     def without_files(self) -> "TextInputs":
         """Takes the package's own few words in place of a tokenizer that lies elsewhere."""
@@ -196,9 +237,20 @@ def _loaded(inputs: TextInputs, changed_at: float) -> "TextTokenizer":
 class TextTokenizer:
     """Tokenizes lists of captions; longer ones are cut so that their end token stays."""
 
-    def __init__(self, backend: Any, special: Mapping[str, str], *, max_tokens: int, name: str):
+    def __init__(
+        self,
+        backend: Any,
+        special: Mapping[str, str],
+        *,
+        max_tokens: int,
+        name: str,
+        prompt: str = "",
+        lower_case: bool = False,
+    ):
         """Build from a `tokenizers.Tokenizer` and the names of its special tokens."""
-        self._fast = backend
+        self._fast = _with_small_letters(backend) if lower_case else backend
+        self.prompt = prompt
+        """Put before every text; `save` does not write it."""
         self.name = name
         self.is_own = name == _OWN
         self.max_tokens = max_tokens
@@ -231,14 +283,14 @@ class TextTokenizer:
 
     def fingerprint(self) -> str:
         """Changes with the vocabulary, the rules and the length."""
-        text = self._fast.to_str() + str(self.max_tokens)
+        text = self._fast.to_str() + str(self.max_tokens) + self.prompt
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __call__(
         self, captions: Sequence[str]
     ) -> dict[str, Int32[np.ndarray, "b s"] | Bool[np.ndarray, "b s"]]:
         """`tokens` and `mask` of the captions, padded on the right."""
-        encoded = self._fast.encode_batch(list(captions))
+        encoded = self._fast.encode_batch([self.prompt + text for text in captions])
         tell_cut(lambda: sum(_length(rest) for e in encoded for rest in e.overflowing))
         tokens = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
         mask = np.array([e.attention_mask for e in encoded], bool).reshape(-1, self.max_tokens)
@@ -246,7 +298,7 @@ class TextTokenizer:
 
     def lost(self, caption: str) -> tuple[str, ...]:
         """What of a caption its tokens do not hold, in words (see `Modality.lost`)."""
-        encoded = self._fast.encode(caption)
+        encoded = self._fast.encode(self.prompt + caption)
         pieces = [encoded, *encoded.overflowing]
         remarks = [f"cut at max_tokens={self.max_tokens}"] if encoded.overflowing else []
         if _REPLACED in caption:
@@ -277,6 +329,7 @@ class TextTokenizer:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_tokens,
+            "model_input_names": ["input_ids", "attention_mask"],
             **self.special_tokens,
         }
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -299,6 +352,17 @@ def _length(encoded: Any) -> int:
     )
 
 
+def _with_small_letters(backend: Any) -> Any:
+    """A backend whose first step is to make small letters of all."""
+    from tokenizers import normalizers
+
+    steps = [normalizers.Lowercase()]
+    if backend.normalizer is not None:
+        steps.append(backend.normalizer)
+    backend.normalizer = normalizers.Sequence(steps)
+    return backend
+
+
 def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
     """The tokenizer that the options name: the package's own, a folder, a file, or a hub name."""
     # Batches are small and several threads read: the library's own threads would only add load.
@@ -313,7 +377,14 @@ def load_tokenizer(inputs: TextInputs) -> TextTokenizer:
         name = str(_inside_package(name.removeprefix("installed:")))
     backend, special = _from_file(name) if Path(name).is_file() else _from_folder_or_hub(name)
     shown = inputs.tokenizer or _OWN
-    return TextTokenizer(backend, special, max_tokens=inputs.max_tokens, name=shown)
+    return TextTokenizer(
+        backend,
+        special,
+        max_tokens=inputs.max_tokens,
+        name=shown,
+        prompt="" if inputs.prompt == _NO_PROMPT else inputs.prompt,
+        lower_case=inputs.lower_case,
+    )
 
 
 def _inside_package(spec: str) -> Path:

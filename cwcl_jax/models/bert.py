@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.pooling import POOLINGS
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
 from cwcl_jax.models.transformer import (
     Execution,
@@ -45,7 +46,10 @@ class BertConfig:
     epsilon: float = 1e-12
     dropout: float = 0.1
     pooling: str = "cls"
-    """"cls", "mean", or "pooler": BERT's own dense layer and tanh on top of "cls"."""
+    """"cls", "mean" and the others of `models.pooling`, or "pooler": BERT's own dense layer and
+    tanh on top of "cls"."""
+    dense: str = ""
+    """Layers behind the pooling; see `models.dense`."""
 
     position_offset: int = 0
     """Rows of the position table before the first real token's."""
@@ -99,9 +103,10 @@ class Bert(TextEncoder):
     """BERT or RoBERTa, by its settings."""
 
     def __init__(self, config: BertConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        if config.pooling not in ("cls", "mean", "pooler"):
+        if config.pooling not in ("pooler", *POOLINGS):
             raise ValueError(
-                f"pooling of a BERT is 'cls', 'mean' or 'pooler', not {config.pooling!r}"
+                f"pooling of a BERT is 'pooler', {', '.join(map(repr, POOLINGS))}, not "
+                f"{config.pooling!r}"
             )
         stack = TransformerConfig.of(config, norm_order="post")
         super().__init__(config, stack, execution, rngs=rngs)
@@ -123,8 +128,7 @@ class Bert(TextEncoder):
         check_length(tokens.shape[1], self.config.max_tokens)
         offset = self.config.position_offset
         if offset:
-            real = mask.astype(jnp.int32)
-            positions = self.position_embedding(jnp.cumsum(real, axis=1) * real + offset - 1)
+            positions = self.position_embedding(counted_positions(mask, offset))
         else:
             positions = self.position_embedding.first(tokens.shape[1])
         kind = self.type_embedding.first(1)
@@ -136,6 +140,12 @@ class Bert(TextEncoder):
         if self.config.pooling == "pooler":
             return jnp.tanh(self.pooler(tokens[:, 0]))
         return super().pool(tokens, mask)
+
+
+def counted_positions(mask: Bool[Array, "b s"], offset: int) -> Int[Array, "b s"]:
+    """Positions that count the real tokens from `offset` on; padding has the one before."""
+    real = mask.astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real + offset - 1
 
 
 # Names of BERT and RoBERTa files, as transformers (PyTorch or Flax) writes them.
@@ -187,13 +197,15 @@ _NAMES = {
 }
 
 
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert")
+
+
 def _read_bert(content: Mapping[str, Any]) -> dict[str, Any]:
     return named(content, _NAMES) if content.get("model_type", "bert") == "bert" else {}
 
 
 def _read_roberta(content: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = ("roberta", "xlm-roberta", "camembert")
-    if content.get("model_type", "roberta") not in kinds:
+    if content.get("model_type", "roberta") not in _ROBERTAS:
         return {}
     settings = named(content, _NAMES)
     padding = content.get("pad_token_id", 1)
@@ -205,7 +217,15 @@ def _read_roberta(content: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-BERT = EncoderFamily(BertConfig, Bert, "text", PRESETS, [_BERT_FILES], _read_bert)
+BERT = EncoderFamily(
+    BertConfig, Bert, "text", PRESETS, [_BERT_FILES], _read_bert, model_types=("bert",)
+)
 ROBERTA = EncoderFamily(
-    RobertaConfig, Bert, "text", ROBERTA_PRESETS, [_ROBERTA_FILES], _read_roberta
+    RobertaConfig,
+    Bert,
+    "text",
+    ROBERTA_PRESETS,
+    [_ROBERTA_FILES],
+    _read_roberta,
+    model_types=_ROBERTAS,
 )

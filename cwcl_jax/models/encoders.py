@@ -13,7 +13,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cwcl_jax.extension import is_reference
-from cwcl_jax.models import bart, bert, conv_speech, own_encoder, precomputed, text, vit, whisper
+from cwcl_jax.models import (
+    bart,
+    bert,
+    conv_speech,
+    modernbert,
+    mpnet,
+    own_encoder,
+    precomputed,
+    text,
+    vit,
+    whisper,
+)
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.transformer import Execution
 
@@ -37,6 +48,8 @@ ENCODERS: dict[str, EncoderFamily] = {
     "bert": bert.BERT,
     "roberta": bert.ROBERTA,
     "bart": bart.BART,
+    "modernbert": modernbert.MODERNBERT,
+    "mpnet": mpnet.MPNET,
     "whisper": whisper.WHISPER,
     "conv_speech": conv_speech.CONV_SPEECH,
     "precomputed": precomputed.PRECOMPUTED,

@@ -24,6 +24,7 @@ class EncoderFamily:
       layouts: the kinds of weight files that can be imported.
       read_config: settings that a config.json beside weights names; empty for another model's.
       fixed: paths below the tower that `tune="all"` does not train.
+      model_types: what config.json calls the models whose files these are; () asks for no name.
       as_published: settings under which imported weights compute what their authors' model does,
         where the defaults are a cheaper way.
     """
@@ -36,6 +37,7 @@ class EncoderFamily:
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     fixed: tuple[str, ...] = ()
     as_published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
 
     @property
     def has_depth(self) -> bool:

@@ -23,7 +23,7 @@ from cwcl_jax.models.tower import TowerConfig
 _TOWER_PATH = re.compile(r"towers/([^/]+)/(.+)")
 _BLOCK_PATH = re.compile(r"encoder/blocks/(\d+)/.*")
 _STACKED_PATH = re.compile(r"encoder/blocks/[a-z].*")
-_AFTER_BLOCKS = re.compile(r"(encoder/(norm|pooler|pooling)|head)/.*")
+_AFTER_BLOCKS = re.compile(r"(encoder/(norm|pooler|pooling|dense)|head)/.*")
 LOGIT_PATHS = ("logit_scale", "logit_bias")
 
 

@@ -7,30 +7,44 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.transformer import Execution, linear
 
-POOLINGS = ("cls", "mean", "last")
+POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weightedmean")
 
 
 def pool(
     tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None, kind: str
 ) -> Float[Array, "b d"]:
-    """Pool over the real tokens: the first ("cls"), their mean, or the last one.
+    """Pools over the real tokens, in one of the ways that sentence-transformers has.
 
-    A row without any real token gives zeros ("mean") or its first token, and finite gradients.
+    The first token ("cls"), the last one, the mean, the largest value of each feature ("max"),
+    the sum over the square root of the count ("mean_sqrt_len"), or a mean in which the n-th token
+    weighs n ("weightedmean"). A row without any real token gives zeros or, by "cls" and "last",
+    its first token, and finite gradients.
     """
     if kind == "cls":
         return tokens[:, 0]
     if kind not in POOLINGS:
         raise ValueError(f"unknown pooling {kind!r}; choose one of {', '.join(POOLINGS)}")
     if mask is None:
-        return jnp.mean(tokens, axis=1) if kind == "mean" else tokens[:, -1]
+        if kind == "mean":
+            return jnp.mean(tokens, axis=1)
+        mask = jnp.ones(tokens.shape[:2], bool)
     if kind == "last":
         positions = jnp.arange(mask.shape[1])[None, :]
         last = jnp.max(jnp.where(mask, positions, 0), axis=1)
         return jnp.take_along_axis(tokens, last[:, None, None], axis=1)[:, 0]
+    if kind == "max":
+        some = jnp.any(mask, axis=1)[:, None]
+        highest = jnp.max(jnp.where(mask[:, :, None], tokens, -jnp.inf), axis=1)
+        return jnp.where(some, highest, 0.0).astype(tokens.dtype)
     weights = mask.astype(jnp.float32)[:, :, None]
+    if kind == "weightedmean":
+        weights = weights * jnp.arange(1, mask.shape[1] + 1, dtype=jnp.float32)[None, :, None]
     # `where` and not a product: a non-finite value at a masked place must not leak in.
-    total = jnp.sum(jnp.where(weights > 0, tokens.astype(jnp.float32), 0.0), axis=1)
-    return (total / jnp.maximum(jnp.sum(weights, axis=1), 1.0)).astype(tokens.dtype)
+    seen = jnp.where(weights > 0, tokens.astype(jnp.float32), 0.0)
+    total = jnp.sum(seen * weights if kind == "weightedmean" else seen, axis=1)
+    count = jnp.maximum(jnp.sum(weights, axis=1), 1.0)
+    divisor = jnp.sqrt(count) if kind == "mean_sqrt_len" else count
+    return (total / divisor).astype(tokens.dtype)
 
 
 def up_to_end(

@@ -87,7 +87,7 @@ class TextTransformer(TextEncoder):
         if self.config.pooling != "end":
             return super().__call__(inputs, key)
         mask = up_to_end(inputs["tokens"], inputs["mask"], self.config.end_token)
-        return pool(self.tokens(inputs, key), mask, "last")
+        return self.densely(pool(self.tokens(inputs, key), mask, "last"))
 
 
 _NAMES = {

@@ -1,4 +1,7 @@
-"""What text encoders share: embed, contextualise, norm, pool. Padding is never seen."""
+"""What text encoders share: embed, contextualise, norm, pool, and perhaps dense layers.
+
+Padding is never seen.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +10,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from cwcl_jax.models.dense import dense_layers
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.transformer import Execution, TransformerConfig, apply_blocks, make_blocks
 
@@ -15,17 +19,30 @@ class TextEncoder(nnx.Module):
     """Encoder of {"tokens": int32 (b, s), "mask": bool (b, s)}; a subclass embeds the tokens."""
 
     def __init__(
-        self, config: Any, stack: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs
+        self,
+        config: Any,
+        stack: TransformerConfig | None,
+        execution: Execution,
+        *,
+        blocks: nnx.Pytree | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.blocks = make_blocks(stack, execution, rngs=rngs)
+        """Makes the stack's blocks, unless the family brings `blocks` of its own (see `run`)."""
+        if blocks is None:
+            assert stack is not None
+            self.blocks = make_blocks(stack, execution, rngs=rngs)
+        else:
+            self.blocks = blocks
         self.config = config
         self.stack = stack
         self.execution = execution
+        layers = getattr(config, "dense", "")
+        self.dense, self._width = dense_layers(layers, config.width, execution, rngs=rngs)
 
     @property
     def feature_width(self) -> int:
         """Width of a feature vector."""
-        return self.stack.width
+        return self._width
 
     def embed(
         self,
@@ -40,8 +57,16 @@ class TextEncoder(nnx.Module):
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
         """The blocks and, where the family has one, the final norm."""
-        x = apply_blocks(self.blocks, x, mask, config=self.stack, execution=self.execution, key=key)
-        return self.finish(x)
+        return self.finish(self.run(x, mask, key))
+
+    def run(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
+    ) -> Float[Array, "b s d"]:
+        """The blocks."""
+        assert self.stack is not None  # a family without one has a `run` of its own
+        return apply_blocks(
+            self.blocks, x, mask, config=self.stack, execution=self.execution, key=key
+        )
 
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """What follows the last block: nothing after post-norm blocks."""
@@ -62,7 +87,13 @@ class TextEncoder(nnx.Module):
     def __call__(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> Float[Array, "b f"]:
-        return self.pool(self.tokens(inputs, key), inputs["mask"])
+        return self.densely(self.pool(self.tokens(inputs, key), inputs["mask"]))
+
+    def densely(self, pooled: Float[Array, "b d"]) -> Float[Array, "b f"]:
+        """The dense layers behind the pooling; the identity where there is none."""
+        for layer in self.dense:
+            pooled = layer(pooled)
+        return pooled
 
 
 def check_length(length: int, limit: int) -> None:

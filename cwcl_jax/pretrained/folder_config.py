@@ -1,9 +1,9 @@
 """Settings of a tower from the files beside its weights.
 
 Those are an own export's `cwcl_jax.json`, or transformers' `config.json` (of a joint CLIP file the
-part that belongs to the tower), the pixels' range in `preprocessor_config.json` and the pooling
-that sentence-transformers notes. With them a folder can be used without a preset, a wrong preset is
-named as such, and so is a setting that changes the numbers but no shape.
+part that belongs to the tower), the pixels' range in `preprocessor_config.json`, and the pooling
+and dense layers of sentence-transformers. With them a folder can be used without a preset, a wrong
+preset is named as such, and so is a setting that changes the numbers but no shape.
 """
 
 import dataclasses
@@ -20,6 +20,11 @@ from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained.folder import DESCRIPTION, read_description
 from cwcl_jax.weights.failures import WeightsMismatch
 from cwcl_jax.weights.locate import locate
+from cwcl_jax.weights.sentence_folder import (
+    SentenceFolder,
+    encoder_folder,
+    read_sentence_folder,
+)
 
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {
@@ -28,18 +33,12 @@ _OF_TRAINING = {
     *(field.name for field in dataclasses.fields(SpeechAugment)),
 }
 # What changes the numbers and no shape: a difference is an error,
-_UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset")
+_UNSEEN = (
+    *("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset"),
+    *("global_every", "local_window", "global_theta", "local_theta"),
+)
 # here unless it was asked for by name.
 _FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
-_POOLINGS = {
-    "cls": "cls",
-    "cls_token": "cls",
-    "mean": "mean",
-    "mean_tokens": "mean",
-    "lasttoken": "last",
-}
-# Parts of a sentence-transformers model that a tower has too.
-_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
@@ -49,7 +48,7 @@ def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
         return {}
     if (folder / DESCRIPTION).exists():
         return _of_own_export(folder, encoder)
-    settings = _of_transformers(folder / "config.json", encoder)
+    settings = _of_transformers(encoder_folder(folder) / "config.json", encoder)
     if ENCODERS[encoder].modality == "image":
         settings |= _pixel_range(folder)
     return settings
@@ -124,26 +123,31 @@ def _pixel_range(folder: Path) -> dict[str, Any]:
     }
 
 
-def _sentence_pooling(folder: Path, encoder: str) -> dict[str, Any]:
-    """The pooling that sentence-transformers noted beside a text encoder."""
-    file = folder / "1_Pooling" / "config.json"
-    if ENCODERS[encoder].modality != "text":
-        return {}
-    content = _json(file)
-    modes = content.get("pooling_mode") or [
-        name.removeprefix("pooling_mode_")
-        for name, chosen in content.items()
-        if name.startswith("pooling_mode_") and chosen is True
-    ]
-    modes = [modes] if isinstance(modes, str) else modes
-    if not modes:
-        return {}
-    if len(modes) > 1 or modes[0] not in _POOLINGS:
+def sentence_parts(path: Path, config: TowerConfig) -> SentenceFolder:
+    """What sentence-transformers noted around a text encoder; empty for any other tower."""
+    family, folder = ENCODERS.get(config.encoder), _folder(path)
+    if family is None or family.modality != "text" or (folder / DESCRIPTION).exists():
+        return SentenceFolder(folder)
+    return read_sentence_folder(folder, pooling_is_chosen=_pooling_is_chosen(config))
+
+
+def _pooling_is_chosen(config: TowerConfig) -> bool:
+    return bool(config.pooling) or "pooling" in config.overrides
+
+
+def _sentence_settings(path: Path, config: TowerConfig) -> dict[str, Any]:
+    """Pooling and dense layers of the folder, but for those that the tower's settings name."""
+    parts = sentence_parts(path, config)
+    found = {"dense": parts.dense, "pooling": parts.pooling}
+    if _pooling_is_chosen(config):
+        del found["pooling"]
+    known = {field.name for field in dataclasses.fields(ENCODERS[config.encoder].config_class)}
+    if parts.dense and "dense" not in known:
         raise ValueError(
-            f"{file}: pooling by {' and '.join(map(str, modes))} is not supported: set the tower's "
-            "pooling to cls or mean"
+            f"{path}: its vectors also pass through {parts.dense_folders[0].name} "
+            f"({parts.dense}), which encoder {config.encoder!r} does not have"
         )
-    return {"pooling": _POOLINGS[modes[0]]}
+    return {name: x for name, x in found.items() if x and name not in config.overrides}
 
 
 def complete(config: TowerConfig) -> TowerConfig:
@@ -160,8 +164,7 @@ def complete(config: TowerConfig) -> TowerConfig:
     if not config.preset:
         path = locate(config.weights)
         settings |= settings_of_folder(path, config.encoder)
-        if not config.pooling and "pooling" not in config.overrides:
-            settings |= _sentence_pooling(_folder(path), config.encoder)
+        settings |= _sentence_settings(path, config)
     if not settings:
         return config
     return dataclasses.replace(config, overrides=settings | dict(config.overrides))
@@ -194,7 +197,7 @@ def check_settings(path: Path, config: TowerConfig) -> None:
     Raises:
       WeightsMismatch: the tower would compute something else than the weights' own model.
     """
-    _check_modules(path, config)
+    _check_sentence_parts(path, config)
     found = settings_of_folder(path, config.encoder)
     names = [*_UNSEEN, *(name for name in _FRONT_END if name not in config.overrides)]
     different = _different({name: found[name] for name in names if name in found}, config)
@@ -206,30 +209,54 @@ def check_settings(path: Path, config: TowerConfig) -> None:
         )
 
 
-def _check_modules(path: Path, config: TowerConfig) -> None:
-    """Compares a text tower with the other parts of the sentence-transformers model around it."""
+def check_kind(path: Path, config: TowerConfig) -> None:
+    """Compare what config.json calls its model with the tower's encoder.
+
+    Raises:
+      WeightsMismatch: it is another model, whose arrays may have the same names and shapes.
+    """
     family = ENCODERS.get(config.encoder)
-    if family is None or family.modality != "text":
+    if family is None or not family.model_types or (_folder(path) / DESCRIPTION).exists():
         return
-    file = _folder(path) / "modules.json"
-    modules = parse_json(file.read_bytes()) if file.exists() else []
-    unread = [m for m in modules if str(m.get("type", "")).rpartition(".")[2] not in _MODULES]
-    if unread:
+    kind = _json(encoder_folder(_folder(path)) / "config.json").get("model_type")
+    if kind is None or kind in family.model_types:
+        return
+    readers = [name for name, other in ENCODERS.items() if kind in other.model_types]
+    raise WeightsMismatch(
+        str(path),
+        f"is a {kind}, as its config.json says, and no {' or '.join(family.model_types)}, which "
+        f"encoder {config.encoder!r} reads",
+        remedy=f"set the tower's encoder to {readers[0]!r}" if readers else "no encoder reads it",
+    )
+
+
+def _check_sentence_parts(path: Path, config: TowerConfig) -> None:
+    """Compares a text tower with the other parts of the sentence-transformers model around it."""
+    if config.encoder not in ENCODERS:
+        return
+    theirs, ours = sentence_parts(path, config), config.encoder_settings()
+    missing = _sentence_settings(path, config).get("dense", "")
+    if missing and missing != ours.dense:
         raise WeightsMismatch(
             str(path),
-            f"is a model whose vectors also pass through {unread[0].get('path')} "
-            f"({unread[0].get('type')}), as its modules.json says, and a tower does not",
-            remedy="for the model without it, copy the folder without modules.json",
+            f"has dense layers {missing!r} behind its pooling, as its modules.json "
+            f"says, and {_settings_name(config)} has {ours.dense!r}",
+            remedy="set dense in the tower's overrides to the folder's, or to '' on purpose",
         )
-    asked = config.pooling or "pooling" in config.overrides
-    theirs = {} if asked else _sentence_pooling(_folder(path), config.encoder)
-    if different := _different(theirs, config):
+    on_purpose = config.overrides.get("pooling") == getattr(ours, "pooling", None)
+    if theirs.pooling and theirs.pooling != ours.pooling and not on_purpose:
+        name = f"pooling={config.pooling!r}" if config.pooling else _settings_name(config)
         raise WeightsMismatch(
             str(path),
-            f"pools by {different['pooling']!r}, as its 1_Pooling says, and the preset "
-            f"{config.preset!r} does not",
-            remedy=f"set the tower's pooling to {different['pooling']!r}, or to another on purpose",
+            f"pools by {theirs.pooling!r}, as its {theirs.pooling_file.parent.name} says, and "
+            f"{name} by {ours.pooling!r}",
+            remedy=f"set the tower's pooling to {theirs.pooling!r}; another one on purpose is "
+            "said in its overrides",
         )
+
+
+def _settings_name(config: TowerConfig) -> str:
+    return f"the preset {config.preset!r}" if config.preset else "the tower"
 
 
 def _different(settings: Mapping[str, Any], config: TowerConfig) -> dict[str, Any]:

@@ -13,11 +13,17 @@ import numpy as np
 from cwcl_jax.extension import is_reference
 from cwcl_jax.models.encoders import ENCODERS, encoder_family
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.pretrained.folder_config import check_settings, explain_sizes
+from cwcl_jax.pretrained.folder_config import (
+    check_kind,
+    check_settings,
+    explain_sizes,
+    sentence_parts,
+)
 from cwcl_jax.weights.failures import WeightsMismatch
 from cwcl_jax.weights.locate import locate, sha256_of
 from cwcl_jax.weights.readers import Weights, open_weights
 from cwcl_jax.weights.rules import Layout, Rule, fill, make_plan
+from cwcl_jax.weights.sentence_folder import WithDense, encoder_folder
 from cwcl_jax.weights.views import unstacked, without_prefix
 
 
@@ -51,12 +57,17 @@ def import_tower(
       put: places one array at its path, for example with its sharding; by default on the
         default device. It is called leaf by leaf, so that only one array is twice in memory.
     """
-    path = locate(config.weights)
+    path = encoder_files(locate(config.weights))
+    check_kind(path, config)
     prefix = f"towers/{modality}/"
     leaves = {p.removeprefix(prefix): x for p, x in abstract.items() if p.startswith(prefix)}
     weights = open_weights(path)
     layout = recognise(weights, config.encoder, modality)
     view = layout.view(weights)
+    dense = _dense_folders(path, config)
+    if dense:
+        view = WithDense(view, dense)
+        layout = dataclasses.replace(layout, rules=[*layout.rules, _DENSE])
     try:
         plan = make_plan(view, layout, leaves)
     except WeightsMismatch as error:
@@ -65,7 +76,7 @@ def import_tower(
         raise error.explained(explain_sizes(path, config)) from None
     if not is_reference(config.encoder):
         check_settings(path, config)
-    digest = sha256_of(path)
+    digest = sha256_of(path, *dense)
     place = put if put is not None else _on_default_device
     result = {}
     # All layers of one kind after each other, so that an array of stacked layers is read once.
@@ -79,6 +90,22 @@ def import_tower(
         initialised=tuple(prefix + p for p in plan.initialised),
         ignored=plan.ignored,
     )
+
+
+# The dense layers of a sentence-transformers model, beside the encoder's own names.
+_DENSE = Rule(r"dense/(\d+)/linear/(kernel|bias)", r"encoder/dense/\1/linear/\2")
+
+
+def encoder_files(path: Path) -> Path:
+    """Where the encoder's own files are: older sentence encoders keep them in a folder below."""
+    return encoder_folder(path) if path.is_dir() else path
+
+
+def _dense_folders(path: Path, config: TowerConfig) -> tuple[Path, ...]:
+    """Where the weights of the tower's dense layers are, where it takes the folder's own."""
+    if config.encoder not in ENCODERS or not getattr(config.encoder_settings(), "dense", ""):
+        return ()
+    return sentence_parts(path, config).dense_folders
 
 
 def folder_of(weights: str) -> Path:

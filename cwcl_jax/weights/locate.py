@@ -9,7 +9,8 @@ from cwcl_jax.weights.readers import READERS, files_of
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HUB_SETTINGS = ["*.json", "*.txt", "*.model"]
+# And the dense layers of sentence-transformers, which are small.
+_HUB_SETTINGS = ["*.json", "*.txt", "*.model", "*_Dense/*"]
 # The first kind that a repository has; a folder's files are preferred in the same order.
 _HUB_WEIGHTS = (
     "model*.safetensors",
@@ -87,14 +88,14 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def sha256_of(path: Path) -> str:
-    """One hash for the weights at `path`: of the file, or of the hashes of its shards.
+def sha256_of(*paths: Path) -> str:
+    """One hash for the weights at `paths`: of the file, or of the hashes of all files.
 
     Raises:
       ValueError: a file is not the one whose hash came with it.
     """
     digests = []
-    for file in files_of(path):
+    for file in (file for path in paths for file in files_of(path)):
         with file.open("rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
         promised, where = _promised_sha256(file)

@@ -51,6 +51,8 @@ TRANSFORMS: dict[str, Transform] = {
     # (d, heads, k) -> (d, heads * k); (heads, k) -> (heads * k); (heads, k, d) -> (heads * k, d)
     "join_last": lambda x, shape: x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]),
     "join_first": lambda x, shape: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),
+    # A table that a view took for a kernel.
+    "turned": lambda x, shape: x.T,
     # Rows of a table that a layout does not use, for example BART's offset of two positions.
     "drop_two_rows": lambda x, shape: x[2:],
     # A shorter cut of a longer table, for example for clips below 30 s.

@@ -1,0 +1,213 @@
+"""MPNet (Song et al. 2020, arXiv 2004.09297), the base of all-mpnet-base-v2.
+
+BERT's post-norm blocks, without token types. Positions count the real tokens from 2 on, and a
+table of biases by distance (as in T5, arXiv 1910.10683), one for all layers, enters every
+attention.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cwcl_jax.models.bert import counted_positions
+from cwcl_jax.models.family import EncoderFamily
+from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.own_blocks import attend_pairs, refuse_scan, run_blocks
+from cwcl_jax.models.text_encoder import TextEncoder, check_length
+from cwcl_jax.models.transformer import (
+    Attention,
+    Execution,
+    Mlp,
+    TransformerConfig,
+    embedding,
+    layer_norm,
+)
+from cwcl_jax.weights.config_json import STACK, named
+from cwcl_jax.weights.readers import Weights
+from cwcl_jax.weights.rules import Layout, Rule
+from cwcl_jax.weights.views import flax_names, without_prefix
+
+# Distances from here on share the last bucket; the files do not name it.
+_FARTHEST = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class MpnetConfig:
+    """Sizes and numerics of an MPNet."""
+
+    vocab_size: int = 30527
+    max_tokens: int = 512
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: str = "gelu_erf"
+    epsilon: float = 1e-5
+    dropout: float = 0.1
+    pooling: str = "mean"
+    """"mean", "cls" and the others of `models.pooling`."""
+    dense: str = ""
+    """Layers behind the pooling; see `models.dense`."""
+    position_offset: int = 2
+    """Rows of the position table before the first real token's."""
+    buckets: int = 32
+    """Rows of the table of biases: half for either direction."""
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the position table."""
+        return self.max_tokens + self.position_offset
+
+
+# arXiv 2004.09297 section 3.1: BERT-base's sizes.
+PRESETS: dict[str, MpnetConfig] = {
+    "MPNet-base": MpnetConfig(),
+    "tiny": MpnetConfig(
+        vocab_size=2048, max_tokens=32, width=64, depth=2, heads=2, mlp_width=128, dropout=0.0
+    ),
+}
+
+
+def bucket_of(distances: np.ndarray, buckets: int) -> np.ndarray:
+    """The bucket of signed distances (key - query): exact when near, by its logarithm when far."""
+    half = buckets // 2
+    exact = half // 2
+    far = np.abs(distances)
+    ratio = np.log(np.maximum(far, 1).astype(np.float32) / exact) / math.log(_FARTHEST / exact)
+    logarithmic = np.minimum(exact + (ratio * (half - exact)).astype(np.int64), half - 1)
+    return np.where(far < exact, far, logarithmic) + np.where(distances > 0, half, 0)
+
+
+class MpnetBlock(nnx.Module):
+    """BERT's block with a bias for each pair of places."""
+
+    def __init__(self, stack: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(stack, execution, rngs=rngs)
+        self.norm1 = layer_norm(stack.width, stack.epsilon, execution, rngs)
+        self.mlp = Mlp(stack, execution, rngs=rngs)
+        self.norm2 = layer_norm(stack.width, stack.epsilon, execution, rngs)
+        self.dropout = stack.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        mask: Bool[Array, "b s"],
+        bias: Float[Array, "1 h s s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b s d"]:
+        keys = (None, None) if key is None else jax.random.split(key, 2)
+        x = self.norm1(x + dropout(self._attend(x, mask, bias), self.dropout, keys[0]))
+        return self.norm2(x + dropout(self.mlp(x), self.dropout, keys[1]))
+
+    def _attend(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
+        b, s, d = x.shape
+        heads = self.attention.heads
+        parts = (self.attention.query(x), self.attention.key(x), self.attention.value(x))
+        query, key, value = (part.reshape(b, s, heads, d // heads) for part in parts)
+        return self.attention.out(attend_pairs(query, key, value, mask, bias=bias).reshape(b, s, d))
+
+
+class Mpnet(TextEncoder):
+    """Encoder of {"tokens": int32 (b, s), "mask": bool (b, s)}."""
+
+    def __init__(self, config: MpnetConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        refuse_scan("MPNet", execution)
+        stack = TransformerConfig.of(config, norm_order="post")
+        blocks = nnx.List([MpnetBlock(stack, execution, rngs=rngs) for _ in range(config.depth)])
+        super().__init__(config, stack, execution, blocks=blocks, rngs=rngs)
+        width = config.width
+        self.token_embedding = embedding(config.vocab_size, width, execution, rngs)
+        self.position_embedding = embedding(config.position_rows, width, execution, rngs)
+        self.embedding_norm = layer_norm(width, config.epsilon, execution, rngs)
+        self.distance_bias = embedding(config.buckets, config.heads, execution, rngs)
+
+    def embed(
+        self,
+        tokens: Int[Array, "b s"],
+        mask: Bool[Array, "b s"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b s d"]:
+        """Sum of token and position embeddings, normalised."""
+        check_length(tokens.shape[1], self.config.max_tokens)
+        places = counted_positions(mask, self.config.position_offset)
+        x = self.token_embedding(tokens) + self.position_embedding(places)
+        return dropout(self.embedding_norm(x), self.config.dropout, key)
+
+    def run(
+        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
+    ) -> Float[Array, "b s d"]:
+        """The blocks, all with the same biases."""
+        places = np.arange(x.shape[1])
+        buckets = bucket_of(places[None, :] - places[:, None], self.config.buckets)
+        bias = self.distance_bias(jnp.asarray(buckets, jnp.int32)).transpose(2, 0, 1)[None]
+        return run_blocks(self.blocks, x, mask, bias, execution=self.execution, key=key)  # type: ignore[arg-type]
+
+
+# Names of MPNet files, as transformers writes them.
+_OURS = r"encoder/blocks/\1"
+_B = r"encoder/layer/(\d+)"
+_PARTS = {"q": "query", "k": "key", "v": "value", "o": "out"}
+
+
+def _view(weights: Weights) -> Weights:
+    return without_prefix(flax_names(weights), "mpnet/")
+
+
+_FILES = Layout(
+    name="MPNet",
+    signature=r"(mpnet[./])?encoder[./]relative_attention_bias[./](weight|embedding|kernel)",
+    view=_view,
+    rules=[
+        Rule(r"embeddings/word_embeddings/embedding", "encoder/token_embedding/embedding"),
+        Rule(r"embeddings/position_embeddings/embedding", "encoder/position_embedding/embedding"),
+        Rule(r"embeddings/LayerNorm/(scale|bias)", r"encoder/embedding_norm/\1"),
+        # A table under a name that does not say so: its axes come turned.
+        Rule(
+            r"encoder/relative_attention_bias/kernel", "encoder/distance_bias/embedding", "turned"
+        ),
+        *(
+            Rule(rf"{_B}/attention/attn/{theirs}/(kernel|bias)", rf"{_OURS}/attention/{ours}/\2")
+            for theirs, ours in _PARTS.items()
+        ),
+        Rule(rf"{_B}/attention/LayerNorm/(scale|bias)", rf"{_OURS}/norm1/\2"),
+        Rule(rf"{_B}/intermediate/dense/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
+        Rule(rf"{_B}/output/dense/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+        Rule(rf"{_B}/output/LayerNorm/(scale|bias)", rf"{_OURS}/norm2/\2"),
+    ],
+    # A pooler that its sentence encoders leave out, a buffer of older files, and other heads.
+    ignore=[r"embeddings/position_ids", r"(pooler|lm_head|classifier|qa_outputs)/.*"],
+)
+
+_NAMES = {
+    **STACK,
+    "vocab_size": "vocab_size",
+    "max_tokens": "max_position_embeddings",
+    "buckets": "relative_attention_num_buckets",
+}
+
+
+def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    if content.get("model_type", "mpnet") != "mpnet":
+        return {}
+    settings = named(content, _NAMES)
+    if settings.get("buckets", 32) != 32:
+        # transformers makes the table as long as this and looks into 32 rows of it.
+        raise ValueError(
+            f"relative_attention_num_buckets is {settings['buckets']}: only 32 is supported"
+        )
+    if "max_tokens" in settings:
+        # The padding id of positions is 1 for every MPNet, whatever pad_token_id says.
+        settings["max_tokens"] -= MpnetConfig.position_offset
+    return settings
+
+
+MPNET = EncoderFamily(
+    MpnetConfig, Mpnet, "text", PRESETS, [_FILES], _read_config, model_types=("mpnet",)
+)
