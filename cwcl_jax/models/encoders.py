@@ -13,7 +13,21 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cwcl_jax.extension import is_reference
-from cwcl_jax.models import bart, bert, conv_speech, own_encoder, precomputed, text, vit, whisper
+from cwcl_jax.models import (
+    bart,
+    bert,
+    conv_speech,
+    dinov2,
+    dinov3,
+    own_encoder,
+    precomputed,
+    siglip,
+    text,
+    vit,
+    wav2vec2,
+    wavlm,
+    whisper,
+)
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.transformer import Execution
 
@@ -33,11 +47,18 @@ class EncoderModule(Protocol):
 
 ENCODERS: dict[str, EncoderFamily] = {
     "vit": vit.VIT,
+    "siglip": siglip.SIGLIP,
+    "dinov2": dinov2.DINOV2,
+    "dinov3": dinov3.DINOV3,
     "text": text.TEXT,
+    "siglip_text": siglip.SIGLIP_TEXT,
     "bert": bert.BERT,
     "roberta": bert.ROBERTA,
     "bart": bart.BART,
     "whisper": whisper.WHISPER,
+    "wav2vec2": wav2vec2.WAV2VEC2,
+    "hubert": wav2vec2.HUBERT,
+    "wavlm": wavlm.WAVLM,
     "conv_speech": conv_speech.CONV_SPEECH,
     "precomputed": precomputed.PRECOMPUTED,
 }

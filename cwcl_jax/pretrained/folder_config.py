@@ -24,7 +24,11 @@ from cwcl_jax.weights.locate import locate
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {"dropout", *(field.name for field in dataclasses.fields(SpeechAugment))}
 # What changes the numbers and no shape: a difference is an error,
-_UNSEEN = ("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset")
+_UNSEEN = (
+    "heads", "activation", "scale_embedding", "causal", "dilations", "position_offset",
+    "pad_token", "rope_theta", "strides", "conv_activation", "stable_norm", "normalize_waveform",
+    "max_distance",
+)  # fmt: skip
 # here unless it was asked for by name.
 _FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
 _POOLINGS = {
@@ -48,7 +52,7 @@ def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
     settings = _of_transformers(folder / "config.json", encoder)
     if ENCODERS[encoder].modality == "image":
         settings |= _pixel_range(folder)
-    return settings
+    return settings | _of_processor(folder, encoder)
 
 
 def _folder(path: Path) -> Path:
@@ -94,13 +98,27 @@ def _of_transformers(file: Path, encoder: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _OF_TRAINING}
 
 
-def _pixel_range(folder: Path) -> dict[str, Any]:
-    """Mean and spread of 0..255 pixels, from those of an image processor's rescaled ones."""
+def _processor(folder: Path) -> tuple[Path, Any]:
+    """The file beside weights that says how inputs are prepared, and what it says."""
     file = folder / "preprocessor_config.json"
     if not file.exists():
         file = folder / "processor_config.json"
     content = _json(file)
-    content = content.get("image_processor", content)
+    return file, content.get("image_processor", content.get("feature_extractor", content))
+
+
+def _of_processor(folder: Path, encoder: str) -> dict[str, Any]:
+    """What the family itself reads of that file."""
+    file, content = _processor(folder)
+    try:
+        return ENCODERS[encoder].read_processor(content) if content else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _pixel_range(folder: Path) -> dict[str, Any]:
+    """Mean and spread of 0..255 pixels, from those of an image processor's rescaled ones."""
+    file, content = _processor(folder)
     if not isinstance(content, dict) or not {"image_mean", "image_std"} <= set(content):
         return {}
     factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
