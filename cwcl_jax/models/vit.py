@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from cwcl_jax.models import clip_layouts
+from cwcl_jax.models import clip_layouts, open_clip
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.layers import affine
 from cwcl_jax.models.numerics import dropout
@@ -305,6 +305,8 @@ _NAMES = {
 
 
 def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    if "model_cfg" in content:
+        return open_clip.read_image(content)
     part = clip_part(content, "vision")
     if part is not None:  # transformers takes this size for granted
         return dataclasses.asdict(PRESETS["CLIP-ViT-B/32"]) | named(part, _NAMES)
@@ -312,5 +314,10 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 VIT = EncoderFamily(
-    VitConfig, Vit, "image", PRESETS, [AUGREG, _TRANSFORMERS, clip_layouts.VISION], _read_config
+    VitConfig,
+    Vit,
+    "image",
+    PRESETS,
+    [AUGREG, _TRANSFORMERS, clip_layouts.VISION, open_clip.VISION],
+    _read_config,
 )

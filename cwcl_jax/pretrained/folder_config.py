@@ -49,10 +49,16 @@ def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
         return {}
     if (folder / DESCRIPTION).exists():
         return _of_own_export(folder, encoder)
-    settings = _of_transformers(folder / "config.json", encoder)
+    settings = _of_transformers(_config_file(folder), encoder)
     if ENCODERS[encoder].modality == "image":
         settings |= _pixel_range(folder)
     return settings | _of_processor(folder, encoder)
+
+
+def _config_file(folder: Path) -> Path:
+    """transformers' file; OpenCLIP's where there is none."""
+    own = folder / "open_clip_config.json"
+    return own if own.exists() and not (folder / "config.json").exists() else folder / "config.json"
 
 
 def _folder(path: Path) -> Path:
@@ -263,7 +269,8 @@ def _named_by(path: Path) -> str:
     folder = _folder(path)
     if (folder / DESCRIPTION).exists():
         return DESCRIPTION
-    return "config.json" if (folder / "config.json").exists() else "preprocessor_config.json"
+    config = _config_file(folder)
+    return config.name if config.exists() else "preprocessor_config.json"
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """SigLIP, DINOv2 and DINOv3 compute what transformers' PyTorch classes compute, at 1e-5."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from cwcl_jax.api import load_model
 from cwcl_jax.models.tower import TowerConfig
@@ -105,21 +107,36 @@ def test_siglips_text_tower_reads_its_padding_as_pytorch_does(tmp_path, projecti
     assert all(name.startswith(("vision_model/", "logit_")) for name in result.ignored)
 
 
+def write_tokenizer(folder):
+    """Words w2 to w39 by their numbers; </s>, number 1, is the padding, as SigLIP's is."""
+    vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 40)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def test_a_siglip_folder_is_a_model_with_scale_and_bias(tmp_path):
     reference = siglip(tmp_path, SHAPES[0])
+    write_tokenizer(tmp_path)
     ours = load_model(tmp_path)
-    settings = ours.description.towers["image"].encoder_settings()
-    pixels, tokens = pictures(12), RNG.integers(3, 40, (2, 7))
+    image, text = (ours.description.towers[x].encoder_settings() for x in ("image", "text"))
+    pixels = pictures(12)
+    # As the library's processor pads them: to the last place.
+    tokens = np.array([[5, 9, 30, 1, 1, 1, 1], [7, 1, 1, 1, 1, 1, 1]])
     with torch.no_grad():
         theirs = reference(
-            input_ids=torch.tensor(tokens), pixel_values=values(pixels, settings)
+            input_ids=torch.tensor(tokens), pixel_values=values(pixels, image)
         ).logits_per_image
-    images = ours.encode("image", {"pixels": pixels})
-    mask = np.ones_like(tokens, bool)
-    texts = ours.encode("text", {"tokens": tokens.astype(np.int32), "mask": mask})
-    bias = float(ours.leaves["logit_bias"])
-    logits = ours.inverse_temperature * ours.similarity(images, texts) + bias
+    cosines = ours.similarity(
+        ours.encode("image", list(pixels)), ours.encode("text", ["w5 w9 w30", "w7"])
+    )
+    logits = ours.inverse_temperature * cosines + float(ours.leaves["logit_bias"])
     np.testing.assert_allclose(logits, theirs.numpy(), atol=1e-5)
+    other = dataclasses.replace(text, pad_token=0)
+    with pytest.raises(ValueError, match=r"id 0, and the tokenizer .* pads with 1"):
+        ours.description.inputs["text"].check(other, options="x", overrides="y", imported=True)
 
 
 def test_the_second_siglips_padding_and_any_shape_are_told(tmp_path):
