@@ -163,7 +163,7 @@ class SiglipText(TextTransformer):
     def __init__(self, config: SiglipTextConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, execution, rngs=rngs)
         if config.pooling == "padded":
-            self.projection = linear(config.width, self.feature_width, execution, rngs)
+            self.pooler = linear(config.width, self.feature_width, execution, rngs)
 
     @property
     def feature_width(self) -> int:
@@ -187,7 +187,7 @@ class SiglipText(TextTransformer):
         if self.config.pooling != "padded":
             return super().__call__(inputs, key)
         tokens, mask = self.padded(inputs["tokens"], inputs["mask"])
-        return self.projection(self.tokens({"tokens": tokens, "mask": mask}, key)[:, -1])
+        return self.pooler(self.tokens({"tokens": tokens, "mask": mask}, key)[:, -1])
 
 
 # Names of SigLIP files, as transformers writes them.
@@ -256,7 +256,7 @@ TEXT = Layout(
         Rule(r"embeddings/(token|position)_embedding/embedding", r"encoder/\1_embedding/embedding"),
         *_LAYERS,
         Rule(r"final_layer_norm/(scale|bias)", r"encoder/norm/\1"),
-        Rule(r"head/(kernel|bias)", r"encoder/projection/\1", optional=True),
+        Rule(r"head/(kernel|bias)", r"encoder/pooler/\1", optional=True),
     ],
     ignore=[*_IGNORE, r"(siglip/)?vision_model/.*"],
 )

@@ -228,7 +228,11 @@ class Wav2Vec2(nnx.Module):
             self.projection_norm = layer_norm(widths[-1], config.epsilon, execution, rngs)
         self.projection = linear(widths[-1], config.width, execution, rngs)
         self.position_conv = PositionConv(config, execution, rngs=rngs)
-        self.norm = layer_norm(config.width, config.epsilon, execution, rngs)
+        norm = layer_norm(config.width, config.epsilon, execution, rngs)
+        if config.stable_norm:
+            self.norm = norm
+        else:
+            self.embedding_norm = norm
         self.stack = TransformerConfig.of(
             config, norm_order="pre" if config.stable_norm else "post"
         )
@@ -294,7 +298,7 @@ class Wav2Vec2(nnx.Module):
         x = only(self.projection(x), frames)
         x = x + self.position_conv(x)
         if not self.config.stable_norm:
-            x = self.norm(x)
+            x = self.embedding_norm(x)
         return dropout(x, self.config.dropout, key)
 
     def contextualise(
@@ -335,7 +339,9 @@ RULES = [
     Rule(rf"{_WEIGHT_NORM}(weight_g|original0)", "encoder/position_conv/gain", "flat"),
     Rule(rf"{_WEIGHT_NORM}(weight_v|original1)", "encoder/position_conv/direction", "reversed"),
     Rule(r"encoder/pos_conv_embed/conv/bias", "encoder/position_conv/bias"),
+    # One name for the norm behind the blocks and for the one before them.
     Rule(r"encoder/layer_norm/(scale|bias)", r"encoder/norm/\1"),
+    Rule(r"encoder/layer_norm/(scale|bias)", r"encoder/embedding_norm/\1"),
     *(
         Rule(rf"{LAYER}/attention/{theirs}_proj/(kernel|bias)", rf"{OURS}/attention/{ours}/\2")
         for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))

@@ -164,7 +164,7 @@ def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Pl
     found: dict[str, tuple[str, Rule]] = {}
     ignored, unexpected, wrong = [], [], []
     for name, entry in weights.entries.items():
-        target, rule = _match(name, layout)
+        target, rule = _match(name, layout, leaves)
         if rule is None:
             known = any(re.fullmatch(pattern, name) for pattern in layout.ignore)
             (ignored if known else unexpected).append(name)
@@ -196,13 +196,17 @@ def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Pl
     return Plan(tuple(assignments), initialised, tuple(ignored))
 
 
-def _match(name: str, layout: Layout) -> tuple[str, Rule | None]:
-    """The target of a name, by the first rule that matches it."""
+def _match(name: str, layout: Layout, leaves: Mapping[str, Any]) -> tuple[str, Rule | None]:
+    """The target of a name, by the first rule whose target the tower has, else the first one."""
+    found: tuple[str, Rule | None] = ("", None)
     for rule in layout.rules:
         match = re.fullmatch(rule.source, name)
         if match:
-            return match.expand(rule.target), rule
-    return "", None
+            target = match.expand(rule.target)
+            if _leaf_of(target, leaves)[0] is not None:
+                return target, rule
+            found = found if found[1] else (target, rule)
+    return found
 
 
 _LAYER = re.compile(r"(encoder/blocks)/(\d+)/(.+)")

@@ -21,6 +21,7 @@ LARGE = {
     "intermediate_size": 4096,
 }  # fmt: skip
 STABLE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
+PAIR = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
 DINOV3 = {"num_hidden_layers": 2, "num_register_tokens": 4}
 
 
@@ -67,8 +68,8 @@ def same(shapes):
 
 
 CASES = [
-    ("siglip", "SigLIP-B/16-224", "SiglipModel", "SiglipConfig", {}, same),
-    ("siglip_text", "SigLIP-B", "SiglipModel", "SiglipConfig", {}, same),
+    ("siglip", "SigLIP-B/16-224", "SiglipModel", "SiglipConfig", PAIR, same),
+    ("siglip_text", "SigLIP-B", "SiglipModel", "SiglipConfig", PAIR, same),
     ("dinov2", "DINOv2-B/14", "Dinov2Model", "Dinov2Config", {"num_hidden_layers": 2},
      older_dinov2),
     ("dinov2", "DINOv2-g/14", "Dinov2Model", "Dinov2Config", GIANT | {"use_swiglu_ffn": True},
@@ -94,18 +95,18 @@ CASES = [
 )
 def test_a_published_file_fits_its_preset(encoder, preset, kind, config, sizes, older):
     """Two layers of each are enough: the others have the same names and shapes."""
-    depth = {"depth": sizes["num_hidden_layers"]} if "num_hidden_layers" in sizes else {}
     with torch.device("meta"):
         model = getattr(transformers, kind)(getattr(transformers, config)(**sizes))
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     layouts = ENCODERS[encoder].layouts
-    tower = TowerConfig(encoder, preset, overrides=depth, head="none")
+    tower = TowerConfig(encoder, preset, overrides={"depth": 2}, head="none")
     settings = tower.encoder_settings()
     width = getattr(settings, "projection", 0) or settings.width
-    leaves = abstract(tower, width)[1]
-    for names in (shapes, older(shapes)):
+    stacked = dataclasses.replace(tower, scan_layers=True)
+    for one, names in ((tower, shapes), (tower, older(shapes)), (stacked, older(shapes))):
+        leaves = abstract(one, width)[1]
         file = NamesOnly({name: Entry(x, np.dtype(np.float32)) for name, x in names.items()})
-        fitting = [one for one in layouts if any(re.fullmatch(one.signature, n) for n in names)]
+        fitting = [x for x in layouts if any(re.fullmatch(x.signature, n) for n in names)]
         plan = make_plan(fitting[0].view(file), fitting[0], leaves)
         assert len(plan.assignments) == len(leaves)
         assert plan.initialised == ()
