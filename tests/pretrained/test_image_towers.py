@@ -11,6 +11,7 @@ import tokenizers
 from cwcl_jax.api import load_model
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import complete
+from cwcl_jax.weights.rules import TRANSFORMS
 from tests.pretrained.against_torch import (
     close,
     imported,
@@ -147,6 +148,21 @@ def test_the_second_siglips_padding_and_any_shape_are_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
     with pytest.raises(ValueError, match="NaFlex"):
         complete(TowerConfig("siglip", weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("old", "new"), [(37, 16), (5, 8), (7, 7), (6, 4)])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_position_grids_are_resized_as_pytorch_does(old, new, antialias):
+    table = RNG.normal(size=(1, 1 + old**2, 3)).astype(np.float32)
+    grid = torch.tensor(table[:, 1:]).reshape(1, old, old, 3).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.interpolate(
+        grid, size=(new, new), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    theirs = theirs.permute(0, 2, 3, 1).reshape(1, -1, 3).numpy()
+    name = "bicubic_grid_antialias" if antialias else "bicubic_grid"
+    ours = TRANSFORMS[name](table, (1, 1 + new**2, 3))
+    np.testing.assert_array_equal(ours[:, :1], table[:, :1])
+    np.testing.assert_allclose(ours[:, 1:], theirs, atol=2e-6)
 
 
 def check_dino(name, encoder, model, folder, size, registers):

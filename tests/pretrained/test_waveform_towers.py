@@ -139,10 +139,11 @@ def test_older_and_newer_names_of_the_weight_normalisation_are_one(tmp_path):
 
 
 def test_a_recording_of_less_than_a_frame_has_one(tmp_path):
-    saved_pair("wav2vec2", GROUP, tmp_path, True)
+    model, _ = saved_pair("wav2vec2", GROUP, tmp_path, True)
     tower, _ = imported("wav2vec2", tmp_path, GROUP["hidden_size"])
     least = tower.encoder.config.least_samples
-    assert least == 40
+    lengths = torch.tensor([least - 1, least])
+    assert model._get_feat_extract_output_lengths(lengths).tolist() == [0, 1]
     short = {"waveform": jnp.ones((1, least - 5), jnp.int16), "length": jnp.asarray([7])}
     features = jitted(tower.features, short)
     assert np.isfinite(features).all()
