@@ -413,12 +413,10 @@ def layout(name: str, prefix: str) -> Layout:
     )
 
 
-def _read_wav2vec2(content: Mapping[str, Any]) -> dict[str, Any]:
-    return read_waves(content, NAMES) if content.get("model_type") == "wav2vec2" else {}
-
-
-def _read_hubert(content: Mapping[str, Any]) -> dict[str, Any]:
-    return read_waves(content, NAMES) if content.get("model_type") == "hubert" else {}
+def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    # Both compute the same, so that either name opens either folder.
+    kinds = ("wav2vec2", "hubert")
+    return read_waves(content, NAMES) if content.get("model_type") in kinds else {}
 
 
 WAV2VEC2 = EncoderFamily(
@@ -427,7 +425,7 @@ WAV2VEC2 = EncoderFamily(
     "speech",
     PRESETS,
     [layout("wav2vec 2.0", "wav2vec2")],
-    _read_wav2vec2,
+    _read_config,
     read_processor=read_extractor,
 )
 HUBERT = EncoderFamily(
@@ -436,6 +434,6 @@ HUBERT = EncoderFamily(
     "speech",
     HUBERT_PRESETS,
     [layout("HuBERT", "hubert")],
-    _read_hubert,
+    _read_config,
     read_processor=read_extractor,
 )
