@@ -131,7 +131,7 @@ def test_a_siglip_folder_is_a_model_with_scale_and_bias(tmp_path):
             input_ids=torch.tensor(tokens), pixel_values=values(pixels, image)
         ).logits_per_image
     cosines = ours.similarity(
-        ours.encode("image", list(pixels)), ours.encode("text", ["w5 w9 w30", "w7"])
+        ours.encode_image(list(pixels)), ours.encode_text(["w5 w9 w30", "w7"])
     )
     logits = ours.inverse_temperature * cosines + float(ours.leaves["logit_bias"])
     np.testing.assert_allclose(logits, theirs.numpy(), atol=1e-5)
