@@ -283,11 +283,18 @@ def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]
     return encode
 
 
-def _is_clip(config: Path) -> bool:
+# Encoders of pairs that transformers saves in one folder, by its `model_type`.
+_PAIRS = {
+    "clip": {"image": "vit", "text": "text"},
+    "siglip": {"image": "siglip", "text": "siglip_text"},
+}
+
+
+def _is_pair(config: Path) -> bool:
     if not config.is_file():
         return False
     content = parse_json(config.read_bytes())
-    return isinstance(content, dict) and content.get("model_type") == "clip"
+    return isinstance(content, dict) and content.get("model_type") in _PAIRS
 
 
 def load_model(
@@ -300,7 +307,8 @@ def load_model(
 ) -> Model:
     """Load an exported folder, a run's workdir at a step (by default the latest), or a CLIP.
 
-    A CLIP is a folder that transformers' `CLIPModel` was saved in, with its tokenizer.
+    A CLIP is a folder that transformers' `CLIPModel` or `SiglipModel` was saved in, with its
+    tokenizer.
 
     Args:
       path: the folder.
@@ -336,8 +344,8 @@ def load_model(
     if is_run:
         check_code_is_allowed(folder / "config.json", allow_code)
         return Model(*load_run(folder, step, weights, interpolate=interpolate))
-    if _is_clip(folder / "config.json"):
-        return Model(*load_clip(folder))
+    if _is_pair(folder / "config.json"):
+        return Model(*load_pair(folder))
     found = "does not exist" if not folder.exists() else f"holds neither {DESCRIPTION}"
     raise FileNotFoundError(
         f"{folder} {found}{'' if not folder.exists() else ' nor config.json and checkpoints/'}: "
@@ -366,27 +374,30 @@ def load_embeddings(folder: str | Path) -> tuple[list[str], Float[np.ndarray, "n
     return ids, vectors
 
 
-def load_clip(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
-    """Definition, leaves and description of a CLIP that transformers saved."""
+def load_pair(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
+    """Definition, leaves and description of a CLIP or SigLIP that transformers saved."""
     content = parse_json((folder / "config.json").read_bytes())
-    encoders = {"image": "vit", "text": "text"}
+    kind = content["model_type"]
+    # What SigLIP projects with stands inside its encoders: it has a bias.
+    head = "linear" if kind == "clip" else "none"
     towers = {
-        name: complete(TowerConfig(encoder, weights=str(folder), tune="none"))
-        for name, encoder in encoders.items()
+        name: complete(TowerConfig(encoder, weights=str(folder), tune="none", head=head))
+        for name, encoder in _PAIRS[kind].items()
     }
     image, text = (tower.encoder_settings() for tower in towers.values())
     inputs = {
         "image": ImageInputs(size=image.image_size).of_folder(folder),
         "text": TextInputs(tokenizer=str(folder), max_tokens=text.max_tokens),
     }
+    embed_dim = content.get("projection_dim", 512) if kind == "clip" else image.width
+    logits = logits_of(str(folder))
     description = ModelDescription(
-        towers, embed_dim=content.get("projection_dim", 512), inputs=inputs
+        towers, embed_dim=embed_dim, inputs=inputs, logit_bias="logit_bias" in logits
     )
     definition, abstract = description.abstract()
-    leaves = {}
+    leaves = {name: jnp.asarray(value) for name, value in logits.items()}
     for name, tower in towers.items():
         leaves |= import_tower(tower, name, abstract).leaves
-    leaves["logit_scale"] = jnp.asarray(logits_of(str(folder))["logit_scale"])
     return definition, leaves, description
 
 

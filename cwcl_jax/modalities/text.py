@@ -137,6 +137,13 @@ class TextInputs(Modality):
             rows, size = getattr(settings, "vocab_size", None), self.loaded.vocab_size
         except ValueError as error:
             raise ValueError(f"{options}: {error}") from error
+        padding = getattr(settings, "pad_token", self.loaded.pad_id)
+        if padding != self.loaded.pad_id:
+            raise ValueError(
+                f"the text tower reads its padding, id {padding}, and the tokenizer {options}."
+                f"tokenizer={self.tokenizer!r} pads with {self.loaded.pad_id}: name the tower's "
+                f"own tokenizer, or set pad_token={self.loaded.pad_id} in {overrides}"
+            )
         # An id beyond the table would be clamped to its last row without a word; far fewer ids than
         # a pretrained table has rows mean another tokenizer, whose ids stand for other words.
         if rows is not None and (size > rows or (imported and size < rows // 2)):

@@ -17,12 +17,17 @@ from cwcl_jax.models import (
     bart,
     bert,
     conv_speech,
+    dinov2,
+    dinov3,
     modernbert,
     mpnet,
     own_encoder,
     precomputed,
+    siglip,
     text,
     vit,
+    wav2vec2,
+    wavlm,
     whisper,
 )
 from cwcl_jax.models.family import EncoderFamily
@@ -44,13 +49,20 @@ class EncoderModule(Protocol):
 
 ENCODERS: dict[str, EncoderFamily] = {
     "vit": vit.VIT,
+    "siglip": siglip.SIGLIP,
+    "dinov2": dinov2.DINOV2,
+    "dinov3": dinov3.DINOV3,
     "text": text.TEXT,
+    "siglip_text": siglip.SIGLIP_TEXT,
     "bert": bert.BERT,
     "roberta": bert.ROBERTA,
     "bart": bart.BART,
     "modernbert": modernbert.MODERNBERT,
     "mpnet": mpnet.MPNET,
     "whisper": whisper.WHISPER,
+    "wav2vec2": wav2vec2.WAV2VEC2,
+    "hubert": wav2vec2.HUBERT,
+    "wavlm": wavlm.WAVLM,
     "conv_speech": conv_speech.CONV_SPEECH,
     "precomputed": precomputed.PRECOMPUTED,
 }

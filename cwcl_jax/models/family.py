@@ -23,6 +23,7 @@ class EncoderFamily:
       presets: settings by the name of a size.
       layouts: the kinds of weight files that can be imported.
       read_config: settings that a config.json beside weights names; empty for another model's.
+      read_processor: settings that a preprocessor_config.json beside weights names.
       fixed: paths below the tower that `tune="all"` does not train.
       model_types: what config.json calls the models whose files these are; () asks for no name.
       as_published: settings under which imported weights compute what their authors' model does,
@@ -35,6 +36,7 @@ class EncoderFamily:
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layouts: Sequence[Layout] = ()
     read_config: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    read_processor: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     fixed: tuple[str, ...] = ()
     as_published: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model_types: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-ACTIVATIONS = ("gelu_erf", "gelu_tanh", "quick_gelu", "relu")
+ACTIVATIONS = ("gelu_erf", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
 def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
@@ -21,6 +21,8 @@ def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
         return x * jax.nn.sigmoid(1.702 * x)
     if name == "relu":
         return jax.nn.relu(x)
+    if name == "silu":
+        return jax.nn.silu(x)
     raise ValueError(f"unknown activation {name!r}; choose one of {', '.join(ACTIVATIONS)}")
 
 

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cwcl_jax.models import clip_layouts
+from cwcl_jax.models import clip_layouts, open_clip
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.pooling import pool, up_to_end
@@ -99,6 +99,8 @@ _NAMES = {
 
 
 def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    if "model_cfg" in content:
+        return open_clip.read_text(content)
     part = clip_part(content, "text")
     if part is None:
         return named(content, _NAMES) if content.get("model_type", "text") == "text" else {}
@@ -112,5 +114,5 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 TEXT = EncoderFamily(
-    TextConfig, TextTransformer, "text", PRESETS, [clip_layouts.TEXT], _read_config
+    TextConfig, TextTransformer, "text", PRESETS, [clip_layouts.TEXT, open_clip.TEXT], _read_config
 )

@@ -21,8 +21,9 @@ class TowerConfig:
     """One tower, as an experiment describes it."""
 
     encoder: str
-    """"vit", "bert", "roberta", "modernbert", "mpnet", "bart", "whisper", "text", "conv_speech",
-    "precomputed", or "module:Class" of your own."""
+    """"vit", "siglip", "dinov2", "dinov3"; "bert", "roberta", "modernbert", "mpnet", "bart",
+    "text", "siglip_text"; "whisper", "wav2vec2", "hubert", "wavlm", "conv_speech"; "precomputed"; or
+    "module:Class" of your own."""
     preset: str = ""
     """A size by name, for example "ViT-L/16", "tiny", "whisper-small", "MiniLM-L6"."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -105,7 +105,7 @@ class TransformerConfig:
         query_value_bias: bool = True,
         key_bias: bool = True,
         causal: bool = False,
-    ) -> "TransformerConfig":
+    ) -> Any:
         """The stack of an encoder whose settings name the sizes and numerics as they do here."""
         return cls(
             depth=settings.depth,
@@ -207,7 +207,10 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each with a residual connection and a norm."""
+    """Attention and MLP, each with a residual connection and a norm.
+
+    A subclass may read something else in the place of `mask` (see `apply_blocks`).
+    """
 
     def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         self.attention = Attention(config, execution, rngs=rngs)
@@ -220,7 +223,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        mask: Bool[Array, "b s"] | None,
+        mask: Any,
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
         keys = (None, None) if key is None else jax.random.split(key, 2)
@@ -232,15 +235,21 @@ class Block(nnx.Module):
         return self.norm2(x + drop(self.mlp(x), key=keys[1]))
 
 
-def make_blocks(config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> nnx.Pytree:
+def make_blocks(
+    config: TransformerConfig,
+    execution: Execution,
+    *,
+    rngs: nnx.Rngs,
+    kind: type[Block] = Block,
+) -> nnx.Pytree:
     """The blocks of a stack: a list, or with `scan_layers` one block with a leading layer axis."""
     if not execution.scan_layers:
-        return nnx.List([Block(config, execution, rngs=rngs) for _ in range(config.depth)])
+        return nnx.List([kind(config, execution, rngs=rngs) for _ in range(config.depth)])
 
     @nnx.split_rngs(splits=config.depth)
     @nnx.vmap
     def stacked(layer_rngs: nnx.Rngs) -> Block:
-        return Block(config, execution, rngs=layer_rngs)
+        return kind(config, execution, rngs=layer_rngs)
 
     return stacked(rngs)
 
@@ -248,13 +257,18 @@ def make_blocks(config: TransformerConfig, execution: Execution, *, rngs: nnx.Rn
 def apply_blocks(
     blocks: nnx.Pytree,
     x: Float[Array, "b s d"],
-    mask: Bool[Array, "b s"] | None,
+    mask: Any,
     *,
     config: TransformerConfig,
     execution: Execution,
     key: jax.Array | None = None,
 ) -> Float[Array, "b s d"]:
-    """Run `make_blocks`' result, with rematerialisation as `execution` says; no key, no dropout."""
+    """Run `make_blocks`' result, with rematerialisation as `execution` says; no key, no dropout.
+
+    Args:
+      mask: bool (b, s), True where a key is real, or None; a kind of block of its own may read
+        something else in its place.
+    """
     keys = None if key is None else jax.random.split(key, config.depth)
     if isinstance(blocks, Block):
         graphdef, state = nnx.split(blocks)
@@ -276,7 +290,7 @@ def apply_blocks(
 
 
 def _rematerialised(
-    graphdef: nnx.GraphDef[Block], mask: jax.Array | None, remat: str
+    graphdef: nnx.GraphDef[Block], mask: Any, remat: str
 ) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
     """A block as a pure function of (state, x, key), under the remat policy of that name."""
 

@@ -8,19 +8,20 @@ et al. 2021, arXiv 2103.00020) has a norm before the blocks, and patches without
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from cwcl_jax.models import clip_layouts
+from cwcl_jax.models import clip_layouts, open_clip
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.layers import affine
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.transformer import (
+    Block,
     Execution,
     TransformerConfig,
     apply_blocks,
@@ -135,6 +136,7 @@ class PatchEmbed(nnx.Module):
         b, height, width, _ = x.shape
         p = self.patch
         rows, columns = height // p, width // p
+        x = x[:, : rows * p, : columns * p]  # no family but SigLIP's has a border that is left
         x = x.reshape(b, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * columns, p * p * 3).astype(self.dtype)
         kernel = self.kernel[...].reshape(p * p * 3, -1)
@@ -156,26 +158,43 @@ def drop_patches(
 
 
 class Vit(nnx.Module):
-    """Encoder of images {"pixels": uint8 (b, y, x, 3)}; the range is normalised inside."""
+    """Encoder of images {"pixels": uint8 (b, y, x, 3)}; the range is normalised inside.
+
+    Attributes:
+      block: the kind of its blocks.
+      adds_positions: whether a learned table of positions is added to the tokens.
+    """
+
+    block: ClassVar[type[Block]] = Block
+    adds_positions: ClassVar[bool] = True
 
     def __init__(self, config: VitConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.execution = execution
         width, dtype = config.width, execution.param_dtype
         normal = nnx.initializers.normal(0.02)
         self.patch_embed = PatchEmbed(config, execution, rngs=rngs)
         if config.class_token:
             self.class_token = nnx.Param(jnp.zeros((1, 1, width), dtype))
-        self.position_embedding = nnx.Param(normal(rngs.params(), (1, config.tokens, width), dtype))
+        if self.adds_positions:
+            shape = (1, config.tokens, width)
+            self.position_embedding = nnx.Param(normal(rngs.params(), shape, dtype))
         if config.embedding_norm:
             self.embedding_norm = layer_norm(width, config.epsilon, execution, rngs)
-        self.blocks = make_blocks(transformer_config(config), execution, rngs=rngs)
+        self.blocks = make_blocks(self.stack(), execution, rngs=rngs, kind=self.block)
         self.norm = layer_norm(width, config.epsilon, execution, rngs)
-        self.config = config
-        self.execution = execution
 
     @property
     def feature_width(self) -> int:
         """Width of a feature vector."""
         return self.config.width
+
+    def stack(self) -> TransformerConfig:
+        """What the blocks compute."""
+        config = self.config
+        return TransformerConfig.of(
+            config, norm_order="pre", query_value_bias=config.qkv_bias, key_bias=config.qkv_bias
+        )
 
     def embed(
         self, pixels: UInt8[Array, "b y x 3"], key: jax.Array | None = None
@@ -198,7 +217,8 @@ class Vit(nnx.Module):
         if self.config.class_token:
             token = self.class_token[...].astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2])), x], axis=1)
-        x = x + self.position_embedding[...].astype(x.dtype)
+        if self.adds_positions:
+            x = x + self.position_embedding[...].astype(x.dtype)
         if key is not None and self.config.patch_dropout:
             # A key of its own: `dropout` below draws from the key itself.
             own = jax.random.fold_in(key, 1)
@@ -216,7 +236,7 @@ class Vit(nnx.Module):
             self.blocks,
             self.embed(inputs["pixels"], keys[0]),
             None,
-            config=transformer_config(self.config),
+            config=self.stack(),
             execution=self.execution,
             key=keys[1],
         )
@@ -229,13 +249,6 @@ class Vit(nnx.Module):
         if self.config.pooling == "mean":
             tokens = tokens[:, int(self.config.class_token) :]
         return pool(tokens, None, self.config.pooling)
-
-
-def transformer_config(config: VitConfig) -> TransformerConfig:
-    """The stack of a ViT."""
-    return TransformerConfig.of(
-        config, norm_order="pre", query_value_bias=config.qkv_bias, key_bias=config.qkv_bias
-    )
 
 
 # Names of AugReg and big_vision `.npz` files, and of transformers' ViT. big_vision renamed its
@@ -319,6 +332,8 @@ _NAMES = {
 
 
 def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    if "model_cfg" in content:
+        return open_clip.read_image(content)
     part = clip_part(content, "vision")
     if part is not None:  # transformers takes this size for granted
         return dataclasses.asdict(PRESETS["CLIP-ViT-B/32"]) | named(part, _NAMES)
@@ -326,5 +341,10 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 VIT = EncoderFamily(
-    VitConfig, Vit, "image", PRESETS, [AUGREG, _TRANSFORMERS, clip_layouts.VISION], _read_config
+    VitConfig,
+    Vit,
+    "image",
+    PRESETS,
+    [AUGREG, _TRANSFORMERS, clip_layouts.VISION, open_clip.VISION],
+    _read_config,
 )

@@ -34,9 +34,10 @@ _OF_TRAINING = {
 }
 # What changes the numbers and no shape: a difference is an error,
 _UNSEEN = (
-    *("heads", "activation", "scale_embedding", "causal", "dilations", "position_offset"),
-    *("global_every", "local_window", "global_theta", "local_theta"),
-)
+    "heads", "activation", "scale_embedding", "causal", "dilations", "position_offset",
+    "pad_token", "rope_theta", "strides", "conv_activation", "stable_norm", "normalize_waveform",
+    "max_distance", "global_every", "local_window", "global_theta", "local_theta",
+)  # fmt: skip
 # here unless it was asked for by name.
 _FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
 
@@ -48,10 +49,16 @@ def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
         return {}
     if (folder / DESCRIPTION).exists():
         return _of_own_export(folder, encoder)
-    settings = _of_transformers(encoder_folder(folder) / "config.json", encoder)
+    settings = _of_transformers(_config_file(encoder_folder(folder)), encoder)
     if ENCODERS[encoder].modality == "image":
         settings |= _pixel_range(folder)
-    return settings
+    return settings | _of_processor(folder, encoder)
+
+
+def _config_file(folder: Path) -> Path:
+    """transformers' file; OpenCLIP's where there is none."""
+    own = folder / "open_clip_config.json"
+    return own if own.exists() and not (folder / "config.json").exists() else folder / "config.json"
 
 
 def _folder(path: Path) -> Path:
@@ -97,13 +104,27 @@ def _of_transformers(file: Path, encoder: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _OF_TRAINING}
 
 
-def _pixel_range(folder: Path) -> dict[str, Any]:
-    """Mean and spread of 0..255 pixels, from those of an image processor's rescaled ones."""
+def _processor(folder: Path) -> tuple[Path, Any]:
+    """The file beside weights that says how inputs are prepared, and what it says."""
     file = folder / "preprocessor_config.json"
     if not file.exists():
         file = folder / "processor_config.json"
     content = _json(file)
-    content = content.get("image_processor", content)
+    return file, content.get("image_processor", content.get("feature_extractor", content))
+
+
+def _of_processor(folder: Path, encoder: str) -> dict[str, Any]:
+    """What the family itself reads of that file."""
+    file, content = _processor(folder)
+    try:
+        return ENCODERS[encoder].read_processor(content) if content else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _pixel_range(folder: Path) -> dict[str, Any]:
+    """Mean and spread of 0..255 pixels, from those of an image processor's rescaled ones."""
+    file, content = _processor(folder)
     if not isinstance(content, dict) or not {"image_mean", "image_std"} <= set(content):
         return {}
     factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale", True) else 1.0
@@ -276,7 +297,8 @@ def _named_by(path: Path) -> str:
     folder = _folder(path)
     if (folder / DESCRIPTION).exists():
         return DESCRIPTION
-    return "config.json" if (folder / "config.json").exists() else "preprocessor_config.json"
+    config = _config_file(folder)
+    return config.name if config.exists() else "preprocessor_config.json"
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "silu": "silu",
 }
 
 
@@ -41,7 +42,7 @@ def named(content: Mapping[str, Any], names: Names) -> dict[str, Any]:
 
 
 def _value(name: str, value: Any) -> Any:
-    if name in ("hidden_act", "activation_function"):
+    if name in ("hidden_act", "activation_function", "feat_extract_activation"):
         if value not in _ACTIVATIONS:
             raise ValueError(f"activation {value!r} is not supported")
         return _ACTIVATIONS[value]
@@ -52,12 +53,18 @@ def _value(name: str, value: Any) -> Any:
     return value
 
 
-def clip_part(content: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
-    """Returns the settings of a CLIP file's part, "vision" or "text"; None for another model."""
+def clip_part(
+    content: Mapping[str, Any], part: str, model: str = "clip"
+) -> Mapping[str, Any] | None:
+    """Returns the settings of a CLIP file's part, "vision" or "text"; None for another model.
+
+    Args:
+      model: the `model_type` of the joint file, such as "siglip".
+    """
     kind = content.get("model_type", "")
-    if kind == f"clip_{part}_model":
+    if kind == f"{model}_{part}_model":
         return content
-    if kind != "clip":
+    if kind != model:
         return None
     # Where old files have both, transformers takes the second.
     old = content.get(f"{part}_config_dict")

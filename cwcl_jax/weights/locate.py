@@ -17,6 +17,7 @@ _HUB_WEIGHTS = (
     "flax_model*.msgpack",
     "pytorch_model*.bin",
     "*.safetensors",
+    "open_clip_pytorch_model.bin",
     "*.npz",
 )
 

@@ -277,6 +277,9 @@ _FOLDER_FILES = (
     "flax_model.msgpack",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
 
 

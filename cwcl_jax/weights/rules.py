@@ -42,9 +42,61 @@ def _resample_grid(array: np.ndarray, shape: Shape) -> np.ndarray:
     return np.concatenate([array[:, :extra], grid.reshape(1, new_side**2, -1)], axis=1)
 
 
+def _keys(distance: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic kernel. PyTorch's resizing has a = -0.75, or -0.5 where it antialiases."""
+    t = np.abs(distance)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+
+
+def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
+    """Weights (new, old) of PyTorch's bicubic resizing, pixels taken by their centres."""
+    ratio = old / new
+    centres = (np.arange(new) + 0.5) * ratio
+    if antialias:
+        wide = max(ratio, 1.0)
+        places = np.arange(old)[None, :] + 0.5
+        weights = _keys((places - centres[:, None]) / wide, -0.5)
+        return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    first = np.floor(centres - 0.5).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        # Beyond an edge its last pixel repeats.
+        np.add.at(
+            weights,
+            (np.arange(new), np.clip(first + tap, 0, old - 1)),
+            _keys(first + tap - (centres - 0.5), -0.75),
+        )
+    return weights.astype(np.float32)
+
+
+def _bicubic_grid(array: np.ndarray, shape: Shape, *, antialias: bool = False) -> np.ndarray:
+    """Position embeddings (1, tokens, width) of another image size, as PyTorch interpolates them.
+
+    A leading class token is what is left over from a square.
+    """
+    if array.shape == shape or array.ndim != 3 or array.shape[-1] != shape[-1]:
+        return array
+    old, new = int(array.shape[1] ** 0.5), int(shape[1] ** 0.5)
+    extra = array.shape[1] - old**2
+    if extra > 1 or shape[1] - new**2 != extra:
+        return array
+    weights = _cubic_weights(old, new, antialias)
+    grid = array[0, extra:].astype(np.float32).reshape(old, old, -1)
+    grid = np.einsum("ia,jb,abd->ijd", weights, weights, grid, optimize=True)
+    return np.concatenate([array[:, :extra], grid.reshape(1, new**2, -1)], axis=1)
+
+
 TRANSFORMS: dict[str, Transform] = {
     "same": lambda x, shape: x,
     "grid": _resample_grid,
+    "bicubic_grid": _bicubic_grid,
+    "bicubic_grid_antialias": lambda x, shape: _bicubic_grid(x, shape, antialias=True),
+    "table_to_bicubic_grid": lambda x, shape: _bicubic_grid(x[None], shape),
+    # All axes in one; the axes the other way round.
+    "flat": lambda x, shape: x.reshape(-1),
+    "reversed": lambda x, shape: x.transpose(),
     # (tokens, d) -> (1, tokens, d); (d) -> (1, 1, d)
     "table_to_grid": lambda x, shape: _resample_grid(x[None], shape),
     "one_token": lambda x, shape: x[None, None],
@@ -114,7 +166,7 @@ def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Pl
     found: dict[str, tuple[str, Rule]] = {}
     ignored, unexpected, wrong = [], [], []
     for name, entry in weights.entries.items():
-        target, rule = _match(name, layout)
+        target, rule = _match(name, layout, leaves)
         if rule is None:
             known = any(re.fullmatch(pattern, name) for pattern in layout.ignore)
             (ignored if known else unexpected).append(name)
@@ -146,13 +198,17 @@ def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Pl
     return Plan(tuple(assignments), initialised, tuple(ignored))
 
 
-def _match(name: str, layout: Layout) -> tuple[str, Rule | None]:
-    """The target of a name, by the first rule that matches it."""
+def _match(name: str, layout: Layout, leaves: Mapping[str, Any]) -> tuple[str, Rule | None]:
+    """The target of a name, by the first rule whose target the tower has, else the first one."""
+    found: tuple[str, Rule | None] = ("", None)
     for rule in layout.rules:
         match = re.fullmatch(rule.source, name)
         if match:
-            return match.expand(rule.target), rule
-    return "", None
+            target = match.expand(rule.target)
+            if _leaf_of(target, leaves)[0] is not None:
+                return target, rule
+            found = found if found[1] else (target, rule)
+    return found
 
 
 _LAYER = re.compile(r"(encoder/blocks)/(\d+)/(.+)")

@@ -1,0 +1,123 @@
+"""The block of DINOv2 and DINOv3: each branch times a learned vector, and perhaps a gated MLP.
+
+LayerScale: Touvron et al. 2021, arXiv 2103.17239. Gated MLP: Shazeer 2020, arXiv 2002.05202.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cwcl_jax.models.attention import attend
+from cwcl_jax.models.numerics import activate, dropout
+from cwcl_jax.models.transformer import (
+    Attention,
+    Block,
+    Execution,
+    Mlp,
+    TransformerConfig,
+    layer_norm,
+    linear,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledStack(TransformerConfig):
+    """What a stack of such blocks computes."""
+
+    gated: bool = False
+    """down(activation(gate(x)) * up(x)) in place of down(activation(up(x)))."""
+    turn: tuple[int, float] | None = None
+    """Patches per side and base of rotary positions; None where positions are added before."""
+
+
+class GatedMlp(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        self.gate = linear(config.width, config.mlp_width, execution, rngs)
+        self.up = linear(config.width, config.mlp_width, execution, rngs)
+        self.down = linear(config.mlp_width, config.width, execution, rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))
+
+
+def patch_angles(side: int, size: int, base: float) -> Float[Array, "s k"]:
+    """Angles of `side`^2 patches for heads of `size`: a quarter each for rows and columns, twice.
+
+    Centres of patches run from -1 to 1 whatever the picture's size (DINOv3, arXiv 2508.10104).
+    """
+    periods = base ** (jnp.arange(size // 4, dtype=jnp.float32) * 4 / size)
+    centres = 2 * (jnp.arange(side, dtype=jnp.float32) + 0.5) / side - 1
+    turns = 2 * jnp.pi * centres[:, None] / periods[None, :]
+    shape = (side, side, turns.shape[1])
+    rows = jnp.broadcast_to(turns[:, None], shape)
+    columns = jnp.broadcast_to(turns[None, :], shape)
+    half = jnp.concatenate([rows, columns], axis=-1).reshape(side * side, -1)
+    return jnp.concatenate([half, half], axis=-1)
+
+
+def turned(x: Float[Array, "b s h k"], angles: Float[Array, "p k"]) -> Float[Array, "b s h k"]:
+    """The last p tokens with both halves of every head turned by the angles, in float32."""
+    before = x.shape[1] - angles.shape[0]
+    patches = x[:, before:].astype(jnp.float32)
+    one, two = jnp.split(patches, 2, axis=-1)
+    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    patches = patches * cos + jnp.concatenate([-two, one], axis=-1) * sin
+    return jnp.concatenate([x[:, :before], patches.astype(x.dtype)], axis=1)
+
+
+class TurnedAttention(Attention):
+    """Self-attention whose queries and keys of patches are turned by their positions."""
+
+    def __init__(self, config: ScaledStack, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, execution, rngs=rngs)
+        self.turn = config.turn
+
+    def __call__(self, x: Float[Array, "b s d"], mask: Any) -> Float[Array, "b s d"]:
+        if self.turn is None:
+            return super().__call__(x, mask)
+        b, s, d = x.shape
+        side, base = self.turn
+        angles = patch_angles(side, d // self.heads, base)
+        query, key, value = (
+            part(x).reshape(b, s, self.heads, -1) for part in (self.query, self.key, self.value)
+        )
+        mixed = attend(
+            turned(query, angles),
+            turned(key, angles),
+            value,
+            mask,
+            causal=False,
+            implementation=self.implementation,
+        )
+        return self.out(mixed.reshape(b, s, d))
+
+
+class ScaledBlock(Block):
+    """x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x))."""
+
+    def __init__(self, config: ScaledStack, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        ones = jnp.ones((config.width,), execution.param_dtype)
+        self.attention = TurnedAttention(config, execution, rngs=rngs)
+        self.norm1 = layer_norm(config.width, config.epsilon, execution, rngs)
+        self.scale1 = nnx.Param(ones)
+        self.mlp = (GatedMlp if config.gated else Mlp)(config, execution, rngs=rngs)
+        self.norm2 = layer_norm(config.width, config.epsilon, execution, rngs)
+        self.scale2 = nnx.Param(ones)
+        self.dropout = config.dropout
+
+    def __call__(
+        self, x: Float[Array, "b s d"], mask: Any, key: jax.Array | None = None
+    ) -> Float[Array, "b s d"]:
+        keys = (None, None) if key is None else jax.random.split(key, 2)
+        drop = functools.partial(dropout, rate=self.dropout)
+        scale1, scale2 = (p[...][None, None].astype(x.dtype) for p in (self.scale1, self.scale2))
+        x = x + drop(self.attention(self.norm1(x), mask) * scale1, key=keys[0])
+        return x + drop(self.mlp(self.norm2(x)) * scale2, key=keys[1])
