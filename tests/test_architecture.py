@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent / "cwcl_jax"
 
 _LIBRARY = {
     "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-    "training", "precision",
+    "training", "precision", "compiling",
 }  # fmt: skip
 _BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "cuts", "draws", "skipping", "installed")}
 # What each part, a folder or a module beside them, may import of the package besides itself.
@@ -17,6 +17,7 @@ ALLOWED = {
     "files": set(),
     "progress": set(),
     "extension": set(),
+    "compiling": set(),
     "early": set(),
     "precision": set(),
     "losses": {"extension", "precision"},
@@ -40,6 +41,7 @@ ALLOWED = {
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
         "exit_codes", "files", "extension", "progress", "planning.chips", "planning.work",
+        "compiling",
     },
     "recipes": {"config", "losses"},
     "api": _LIBRARY | {"files"},
@@ -56,7 +58,7 @@ ENTRIES = {
 # Library -> the modules that may import it.
 OWNERS = {
     "orbax": {"training.checkpoint"},
-    "torch": {"losses.torch_reference", "weights.readers"},
+    "torch": {"losses.torch_reference", "weights.readers", "benchmarks.torch_towers"},
     "ml_collections": {"config", "cli"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -85,7 +85,8 @@ def _timed(call: Call) -> Callable[[], tuple[float, float]]:
 def _noise(config: ExperimentConfig, words: int) -> dict[str, dict[str, np.ndarray]]:
     """A batch whose texts have between a quarter of the tokens and all of them."""
     rng = np.random.default_rng(0)
-    rows, inputs = config.global_batch_size, config.data.inputs
+    rows = config.global_batch_size
+    inputs: Any = config.data.inputs
     size, length = inputs["image"].size, inputs["text"].max_tokens
     return {
         "image": {"pixels": rng.integers(0, 256, (rows, size, size, 3), np.uint8)},

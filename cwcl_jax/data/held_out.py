@@ -35,8 +35,8 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     """
     if source.parts:
         pairs = [hold_out(part, share, seed) for part in source.parts]
-        kept, held = zip(*pairs, strict=True)
-        return Mixture(kept, source.weights), Mixture(held, source.weights)
+        trained_on, held_out = ([pair[i] for pair in pairs] for i in (0, 1))
+        return Mixture(trained_on, source.weights), Mixture(held_out, source.weights)
     length = len(source)
     count = round(share * length)
     if not 0 < count < length:

@@ -68,6 +68,7 @@ PRESETS = {
 class RegisterVit(Vit):
     """A ViT of scaled blocks with registers behind the class token."""
 
+    config: Any
     block = ScaledBlock
 
     def __init__(self, config: Any, execution: Execution, *, rngs: nnx.Rngs) -> None:

@@ -89,7 +89,7 @@ _SIZES = {
 }
 
 
-def _sized(size: str) -> dict[str, int]:
+def _sized(size: str) -> dict[str, Any]:
     return dict(zip(("width", "depth", "heads", "mlp_width"), _SIZES[size], strict=True))
 
 
@@ -122,8 +122,10 @@ class QueryPool(nnx.Module):
         width = config.width
         init = nnx.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, 1, width), execution.param_dtype))
-        for name in ("query", "key", "value", "out"):
-            setattr(self, name, linear(width, width, execution, rngs))
+        self.query = linear(width, width, execution, rngs)
+        self.key = linear(width, width, execution, rngs)
+        self.value = linear(width, width, execution, rngs)
+        self.out = linear(width, width, execution, rngs)
         self.norm = layer_norm(width, config.epsilon, execution, rngs)
         self.mlp = Mlp(config, execution, rngs=rngs)
         self.heads = config.heads

@@ -91,7 +91,8 @@ class TextEncoder(nnx.Module):
 
     def densely(self, pooled: Float[Array, "b d"]) -> Float[Array, "b f"]:
         """The dense layers behind the pooling; the identity where there is none."""
-        for layer in self.dense:
+        layers: Any = self.dense
+        for layer in layers:
             pooled = layer(pooled)
         return pooled
 

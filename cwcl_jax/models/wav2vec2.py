@@ -95,9 +95,9 @@ class Wav2Vec2Config(SpeechAugment):
 
 
 BASE = Wav2Vec2Config()
-LARGE = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
+LARGE: dict[str, Any] = {"width": 1024, "depth": 24, "heads": 16, "mlp_width": 4096}
 STABLE = {"conv_norm": "layer", "conv_bias": True, "stable_norm": True}
-XLARGE = {"width": 1280, "depth": 48, "heads": 16, "mlp_width": 5120}
+XLARGE: dict[str, Any] = {"width": 1280, "depth": 48, "heads": 16, "mlp_width": 5120}
 
 # arXiv 2006.11477 section 4.2; XLS-R: arXiv 2111.09296 table 2.
 PRESETS = {
@@ -279,10 +279,11 @@ class Wav2Vec2(nnx.Module):
             x = conv(x)
             length = jnp.maximum((length - conv.size) // conv.stride + 1, 1)
             real = valid(length, x.shape[1])
+            norms: Any = self.conv_norms
             if config.conv_norm == "layer":
-                x = self.conv_norms[i](x)
+                x = norms[i](x)
             elif i == 0:
-                x = self.conv_norms[0](x, real)
+                x = norms[0](x, real)
             x = activate(x, config.conv_activation)
         return only(x, real), real
 

@@ -53,8 +53,9 @@ def write_sentence_folder(
       ValueError: sentence-transformers has no modules that compute the same.
     """
     name = text_tower_of(description)
-    tower, inputs = description.towers[name], description.inputs[name]
-    tokenizer: Any = inputs.loaded  # type: ignore[attr-defined]
+    tower = description.towers[name]
+    inputs: Any = description.inputs[name]
+    tokenizer: Any = inputs.loaded
     settings, arrays = tower.encoder_settings(), below(leaves, name)
     if settings.pooling not in _POOLINGS:
         raise ValueError(
@@ -77,7 +78,7 @@ def write_sentence_folder(
     write_json(folder / "config.json", config)
     write_json(
         folder / TEXT_SETTINGS, {"max_seq_length": inputs.max_tokens, "do_lower_case": False}
-    )  # type: ignore[attr-defined]
+    )
     write_json(folder / PROMPTS, _prompts(tokenizer.prompt))
     _write_modules(folder, settings, layers)
 
