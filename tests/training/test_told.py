@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import types
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from cwcl_jax import cli
 from cwcl_jax.config import with_tasks
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.modalities import SpeechInputs
-from cwcl_jax.training import run
+from cwcl_jax.training import run, sharding
+from cwcl_jax.training.state import TrainState, make_blueprint
 from tests.training.toy import toy_config
 
 
@@ -26,21 +27,18 @@ def test_too_many_bad_examples_are_one_line_and_exit_code_2(capsys):
 
 
 def test_the_examples_skipped_in_a_run_are_summed_up(capsys):
-    run._say_skipped(types.SimpleNamespace(skipped={"text empty": 2, "image unreadable": 1}))
+    run._say_skipped({"text empty": 2, "image unreadable": 1}, "training")
     said = capsys.readouterr().out
     assert said.startswith("3 training examples were unusable and skipped (image unreadable: 1, ")
-    run._say_skipped(types.SimpleNamespace(skipped={}))
+    run._say_skipped({}, "training")
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("trained", "warned"), [(set(), True), ({"towers/image/kernel"}, False)])
-def test_a_locked_tower_without_weights_is_warned_of(capsys, trained, warned):
-    blueprint = types.SimpleNamespace(
-        config=toy_config(**{"towers.image.weights": "", "towers.image.tune": "none"}),
-        abstract={"towers/image/kernel": None},
-        trained=trained,
-    )
-    run._say_of_weights(blueprint, types.SimpleNamespace(params={}, step=np.int32(0)))
+@pytest.mark.parametrize(("tune", "warned"), [("none", True), ("all", False)])
+def test_a_locked_tower_without_weights_is_warned_of(capsys, tune, warned):
+    config = toy_config(**{"towers.image.weights": "", "towers.image.tune": tune})
+    blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
+    run._say_of_weights(blueprint, TrainState(jnp.int32(0), {}, (), {}))
     told = "warning: the image tower has no weights and does not train: it stays random"
     assert (told in capsys.readouterr().out) == warned
 
