@@ -27,7 +27,8 @@ def commands() -> list[str]:
     """The documented commands, without comments; those that prepare an environment count too."""
     body = re.sub(r"\\\n\s*", "", "\n\n".join(TEXTS))
     lines = [line.strip() for line in body.splitlines() if line.startswith("    ")]
-    lines += re.findall(r"`((?:python|sbatch|launch/)[^`]*)`", body)
+    named = re.findall(r"`((?:python|sbatch|launch/)[^`]*)`", body)
+    lines += [" ".join(command.split()) for command in named]
     lines += [
         f"python -m cwcl_jax.train {c}" for c in re.findall(r"^\| `(--config=[^`]*)`", body, re.M)
     ]
