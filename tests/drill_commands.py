@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.test_readme import ROOT, commands
+from tests.test_readme import ROOT, block_with, commands
 
 # Pattern -> why it is not run as it stands.
 EXEMPT = {
@@ -36,7 +36,7 @@ EXEMPT = {
     r"^sbatch": "SLURM: tests/launch/test_slurm.py",
     r"pip install": "makes an environment: run by .ci/run",
     r":paper|--scale=paper|m cwcl_jax\.check --config": "data and weights of the paper",
-    r"mine\.py|/data\b|runs/[ABS]\b|tasks\.json|--embeds": "files of the user's",
+    r"/data\b|runs/[ABS]\b|tasks\.json|--embeds": "files of the user's",
     r"--mesh=": "the extra `plan`",
     r"cwcl_jax/assets": "writes into the package",
 }
@@ -55,6 +55,9 @@ def prepare(folder: Path) -> None:
             (folder / name).symlink_to(ROOT / name)
     if not (folder / "eeg.py").exists():  # copied, as its page says
         (folder / "eeg.py").write_bytes((ROOT / "configs/eeg.py").read_bytes())
+    (folder / "mine.py").write_text(block_with("def get_config").partition("python -m")[0])
+    table = block_with('to_parquet("pairs.parquet")')
+    subprocess.run([sys.executable, "-c", table], cwd=folder, check=True)
     rng = np.random.default_rng(0)
     rows = {name: rng.standard_normal((4096, 32)).astype(np.float32) for name in ("a", "b")}
     np.savez(folder / "features.npz", profile=rows["a"], compound=rows["a"] + rows["b"])

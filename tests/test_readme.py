@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def commands() -> list[str]:
     return list(dict.fromkeys(line for line in found if start.match(line)))
 
 
+def block_with(words: str) -> str:
+    """The first indented block of the documentation that has these words, as a file."""
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", "\n".join(TEXTS), re.M)
+    return next(textwrap.dedent(block) for block in blocks if words in block).strip() + "\n"
+
+
 def test_there_are_commands():
     assert len(commands()) > 15
 
@@ -54,6 +61,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     # The example is documented as it is run: copied into a folder of the user's own.
     (tmp_path / "eeg.py").symlink_to(ROOT / "configs" / "eeg.py")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mine.py").write_text(block_with("def get_config").partition("python -m")[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "configs")  # eeg.py names its own classes
     module, _, rest = command.partition("-m cwcl_jax.")[2].partition(" ")
