@@ -46,7 +46,8 @@ def encoder(config):
 def loaded(monkeypatch, encoder, config):
     """`load_encoder` gives the toy model for any workdir."""
     monkeypatch.setattr(
-        "cwcl_jax.training.encode.load_encoder", lambda workdir, step=None: (encoder, config)
+        "cwcl_jax.training.encode.load_encoder",
+        lambda workdir, step=None, weights="trained": (encoder, config),
     )
     monkeypatch.setattr("cwcl_jax.training.encode.tower_sources", lambda workdir: {})
 
@@ -170,7 +171,7 @@ def test_broken_task_file_is_named(loaded, tmp_path):
 
 
 def test_absent_step_is_one_clear_line(monkeypatch, tmp_path):
-    def load(workdir, step=None):
+    def load(workdir, step=None, weights="trained"):
         raise FileNotFoundError(f"{workdir} holds no checkpoint of step {step}")
 
     monkeypatch.setattr("cwcl_jax.training.encode.load_encoder", load)

@@ -86,7 +86,7 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
 
     scale = jnp.asarray(2.66, jnp.float32)
     gradient = jax.value_and_grad(loss, argnums=wanted)
-    flops = count_work(gradient, u, v, scale, devices=len(jax.devices())).total_flops
+    flops = count_work(gradient, u, v, scale, devices=mesh.size if mesh else 1).total_flops
     # Compiled ahead, so that the compiler's own memory is not counted.
     run = jax.jit(gradient).lower(u, v, scale).compile()
     # Not ones, which cost a chip less power than numbers do.

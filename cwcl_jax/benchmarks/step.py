@@ -13,6 +13,7 @@ trained weights, in values of float32:
                                         and statistics travel one hop more
     moments     (P-1)/P * 2 (k d + k + 2 d)   closed form of the weighted direction
     gradients   (P-1)/P * 2 W           one all-reduce
+    ranks       (P-1)/P * 4 d^2         one all-reduce of each tower's second moment (diagnostics)
 
 With --peer=torch: the parts of one process's step beside the same towers in PyTorch, in turns, on
 the device at hand. --config names an image-text run; by default a ViT 192 x 6 and a text tower
@@ -127,7 +128,11 @@ def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str,
     if devices == 1:
         return {form: {} for form in FORMS}
     share = 4 * (devices - 1) / devices
-    common = {"moments": share * 2 * (k * d + k + 2 * d), "gradients": share * 2 * weights}
+    common = {
+        "moments": share * 2 * (k * d + k + 2 * d),
+        "gradients": share * 2 * weights,
+        "ranks": share * 4 * d * d,
+    }
     return {
         "gathered": {"loss": share * batch * (2 * d + 8)} | common,
         "ring": {"loss": 4.0 * batch * (3 * d + 6 + (d + 4) / devices)} | common,
@@ -178,7 +183,8 @@ MEASURED = (
     "sent_bytes", "sent_total", "formula_total", "failed",
 )  # fmt: skip
 COMPUTED = (
-    "devices", "batch", "form", "loss_mb", "moments_mb", "gradients_mb", "total_mb", "least_ms",
+    "devices", "batch", "form", "loss_mb", "moments_mb", "gradients_mb", "ranks_mb", "total_mb",
+    "least_ms",
 )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from cwcl_jax.weights.sentence_folder import (
     read_sentence_folder,
 )
 
+# What config.json calls a folder of two towers.
+_PAIRS = ("clip", "siglip")
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {
     "dropout",
@@ -242,6 +244,8 @@ def check_kind(path: Path, config: TowerConfig) -> None:
     kind = _json(encoder_folder(_folder(path)) / "config.json").get("model_type")
     if kind is None or kind in family.model_types:
         return
+    if kind in _PAIRS:
+        return  # the names in the file tell more: which tower they are of
     readers = [name for name, other in ENCODERS.items() if kind in other.model_types]
     raise WeightsMismatch(
         str(path),

@@ -43,7 +43,7 @@ def of_embeds(embeds: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         count = rows.shape[0]
         total = jnp.sum(rows, axis=0)
         pairs = max(count * (count - 1), 1)
-        moment = rows.T @ rows
+        moment = jnp.matmul(rows.T, rows, precision="highest")
         found[f"mean_cosine/{tower}"] = (jnp.sum(total**2) - jnp.trace(moment)) / pairs
         found[f"effective_rank/{tower}"] = jnp.trace(moment) ** 2 / jnp.sum(moment**2)
     return found

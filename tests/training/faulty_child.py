@@ -70,8 +70,8 @@ def prepare() -> None:
             file.write(json.dumps({"step": number, "ids": batch.index.tolist()}) + "\n")
         return state, batch
 
-    def faulty_save(self, step, state, data_state):
-        save(self, step, state, data_state)
+    def faulty_save(self, step, state, data_state, best=None):
+        save(self, step, state, data_state, best)
         if guilty("save") and step == FAULT["step"]:
             act(FAULT["action"])
 
