@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -175,9 +176,9 @@ class TextInputs(Modality):
             )  # fmt: skip
         if theirs.max_tokens is not None and self.max_tokens > theirs.max_tokens:
             logging.warning(
-                "%s: %s cuts texts at %d tokens, %s.max_tokens is %d: longer ones get another "
-                "embedding than there",
-                folder, TEXT_SETTINGS, theirs.max_tokens, options, self.max_tokens,
+                "%s: sentence-transformers cuts this model's texts at %d tokens, %s.max_tokens is "
+                "%d: longer ones get another embedding than there",
+                folder, theirs.max_tokens, options, self.max_tokens,
             )  # fmt: skip
 
     def without_files(self) -> "TextInputs":
@@ -441,13 +442,27 @@ def _require_hub(kind: Any, name: str) -> None:
             raise OSError(f"there is no such folder, and {hub} cannot be reached") from error
 
 
+_TOKENIZER_FILE = re.compile(r"tokenizer\.json|.*vocab.*|.*\.model|merges\.txt|bpe\.codes")
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
     """The backend of a transformers tokenizer and its special tokens."""
     # Imported here: it takes seconds, and the package's own tokenizer does not need it.
     from transformers import AutoTokenizer
 
+    folder = Path(name)
+    if folder.is_dir() and not any(map(_TOKENIZER_FILE.fullmatch, _names(folder))):
+        # transformers would make an empty tokenizer of nothing but special tokens.
+        raise ValueError(
+            f"No tokenizer stands in the folder tokenizer={name!r}: it holds no tokenizer.json, "
+            "vocabulary or sentencepiece model; save the tokenizer there, or name its own folder"
+        )
     try:
-        if not Path(name).exists():
+        if not folder.exists():
             _require_hub(AutoTokenizer, name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -51,6 +51,7 @@ def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
         return {}
     if (folder / DESCRIPTION).exists():
         return _of_own_export(folder, encoder)
+    check_kind(path, encoder)  # before anything else is compared, such as a tokenizer
     settings = _of_transformers(_config_file(encoder_folder(folder)), encoder)
     if ENCODERS[encoder].modality == "image":
         settings |= _pixel_range(folder)
@@ -232,13 +233,13 @@ def check_settings(path: Path, config: TowerConfig) -> None:
         )
 
 
-def check_kind(path: Path, config: TowerConfig) -> None:
+def check_kind(path: Path, encoder: str) -> None:
     """Compare what config.json calls its model with the tower's encoder.
 
     Raises:
       WeightsMismatch: it is another model, whose arrays may have the same names and shapes.
     """
-    family = ENCODERS.get(config.encoder)
+    family = ENCODERS.get(encoder)
     if family is None or not family.model_types or (_folder(path) / DESCRIPTION).exists():
         return
     kind = _json(encoder_folder(_folder(path)) / "config.json").get("model_type")
@@ -250,7 +251,7 @@ def check_kind(path: Path, config: TowerConfig) -> None:
     raise WeightsMismatch(
         str(path),
         f"is a {kind}, as its config.json says, and no {' or '.join(family.model_types)}, which "
-        f"encoder {config.encoder!r} reads",
+        f"encoder {encoder!r} reads",
         remedy=f"set the tower's encoder to {readers[0]!r}" if readers else "no encoder reads it",
     )
 

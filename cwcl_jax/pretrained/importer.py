@@ -58,7 +58,7 @@ def import_tower(
         default device. It is called leaf by leaf, so that only one array is twice in memory.
     """
     path = encoder_files(locate(config.weights))
-    check_kind(path, config)
+    check_kind(path, config.encoder)
     prefix = f"towers/{modality}/"
     leaves = {p.removeprefix(prefix): x for p, x in abstract.items() if p.startswith(prefix)}
     weights = open_weights(path)

@@ -159,3 +159,11 @@ def test_a_hub_out_of_reach_is_told_after_one_question(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:9 cannot be reached\)\.$"):
         load_tokenizer(TextInputs(tokenizer="somebody/some-tokenizer"))
+
+
+def test_a_folder_without_a_tokenizer_is_named_before_an_empty_one_is_made(tmp_path):
+    """transformers would make one of special tokens alone, and blame would fall on its size."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="No tokenizer stands in the folder"):
+        load_tokenizer(TextInputs(tokenizer=str(tmp_path)))

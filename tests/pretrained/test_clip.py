@@ -15,6 +15,7 @@ from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
 from tests.models.builders import one_tower
+from tests.pretrained.test_image_towers import write_tokenizer
 from tests.pretrained.test_parity import randomise
 
 torch = pytest.importorskip("torch")
@@ -220,6 +221,9 @@ def test_a_tower_of_another_kind_is_named(tmp_path):
 def test_a_clip_folder_is_a_model_without_a_run(tmp_path):
     """Cosines and scale are those of transformers' own model."""
     reference = clip(tmp_path)
+    with pytest.raises(ValueError, match="No tokenizer stands in the folder"):
+        load_model(tmp_path)
+    write_tokenizer(tmp_path)
     ours = load_model(tmp_path)
     pixels = RNG.integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
     tokens = np.concatenate([RNG.integers(1, 38, (3, 5)), np.full((3, 1), END)], axis=1)

@@ -65,7 +65,8 @@ def test_a_preset_that_fits_is_named(tmp_path):
 def test_position_offset_and_other_model_types(tmp_path):
     path = folder(tmp_path, model_type="xlm-roberta", max_position_embeddings=514)
     assert complete(TowerConfig("roberta", weights=path)).overrides["max_tokens"] == 512
-    assert complete(TowerConfig("bert", weights=path)).overrides == {}
+    with pytest.raises(ValueError, match=r"is a xlm-roberta.*set the tower's encoder to 'roberta'"):
+        complete(TowerConfig("bert", weights=path))
     broken = TowerConfig("roberta", weights=folder(tmp_path, model_type="roberta", hidden_act="x"))
     with pytest.raises(ValueError, match=r"config.json: activation 'x' is not supported"):
         complete(broken)

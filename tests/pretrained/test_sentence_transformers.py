@@ -198,7 +198,7 @@ def test_prompts_without_a_default_and_longer_texts_are_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="absl"):
         TextInputs(max_tokens=9).check_files(tmp_path, "data.text")
     assert "query 'query: '" in caplog.text
-    assert "cuts texts at 8 tokens, data.text.max_tokens is 9" in caplog.text
+    assert "texts at 8 tokens, data.text.max_tokens is 9" in caplog.text
 
 
 def test_options_of_texts_that_change_nothing_leave_the_fingerprint_alone():
