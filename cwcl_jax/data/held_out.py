@@ -41,8 +41,8 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     count = round(share * length)
     if not 0 < count < length:
         raise ValueError(
-            f"validation_share={share} of {length} examples holds out {count}; "
-            "name more, or a source of its own in validation"
+            f"validation_share={share} of {length} examples holds out {count}: name a "
+            f"{'smaller' if count else 'larger'} share, or a source of its own in validation"
         )
     held = np.sort(permute(np.arange(count), length, seed, _STREAM))
     # The j-th of the others is j + k, where k held ones come before it.
