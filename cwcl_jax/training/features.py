@@ -112,8 +112,11 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
         )
 
 
-def check_label_sets(config: ExperimentConfig, source: Source) -> None:
+def check_label_sets(config: ExperimentConfig, source: Source, what: str = "train") -> None:
     """Says how the sets of labels of the data were understood.
+
+    Args:
+      what: the field of `config.data` that names the source, "train" or "validation".
 
     Raises:
       ConfigError: no example of a sample has any label.
@@ -123,10 +126,11 @@ def check_label_sets(config: ExperimentConfig, source: Source) -> None:
     found = survey_labels(source, config.data.label_separator)
     if not found.kinds:
         raise ConfigError(
-            f"config.data.labels='sets', but no example of a sample of {config.data.train!r} has "
-            "labels: name their columns in the source line, labels=COLUMN"
+            f"config.data.labels='sets', but no example of a sample of config.data.{what}="
+            f"{getattr(config.data, what)!r} has labels: name their columns in the source line, "
+            "labels=COLUMN"
         )
-    if is_primary():
+    if is_primary() and what == "train":
         print(f"training data: {found}", flush=True)
 
 

@@ -34,7 +34,7 @@ from cwcl_jax.training.distributed import (
 from cwcl_jax.training.embedding import check_features
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
-from cwcl_jax.training.features import training_source
+from cwcl_jax.training.features import check_label_sets, training_source
 from cwcl_jax.training.health import Health
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
@@ -136,6 +136,8 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             check_features(blueprint, batches.source, sources)
             if held is not None:
                 check_features(blueprint, held, sources, what="config.data.validation")
+                if config.data.validation:
+                    check_label_sets(config, held, "validation")
             check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
             if is_primary():
                 write_records(workdir, config, sources, _trained(blueprint), data)

@@ -189,3 +189,10 @@ def test_what_the_data_lacks_is_refused_before_the_first_step(
 ):
     with pytest.raises(ConfigError, match=message):
         train(config_of(line.replace(remove, "other:" * (":" in remove)), **changes), tmp_path)
+
+
+def test_a_validation_line_without_labels_is_refused_before_the_first_step(line, tmp_path):
+    plain = line.replace("&labels=compound,genes", "")
+    changes = FRAMES["label sets"][0] | {"data.validation": plain}
+    with pytest.raises(ConfigError, match=r"data\.validation=.*has labels: name their columns"):
+        train(config_of(line, **changes), tmp_path)
