@@ -1,5 +1,7 @@
 """Names of one layer in the files of BART, Whisper and, with other norms, CLIP."""
 
+import re
+
 from cwcl_jax.weights.rules import Rule
 
 _OURS = r"encoder/blocks/\1"
@@ -25,3 +27,12 @@ def layer_rules(
         Rule(rf"{layer}/{mlp}fc2/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
         Rule(rf"{layer}/{norm2}/(scale|bias)", rf"{_OURS}/norm2/\2"),
     ]
+
+
+def in_projection(name: str) -> list[str]:
+    """What PyTorch's attention keeps in one array: names of query, key and value."""
+    joined = re.fullmatch(r"(.+)/in_proj_(weight|bias)", name)
+    if joined is None:
+        return []
+    kind = "kernel" if joined[2] == "weight" else "bias"
+    return [f"{joined[1]}/{part}/{kind}" for part in ("query", "key", "value")]

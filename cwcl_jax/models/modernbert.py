@@ -5,7 +5,7 @@ with a theta of its own. The first block's input has just been normed and is not
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,14 +16,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.layers import LayerNorm
-from cwcl_jax.models.numerics import activate, dropout
-from cwcl_jax.models.own_blocks import attend_pairs, refuse_scan, run_blocks
+from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.relative import attend_pairs, refuse_scan, turned
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
-from cwcl_jax.models.transformer import Execution, embedding, linear
+from cwcl_jax.models.transformer import (
+    Execution,
+    GatedMlp,
+    TransformerConfig,
+    embedding,
+    linear,
+)
 from cwcl_jax.weights.config_json import STACK, named
 from cwcl_jax.weights.readers import Weights
 from cwcl_jax.weights.rules import Layout, Rule
-from cwcl_jax.weights.views import RenamedWeights, flax_names, without_prefix
+from cwcl_jax.weights.views import apart, flax_names, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +80,11 @@ PRESETS: dict[str, ModernBertConfig] = {
 }
 
 
-def rotated(x: Float[Array, "b s h k"], theta: float) -> Float[Array, "b s h k"]:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) over two halves, in float32."""
-    half = x.shape[-1] // 2
-    frequencies = 1.0 / theta ** (np.arange(half, dtype=np.float32) / half)
-    angles = np.arange(x.shape[1], dtype=np.float32)[:, None] * frequencies[None, :]
-    cos, sin = (jnp.asarray(f(angles))[None, :, None, :] for f in (np.cos, np.sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def token_angles(places: int, size: int, theta: float) -> Float[Array, "s k"]:
+    """Angles of rotary positions 0, 1, ... for heads of `size`, the same for both halves."""
+    frequencies = 1.0 / theta ** (np.arange(size // 2, dtype=np.float32) / (size // 2))
+    half = np.arange(places, dtype=np.float32)[:, None] * frequencies[None, :]
+    return jnp.asarray(np.concatenate([half, half], axis=1), jnp.float32)
 
 
 class RotaryAttention(nnx.Module):
@@ -106,35 +108,29 @@ class RotaryAttention(nnx.Module):
             project(x).reshape(b, s, self.heads, d // self.heads)
             for project in (self.query, self.key, self.value)
         )
+        angles = token_angles(s, d // self.heads, self.theta)
         mixed = attend_pairs(
-            rotated(query, self.theta), rotated(key, self.theta), value, mask, window=self.window
+            turned(query, angles), turned(key, angles), value, mask, window=self.window
         )
         return self.out(mixed.reshape(b, s, d))
-
-
-class GatedMlp(nnx.Module):
-    """An activated half times a plain half (GeGLU: Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, config: ModernBertConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        self.up = linear(config.width, config.mlp_width, execution, rngs, bias=False)
-        self.gate = linear(config.width, config.mlp_width, execution, rngs, bias=False)
-        self.down = linear(config.mlp_width, config.width, execution, rngs, bias=False)
-        self.activation = config.activation
-
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return self.down(activate(self.up(x), self.activation) * self.gate(x))
 
 
 class ModernBertBlock(nnx.Module):
     """Attention and gated MLP, each behind a norm, but for the first block's attention."""
 
     def __init__(
-        self, config: ModernBertConfig, execution: Execution, layer: int, *, rngs: nnx.Rngs
+        self,
+        config: ModernBertConfig,
+        stack: TransformerConfig,
+        execution: Execution,
+        layer: int,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
         self.norm1 = nnx.data(None if layer == 0 else _norm(config, execution, rngs))
         self.attention = RotaryAttention(config, execution, layer, rngs=rngs)
         self.norm2 = _norm(config, execution, rngs)
-        self.mlp = GatedMlp(config, execution, rngs=rngs)
+        self.mlp = GatedMlp(stack, execution, bias=False, rngs=rngs)
         self.dropout = config.dropout
 
     def __call__(
@@ -166,13 +162,18 @@ class ModernBert(TextEncoder):
 
     def __init__(self, config: ModernBertConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         refuse_scan("ModernBERT", execution)
-        blocks = nnx.List(
-            [ModernBertBlock(config, execution, n, rngs=rngs) for n in range(config.depth)]
+        super().__init__(
+            config, TransformerConfig.of(config, norm_order="pre"), execution, rngs=rngs
         )
-        super().__init__(config, None, execution, blocks=blocks, rngs=rngs)
         self.token_embedding = embedding(config.vocab_size, config.width, execution, rngs)
         self.embedding_norm = _norm(config, execution, rngs)
         self.norm = _norm(config, execution, rngs)
+
+    def make_blocks(self, rngs: nnx.Rngs) -> nnx.Pytree:
+        layers = range(self.config.depth)
+        return nnx.List(
+            [ModernBertBlock(self.config, self.stack, self.execution, n, rngs=rngs) for n in layers]
+        )
 
     def embed(
         self,
@@ -185,12 +186,6 @@ class ModernBert(TextEncoder):
         check_length(tokens.shape[1], self.config.max_tokens)
         return dropout(self.embedding_norm(self.token_embedding(tokens)), self.config.dropout, key)
 
-    def run(
-        self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
-    ) -> Float[Array, "b s d"]:
-        """The blocks."""
-        return run_blocks(self.blocks, x, mask, execution=self.execution, key=key)  # type: ignore[arg-type]
-
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """The final norm of pre-norm blocks."""
         return self.norm(x)
@@ -201,34 +196,19 @@ _OURS = r"encoder/blocks/\1"
 _L = r"layers/(\d+)"
 
 
-def _slice(part: int, parts: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A part of the columns of a kernel that holds several side by side."""
-
-    def cut(x: np.ndarray) -> np.ndarray:
-        size = x.shape[-1] // parts
-        return x[..., part * size : (part + 1) * size]
-
-    return cut
-
-
 _JOINT = {
-    "attn/Wqkv/kernel": ["attn/query/kernel", "attn/key/kernel", "attn/value/kernel"],
-    "mlp/Wi/kernel": ["mlp/up/kernel", "mlp/gate/kernel"],
+    "attn/Wqkv/kernel": ("attn/query/kernel", "attn/key/kernel", "attn/value/kernel"),
+    "mlp/Wi/kernel": ("mlp/gate/kernel", "mlp/up/kernel"),
 }
 
 
 def _view(weights: Weights) -> Weights:
-    plain = without_prefix(flax_names(weights), "model/")
-    names: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {}
-    for name in plain.entries:
-        joint = next((end for end in _JOINT if name.endswith("/" + end)), "")
-        if not joint:
-            names[name] = (name, lambda x: x)
-            continue
-        parts = _JOINT[joint]
-        for number, part in enumerate(parts):
-            names[name.removesuffix(joint) + part] = (name, _slice(number, len(parts)))
-    return RenamedWeights(plain, names)
+    return apart(without_prefix(flax_names(weights), "model/"), _parts)
+
+
+def _parts(name: str) -> list[str]:
+    joint = next((end for end in _JOINT if name.endswith("/" + end)), "")
+    return [name.removesuffix(joint) + part for part in _JOINT.get(joint, ())]
 
 
 _FILES = Layout(

@@ -1,33 +1,31 @@
 """MPNet (Song et al. 2020, arXiv 2004.09297), the base of all-mpnet-base-v2.
 
 BERT's post-norm blocks, without token types. Positions count the real tokens from 2 on, and a
-table of biases by distance (as in T5, arXiv 1910.10683), one for all layers, enters every
-attention.
+table of biases by distance, one for all layers, enters every attention.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.bert import counted_positions
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.numerics import dropout
-from cwcl_jax.models.own_blocks import attend_pairs, refuse_scan, run_blocks
+from cwcl_jax.models.relative import attend_pairs, distance_buckets, refuse_scan
 from cwcl_jax.models.text_encoder import TextEncoder, check_length
 from cwcl_jax.models.transformer import (
     Attention,
+    Block,
     Execution,
-    Mlp,
     TransformerConfig,
     embedding,
     layer_norm,
+    make_blocks,
 )
 from cwcl_jax.weights.config_json import STACK, named
 from cwcl_jax.weights.readers import Weights
@@ -75,43 +73,24 @@ PRESETS: dict[str, MpnetConfig] = {
 }
 
 
-def bucket_of(distances: np.ndarray, buckets: int) -> np.ndarray:
-    """The bucket of signed distances (key - query): exact when near, by its logarithm when far."""
-    half = buckets // 2
-    exact = half // 2
-    far = np.abs(distances)
-    ratio = np.log(np.maximum(far, 1).astype(np.float32) / exact) / math.log(_FARTHEST / exact)
-    logarithmic = np.minimum(exact + (ratio * (half - exact)).astype(np.int64), half - 1)
-    return np.where(far < exact, far, logarithmic) + np.where(distances > 0, half, 0)
+class BiasedAttention(Attention):
+    """Self-attention with a bias for each pair of places; reads (mask, bias) for a mask."""
 
-
-class MpnetBlock(nnx.Module):
-    """BERT's block with a bias for each pair of places."""
-
-    def __init__(self, stack: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        self.attention = Attention(stack, execution, rngs=rngs)
-        self.norm1 = layer_norm(stack.width, stack.epsilon, execution, rngs)
-        self.mlp = Mlp(stack, execution, rngs=rngs)
-        self.norm2 = layer_norm(stack.width, stack.epsilon, execution, rngs)
-        self.dropout = stack.dropout
-
-    def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        mask: Bool[Array, "b s"],
-        bias: Float[Array, "1 h s s"],
-        key: jax.Array | None = None,
-    ) -> Float[Array, "b s d"]:
-        keys = (None, None) if key is None else jax.random.split(key, 2)
-        x = self.norm1(x + dropout(self._attend(x, mask, bias), self.dropout, keys[0]))
-        return self.norm2(x + dropout(self.mlp(x), self.dropout, keys[1]))
-
-    def _attend(self, x: jax.Array, mask: jax.Array, bias: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "b s d"], mask: Any) -> Float[Array, "b s d"]:
+        real, bias = mask
         b, s, d = x.shape
-        heads = self.attention.heads
-        parts = (self.attention.query(x), self.attention.key(x), self.attention.value(x))
-        query, key, value = (part.reshape(b, s, heads, d // heads) for part in parts)
-        return self.attention.out(attend_pairs(query, key, value, mask, bias=bias).reshape(b, s, d))
+        query, key, value = (
+            part(x).reshape(b, s, self.heads, -1) for part in (self.query, self.key, self.value)
+        )
+        return self.out(attend_pairs(query, key, value, real, bias=bias).reshape(b, s, d))
+
+
+class MpnetBlock(Block):
+    """BERT's block with such attention."""
+
+    def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, execution, rngs=rngs)
+        self.attention = BiasedAttention(config, execution, rngs=rngs)
 
 
 class Mpnet(TextEncoder):
@@ -119,14 +98,17 @@ class Mpnet(TextEncoder):
 
     def __init__(self, config: MpnetConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         refuse_scan("MPNet", execution)
-        stack = TransformerConfig.of(config, norm_order="post")
-        blocks = nnx.List([MpnetBlock(stack, execution, rngs=rngs) for _ in range(config.depth)])
-        super().__init__(config, stack, execution, blocks=blocks, rngs=rngs)
+        super().__init__(
+            config, TransformerConfig.of(config, norm_order="post"), execution, rngs=rngs
+        )
         width = config.width
         self.token_embedding = embedding(config.vocab_size, width, execution, rngs)
         self.position_embedding = embedding(config.position_rows, width, execution, rngs)
         self.embedding_norm = layer_norm(width, config.epsilon, execution, rngs)
         self.distance_bias = embedding(config.buckets, config.heads, execution, rngs)
+
+    def make_blocks(self, rngs: nnx.Rngs) -> nnx.Pytree:
+        return make_blocks(self.stack, self.execution, rngs=rngs, kind=MpnetBlock)
 
     def embed(
         self,
@@ -144,10 +126,9 @@ class Mpnet(TextEncoder):
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
         """The blocks, all with the same biases."""
-        places = np.arange(x.shape[1])
-        buckets = bucket_of(places[None, :] - places[:, None], self.config.buckets)
-        bias = self.distance_bias(jnp.asarray(buckets, jnp.int32)).transpose(2, 0, 1)[None]
-        return run_blocks(self.blocks, x, mask, bias, execution=self.execution, key=key)  # type: ignore[arg-type]
+        rows = distance_buckets(x.shape[1], self.config.buckets, _FARTHEST)
+        bias = self.distance_bias(jnp.asarray(rows)).transpose(2, 0, 1)[None]
+        return self.run_with((mask, bias), x, key)
 
 
 # Names of MPNet files, as transformers writes them.

@@ -3,34 +3,18 @@
 The towers are CLIP's; queries, keys and values of a layer stand in one array.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from cwcl_jax.models.layer_names import in_projection
 from cwcl_jax.weights.readers import Weights
 from cwcl_jax.weights.rules import Layout, Rule
-from cwcl_jax.weights.views import RenamedWeights, flax_names
-
-
-def _third(place: int, width: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda x: x[place * width : (place + 1) * width].T
+from cwcl_jax.weights.views import apart, flax_names
 
 
 def _view(weights: Weights) -> Weights:
     """Names as Flax's; queries, keys and values each for itself."""
-    plain = flax_names(weights)
-    names: dict[str, Any] = {}
-    for name, entry in plain.entries.items():
-        joined = re.fullmatch(r"(.+/attn)/in_proj_(weight|bias)", name)
-        if joined is None:
-            names[name] = (name, lambda x: x)
-            continue
-        kind = "kernel" if joined[2] == "weight" else "bias"
-        for place, part in enumerate(("query", "key", "value")):
-            names[f"{joined[1]}/{part}/{kind}"] = (name, _third(place, entry.shape[0] // 3))
-    return RenamedWeights(plain, names)
+    return apart(flax_names(weights), in_projection, turned=True)
 
 
 def _layers(prefix: str) -> list[Rule]:

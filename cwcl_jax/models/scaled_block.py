@@ -1,6 +1,6 @@
 """The block of DINOv2 and DINOv3: each branch times a learned vector, and perhaps a gated MLP.
 
-LayerScale: Touvron et al. 2021, arXiv 2103.17239. Gated MLP: Shazeer 2020, arXiv 2002.05202.
+LayerScale: Touvron et al. 2021, arXiv 2103.17239.
 """
 
 import dataclasses
@@ -13,15 +13,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cwcl_jax.models.attention import attend
-from cwcl_jax.models.numerics import activate, dropout
+from cwcl_jax.models.numerics import dropout
+from cwcl_jax.models.relative import turned
 from cwcl_jax.models.transformer import (
     Attention,
     Block,
     Execution,
+    GatedMlp,
     Mlp,
     TransformerConfig,
     layer_norm,
-    linear,
 )
 
 
@@ -33,19 +34,6 @@ class ScaledStack(TransformerConfig):
     """down(activation(gate(x)) * up(x)) in place of down(activation(up(x)))."""
     turn: tuple[int, float] | None = None
     """Patches per side and base of rotary positions; None where positions are added before."""
-
-
-class GatedMlp(nnx.Module):
-    """down(activation(gate(x)) * up(x))."""
-
-    def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        self.gate = linear(config.width, config.mlp_width, execution, rngs)
-        self.up = linear(config.width, config.mlp_width, execution, rngs)
-        self.down = linear(config.mlp_width, config.width, execution, rngs)
-        self.activation = config.activation
-
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return self.down(activate(self.gate(x), self.activation) * self.up(x))
 
 
 def patch_angles(side: int, size: int, base: float) -> Float[Array, "s k"]:
@@ -61,16 +49,6 @@ def patch_angles(side: int, size: int, base: float) -> Float[Array, "s k"]:
     columns = jnp.broadcast_to(turns[None, :], shape)
     half = jnp.concatenate([rows, columns], axis=-1).reshape(side * side, -1)
     return jnp.concatenate([half, half], axis=-1)
-
-
-def turned(x: Float[Array, "b s h k"], angles: Float[Array, "p k"]) -> Float[Array, "b s h k"]:
-    """The last p tokens with both halves of every head turned by the angles, in float32."""
-    before = x.shape[1] - angles.shape[0]
-    patches = x[:, before:].astype(jnp.float32)
-    one, two = jnp.split(patches, 2, axis=-1)
-    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
-    patches = patches * cos + jnp.concatenate([-two, one], axis=-1) * sin
-    return jnp.concatenate([x[:, :before], patches.astype(x.dtype)], axis=1)
 
 
 class TurnedAttention(Attention):

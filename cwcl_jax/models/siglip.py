@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.family import EncoderFamily
-from cwcl_jax.models.layer_names import layer_rules
+from cwcl_jax.models.layer_names import in_projection, layer_rules
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.text import TextConfig, TextTransformer
 from cwcl_jax.models.transformer import (
@@ -29,7 +29,7 @@ from cwcl_jax.models.vit import Vit, VitConfig
 from cwcl_jax.weights.config_json import STACK, clip_part, named
 from cwcl_jax.weights.readers import Weights
 from cwcl_jax.weights.rules import Layout, Rule
-from cwcl_jax.weights.views import RenamedWeights, flax_names, without_prefix
+from cwcl_jax.weights.views import apart, flax_names, without_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,25 +201,10 @@ _IGNORE = [r"logit_(scale|bias)", r"embeddings/position_ids", r"classifier/.*"]
 
 def _view(part: str) -> Callable[[Weights], Weights]:
     """One tower's names; the other's keep their prefix, by which they are left out."""
-    return lambda weights: _separate(without_prefix(flax_names(weights), f"(?:siglip/)?{part}/"))
-
-
-def _separate(weights: Weights) -> Weights:
-    """The pooling's query, key and value, which PyTorch keeps in one array, each for itself."""
-    names: dict[str, Any] = {}
-    for name, entry in weights.entries.items():
-        if not name.startswith("head/attention/in_proj_"):
-            names[name] = (name, lambda x: x)
-            continue
-        width = entry.shape[0] // 3
-        for place, part in enumerate(("query", "key", "value")):
-            kind = "kernel" if name.endswith("weight") else "bias"
-            names[f"head/attention/{part}/{kind}"] = (name, _third(place, width))
-    return RenamedWeights(weights, names)
-
-
-def _third(place: int, width: int) -> Any:
-    return lambda x: x[place * width : (place + 1) * width].T
+    prefix = f"(?:siglip/)?{part}/"
+    return lambda weights: apart(
+        without_prefix(flax_names(weights), prefix), in_projection, turned=True
+    )
 
 
 VISION = Layout(

@@ -21,23 +21,21 @@ class TextEncoder(nnx.Module):
     def __init__(
         self,
         config: Any,
-        stack: TransformerConfig | None,
+        stack: TransformerConfig,
         execution: Execution,
         *,
-        blocks: nnx.Pytree | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        """Makes the stack's blocks, unless the family brings `blocks` of its own (see `run`)."""
-        if blocks is None:
-            assert stack is not None
-            self.blocks = make_blocks(stack, execution, rngs=rngs)
-        else:
-            self.blocks = blocks
         self.config = config
         self.stack = stack
         self.execution = execution
+        self.blocks = self.make_blocks(rngs)
         layers = getattr(config, "dense", "")
         self.dense, self._width = dense_layers(layers, config.width, execution, rngs=rngs)
+
+    def make_blocks(self, rngs: nnx.Rngs) -> nnx.Pytree:
+        """The stack's blocks; a family may bring a kind of its own."""
+        return make_blocks(self.stack, self.execution, rngs=rngs)
 
     @property
     def feature_width(self) -> int:
@@ -63,9 +61,12 @@ class TextEncoder(nnx.Module):
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
         """The blocks."""
-        assert self.stack is not None  # a family without one has a `run` of its own
+        return self.run_with(mask, x, key)
+
+    def run_with(self, seen: Any, x: Float[Array, "b s d"], key: jax.Array | None) -> jax.Array:
+        """The blocks, whose kind reads `seen` in the place of a mask."""
         return apply_blocks(
-            self.blocks, x, mask, config=self.stack, execution=self.execution, key=key
+            self.blocks, x, seen, config=self.stack, execution=self.execution, key=key
         )
 
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:

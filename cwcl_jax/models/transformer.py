@@ -206,6 +206,27 @@ class Mlp(nnx.Module):
         return self.down(activate(self.up(x), self.activation))
 
 
+class GatedMlp(nnx.Module):
+    """down(activation(gate(x)) * up(x)): Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        execution: Execution,
+        *,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        width, inner = config.width, config.mlp_width
+        self.gate = linear(width, inner, execution, rngs, bias=bias)
+        self.up = linear(width, inner, execution, rngs, bias=bias)
+        self.down = linear(inner, width, execution, rngs, bias=bias)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        return self.down(activate(self.gate(x), self.activation) * self.up(x))
+
+
 class Block(nnx.Module):
     """Attention and MLP, each with a residual connection and a norm.
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.family import EncoderFamily
+from cwcl_jax.models.relative import attend_pairs, distance_buckets
 from cwcl_jax.models.transformer import (
     Attention,
     Block,
@@ -58,22 +58,6 @@ PRESETS = {
 }
 
 
-def distance_buckets(frames: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Rows of the table for every pair of frames, int32 (frames, frames).
-
-    Short distances have a row each, longer ones share rows by their logarithm.
-    """
-    half = buckets // 2
-    exact = half // 2
-    ahead = np.arange(frames)[None, :] - np.arange(frames)[:, None]
-    distance = np.abs(ahead)
-    share = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-    share = share / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)
-    coarse = np.minimum(exact + share.astype(np.int64), half - 1)
-    rows = np.where(distance < exact, distance, coarse)
-    return (rows + (ahead > 0) * half).astype(np.int32)
-
-
 class GatedAttention(Attention):
     """Self-attention whose scores get a bias by distance, gated by each query's own input."""
 
@@ -94,14 +78,7 @@ class GatedAttention(Attention):
         query, key, value = (
             part(x).reshape(b, s, self.heads, -1) for part in (self.query, self.key, self.value)
         )
-        mixed = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            bias=scores.astype(x.dtype),
-            mask=real[:, None, None, :],
-            implementation="xla",
-        )
+        mixed = attend_pairs(query, key, value, real, bias=scores.astype(x.dtype))
         return self.out(mixed.reshape(b, s, d))
 
 

@@ -211,7 +211,7 @@ def _modernbert(
     return config, arrays
 
 
-_GATED = ("up", "gate")
+_GATED = ("gate", "up")
 
 
 def text_tower_of(description: ModelDescription) -> str:

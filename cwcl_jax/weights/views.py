@@ -1,7 +1,7 @@
 """Views of a file of weights: other names, other layouts, still nothing read in advance."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -43,6 +43,35 @@ def _entry_after(entry: Entry, layout: Layout) -> Entry:
 
 def _same(x: np.ndarray) -> np.ndarray:
     return x
+
+
+def apart(
+    weights: Weights, parts_of: Callable[[str], Sequence[str]], *, turned: bool = False
+) -> Weights:
+    """Arrays that hold several side by side, each of them for itself.
+
+    Args:
+      parts_of: the names of the equal parts along the last axis of an array, in their order; none
+        for an array that is left as it is.
+      turned: whether such arrays are (out, in), as PyTorch has them, and become (in, out).
+    """
+    names: dict[str, tuple[str, Layout]] = {}
+    for name in weights.entries:
+        parts = parts_of(name)
+        for place, part in enumerate(parts):
+            names[part] = (name, _part(place, len(parts), turned))
+        if not parts:
+            names[name] = (name, _same)
+    return RenamedWeights(weights, names)
+
+
+def _part(place: int, count: int, turned: bool) -> Layout:
+    def cut(x: np.ndarray) -> np.ndarray:
+        x = x.T if turned else x
+        size = x.shape[-1] // count
+        return x[..., place * size : (place + 1) * size]
+
+    return cut
 
 
 def _layer(index: int) -> Layout:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwcl_jax.models.relative import distance_buckets
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.models.wavlm import distance_buckets
 from cwcl_jax.pretrained import WeightsMismatch, complete
 from tests.pretrained.against_torch import (
     close,
