@@ -26,10 +26,10 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.files import parse_json
 from cwcl_jax.modalities import ImageInputs, Modality, TextInputs
 from cwcl_jax.modalities.features import only_features
-from cwcl_jax.modalities.text import TextTokenizer
+from cwcl_jax.modalities.tokenizer import TextTokenizer
 from cwcl_jax.models.leaves import ModelDef
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.pretrained import complete, import_tower, logits_of
+from cwcl_jax.pretrained import PAIRS, complete, import_tower, logits_of
 from cwcl_jax.pretrained.folder import (
     DESCRIPTION,
     ModelDescription,
@@ -283,18 +283,11 @@ def _encoder(model_def: ModelDef, tower: str) -> Callable[[Any, Any], jax.Array]
     return encode
 
 
-# Encoders of pairs that transformers saves in one folder, by its `model_type`.
-_PAIRS = {
-    "clip": {"image": "vit", "text": "text"},
-    "siglip": {"image": "siglip", "text": "siglip_text"},
-}
-
-
 def _is_pair(config: Path) -> bool:
     if not config.is_file():
         return False
     content = parse_json(config.read_bytes())
-    return isinstance(content, dict) and content.get("model_type") in _PAIRS
+    return isinstance(content, dict) and content.get("model_type") in PAIRS
 
 
 def load_model(
@@ -382,7 +375,7 @@ def load_pair(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescri
     head = "linear" if kind == "clip" else "none"
     towers = {
         name: complete(TowerConfig(encoder, weights=str(folder), tune="none", head=head))
-        for name, encoder in _PAIRS[kind].items()
+        for name, encoder in PAIRS[kind].items()
     }
     image, text = (tower.encoder_settings() for tower in towers.values())
     inputs = {

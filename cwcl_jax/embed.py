@@ -20,6 +20,8 @@ from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
 
 if TYPE_CHECKING:
+    from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
+    from cwcl_jax.data.sources import Source
     from cwcl_jax.training.encode import Encoder
     from cwcl_jax.training.state import TowerSource
     from cwcl_jax.training.watchdog import Watchdog
@@ -74,10 +76,6 @@ def embed(
       ConfigError: settings, data or weights that cannot work, or a folder of something else.
       TooManyBadExamples: a larger share than `data.max_skipped_share` is unusable.
     """
-    import jax
-
-    from cwcl_jax.data.embeddings import EmbeddingWriter
-    from cwcl_jax.data.sources import open_source
     from cwcl_jax.training.embedding import all_finished, embed_source, folder_description
     from cwcl_jax.training.stopping import IndependentStop
     from cwcl_jax.training.watchdog import unwatched
@@ -85,25 +83,14 @@ def embed(
     tower = tower or config.tower_names[0]
     if tower not in config.towers:
         raise ConfigError(f"--tower={tower}: the towers are {sorted(config.towers)}")
-    try:
-        source = open_source(line or config.data.train, cache_dir=config.data.cache_dir)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"--source={line or config.data.train}: {error}") from error
+    source = _source(config, line or config.data.train)
     encoder, sources = _encoder(config, workdir)
     width = encoder.width(tower, what)
     description = folder_description(
         encoder, sources, source, tower, output=what, dtype=dtype, width=width,
         shard_size=shard_size,
     )  # fmt: skip
-    try:
-        writer = EmbeddingWriter(
-            output,
-            description,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    writer = _writer(output, description)
     share, data = _SHARES[errors], config.data
     if share is not None:
         data = dataclasses.replace(data, max_skipped_share=share)
@@ -119,6 +106,28 @@ def embed(
         print(f"warning: {count} of the examples embedded now are {remark}")
     print(f"{len(source)} vectors of {width} {dtype} in {output}" if finished else "stopped")
     return cli.DONE if finished else cli.PREEMPTED
+
+
+def _source(config: ExperimentConfig, line: str) -> Source:
+    from cwcl_jax.data.sources import open_source
+
+    try:
+        return open_source(line, cache_dir=config.data.cache_dir)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--source={line}: {error}") from error
+
+
+def _writer(output: str, description: EmbeddingDescription) -> EmbeddingWriter:
+    """This process's part of the folder of embeddings."""
+    import jax
+
+    from cwcl_jax.data.embeddings import EmbeddingWriter
+
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    try:
+        return EmbeddingWriter(output, description, **place)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str, TowerSource]]:

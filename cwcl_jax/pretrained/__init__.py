@@ -1,11 +1,12 @@
 """Import of foreign checkpoints: readers of files and rules that map their names."""
 
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
-from cwcl_jax.pretrained.folder_config import complete
+from cwcl_jax.pretrained.folder_config import PAIRS, complete
 from cwcl_jax.pretrained.importer import ImportedTower, folder_of, import_tower, logits_of
 from cwcl_jax.weights.failures import WeightsMismatch
 
 __all__ = [
+    "PAIRS",
     "ImportedTower",
     "WeightsMismatch",
     "complete",

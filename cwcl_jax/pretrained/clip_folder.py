@@ -47,14 +47,10 @@ def write_clip_folder(
       ValueError: the towers are not of CLIP's kind, with what differs.
     """
     image, text = _towers(description)
-    vision, picture, written = (
-        _settings(description, image),
-        below(leaves, image),
-        below(leaves, text),
-    )
+    vision, words = _settings(description, image), _settings(description, text)
+    picture, written = below(leaves, image), below(leaves, text)
     tokenizer: Any = description.inputs[text].loaded  # type: ignore[attr-defined]
     end = _end_token(description, text, tokenizer)
-    words = _settings(description, text)
     arrays = _vision_arrays(vision, picture) | _text_arrays(words, written)
     arrays["visual_projection.weight"] = _projection(description, image, picture)
     arrays["text_projection.weight"] = _projection(description, text, written)

@@ -26,8 +26,11 @@ from cwcl_jax.weights.sentence_folder import (
     read_sentence_folder,
 )
 
-# What config.json calls a folder of two towers.
-_PAIRS = ("clip", "siglip")
+# Encoders of the pairs that transformers saves in one folder, by what config.json calls it.
+PAIRS = {
+    "clip": {"image": "vit", "text": "text"},
+    "siglip": {"image": "siglip", "text": "siglip_text"},
+}
 # Only of use in training, and a choice of each run.
 _OF_TRAINING = {
     "dropout",
@@ -245,7 +248,7 @@ def check_kind(path: Path, encoder: str) -> None:
     kind = _json(encoder_folder(_folder(path)) / "config.json").get("model_type")
     if kind is None or kind in family.model_types:
         return
-    if kind in _PAIRS:
+    if kind in PAIRS:
         return  # the names in the file tell more: which tower they are of
     readers = [name for name, other in ENCODERS.items() if kind in other.model_types]
     raise WeightsMismatch(

@@ -21,7 +21,7 @@ from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
 from cwcl_jax.data.survey import Loss, survey, survey_labels, too_much
 from cwcl_jax.files import locked
-from cwcl_jax.modalities.text import OUTSIDE_SCENES
+from cwcl_jax.modalities.tokenizer import OUTSIDE_SCENES
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.distributed import is_primary

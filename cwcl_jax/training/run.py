@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -16,11 +14,10 @@ from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source
-from cwcl_jax.data.sources.base import columns_taken
 from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.files import side_output
 from cwcl_jax.modalities import WrongInputs
-from cwcl_jax.training import ema, sharding
+from cwcl_jax.training import ema, sharding, telling
 from cwcl_jax.training.best import EVALUATION, VALIDATION, Best
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.checks import check_inputs, check_own_loss, check_task_inputs
@@ -53,8 +50,8 @@ from cwcl_jax.training.state import (
 )
 from cwcl_jax.training.step import TrainStep
 from cwcl_jax.training.stopping import Stopped, StopSignal
-from cwcl_jax.training.summary import tower_table, unused_gpu
-from cwcl_jax.training.validation import Validation, overlap, split_source, validation_batches
+from cwcl_jax.training.telling import say
+from cwcl_jax.training.validation import Validation, split_source, validation_batches
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 from cwcl_jax.training.workdir import (
     check_same_data,
@@ -101,11 +98,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             check_inputs(blueprint.config)
             data = _fingerprint(batches, held)
             check_same_data(workdir, data, config)
-            validation = None
-            if held is not None:
-                held_batches = validation_batches(config, held)
-                validation = Validation(blueprint, held_batches, watchdog.beat)
-                stack.callback(validation.close)
+            validation = _open_validation(blueprint, held, watchdog, stack)
             seems_complete = _steps_saved(workdir) >= config.total_steps
             if not seems_complete:  # whose results are shown without the tasks' data
                 evaluator.check_sources()
@@ -119,42 +112,25 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
                 workdir, start, config.evaluation, evaluator.fingerprints(), code
             )
             if (start >= config.total_steps or best.exhausted) and evaluated:
-                why = f", ended early: {_why_ended(best)}" if start < config.total_steps else ""
+                early = start < config.total_steps
+                why = f", ended early: {telling.why_ended(best)}" if early else ""
                 say(f"{workdir} is complete ({start} steps{why}). Its results:\n")
                 say(evaluator.saved_table())
                 return DONE
             if seems_complete:
                 evaluator.check_sources()
-            check_own_loss(blueprint, batches.source)
-            if validation is not None and best.kind == VALIDATION:
-                best.require(validation.names(), VALIDATION)
-            check_agreement(_facts(config, data, start), config.distributed.barrier_timeout)
-            state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
-            start = int(state.step)
-            best = _best_of(config, checkpoints, start)
-            check_same_sources(workdir, sources, config)
-            check_features(blueprint, batches.source, sources)
-            if held is not None:
-                check_features(blueprint, held, sources, what="config.data.validation")
-                if config.data.validation:
-                    check_label_sets(config, held, "validation")
-            check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
-            if is_primary():
-                write_records(workdir, config, sources, _trained(blueprint), data)
-                write_code(workdir, config)
-            _say_before(blueprint, batches.source, evaluator, state)
-            if validation is not None and held is not None:
-                _say_of_validation(config, batches.source, held, validation)
-            say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
+            state, locked, best = _begin(
+                blueprint, workdir, checkpoints, batches, held, validation, evaluator, best, data
+            )
             fit = _Fit(
                 blueprint, workdir, checkpoints, batches, evaluator, validation, best, watchdog
             )
             state, finished = fit.run(state, locked, stop)
-            _say_skipped(batches.skipped, "training")
+            telling.skipped_examples(batches.skipped, "training")
             if validation is not None:
-                _say_skipped(validation.skipped, "validation")
+                telling.skipped_examples(validation.skipped, "validation")
             if finished:
-                _say_of_best(best, int(state.step), config.total_steps)
+                telling.of_best(best, int(state.step), config.total_steps)
             with watchdog.phase("saving", "the last checkpoint"):
                 checkpoints.wait()
                 last = checkpoints.latest_step or 0
@@ -165,6 +141,57 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
         say(f"stopped {done}; the same command resumes")
         return PREEMPTED
     return DONE
+
+
+def _open_validation(
+    blueprint: Blueprint, held: Source | None, watchdog: Watchdog, stack: ExitStack
+) -> Validation | None:
+    """What measures the held-out loss, closed with the stack; None where nothing is held out."""
+    if held is None:
+        return None
+    validation = Validation(blueprint, validation_batches(blueprint.config, held), watchdog.beat)
+    stack.callback(validation.close)
+    return validation
+
+
+def _begin(
+    blueprint: Blueprint,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    held: Source | None,
+    validation: Validation | None,
+    evaluator: Evaluator,
+    best: Best,
+    data: Mapping[str, Any],
+) -> tuple[TrainState, Leaves, Best]:
+    """State, locked leaves and the best step to go on from, once all checks have passed.
+
+    The run's records are written, and it tells what it found.
+    """
+    config, start = blueprint.config, checkpoints.latest_step or 0
+    check_own_loss(blueprint, batches.source)
+    if validation is not None and best.kind == VALIDATION:
+        best.require(validation.names(), VALIDATION)
+    check_agreement(_facts(config, data, start), config.distributed.barrier_timeout)
+    state, locked, sources = _start_state(blueprint, checkpoints, batches, start)
+    start = int(state.step)
+    best = _best_of(config, checkpoints, start)
+    check_same_sources(workdir, sources, config)
+    check_features(blueprint, batches.source, sources)
+    if held is not None:
+        check_features(blueprint, held, sources, what="config.data.validation")
+        if config.data.validation:
+            check_label_sets(config, held, "validation")
+    check_task_inputs(blueprint, config.evaluation.tasks, sources, start)
+    if is_primary():
+        write_records(workdir, config, sources, _trained(blueprint), data)
+        write_code(workdir, config)
+    telling.before_training(blueprint, batches.source, evaluator, state)
+    if validation is not None and held is not None:
+        telling.of_validation(config, batches.source, held, validation)
+    say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
+    return state, locked, best
 
 
 _OTHER_CODE = "give another --workdir, or set --config.checkpoint.accept_changes=True"
@@ -191,78 +218,10 @@ def _best_of(config: ExperimentConfig, checkpoints: Checkpoints, start: int) -> 
     return best
 
 
-def _why_ended(best: Best) -> str:
-    return f"{best.waited} values of {best.name} in a row were no better than {best.told()}"
-
-
-def _say_of_best(best: Best, step: int, total_steps: int) -> None:
-    """Tells why a run ended before its last step, and which step was the best."""
-    if best.exhausted and step < total_steps:
-        say(f"ended early at step {step} of {total_steps}: {_why_ended(best)}")
-    if best.told():
-        say(f"best: {best.told()}, kept; evaluate, export and load_model take it as step=best")
-
-
-def _say_of_validation(
-    config: ExperimentConfig, train: Source, held: Source, validation: Validation
-) -> None:
-    """Tells what is held out, and where that is trained on all the same."""
-    say(
-        f"validation: {validation.count} batches of {config.global_batch_size} of {len(held)} "
-        f"examples, every {config.data.validation_every_steps} steps"
-    )
-    if told := overlap(config, train, held):
-        say(f"warning: validation: {told}")
-
-
 def _steps_saved(workdir: Path) -> int:
     """The last step that a checkpoint seems to hold; 0 without any."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def _say_before(
-    blueprint: Blueprint, source: Source, evaluator: Evaluator, state: TrainState
-) -> None:
-    """Tells what trains on what, and what a person may not have meant."""
-    config = blueprint.config
-    say(tower_table(blueprint))
-    for told in columns_taken(source):
-        say(f"training data: {told}")
-    _say_of_weights(blueprint, state)
-    for told in evaluator.compare_with(source):
-        say(f"warning: {told}")
-    if warning := unused_gpu(os.environ):
-        say(warning)
-    if config.optimizer.warmup_steps > config.total_steps:
-        say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
-
-
-def _say_skipped(skipped: Mapping[str, int], what: str) -> None:
-    """Tells how many examples were unusable, by kind."""
-    if skipped:
-        kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(skipped.items()))
-        total = sum(skipped.values())
-        say(f"{total} {what} examples were unusable and skipped ({kinds})")
-
-
-def _say_of_weights(blueprint: Blueprint, state: TrainState) -> None:
-    """Tells what the weights' files decide, and what they leave random for good."""
-    scale = state.params.get("logit_scale")
-    if not int(state.step) and scale is not None:
-        say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
-    for name, tower in blueprint.config.towers.items():
-        leaves = {path for path in blueprint.abstract if path.startswith(f"towers/{name}/")}
-        trains = leaves & blueprint.trained
-        if leaves and trains <= blueprint.low_rank and not tower.weights:
-            part = "does not train" if not trains else "trains its low-rank additions only"
-            say(f"warning: the {name} tower has no weights and {part}: it stays random")
-
-
-_UNFINISHED_WARMUP = (
-    "warning: the warm-up of {} steps does not end in {} steps; the learning rate stays below its "
-    "peak (config.optimizer.warmup_steps)"
-)
 
 
 def _facts(config: ExperimentConfig, data: Mapping[str, Any], start: int) -> dict[str, str]:
@@ -485,9 +444,3 @@ def _finish(
     say("\n" + table)
     say(f"\nresults, metrics and plots are in {workdir}")
     return True
-
-
-def say(text: str) -> None:
-    """A line for the person who watches, from one process only."""
-    if is_primary():
-        print(text, file=sys.stdout, flush=True)

@@ -10,7 +10,7 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.survey import survey
 from cwcl_jax.modalities import SpeechInputs, TextInputs
-from cwcl_jax.modalities.text import OUTSIDE_SCENES
+from cwcl_jax.modalities.tokenizer import OUTSIDE_SCENES
 from cwcl_jax.training.features import training_source
 from tests.training.toy import toy_config
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities import TextInputs
-from cwcl_jax.modalities.text import load_tokenizer
+from cwcl_jax.modalities.tokenizer import load_tokenizer
 from cwcl_jax.synthetic.captions import TOKENIZER_FILE
 
 

@@ -7,7 +7,7 @@ import pytest
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.scenes import _VERSION
 from cwcl_jax.modalities import TextInputs
-from cwcl_jax.modalities.text import load_tokenizer
+from cwcl_jax.modalities.tokenizer import load_tokenizer
 from cwcl_jax.synthetic import captions, scenes
 
 # Table 3 of the paper.

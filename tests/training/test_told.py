@@ -12,7 +12,7 @@ from cwcl_jax import cli
 from cwcl_jax.config import with_tasks
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.modalities import SpeechInputs
-from cwcl_jax.training import run, sharding
+from cwcl_jax.training import sharding, telling
 from cwcl_jax.training.state import TrainState, make_blueprint
 from tests.training.toy import toy_config
 
@@ -27,10 +27,10 @@ def test_too_many_bad_examples_are_one_line_and_exit_code_2(capsys):
 
 
 def test_the_examples_skipped_in_a_run_are_summed_up(capsys):
-    run._say_skipped({"text empty": 2, "image unreadable": 1}, "training")
+    telling.skipped_examples({"text empty": 2, "image unreadable": 1}, "training")
     said = capsys.readouterr().out
     assert said.startswith("3 training examples were unusable and skipped (image unreadable: 1, ")
-    run._say_skipped({}, "training")
+    telling.skipped_examples({}, "training")
     assert capsys.readouterr().out == ""
 
 
@@ -38,7 +38,7 @@ def test_the_examples_skipped_in_a_run_are_summed_up(capsys):
 def test_a_locked_tower_without_weights_is_warned_of(capsys, tune, warned):
     config = toy_config(**{"towers.image.weights": "", "towers.image.tune": tune})
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
-    run._say_of_weights(blueprint, TrainState(jnp.int32(0), {}, (), {}))
+    telling.of_weights(blueprint, TrainState(jnp.int32(0), {}, (), {}))
     told = "warning: the image tower has no weights and does not train: it stays random"
     assert (told in capsys.readouterr().out) == warned
 

@@ -1,0 +1,92 @@
+"""What a run tells a person, beside its log: what it found before, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+
+from cwcl_jax.config import ExperimentConfig
+from cwcl_jax.data.sources import Source
+from cwcl_jax.data.sources.base import columns_taken
+from cwcl_jax.training.best import Best
+from cwcl_jax.training.distributed import is_primary
+from cwcl_jax.training.evaluator import Evaluator
+from cwcl_jax.training.state import Blueprint, TrainState
+from cwcl_jax.training.summary import tower_table, unused_gpu
+from cwcl_jax.training.validation import Validation, overlap
+
+_UNFINISHED_WARMUP = (
+    "warning: the warm-up of {} steps does not end in {} steps; the learning rate stays below its "
+    "peak (config.optimizer.warmup_steps)"
+)
+
+
+def say(text: str) -> None:
+    """A line for the person who watches, from one process only."""
+    if is_primary():
+        print(text, file=sys.stdout, flush=True)
+
+
+def before_training(
+    blueprint: Blueprint, source: Source, evaluator: Evaluator, state: TrainState
+) -> None:
+    """Tells what trains on what, and what a person may not have meant."""
+    config = blueprint.config
+    say(tower_table(blueprint))
+    for told in columns_taken(source):
+        say(f"training data: {told}")
+    of_weights(blueprint, state)
+    for told in evaluator.compare_with(source):
+        say(f"warning: {told}")
+    if warning := unused_gpu(os.environ):
+        say(warning)
+    if config.optimizer.warmup_steps > config.total_steps:
+        say(_UNFINISHED_WARMUP.format(config.optimizer.warmup_steps, config.total_steps))
+
+
+def of_weights(blueprint: Blueprint, state: TrainState) -> None:
+    """Tells what the weights' files decide, and what they leave random for good."""
+    scale = state.params.get("logit_scale")
+    if not int(state.step) and scale is not None:
+        say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
+    for name, tower in blueprint.config.towers.items():
+        leaves = {path for path in blueprint.abstract if path.startswith(f"towers/{name}/")}
+        trains = leaves & blueprint.trained
+        if leaves and trains <= blueprint.low_rank and not tower.weights:
+            part = "does not train" if not trains else "trains its low-rank additions only"
+            say(f"warning: the {name} tower has no weights and {part}: it stays random")
+
+
+def of_validation(
+    config: ExperimentConfig, train: Source, held: Source, validation: Validation
+) -> None:
+    """Tells what is held out, and where that is trained on all the same."""
+    say(
+        f"validation: {validation.count} batches of {config.global_batch_size} of {len(held)} "
+        f"examples, every {config.data.validation_every_steps} steps"
+    )
+    if told := overlap(config, train, held):
+        say(f"warning: validation: {told}")
+
+
+def skipped_examples(skipped: Mapping[str, int], what: str) -> None:
+    """Tells how many examples were unusable, by kind."""
+    if skipped:
+        kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(skipped.items()))
+        total = sum(skipped.values())
+        say(f"{total} {what} examples were unusable and skipped ({kinds})")
+
+
+def of_best(best: Best, step: int, total_steps: int) -> None:
+    """Tells why a run ended before its last step, and which step was the best."""
+    if best.exhausted and step < total_steps:
+        say(f"ended early at step {step} of {total_steps}: {why_ended(best)}")
+    if best.told():
+        say(f"best: {best.told()}, kept; evaluate, export and load_model take it as step=best")
+
+
+def why_ended(best: Best) -> str:
+    """Returns why a run ended before its last step."""
+    return f"{best.waited} values of {best.name} in a row were no better than {best.told()}"
