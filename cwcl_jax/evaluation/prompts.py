@@ -107,7 +107,6 @@ def canonical(template: str) -> str:
     """Returns `template` with the placeholder written `{c}`.
 
     Raises:
-
       ValueError: the template has another field, or none.
     """
     fields = _FIELD.findall(template)
