@@ -1,4 +1,4 @@
-"""CWCL in JAX: align a trained tower with a locked one, in proportion to its similarities.
+"""CWCL in JAX: aligns one tower with a locked one, weighted by the locked tower's similarities.
 
     loss, diagnostics = cwcl_loss(u, v, weights_from=p, logit_scale=log_of_inverse_temperature)
 

@@ -44,15 +44,15 @@ Picture = str | Path | bytes | Image.Image | np.ndarray | jax.Array
 class Model:
     """Towers with the preparation of their inputs.
 
-    `encode_items` takes what a person holds (paths, PIL images, strings, arrays), `encode` takes
-    prepared arrays; both give unit vectors in float32, one row each. `encode_image`, `encode_text`
-    and `encode_speech` are `encode_items` for the tower that reads such items.
+    `encode_items` takes users' items (paths, PIL images, strings, arrays), `encode` takes prepared
+    arrays; both return unit vectors in float32, one row each. `encode_image`, `encode_text` and
+    `encode_speech` are `encode_items` for the tower that reads such items.
     """
 
     def __init__(
         self, model_def: ModelDef, leaves: Mapping[str, Any], description: ModelDescription
     ) -> None:
-        """Build from a definition, its leaves by path, and the description of towers and inputs."""
+        """Builds the model from a definition, its leaves by path, and a description."""
         self.description = description
         self.leaves = dict(leaves)
         self._encoders = {name: _encoder(model_def, name) for name in description.towers}
@@ -75,33 +75,37 @@ class Model:
         return float(np.exp(np.asarray(self.leaves["logit_scale"], np.float32)))
 
     def process(self, tower: str, items: Any) -> dict[str, np.ndarray]:
-        """Returns the arrays that a tower reads, by name, of one item or many.
+        """Returns the arrays that a tower reads, by name, for one item or many.
 
         Raises:
-          BadExample: an item that cannot be used, by its path or its number in the list.
+          BadExample: an item cannot be used; the message has its path or its number in the list.
         """
         inputs = self._inputs(tower)
         return inputs.batch(inputs.listed(items))
 
     def process_image(self, images: Picture | Sequence[Picture]) -> dict[str, np.ndarray]:
-        """`pixels` of pictures: paths, encoded bytes, PIL images, or uint8 arrays (y, x, 3).
+        """Returns `pixels` of pictures: paths, encoded bytes, PIL images or uint8 arrays.
+
+        Arrays have the shape (y, x, 3).
 
         Raises:
-          BadExample: a picture that cannot be decoded, by its path or its number in the list.
+          BadExample: a picture cannot be decoded; the message has its path or its number in the
+              list.
         """
         return self.process(self._reader_of("image"), images)
 
     def process_text(self, texts: str | Sequence[str]) -> dict[str, np.ndarray]:
-        """`tokens` and `mask` of texts."""
+        """Returns `tokens` and `mask` of texts."""
         return self.process(self._reader_of("text"), texts)
 
     def process_speech(self, recordings: Audio | Sequence[Audio]) -> dict[str, np.ndarray]:
-        """`waveform` and `length` of recordings: paths, encoded bytes, or (samples, rate) pairs.
+        """Returns `waveform` and `length` of recordings: paths, encoded bytes, or (samples, rate).
 
         Samples are int16, or floats in [-1, 1]; any rate, one channel (n,) or several (n, c).
 
         Raises:
-          BadExample: a recording that cannot be decoded, by its path or its number in the list.
+          BadExample: a recording cannot be decoded; the message has its path or its number in the
+              list.
         """
         return self.process(self._reader_of("speech"), recordings)
 
@@ -112,14 +116,14 @@ class Model:
         batch_size: int = 64,
         errors: str = "raise",
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of pictures; see `encode_items`."""
+        """Returns the embeddings of pictures, (b, d); see `encode_items`."""
         tower = self._reader_of("image")
         return self.encode_items(tower, images, batch_size=batch_size, errors=errors)
 
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int = 256, errors: str = "raise"
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of texts; see `encode_items`."""
+        """Returns the embeddings of texts, (b, d); see `encode_items`."""
         tower = self._reader_of("text")
         return self.encode_items(tower, texts, batch_size=batch_size, errors=errors)
 
@@ -130,25 +134,25 @@ class Model:
         batch_size: int = 32,
         errors: str = "raise",
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of recordings; see `encode_items`."""
+        """Returns the embeddings of recordings, (b, d); see `encode_items`."""
         tower = self._reader_of("speech")
         return self.encode_items(tower, recordings, batch_size=batch_size, errors=errors)
 
     def encode_items(
         self, tower: str, items: Any, *, batch_size: int = 64, errors: str = "raise"
     ) -> Float[np.ndarray, "b d"]:
-        """Embeds of one item or many, as the tower's modality takes them.
+        """Returns the embeddings of one item or many, float32 (b, d) with unit rows.
 
         Args:
-          tower: its name.
-          items: paths, arrays and whatever else the modality takes.
-          batch_size: items of one call of the encoder.
+          tower: name of the tower.
+          items: paths, arrays and other items that the tower's modality accepts.
+          batch_size: number of items in one call of the encoder.
           errors: "raise" at an item that cannot be read; "skip" gives it a row of NaN and a
-            warning, so that rows and items still belong together.
+              warning, so that rows and items still correspond.
 
         Raises:
-          BadExample: an item that cannot be used, by its path or its number in the list.
-          ValueError: there is no such tower, or items of another kind.
+          BadExample: an item cannot be used; the message has its path or its number in the list.
+          ValueError: there is no such tower, or the items are of another kind.
         """
         inputs = self._inputs(tower)
         if batch_size < 1:
@@ -169,7 +173,7 @@ class Model:
         return self._encode_usable(tower, listed, batch_size)
 
     def _encode_usable(self, tower: str, items: Sequence[Any], size: int) -> np.ndarray:
-        """A row for every item, NaN where it cannot be used."""
+        """Returns a row for every item, NaN for items that cannot be used."""
         inputs, bad = self._inputs(tower), []
         embeds = np.full((len(items), self.description.embed_dim), np.nan, np.float32)
         for start in range(0, len(items), size):
@@ -192,9 +196,9 @@ class Model:
         return embeds
 
     def encode(self, tower: str, inputs: Mapping[str, np.ndarray]) -> Float[np.ndarray, "b d"]:
-        """Embeds of one batch of arrays by name, as `process` gives them.
+        """Returns the embeddings of one batch of arrays by name, as returned by `process`.
 
-        `{"features": (b, f)}` are features of the encoder, to which only the head is applied.
+        `{"features": (b, f)}` are features of the encoder; only the head is applied to them.
         """
         names = self._inputs(tower).arrays()
         if not (only_features(inputs) or names.keys() <= inputs.keys()):
@@ -206,19 +210,19 @@ class Model:
         count = len(next(iter(inputs.values())))
         if not count:
             return self._no_rows()
-        # Batches grow to a power of two: a new size would be compiled anew.
+        # Batches are padded to a power of two, because every new size is compiled again.
         rows = np.minimum(np.arange(1 << (count - 1).bit_length()), count - 1)
         padded = {name: jnp.asarray(np.asarray(array)[rows]) for name, array in inputs.items()}
         return np.asarray(self._encoders[tower](self.leaves, padded))[:count]
 
     def _check_shapes(self, tower: str, inputs: Mapping[str, Any]) -> None:
-        """Raises ValueError where the arrays are no rows of what the tower reads."""
+        """Raises ValueError if the arrays do not have the shapes that the tower reads."""
         modality = self._inputs(tower)
         if only_features(inputs):
             wanted = {"features": (self._widths[tower],)}
         else:
             wanted = {name: tuple(spec.shape) for name, spec in modality.arrays().items()}
-        # Where padding can be cut off, rows may be shorter.
+        # If padding can be trimmed, rows may be shorter.
         exact = type(modality).trim is Modality.trim
         counts = {len(inputs[name]) for name in wanted if np.ndim(inputs[name])}
         for name, shape in wanted.items():
@@ -232,7 +236,7 @@ class Model:
     def similarity(
         self, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, "n m"]:
-        """Cosines between rows of embeds; `inverse_temperature` times them are the logits."""
+        """Returns the cosines between rows; `inverse_temperature` times them are the logits."""
         return np.asarray(a, np.float32) @ np.asarray(b, np.float32).T
 
     @property
@@ -242,7 +246,7 @@ class Model:
         return inputs.loaded
 
     def _reader_of(self, modality: str) -> str:
-        """The tower that reads a modality."""
+        """Returns the name of the tower that reads a modality."""
         found = [
             name for name, inputs in self.description.inputs.items() if inputs.name == modality
         ]
@@ -264,12 +268,12 @@ class Model:
 
 
 def _warn_of_losses(inputs: Modality, items: Sequence[Any]) -> None:
-    """Says how many of the items the tower does not see whole."""
+    """Warns how many of the items are truncated or otherwise only partly read."""
     if type(inputs).lost is Modality.lost:
         return
     remarks: Counter[str] = Counter()
     for item in items:
-        with suppress(BadExample, OSError, ValueError):  # told where it is encoded
+        with suppress(BadExample, OSError, ValueError):  # reported when it is encoded
             remarks.update(inputs.lost(inputs.opened(item)))
     for remark, count in remarks.items():
         warnings.warn(f"{count} of {len(items)} items are {remark}", stacklevel=4)
@@ -298,25 +302,28 @@ def load_model(
     allow_code: bool = False,
     interpolate: float | None = None,
 ) -> Model:
-    """Load an exported folder, a run's workdir at a step (by default the latest), or a CLIP.
+    """Loads an exported folder, a run's workdir (by default its latest step), or a CLIP model.
 
-    A CLIP is a folder that transformers' `CLIPModel` or `SiglipModel` was saved in, with its
+    A CLIP model is a folder in which transformers' `CLIPModel` or `SiglipModel` was saved, with its
     tokenizer.
 
     Args:
       path: the folder.
       step: a checkpoint of a run, or "best" for the one that its `checkpoint.best` kept.
-      weights: "trained", or "ema" for a run's moving averages of them.
-      allow_code: whether modules of the user's that the model names ("module:Class") may be
-        imported, which runs their code.
-      interpolate: of a run, a share between 0, the weights that its towers started from, and 1,
-        those it trained (WiSE-FT, arXiv 2109.01903).
+      weights: "trained", or "ema" for a run's moving averages of the weights.
+      allow_code: whether user modules that the model names ("module:Class") may be imported, which
+          runs their code.
+      interpolate: for a run, a share between 0, the weights that its towers started from, and 1,
+          the trained weights (WiSE-FT, arXiv 2109.01903).
+
+    Returns:
+      The model.
 
     Raises:
       PermissionError: the model names such modules, and `allow_code` is False.
-      FileNotFoundError: `path` is neither.
-      ValueError: a `step` of an exported folder, or a folder whose files do not fit together;
-        `interpolate` where there is no start, or it was random.
+      FileNotFoundError: `path` is none of these.
+      ValueError: a `step` of an exported folder, a folder whose files do not fit together, or
+          `interpolate` without start weights or with random ones.
     """
     folder = Path(path).expanduser()
     is_run = (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
@@ -348,13 +355,13 @@ def load_model(
 
 
 def load_embeddings(folder: str | Path) -> tuple[list[str], Float[np.ndarray, "n d"]]:
-    """Ids and vectors that `python -m cwcl_jax.embed` wrote, in the order of the source.
+    """Returns ids and vectors written by `python -m cwcl_jax.embed`, in the order of the source.
 
     Returns:
       The ids, and float32 rows; rows of NaN for examples that could not be used.
 
     Raises:
-      FileNotFoundError: there is no such folder, or it is not complete.
+      FileNotFoundError: there is no such folder, or it is incomplete.
     """
     store = EmbeddingStore(folder)
     vectors = np.full((len(store), *store.description.shape), np.nan, np.float32)
@@ -368,10 +375,10 @@ def load_embeddings(folder: str | Path) -> tuple[list[str], Float[np.ndarray, "n
 
 
 def load_pair(folder: Path) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
-    """Definition, leaves and description of a CLIP or SigLIP that transformers saved."""
+    """Returns definition, leaves and description of a CLIP or SigLIP that transformers saved."""
     content = parse_json((folder / "config.json").read_bytes())
     kind = content["model_type"]
-    # What SigLIP projects with stands inside its encoders: it has a bias.
+    # SigLIP's projection is inside its encoders, because it has a bias.
     head = "linear" if kind == "clip" else "none"
     towers = {
         name: complete(TowerConfig(encoder, weights=str(folder), tune="none", head=head))
@@ -401,9 +408,9 @@ def load_run(
     *,
     interpolate: float | None = None,
 ) -> tuple[ModelDef, dict[str, jax.Array], ModelDescription]:
-    """Definition, leaves and description of a run's model, on the default device.
+    """Returns definition, leaves and description of a run's model, on the default device.
 
-    LoRA's additions are in the kernels. `interpolate` as in `load_model`.
+    LoRA's additions are merged into the kernels. `interpolate` is as in `load_model`.
     """
     from cwcl_jax.training.encode import restore
     from cwcl_jax.training.interpolation import interpolated

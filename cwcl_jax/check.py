@@ -1,12 +1,13 @@
 """Checks a machine within minutes: `python -m cwcl_jax.check [--config=FILE]`.
 
-Versions and devices; peaks of products and memory; exactness of products, of the loss and of a
-token table's gradient; attention; the loss in its forms and tiles, beside PyTorch's where that is
-installed; one step of the job (by default the paper's image-text shapes; weights are random, data
-is noise; the batch is halved until it fits) against the plan, and whether it gives the same bits
-twice; images that the input gives; collectives between devices. Prints a table of PASS, LOOK (slow,
-or not measured) and FAIL (wrong) with what to do, and writes it and all numbers to --output. Runs
-alone or as every process of a job, see launch/README.md. Exit code 1 if something failed.
+It checks versions and devices; the speed of products and memory; the exactness of products, of the
+loss and of a token table's gradient; attention; the loss in its forms and tiles, and PyTorch's if
+that is installed; one step of the job against the plan, and whether it gives the same bits twice;
+the rate of decoded images; collectives between devices. By default the job has the paper's
+image-text shapes; weights are random, data is noise, and the batch is halved until it fits. Prints
+a table of PASS, LOOK (slow, or not measured) and FAIL (wrong) with advice, and writes it and all
+numbers to --output. Runs alone or as every process of a job, see launch/README.md. The exit code is
+1 if something failed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _define(parser: ArgumentParser) -> None:
 
 
 def checks_of(config: ExperimentConfig | None, *, tiny: bool) -> list[tuple[str, float, Check]]:
-    """All checks in their order: name, seconds that it takes about, function."""
+    """Returns all checks in order: name, approximate seconds, function."""
     from cwcl_jax.checking import numerics, speed
     from cwcl_jax.checking.step import StepCheck, paper_shapes
 
@@ -63,7 +64,7 @@ def checks_of(config: ExperimentConfig | None, *, tiny: bool) -> list[tuple[str,
 
 
 def versions() -> dict[str, str]:
-    """Installed packages that decide what runs."""
+    """Returns the versions of the installed packages that affect the results."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -74,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def devices(machine: Machine) -> Iterator[Finding]:
-    """Versions, devices and what they run on."""
+    """Yields versions, devices and what they run on."""
     import jax
 
     from cwcl_jax.checking.findings import LOOK, PASS, Finding
@@ -99,7 +100,7 @@ def devices(machine: Machine) -> Iterator[Finding]:
 
 @cli.command(_define, config=True)
 def main(options: Namespace) -> int:
-    """Runs the checks as every process of the job; process 0 tells."""
+    """Runs the checks as every process of the job; process 0 reports."""
     config = options.config
     from cwcl_jax.training.distributed import initialize, is_primary, run_main
     from cwcl_jax.training.options import DistributedConfig
@@ -130,7 +131,7 @@ def main(options: Namespace) -> int:
 
 
 def _write(output: Path, found: list[Finding], text: str) -> None:
-    """Prints the table and writes it, with all numbers beside it."""
+    """Prints the table, and writes it and all numbers."""
     print("\n" + text)
     output.mkdir(parents=True, exist_ok=True)
     (output / "check.txt").write_text(text + "\n")

@@ -1,13 +1,13 @@
-"""Command lines: one way to declare `python -m cwcl_jax.X`, to parse it, and to end it.
+"""Command lines: how to declare, parse and end `python -m cwcl_jax.X`.
 
     @cli.command(_define, config=True)
     def main(options: Namespace) -> int: ...
 
-makes `main(argv)` a function that returns the exit code. A mistake in the options, the settings or
-the data is one line on stderr and exit code 2; an OSError (a full disk, a file that cannot be read)
-is one line and exit code 1. With CWCL_TRACEBACK=1 in the environment both are shown with their
-traceback. Options are written --with_underscores; --with-hyphens are the same. The end of this file
-holds types of options.
+makes `main(argv)` a function that returns the exit code. An error in the options, the settings or
+the data is printed as one line on stderr, with exit code 2; an OSError (a full disk, an unreadable
+file) is one line with exit code 1. With CWCL_TRACEBACK=1 in the environment, both are printed with
+their traceback. Options are written --with_underscores; --with-hyphens mean the same. The end of
+this file holds types of options.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ml_collections import config_flags
 
 from cwcl_jax.config import USUAL_NAMES, ConfigError, ExperimentConfig, from_config_dict
 
-# Entry files name the exit codes by this module.
+# Entry files refer to the exit codes through this module.
 from cwcl_jax.exit_codes import (  # noqa: F401
     BAD_CONFIG,
     DONE,
@@ -54,7 +54,7 @@ _CONFIG_HELP = (
 
 
 class Command:
-    """A command line: called with arguments it returns the exit code; see the module's text."""
+    """A command line: called with arguments it returns the exit code (see the module)."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class Command:
         self._body, self._define, self._config = body, define, config
 
     def parse(self, argv: Sequence[str]) -> Namespace:
-        """The options, and `argv`; `config`, where there is one to take, is None if none is named.
+        """Returns the options, with `argv`; `config` is None if no config is given.
 
         Raises:
-          ConfigError: they cannot be, or the config's file or fields are wrong.
+          ConfigError: the options are invalid, or the config's file or fields are wrong.
         """
         argv = [_underscored(argument) for argument in argv]
         module = sys.modules[self._body.__module__]
@@ -98,7 +98,7 @@ class Command:
         importable = [*sys.path]
         try:
             options = self.parse(sys.argv[1:] if argv is None else argv)
-            if argv is None:  # this process is the command's own
+            if argv is None:  # this process belongs to the command
                 _set_up_process(options.verbosity)
             return self._body(options) or DONE
         except (*MISTAKES, OSError) as error:
@@ -107,14 +107,17 @@ class Command:
             print(f"error: {error}", file=sys.stderr)
             return exit_code(error)
         finally:
-            if argv is not None:  # the folder of one command's config is not another's
+            # the folder of one command's config must not stay importable for another
+            if argv is not None:
                 sys.path[:] = [folder for folder in sys.path if folder in importable]
 
 
 def command(
     define: Callable[[ArgumentParser], None], *, config: bool = False
 ) -> Callable[[Callable[[Namespace], int | None]], Command]:
-    """Makes a function of parsed options a command line, whose help is its module's text.
+    """Returns a decorator that makes a function of parsed options a command line.
+
+    The help text is the docstring of the function's module.
 
     Args:
       define: adds the options to a parser.
@@ -124,7 +127,7 @@ def command(
 
 
 def switch(parser: ArgumentParser, name: str, default: bool, about: str) -> None:
-    """Adds `--name` and `--noname`; `about` is what the one that is not the default does."""
+    """Adds `--name` and `--noname`; `about` describes the one that is not the default."""
     on, off = (SUPPRESS, about) if default else (about, SUPPRESS)
     parser.add_argument(f"--{name}", action="store_true", default=default, help=on)
     parser.add_argument(f"--no{name}", action="store_false", dest=name, help=off)
@@ -136,7 +139,7 @@ class _Parser(ArgumentParser):
 
 
 class _Help(RawDescriptionHelpFormatter):
-    """The module's text as it stands, and defaults where they say something."""
+    """Formats the module's docstring unchanged, and shows defaults that carry information."""
 
     def _get_help_string(self, action) -> str | None:
         value = action.default
@@ -161,15 +164,15 @@ def _set_up_process(verbosity: int) -> None:
 
 
 def required(config: ExperimentConfig | None) -> ExperimentConfig:
-    """The config that a command cannot do without."""
+    """Returns the config of a command that needs one; raises ConfigError if it is missing."""
     if config is None:
         raise ConfigError("--config is missing; try --config=configs/lit_cwcl.py")
     return config
 
 
 def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
-    """The frozen experiment that options of the form --config... name; others are errors."""
-    # The module of a config file read before, whose names ml_collections would leave in this one's.
+    """Returns the frozen experiment of the --config... options; other options are errors."""
+    # Removes the module of a previously read config file, whose names would leak into this one.
     sys.modules.pop("config_config", None)
     values = flags.FlagValues()
     settings, rest = _settings_of_encoders(argv)
@@ -180,7 +183,7 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     try:
         value: Any = values["config"].value
         is_config = hasattr(value, "to_dict")
-    except OSError as error:  # met in the file, and kept until someone looks at the config
+    except OSError as error:  # raised in the file, but deferred until the config is accessed
         raise ConfigError(f"--config={path}: {error.__cause__ or error}") from error
     if not is_config:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {value!r}")
@@ -188,15 +191,15 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     return from_config_dict(with_settings(value.to_dict(), settings))
 
 
-# A setting of an encoder that the command line gives: tower, name or "" for several, text.
+# An encoder setting from the command line: tower, name or "" for several, text.
 _Setting = tuple[str, str, str]
 _SETTING = re.compile(r"--?config\.towers\.([\w-]+)\.overrides(?:\.(\w+))?(=.*)?", re.DOTALL)
 
 
 def _settings_of_encoders(argv: Sequence[str]) -> tuple[list[_Setting], list[str]]:
-    """The settings of encoders among the arguments, and the other arguments.
+    """Returns the encoder settings among the arguments, and the other arguments.
 
-    The flags' library knows neither the names of such settings nor how to add to them.
+    The flags library can neither parse the names of such settings nor add to them.
     """
     settings, rest, waiting = [], [], iter(argv)
     for argument in waiting:
@@ -209,10 +212,10 @@ def _settings_of_encoders(argv: Sequence[str]) -> tuple[list[_Setting], list[str
 
 
 def with_settings(config: Mapping[str, Any], settings: Sequence[_Setting]) -> dict[str, Any]:
-    """A plain config with the encoders' settings of the command line beside its own.
+    """Returns a plain config with the command line's encoder settings added to its own.
 
     Raises:
-      ConfigError: there is no such tower, or several settings are no dict.
+      ConfigError: there is no such tower, or several settings are not a dict.
     """
     config = dict(config)
     for tower, name, text in settings:
@@ -236,7 +239,7 @@ def with_settings(config: Mapping[str, Any], settings: Sequence[_Setting]) -> di
 
 
 def _make_importable(folder: Path) -> None:
-    """Lets a config name modules that lie beside its file, as "module:Class"."""
+    """Lets a config name modules in the folder of its file, as "module:Class"."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
@@ -256,7 +259,8 @@ def _parse_flags(values: flags.FlagValues, argv: list[str], parser: ArgumentPars
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"unknown option --{error.flagname}{hint}; see --help") from error
     except flags.Error as error:
-        # A config file's own error comes as the text of a traceback; its last line says it.
+        # A config file's own error arrives as the text of a traceback; its last line is the
+        # message.
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ConfigError(f"{lines[-1].split('ConfigError: ')[-1]}; see --help") from error
     except Exception as error:
@@ -269,7 +273,7 @@ def _parse_flags(values: flags.FlagValues, argv: list[str], parser: ArgumentPars
 
 
 def _config_file_error(argv: list[str], error: Exception) -> str:
-    """A sentence for an error in the config file, with its line; "" for one of another place."""
+    """Returns a message for an error in the config file, with its line; "" for other errors."""
     named = (re.match(r"--?config=([^:]*)", argument) for argument in argv)
     path = next((match[1] for match in named if match), "")
     if isinstance(error, OSError):
@@ -286,7 +290,7 @@ def _config_file_error(argv: list[str], error: Exception) -> str:
 
 
 def _override_error(argv: list[str], error: Exception) -> str:
-    """A sentence for an override of a field that the config does not have; "" for other errors."""
+    """Returns a message for an override of an unknown field; "" for other errors."""
     if not isinstance(error, AttributeError | KeyError | TypeError):
         return ""
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
@@ -302,7 +306,7 @@ def _override_error(argv: list[str], error: Exception) -> str:
 
 
 def names(known: Sequence[str], separator: str = ",") -> Callable[[str], list[str]]:
-    """Some of the known names."""
+    """Returns a parser of known names."""
 
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(separator)]
@@ -315,7 +319,7 @@ def names(known: Sequence[str], separator: str = ",") -> Callable[[str], list[st
 
 
 def sizes(text: str) -> list[tuple[int, int]]:
-    """Rows and widths, "256x64,1024x512"."""
+    """Returns rows and widths, from "256x64,1024x512"."""
     found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size) for size in text.split(",")]
     pairs = [(int(size[1]), int(size[2])) for size in found if size]
     if len(pairs) < len(found):
@@ -324,7 +328,7 @@ def sizes(text: str) -> list[tuple[int, int]]:
 
 
 def counts(text: str) -> list[int]:
-    """Whole numbers from 1 on, "1,2,4"."""
+    """Returns positive whole numbers, from "1,2,4"."""
     found = text.split(",")
     if not all(re.fullmatch(r"[1-9]\d*", number) for number in found):
         raise ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 on, such as 1,2,4")
@@ -332,7 +336,7 @@ def counts(text: str) -> list[int]:
 
 
 def step(text: str) -> int | str:
-    """A type of options: a checkpoint's number, or "best"."""
+    """Returns a checkpoint's step number, or "best"."""
     if text == "best":
         return text
     try:
@@ -342,7 +346,7 @@ def step(text: str) -> int | str:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A whole number from `least` on."""
+    """Returns a parser of whole numbers that are at least `least`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d+", text) or int(text) < least:
@@ -353,7 +357,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def folder(text: str) -> Path:
-    """A folder that is there or can be made."""
+    """Returns the path of a folder that exists or can be created."""
     path = Path(text)
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
@@ -362,7 +366,7 @@ def folder(text: str) -> Path:
 
 
 def positives(text: str) -> list[float]:
-    """Numbers above 0, "14.3,100"."""
+    """Returns positive numbers, from "14.3,100"."""
     try:
         found = [float(number) for number in text.split(",")]
     except ValueError:
@@ -373,5 +377,5 @@ def positives(text: str) -> list[float]:
 
 
 def words(text: str) -> list[str]:
-    """Anything, separated by commas."""
+    """Returns words, from a comma-separated list."""
     return [word for word in text.split(",") if word]

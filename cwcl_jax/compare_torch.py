@@ -1,11 +1,10 @@
 """Compares loss and gradients with PyTorch: python -m cwcl_jax.compare_torch [--output=DIR].
 
-Every row is one form of the loss on one set of embeds; the reference is PyTorch autograd on the
-equations in float64 on the same (rounded) embeds. `--embeds=FILE.npz` takes arrays u, v and,
-optionally, p (u where there is none, which is said) and logit_scale, the log of 1/tau, from your
-own model. Writes compare_torch.md and .json, with the
-losses of the same small training run in both frameworks. The exit code is 1 if a tolerance is
-exceeded. Needs `pip install cwcl_jax[torch]`.
+Every row is one form of the loss on one set of embeddings. The reference is PyTorch autograd on the
+equations in float64 with the same (rounded) embeddings. `--embeds=FILE.npz` reads arrays u, v and,
+optionally, p (u by default, which is reported) and logit_scale, the log of 1/tau, from your own
+model. Writes compare_torch.md and .json, with the losses of the same small training run in both
+frameworks. The exit code is 1 if a tolerance is exceeded. Needs `pip install cwcl_jax[torch]`.
 """
 
 import argparse
@@ -38,10 +37,10 @@ from cwcl_jax.benchmarks.harness import Row, markdown
 from cwcl_jax.config import ConfigError
 from cwcl_jax.losses import LossConfig, make_loss
 
-# Largest error allowed: of the value (relative, or absolute below 1), and of each gradient
-# (relative to its norm; near 0 to a share of its terms, see `errors`). Of narrow types only the
-# gradients are rounded. Plain accelerator float32 products ("tf32") keep 10 bits, which the inverse
-# temperature multiplies.
+# Largest allowed errors: of the value (relative, or absolute below 1), and of each gradient
+# (relative to its norm; near 0 relative to a share of its terms, see `errors`). For narrow dtypes
+# only the gradients are rounded. Plain accelerator float32 products ("tf32") keep 10 bits, and the
+# inverse temperature multiplies their rounding errors.
 TOLERANCES = {
     "float64": (1e-12, 1e-11),
     "float32": (1e-5, 1e-5),
@@ -49,27 +48,31 @@ TOLERANCES = {
     "float16": (1e-5, 3e-3),
     "tf32": (5e-2, 5e-2),
 }
-# Of the size of a gradient's terms: the least norm to which its error is compared.
+# Share of the norm of a gradient's terms: the smallest norm that its error is compared with.
 _FLOOR = 0.1
-# A larger stored log is none: 1/tau would be above 1,000 (CLIP's is 100 at most).
+# A larger stored value is not a log: 1/tau would be above 1,000 (CLIP's is at most 100).
 _LARGEST_LOG = 7.0
 FORMS = ("dense", "fused", "gathered", "ring")
 
 
 def unit_rows(x: np.ndarray) -> np.ndarray:
-    """Rows divided by their norm."""
+    """Returns rows divided by their norm."""
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def made_embeds(n: int, d: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Pairs as related as a trained model's, p correlated among themselves."""
+    """Returns pairs as related as a trained model's, with p correlated among themselves."""
     rng = np.random.default_rng(seed)
     u = unit_rows(rng.normal(size=(n, d)) + 0.5 * rng.normal(size=(1, d)))
     return {"u": u, "v": unit_rows(u + rng.normal(size=(n, d)) / np.sqrt(d)), "p": u}
 
 
 def read_embeds(path: str) -> dict[str, np.ndarray]:
-    """Arrays u, v and, optionally, p and logit_scale of a user's file, rows normalised."""
+    """Returns arrays u, v, p and, optionally, logit_scale of a user's file, rows normalised.
+
+    Raises:
+      ValueError: the file is not an .npz with such arrays.
+    """
     with Path(path).open("rb") as stream:
         try:
             file: Any = np.load(stream)
@@ -107,13 +110,13 @@ def read_embeds(path: str) -> dict[str, np.ndarray]:
 
 
 def rounded(arrays: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Embeds as the type has them, kept in float64."""
+    """Returns the embeddings rounded to a dtype, as float64."""
     kind = jnp.dtype("float32" if dtype == "tf32" else dtype)
     return {k: np.asarray(arrays[k].astype(kind), np.float64) for k in ("u", "v", "p")}
 
 
 def jax_gradients(name, form, dtype, arrays, logit_scale, devices) -> tuple[float, list]:
-    """Loss and gradients of one JAX form, as float64 numpy."""
+    """Returns the loss and gradients of one JAX form, as float64 numpy."""
     mesh = None
     if form in ("gathered", "ring"):
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
@@ -132,7 +135,7 @@ def jax_gradients(name, form, dtype, arrays, logit_scale, devices) -> tuple[floa
 
 
 def compare(name, form, dtype, arrays, logit_scale, devices) -> Row:
-    """One row of the table."""
+    """Returns one row of the table."""
     from cwcl_jax.losses import torch_reference
 
     arrays = rounded(arrays, dtype)
@@ -152,7 +155,7 @@ def compare(name, form, dtype, arrays, logit_scale, devices) -> Row:
 
 
 def row_of(name, form, dtype, arrays, logit_scale, devices) -> Row:
-    """What a row compares."""
+    """Returns what a row compares."""
     return {
         "loss": name,
         "form": form,
@@ -165,20 +168,20 @@ def row_of(name, form, dtype, arrays, logit_scale, devices) -> Row:
 
 
 def terms_of(arrays: dict[str, np.ndarray], logit_scale: float) -> float:
-    """The norm of what the gradient of u sums, before it cancels: rows of 1/tau divided by n."""
+    """Returns the norm of what u's gradient sums before it cancels: rows of 1/tau divided by n."""
     return float(np.exp(logit_scale)) / math.sqrt(len(arrays["u"]))
 
 
 def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str, terms: float) -> Row:
-    """Differences of value and gradients, and whether they are within the tolerance.
+    """Returns differences of value and gradients, and whether they are within the tolerance.
 
     Args:
       ours: value, and the gradients of u, v and logit_scale.
       exact: the same in float64.
       dtype: names the tolerance.
-      terms: norm of what a gradient sums. Where the pairs are told apart already, the terms cancel
-        and only their rounding is left, in any framework: the error is then compared to a share
-        of the terms.
+      terms: norm of what a gradient sums. If the pairs are already well separated, the terms cancel
+          and only their rounding is left, in any framework. The error is then compared with a share
+          of the terms.
     """
     value = abs(ours[0] - exact[0]) / max(1.0, abs(exact[0]))
     names = ("grad_u", "grad_v", "grad_logit_scale")
@@ -187,7 +190,7 @@ def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str, term
         for name, a, b in zip(names, ours[1], exact[1], strict=True)
     }
     kind = "float32" if dtype == "tf32" else dtype
-    # The norm of the error in units of the type's spacing at each exact entry.
+    # The error in units of the dtype's spacing at each exact entry.
     ulps = [
         float(np.median(np.abs(a - b) / spacing(b, kind)))
         for a, b in zip(ours[1][:2], exact[1][:2], strict=True)
@@ -206,19 +209,22 @@ def errors(ours: tuple[float, list], exact: tuple[float, list], dtype: str, term
 
 
 def spacing(x: np.ndarray, dtype: str) -> np.ndarray:
-    """The distance of each number to the next one that the type has."""
+    """Returns the distance of each number to the next one that the dtype can represent."""
     info = jnp.finfo(jnp.dtype(dtype))
     size = np.maximum(np.abs(x), float(info.tiny))
     return 2.0 ** np.floor(np.log2(size)) * float(info.eps)
 
 
 def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, world: int) -> Row:
-    """PyTorch over gloo with an all-gather beside the JAX ring on as many devices, float32."""
+    """Returns a row for PyTorch over gloo with an all-gather, against the JAX ring, in float32.
+
+    Both use the same number of devices.
+    """
     from cwcl_jax.losses import torch_reference
 
     arrays = {k: x.astype(np.float32) for k, x in rounded(arrays, "float32").items()}
     with tempfile.TemporaryDirectory() as folder:
-        # The file names the meeting point: no port to be taken.
+        # A file as the meeting point, so that no port is needed.
         address, out = f"file://{folder}/meet", f"{folder}/out"
         given = arrays | {"logit_scale": np.float32(logit_scale)}
         context = multiprocessing.get_context("spawn")
@@ -234,7 +240,7 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
         for process in processes:
             process.join(600)
         codes = [process.exitcode for process in processes]
-        if any(code != 0 for code in codes):  # None: it hangs
+        if any(code != 0 for code in codes):  # None: the process hangs
             for process in processes:
                 process.kill()
             raise RuntimeError(f"PyTorch processes ended with exit codes {codes}.")
@@ -248,7 +254,7 @@ def several_processes(name: str, arrays: dict[str, np.ndarray], logit_scale, wor
 
 
 def train_in_jax(weights, batches, name, learning_rate, weight_decay) -> list[float]:
-    """The run of `torch_reference.train_two_towers` with optax and the tiled loss."""
+    """Returns the losses of `torch_reference.train_two_towers`, with optax and the tiled loss."""
     loss_fn = make_loss(LossConfig(name=name, form="fused", diagnostics=False))
     params = {k: jnp.asarray(x) for k, x in weights.items()}
     decayed = {k: x.ndim > 1 for k, x in params.items()}
@@ -277,7 +283,7 @@ def train_in_jax(weights, batches, name, learning_rate, weight_decay) -> list[fl
 
 
 def training_curves(name: str, steps: int, seed: int = 0) -> dict[str, list[float]]:
-    """Losses of the same training in both frameworks: same weights, same batches, AdamW."""
+    """Returns the losses of one training in both frameworks: same weights and batches, AdamW."""
     from cwcl_jax.losses import torch_reference
 
     rng = np.random.default_rng(seed)
@@ -311,7 +317,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
         raise ConfigError(f"{error}: pip install 'cwcl_jax[torch]'") from error
     on_gpu = jax.default_backend() == "gpu"
     dtypes = ["float64", "float32", "bfloat16", *(["tf32", "float16"] if on_gpu else [])]
-    # cellclip takes profiles of several channels, which this table has not.
+    # cellclip takes profiles of several channels, which this table does not have.
     losses = [name for name in torch_reference.LOSSES if name != "cellclip"]
     add = parser.add_argument
     add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
@@ -324,14 +330,14 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--inverse_temperatures", type=cli.positives, help="1 / tau; default: 14.3,100")
     devices = len(jax.devices())
     add("--devices", type=cli.at_least(1), default=devices, help="of the sharded forms")
-    # A ring of one device is none: beside it there is nothing to compare.
+    # A ring of one device is not a ring, so there is nothing to compare with it.
     processes = 2 if devices > 1 else 0
     add("--processes", type=cli.at_least(0), default=processes, help="of PyTorch; 0: left out")
     add("--steps", type=cli.at_least(0), default=100, help="of training; 0 leaves it out")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ConfigError for options that do not go together."""
+    """Raises ConfigError for options that contradict each other."""
     for option in ("devices", "processes"):
         if getattr(options, option) > len(jax.devices()):
             raise ConfigError(
@@ -351,13 +357,13 @@ def check(options: argparse.Namespace) -> None:
 
 
 def combinations(options: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Loss, form and type of the rows; PyTorch has no "tf32"."""
+    """Returns loss, form and dtype of the rows; PyTorch has no "tf32"."""
     found = itertools.product(options.losses, options.forms, options.dtypes)
     return [row for row in found if row[1:] != ("pytorch", "tf32")]
 
 
 def multiple(options: argparse.Namespace) -> int:
-    """What the number of embeds must be a multiple of to split over devices and processes."""
+    """Returns the number that divides the embeddings evenly over devices and processes."""
     sharded = any(form in ("gathered", "ring") for form in options.forms)
     return math.lcm(options.devices if sharded else 1, options.processes or 1)
 
@@ -370,7 +376,7 @@ def _embeds(path: str) -> dict[str, np.ndarray]:
 
 
 def all_rows(options: argparse.Namespace) -> list[Row]:
-    """The table of losses and gradients."""
+    """Returns the table of losses and gradients."""
     devices, even = options.devices, multiple(options)
     sizes = options.sizes or [(256, 64)]
     sets = [made_embeds(max(n - n % even, even), d) for n, d in sizes]
@@ -391,7 +397,7 @@ def all_rows(options: argparse.Namespace) -> list[Row]:
 
 
 def first_rows(embeds: dict[str, np.ndarray], even: int) -> dict[str, np.ndarray]:
-    """As many rows as split evenly; says how many were left out."""
+    """Returns as many rows as split evenly; prints how many were left out."""
     n = len(embeds["u"])
     if n % even:
         print(
@@ -402,7 +408,7 @@ def first_rows(embeds: dict[str, np.ndarray], even: int) -> dict[str, np.ndarray
 
 @cli.command(_define)
 def main(options: argparse.Namespace) -> int:
-    """Runs the comparison; fails where a tolerance is exceeded."""
+    """Runs the comparison; fails if a tolerance is exceeded."""
     check(options)
     out = options.output
     out.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 """An experiment's settings: frozen dataclasses, and the one strict conversion into them.
 
-A config file returns an `ml_collections.ConfigDict`, the command line may override its fields,
-and `from_config_dict` turns it into an `ExperimentConfig` exactly once. Nothing below the entry
-files sees a ConfigDict.
+A config file returns an `ml_collections.ConfigDict`, the command line may override its fields, and
+`from_config_dict` turns it into an `ExperimentConfig` exactly once. Only the entry files see a
+ConfigDict.
 
-A field may hold one of several dataclasses, also of the user's: its annotation is then a base class
-with a classmethod `variant(given: Mapping) -> (class, fields)`, which says by the given fields of
-which class they are, and gives them as that class has them.
+A field may hold one of several dataclasses, including a user's. Its annotation is then a base class
+with a classmethod `variant(given: Mapping) -> (class, fields)`, which determines the class from the
+given fields, and returns the fields as that class names them.
 """
 
 from __future__ import annotations
@@ -52,24 +52,25 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything that decides a training run.
+    """Everything that determines a training run.
 
     Attributes:
       name: the experiment's name; the default workdir is `runs/<name>`. The package's configs
-        name themselves after their file and argument, see `recipes.experiment_name`.
-      seed: of initial weights, data order, augmentation and dropout.
+          derive it from their file and argument, see `recipes.experiment_name`.
+      seed: seed of initial weights, data order, augmentation and dropout.
       total_steps: optimizer steps.
       global_batch_size: pairs in one step over all devices and processes.
       accumulation_steps: chunks that the towers run over; the loss still sees the whole batch.
       embed_dim: width of the shared embedding space.
-      dtype: compute dtype of the towers, "float32" or "bfloat16"; parameters stay
-        float32, but for locked kernels during a run, which lie in it to save memory.
-      precision: of the towers' float32 products on accelerators. "highest", because float32 is to
-        mean float32; "high" (three passes of the tensor cores) and "default" (one: TF32 on GPUs,
-        bfloat16 on TPUs) are faster, dtype="bfloat16" is the fastest. See `cwcl_jax.precision`.
-      profile: "START:STEPS" writes a trace of so many steps after step START into the workdir's
-        folder `profile`, for TensorBoard, XProf or Perfetto; "" for none.
-      towers: exactly two, by name. What a tower reads is its encoder's modality, or named.
+      dtype: compute dtype of the towers, "float32" or "bfloat16". Parameters stay float32, except
+          for locked kernels during a run, which are stored in this dtype to save memory.
+      precision: of the towers' float32 products on accelerators. The default is "highest", so that
+          float32 means float32; "high" (three passes of the tensor cores) and "default" (one: TF32
+          on GPUs, bfloat16 on TPUs) are faster, dtype="bfloat16" is the fastest. See
+          `cwcl_jax.precision`.
+      profile: "START:STEPS" writes a trace of this many steps after step START into the workdir's
+          folder `profile`, for TensorBoard, XProf or Perfetto; "" for none.
+      towers: exactly two, by name. A tower reads its encoder's modality, unless it names one.
     """
 
     name: str = "experiment"
@@ -103,7 +104,7 @@ class ExperimentConfig:
 
 
 def check(config: ExperimentConfig) -> None:
-    """Raises ConfigError where two settings contradict each other."""
+    """Raises ConfigError if two settings contradict each other."""
     if len(config.towers) != 2:
         raise ConfigError(
             f"config.towers must name two modalities, got {sorted(config.towers) or 'none'}"
@@ -152,7 +153,7 @@ def check(config: ExperimentConfig) -> None:
 
 
 def _check_best(config: ExperimentConfig) -> None:
-    """Raises ConfigError where the number that decides on the best step is never measured."""
+    """Raises ConfigError if the metric that selects the best step is never measured."""
     name = config.checkpoint.best.rpartition(":")[0]
     kind, _, rest = name.partition("/")
     missing = ""
@@ -169,7 +170,7 @@ def _check_best(config: ExperimentConfig) -> None:
 
 
 def profiled_steps(config: ExperimentConfig) -> tuple[int, int] | None:
-    """Steps before the trace that `config.profile` asks for, and steps in it; None for none."""
+    """Returns the steps before the trace of `config.profile` and in it, or None."""
     if not config.profile:
         return None
     match = re.fullmatch(r"(\d+):([1-9]\d*)", config.profile)
@@ -181,11 +182,11 @@ def profiled_steps(config: ExperimentConfig) -> tuple[int, int] | None:
 
 
 def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
-    """A `ConfigDict` that holds every field of `cls`, so that each can be overridden.
+    """Returns a `ConfigDict` that holds every field of `cls`, so that each can be overridden.
 
     Args:
-      cls: a dataclass of settings, for example `TowerConfig`; or one that stands for several, as
-        `Task` does, with what tells them apart among `values`.
+      cls: a dataclass of settings, for example `TowerConfig`; or one that stands for several, such
+          as `Task`, with the fields that identify the class among `values`.
       **values: fields that differ from their defaults.
     """
     cls, values = _variant(cls, values, cls.__name__)
@@ -198,9 +199,9 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
         elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
         else:
-            continue  # a required field: the caller gives it in `values`
+            continue  # a required field: the caller provides it in `values`
         result[field.name] = to_plain(value)
-        if value is None:  # still to be overridden on a command line, by a value of its type
+        if value is None:  # may be overridden on a command line, by a value of its type
             (kind, *_) = typing.get_args(typing.get_type_hints(cls)[field.name])
             result[field.name] = config_dict.placeholder(kind)
     known = [*{**result, **{field.name: 0 for field in dataclasses.fields(cls)}}]
@@ -212,10 +213,10 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses and mappings as dicts, all else unchanged."""
+    """Returns dataclasses and mappings as dicts, everything else unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        # How a tower's inputs are made stands beside the other options: config.data.<tower>.
+        # The options of a tower's inputs are next to the other options: config.data.<tower>.
         return plain | plain.pop("inputs") if isinstance(value, DataConfig) else plain
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
@@ -223,11 +224,11 @@ def to_plain(value: Any) -> Any:
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig:
-    """The frozen form of a ConfigDict.
+    """Returns the frozen form of a ConfigDict.
 
     Raises:
       ConfigError: an unknown field (names the nearest known one), a value of the wrong type, or
-        settings that contradict each other.
+          settings that contradict each other.
     """
     plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
     plain["towers"] = convert(Mapping[str, TowerConfig], plain.get("towers", {}), "config.towers")
@@ -236,7 +237,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
 
 
 def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
-    """Gathers the options of the towers' inputs, each converted as its tower's modality says."""
+    """Returns the data options with the towers' inputs, converted by each tower's modality."""
     if not isinstance(data, Mapping):
         return data
     own = {field.name for field in dataclasses.fields(DataConfig)} - {"inputs"}
@@ -254,10 +255,10 @@ def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
 
 
 def _given(data: Mapping[str, Any], name: str, kind: type[Modality]) -> Any:
-    """The options of a tower, without those that stand there only because of its name.
+    """Returns the options of a tower, without those that are there only because of its name.
 
     `defaults` gives the built-in modalities their options; a tower called "image" that reads
-    features has no use for a size.
+    features does not need a size.
     """
     given, usual = data.get(name, {}), MODALITIES.get(name, kind)
     if usual is kind or not isinstance(given, Mapping):
@@ -272,7 +273,7 @@ def _given(data: Mapping[str, Any], name: str, kind: type[Modality]) -> Any:
 
 
 def _modality(name: str, tower: TowerConfig) -> type[Modality]:
-    """What a tower reads: as it says itself, or as its encoder does."""
+    """Returns the modality of a tower: the one it names, or that of its encoder."""
     try:
         return modality_class(tower.modality or modality_of(tower.encoder))
     except ValueError as error:
@@ -280,7 +281,7 @@ def _modality(name: str, tower: TowerConfig) -> type[Modality]:
         raise ConfigError(f"config.towers.{name}.{field}: {error}") from error
 
 
-# What other programs call a field.
+# Other programs' names of a field.
 USUAL_NAMES = {
     "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps",
     "batch_size": "global_batch_size", "steps": "total_steps", "epochs": "total_steps",
@@ -298,7 +299,7 @@ def _unknown(name: str, known: list[str], where: str) -> str:
 
 
 def _variant(cls: type, given: Mapping[str, Any], path: str) -> tuple[type, dict[str, Any]]:
-    """The class that the given fields are of, and the fields as it has them."""
+    """Returns the class that the given fields belong to, and the fields under its names."""
     if not hasattr(cls, "variant"):
         return cls, dict(given)
     try:
@@ -312,7 +313,7 @@ def convert(kind: Any, value: Any, path: str) -> Any:
 
     Args:
       kind: a dataclass of settings, or the annotation of a field of one.
-      value: as a ConfigDict or JSON gives it.
+      value: a value from a ConfigDict or JSON.
       path: names it in errors, for example "config.evaluation.tasks.a".
 
     Raises:
@@ -386,7 +387,7 @@ def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
 
 
 def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
-    """`config` with the tasks that `--tasks` names."""
+    """Returns `config` with the tasks that `--tasks` names."""
     plain = to_plain(config)
     tasks = plain["evaluation"]["tasks"]
     if chosen.endswith(".json"):
@@ -406,22 +407,22 @@ def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
 
 
 def to_json(config: ExperimentConfig) -> str:
-    """The resolved settings as JSON text; `from_config_dict(json.loads(...))` is its inverse."""
+    """Returns the settings as JSON text; `from_config_dict(json.loads(...))` is its inverse."""
     return json.dumps(to_plain(config), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ExperimentConfig:
-    """The settings that `to_json` wrote."""
+    """Returns the settings that `to_json` wrote."""
     return from_config_dict(json.loads(text))
 
 
 def config_hash(config: ExperimentConfig) -> str:
-    """A short name of the resolved settings, equal on all hosts of one run."""
+    """Returns a short hash of the resolved settings, equal on all hosts of one run."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
 
 
 def parse_argument(argument: str, **options: Any) -> dict[str, Any]:
-    """Options from the part of `--config=file.py:ARGUMENT` behind the colon.
+    """Returns options from the part of `--config=file.py:ARGUMENT` after the colon.
 
     Args:
       argument: entries separated by commas; `name=value`, or a bare `name` for a flag.

@@ -1,10 +1,10 @@
 """Writes a source's embeddings: `python -m cwcl_jax.embed --config=FILE --output=DIR`.
 
-By default the locked tower's features of the training data; a run whose source line says
+By default these are the locked tower's features of the training data; a run whose source line has
 `features_from=DIR` then trains from them without running that tower. With `--workdir` the tower is
-that of a trained run, and `--what=embeds` gives the normalised embeddings after its head, for
-search and plots. An interrupted command continues where it stopped. A folder of files is a source
-too (`--source=folder:DIR`, pictures or recordings); what of them cannot be read is counted.
+that of a trained run, and `--what=embeds` writes the normalised embeddings after its head, for
+search and plots. An interrupted command continues where it stopped. A folder of files is also a
+source (`--source=folder:DIR`, pictures or recordings); unreadable files are counted.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def embed(
     """Embeds a source; returns the exit code.
 
     Args:
-      config: the experiment; with `workdir` that run's own.
-      workdir: "" for the weights that the config imports.
+      config: the experiment; with `workdir`, that run's own.
+      workdir: a trained run, or "" for the weights that the config imports.
       line: source line, "" for the training data.
       errors: "limit", "skip" or "raise", as the option.
 
     Raises:
-      ConfigError: settings, data or weights that cannot work, or a folder of something else.
+      ConfigError: invalid settings, data or weights, or a folder of something else.
       TooManyBadExamples: a larger share than `data.max_skipped_share` is unusable.
     """
     from cwcl_jax.training.embedding import all_finished, embed_source, folder_description
@@ -118,7 +118,7 @@ def _source(config: ExperimentConfig, line: str) -> Source:
 
 
 def _writer(output: str, description: EmbeddingDescription) -> EmbeddingWriter:
-    """This process's part of the folder of embeddings."""
+    """Returns the writer of this process's part of the folder of embeddings."""
     import jax
 
     from cwcl_jax.data.embeddings import EmbeddingWriter
@@ -131,9 +131,9 @@ def _writer(output: str, description: EmbeddingDescription) -> EmbeddingWriter:
 
 
 def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str, TowerSource]]:
-    """Returns a run's encoder, or the one that the config imports, and where its weights are from.
+    """Returns a run's encoder, or the one that the config imports, and the source of its weights.
 
-    Each process works through files of its own with its own devices: nothing is exchanged.
+    Each process works on its own files with its own devices: nothing is exchanged.
     """
     import jax
 

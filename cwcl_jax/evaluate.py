@@ -1,10 +1,10 @@
 """Evaluates a run or an imported model: `python -m cwcl_jax.evaluate --workdir=runs/NAME`.
 
 The tasks are those of the run's settings, some of them (`--tasks=shape,retrieval`), or those of a
-JSON file (`--tasks=tasks.json`: name -> fields of the task). `--config=FILE` in place of a
-workdir evaluates the weights that the config imports, untrained. `--compare=DIR` adds paired
-tests against another run that was evaluated on the same tasks. `--audio=a.wav
---classes="play music,stop"` ranks classes for one recording, `--image=a.png` for one picture.
+JSON file (`--tasks=tasks.json`: name -> fields of the task). `--config=FILE` instead of a workdir
+evaluates the weights that the config imports, untrained. `--compare=DIR` adds paired tests against
+another run that was evaluated on the same tasks. `--audio=a.wav --classes="play music,stop"` ranks
+classes for one recording, `--image=a.png` for one picture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     workdir: str = ""
     config: ExperimentConfig | None = None
@@ -73,9 +73,9 @@ def main(options: Namespace) -> int:
 
 
 def evaluate(options: Options) -> int:
-    """Runs what the options ask for, alone or as one process of a job; the results are written."""
+    """Evaluates, alone or as a process of a job, and writes results; returns the exit code."""
     _check(options)
-    # Here and not above: flags and settings are checked before the slow imports.
+    # Imported here, so that flags and settings are checked before the slow imports.
     from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.options import DistributedConfig
 
@@ -121,7 +121,7 @@ def _check(options: Options) -> None:
     elif options.templates != Options.templates:
         raise ConfigError("--templates belongs to --audio or --image; tasks have templates")
     if options.compare:
-        # Here and not above: a mistake among the other flags is told before the slow imports.
+        # Imported here, so that errors in other flags are reported before the slow imports.
         from cwcl_jax.evaluation.compare import item_files
 
         try:
@@ -140,7 +140,7 @@ def _check_single(options: Options) -> None:
 
 
 def _typed_classes(classes: str) -> list[str]:
-    """The names in `--classes`, or in the file that it names; without it one name ranks nothing."""
+    """Returns the names in `--classes`, or in the file that it names; at least two are needed."""
     from cwcl_jax.evaluation.class_names import read_class_names
 
     if "," not in classes and not Path(classes).expanduser().is_file():
@@ -153,7 +153,7 @@ def _typed_classes(classes: str) -> list[str]:
 
 
 def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, TowerSource]]:
-    # Here and not above: flags and settings are checked before the slow imports.
+    # Imported here, so that flags and settings are checked before the slow imports.
     from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
 
     if options.config is None:
@@ -183,7 +183,7 @@ def _run_tasks(
 
     others = {}
     if options.compare:
-        # Now, since the other run may be this one at another step, with results in this folder.
+        # Loaded now: the other run may be this one at another step, with results in this folder.
         others = load_items(Path(options.compare))
         check_common(config.evaluation.tasks, others)
     check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
@@ -202,7 +202,10 @@ def _run_tasks(
 
 
 def _seen(config: ExperimentConfig) -> dict[str, str]:
-    """What of the tasks' data the run was trained on, where its training data is at hand."""
+    """Returns notes on which of the tasks' data the run was trained on.
+
+    Empty if the training data is not available.
+    """
     from cwcl_jax.data.sources import open_source
     from cwcl_jax.evaluation.runner import seen_in_training
 
@@ -221,7 +224,10 @@ def _write(
     others: Mapping[str, SavedItems],
     step: int,
 ) -> None:
-    """Prints and writes the results, then compares them: what is written stays whatever follows."""
+    """Prints and writes the results, then compares them.
+
+    The comparison comes last, so that a failure in it cannot lose the results.
+    """
     from cwcl_jax.evaluation.compare import compare_with
     from cwcl_jax.evaluation.report import page_title, terminal_report, write_page, write_report
 

@@ -10,12 +10,12 @@ DONE = 0
 FAILED = 1
 BAD_CONFIG = 2
 WATCHDOG = 43
-# What a person has to correct, in the settings or in the data: the same command cannot go on.
+# Errors that a person must correct in the settings or the data: a retry cannot succeed.
 MISTAKES = (ConfigError, TooManyBadExamples)
 
 
 def exit_code(error: BaseException) -> int:
-    """Of a process that an exception ends."""
+    """Returns the exit code for an exception that ends the process."""
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     if isinstance(error, TimeoutError):

@@ -3,13 +3,13 @@
 Formats:
     safetensors   a folder for `cwcl_jax.load_model`: model.safetensors, cwcl_jax.json, tokenizer
     transformers  a folder for `transformers.VisionTextDualEncoderModel.from_pretrained`
-    clip          a folder for transformers' `CLIPModel` and `CLIPProcessor`, of towers of its kind
+    clip          a folder for transformers' `CLIPModel` and `CLIPProcessor`, for towers like CLIP's
     sentence-transformers
                   the text tower as a folder for `sentence_transformers.SentenceTransformer`
     npz           the image tower as one file in AugReg's layout
-    onnx          a folder with one file per tower, by jax2onnx where it is installed
+    onnx          a folder with one file per tower, by jax2onnx if it is installed
 
-Each writes a model card beside it: README.md, or NAME.md beside NAME.npz.
+Each also writes a model card: README.md in the folder, or NAME.md next to NAME.npz.
 """
 
 import sys
@@ -31,7 +31,7 @@ FORMATS = ("safetensors", "transformers", "clip", "sentence-transformers", "npz"
 
 
 def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> None:
-    """Write `model` to `output` in one of `FORMATS`; `dtype` is for npz."""
+    """Writes `model` to `output` in one of `FORMATS`; `dtype` is for npz."""
     if form == "safetensors":
         save_folder(output, model.description, model.leaves)
     elif form == "transformers":
@@ -88,9 +88,9 @@ def _define(parser: ArgumentParser) -> None:
 
 @cli.command(_define)
 def main(options: Namespace) -> None:
-    """Loads and writes."""
+    """Loads a model and writes it."""
     try:
-        # A run's own code is imported as training did; a folder from elsewhere may be a stranger's.
+        # A run's own code is imported as in training; a folder from elsewhere may not be trusted.
         allowed = options.allow_code or (Path(options.source) / "checkpoints").is_dir()
         model = load_model(
             options.source,

@@ -1,4 +1,4 @@
-"""The one way in which a setting names something of the user's: `"module:name"`."""
+"""How a setting names something in a user's code: `"module:name"`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 
 class CodeError(ValueError):
-    """A setting names code that is not there, or that cannot be imported."""
+    """A setting names code that does not exist, or that cannot be imported."""
 
 
 def is_reference(name: str) -> bool:
-    """Whether a setting names something outside of the package, as `"module:name"`."""
+    """Returns whether a setting names something outside the package, as `"module:name"`."""
     return ":" in name
 
 
 def import_named(reference: str, what: str) -> Any:
-    """Imports what `"module:name"` names.
+    """Imports and returns what `"module:name"` names.
 
     Args:
       reference: a module that Python can import, a colon, and the name of something in it.
-      what: what the caller looks for, such as "encoder", for error messages.
+      what: what the caller needs, such as "encoder", for error messages.
 
     Raises:
       CodeError: the reference has no colon, the module cannot be imported, or has no such name.
@@ -55,7 +55,7 @@ def import_named(reference: str, what: str) -> Any:
 
 
 def code_hash(reference: str) -> str:
-    """Returns a hash of the code of what `"module:name"` names; "" where there is none to read.
+    """Returns a hash of the code of what `"module:name"` names; "" if there is none to read.
 
     It covers what the name's definition uses of its own module, and the whole of modules that are
     imported from the same folder. Comments and layout do not count.
@@ -64,7 +64,7 @@ def code_hash(reference: str) -> str:
     try:
         module = importlib.import_module(module_name)
         source = inspect.getsource(module)
-    except Exception:  # whoever needs the code says what is wrong with it
+    except Exception:  # a missing module is reported by the code that needs it
         return ""
     folder = Path(inspect.getfile(module)).parent
     dumps = []
@@ -76,7 +76,7 @@ def code_hash(reference: str) -> str:
 
 
 def _used(tree: ast.Module, name: str) -> list[ast.stmt]:
-    """The statements of a module that a name's definition needs, in the module's order."""
+    """Returns the statements of a module that a name's definition needs, in the module's order."""
     defining: dict[str, list[ast.stmt]] = {}
     for node in tree.body:
         for defined in _defined(node):
@@ -95,7 +95,7 @@ def _used(tree: ast.Module, name: str) -> list[ast.stmt]:
 
 
 def _defined(node: ast.stmt) -> list[str]:
-    """The names that a statement of a module defines."""
+    """Returns the names that a statement of a module defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -108,7 +108,7 @@ def _defined(node: ast.stmt) -> list[str]:
 
 
 def _imported_files(node: ast.stmt, folder: Path) -> list[Path]:
-    """The files in `folder` that an import statement reads."""
+    """Returns the files in `folder` that an import statement reads."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
@@ -120,7 +120,7 @@ def _imported_files(node: ast.stmt, folder: Path) -> list[Path]:
 
 
 def is_missing_code(error: BaseException | None) -> bool:
-    """Whether an error comes of code that a setting names and that cannot be imported."""
+    """Returns whether an error is caused by a setting's code that cannot be imported."""
     while error is not None:
         if isinstance(error, CodeError):
             return True

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, and locks between processes.
+"""Atomic writes of files, and locks between processes.
 
-Processes may run on several hosts that share a file system, also one that knows no `flock`.
+Processes may run on several hosts that share a file system, which may not support `flock`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# What `flock` says on a file system without locks: Lustre mounted so, some NFS.
+# Errors of `flock` on a file system without locks: Lustre mounted so, some NFS.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# Seconds between two looks at a lock that another process holds.
+# Seconds between two checks of a lock that another process holds.
 _POLL = 0.5
-# Where files stand for locks: seconds after which the holder writes into its file again, and
-# after which a file that nobody wrote into belongs to a process that is gone.
+# For files that act as locks: seconds after which the holder writes its file again, and after which
+# a file without new writes is considered abandoned.
 _RENEW, _STALE = 5.0, 30.0
 
 
 class InUse(Exception):
-    """Another process holds the lock; the text says which, as far as it is known."""
+    """Another process holds the lock; the text names it if it is known."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place at the end.
+    """Yields a temporary path next to `path`, which replaces `path` at the end.
 
-    Whoever reads `path` sees the old file or the whole new one; of several processes that write it
-    at the same time, the last one's stays. After an error nothing is left.
+    Readers of `path` see the old file or the complete new one. If several processes write it at the
+    same time, the last one wins. After an error nothing is left.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
@@ -48,10 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Returns what a JSON text says.
+    """Returns the value of a JSON text.
 
     Raises:
-      ValueError: it is no JSON or no UTF-8, or is nested too deeply to be read.
+      ValueError: it is not JSON or not UTF-8, or is nested too deeply to be read.
     """
     try:
         return json.loads(text)
@@ -60,17 +60,17 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all."""
+    """Writes a UTF-8 file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def side_output(what: str) -> Iterator[None]:
-    """Goes on without an output that cannot be made, after a warning that says why.
+    """Continues without an output that cannot be written, after a warning with the reason.
 
-    For what a run can do without: pictures, TensorBoard, caches. Checkpoints, metrics and results
-    are written outside of it, and their errors end the run.
+    It is for outputs that a run does not need: pictures, TensorBoard, caches. Checkpoints, metrics
+    and results are written outside of it, and their errors end the run.
 
     Args:
       what: names the output in the warning.
@@ -84,14 +84,15 @@ def side_output(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Holds the lock `path`, which the end of the process gives back in any case.
+    """Holds the lock `path`, which is released in any case when the process ends.
 
-    On a file system without locks a file beside `path` stands for it: made exclusively, written
-    anew every few seconds, and taken over by the next process half a minute after its own one
-    died.
+    On a file system without locks a file next to `path` acts as the lock. It is created
+    exclusively, rewritten every few seconds, and taken over by the next process half a minute after
+    its owner died.
 
     Args:
-      waiting: called twice a second while another process holds the lock; without it nothing waits.
+      waiting: called twice a second while another process holds the lock; without it, nothing
+          waits.
 
     Raises:
       InUse: another process holds the lock, and `waiting` is None.
@@ -112,7 +113,7 @@ def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
 
 
 def _take(path: Path, waiting: Callable[[], None]) -> Callable[[], None]:
-    """Takes the lock and returns what gives it back."""
+    """Takes the lock and returns a function that releases it."""
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -164,7 +165,7 @@ class _HeldFile:
         count = 0
         while not self._end.wait(_RENEW) and self._is_mine():
             count += 1
-            with contextlib.suppress(OSError):  # what a moment's trouble kept, the next one writes
+            with contextlib.suppress(OSError):  # after a temporary error, the next renewal writes
                 self._path.write_text(f"{self._mine}, {count}", encoding="utf-8")
 
     def give_back(self) -> None:
@@ -176,7 +177,7 @@ class _HeldFile:
 
 
 def _remove_if_abandoned(path: Path, waiting: Callable[[], None]) -> None:
-    """Removes a lock's file that does not change any more; returns as soon as it does.
+    """Removes a lock's file that no longer changes; returns as soon as it changes.
 
     No clock is compared with another machine's. Two processes that find the same file abandoned
     remove it one after the other, and the second one only if it is still the same.
@@ -200,7 +201,10 @@ def _remove_if_abandoned(path: Path, waiting: Callable[[], None]) -> None:
 
 
 def _text(path: Path) -> str:
-    """What is in a lock's file; opened anew, so that a network's file system asks its server."""
+    """Returns the content of a lock's file.
+
+    It is reopened, so that a network file system asks its server.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -208,10 +212,13 @@ def _text(path: Path) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is what programs leave beside people's own (`._x`, `__MACOSX`)."""
+    """Returns whether a file or folder is one that programs create by themselves.
+
+    Examples are `._x`, `__MACOSX` and other hidden files.
+    """
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that match a pattern, in order, without hidden ones."""
+    """Returns the files of a folder that match a pattern, sorted, without hidden ones."""
     return sorted(file for file in folder.glob(pattern) if not is_hidden(file.name))

@@ -1,11 +1,11 @@
-"""Says what a run needs before anything is rented: `python -m cwcl_jax.plan --mesh=a100x4 ...`.
+"""Estimates what a run needs, before it is run: `python -m cwcl_jax.plan --mesh=a100x4 ...`.
 
 `--mesh=a100x4` names a chip and a number of devices. The config's model, optimizer and train step
-are built for that many devices without data, weights or memory. Printed are parameters, state on
-a device, flops and the time at the chip's peaks. XLA's own compiler for the chip, where it is
-installed (extra `plan`), compiles the step, which is never run, and says what it needs and sends;
-a few compilations more find the largest batch that fits (`--nosearch` leaves them out), one for
-each setting what that would change (`--variants`). Chips: a100-40, a100-80, h100, h200, v4, v5e,
+are built for that many devices without data, weights or memory. The plan lists parameters, state on
+a device, flops and the time at the chip's peaks. If XLA's own compiler for the chip is installed
+(extra `plan`), it compiles the step, which is never run, and reports its memory and communication.
+A few more compilations find the largest batch that fits (`--nosearch` skips them), and one per
+setting shows what that would change (`--variants`). Chips: a100-40, a100-80, h100, h200, v4, v5e,
 v5p, v6e.
 """
 
@@ -44,12 +44,14 @@ def plan(
     variants: bool = False,
     efficiency: float = 0.5,
 ) -> Iterator[str]:
-    """The sections of the plan. Without the chip's compiler, as many devices of any kind as `mesh`.
+    """Yields the sections of the plan.
+
+    Without the chip's compiler, this process needs as many devices of any kind as `mesh` has.
 
     Args:
       search: also look for the largest batch.
-      variants: also say what other settings would change.
-      efficiency: share of the roofline that a real run is taken to reach.
+      variants: also report what other settings would change.
+      efficiency: share of the roofline that a real run is assumed to reach.
 
     Raises:
       ConfigError: an unknown chip, or a config that cannot run on such a mesh.
@@ -71,7 +73,7 @@ def plan(
         base = planner.estimate(config, embedded)
     except ConfigError:
         raise
-    except ValueError as error:  # an encoder's, about its own settings
+    except ValueError as error:  # an encoder's error about its own settings
         raise ConfigError(f"config.towers: {error}") from error
     yield report.report(base, efficiency=efficiency, missing=planner.missing)
     if search and not planner.missing:
@@ -81,7 +83,7 @@ def plan(
 
 
 def check(config: ExperimentConfig) -> None:
-    """Raises ConfigError where training would refuse the settings, as far as no file is needed."""
+    """Raises ConfigError if training would refuse the settings, as far as no file is needed."""
     from cwcl_jax.losses import make_loss
     from cwcl_jax.training.checks import check_inputs
 
@@ -89,13 +91,13 @@ def check(config: ExperimentConfig) -> None:
         make_loss(config.loss)
     except ValueError as error:
         raise ConfigError(f"config.loss: {error}") from error
-    # A tokenizer may lie on a hub or a cluster; in place of its words, the package's few.
+    # A tokenizer may be on a hub or a cluster; the package's own replaces it.
     inputs = {name: modality.without_files() for name, modality in config.data.inputs.items()}
     check_inputs(dataclasses.replace(config, data=dataclasses.replace(config.data, inputs=inputs)))
 
 
 def virtual_devices(count: int) -> None:
-    """Makes this process one of `count` CPU devices; before JAX has looked for any."""
+    """Gives this process `count` CPU devices; to be called before JAX initialises its devices."""
     import jax
 
     forced = r"--xla_force_host_platform_device_count=\d+"

@@ -1,4 +1,4 @@
-"""How exactly float32 matrix products are made: one ladder of names for towers and losses.
+"""Precision of float32 matrix products: one scale of names for towers and losses.
 
     name        NVIDIA GPU                       TPU                   CPU       relative error
     highest     float32, no tensor cores         six bfloat16 passes   float32   3e-7
@@ -6,9 +6,9 @@
     default     one TF32 pass                    one                   float32   3e-4, 2e-3
     bfloat16    one pass of rounded inputs, sums in float32: everywhere the same 2e-3
 
-Relative errors are those of a product of normal numbers (BUILD_NOTES.md, "Accelerators"). JAX's own
-"high" on a GPU is one TF32 pass; here it is `TF32_TF32_F32_X3`. Arrays that are narrow already are
-not changed by any of this.
+Relative errors are those of a product of normal random numbers (BUILD_NOTES.md, "Accelerators").
+JAX's own "high" on a GPU is one TF32 pass; here it is `TF32_TF32_F32_X3`. Arrays of narrower dtypes
+are not affected.
 """
 
 from contextlib import AbstractContextManager
@@ -31,27 +31,27 @@ def require_precision(name: str) -> None:
 
 
 def passes(name: str) -> Any:
-    """What JAX calls a precision of float32 products, on the device at hand."""
+    """Returns JAX's name of a precision of float32 products, on the current device."""
     if name == "high" and jax.default_backend() == "gpu":
         return lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.Precision[name.upper()]
 
 
 def products_at(name: str) -> AbstractContextManager[Any]:
-    """Within it, float32 products that name no precision of their own have this one."""
+    """Sets the precision of float32 products that specify none of their own, inside a `with`."""
     chosen = passes(name)
     preset = isinstance(chosen, lax.DotAlgorithmPreset)
     return jax.default_matmul_precision(chosen.name if preset else chosen.name.lower())
 
 
 def product(a: Array, b: Array, dimensions: Any, precision: str, result: Any) -> Array:
-    """`lax.dot_general` with operands and passes as a precision's name says.
+    """Returns `lax.dot_general` with the operands and passes of a named precision.
 
     Args:
       a, b: operands.
       dimensions: `dimension_numbers`.
       precision: one of `PRECISIONS`, or "bfloat16".
-      result: dtype in which the sums are kept.
+      result: dtype of the sums.
     """
     if precision == "bfloat16" and a.dtype == jnp.float32:
         a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)

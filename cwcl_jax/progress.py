@@ -1,7 +1,7 @@
-"""Progress of work that takes long, told to whoever watches over it.
+"""Reports progress of long work to listeners.
 
-What speaks sentences or reads the headers of tars calls `beat` and knows nothing of a watchdog,
-which listens.
+Code that synthesises sentences or reads the headers of tars calls `beat` and does not depend on the
+watchdog that listens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _listeners: list[Callable[[], None]] = []
 
 
 def beat() -> None:
-    """Tells that something was done; from any thread."""
+    """Reports that some work was done; from any thread."""
     for listener in tuple(_listeners):
         listener()
 

@@ -1,12 +1,12 @@
-"""What the files in configs/ share: words of their arguments that mean the same in each of them.
+"""What the files in configs/ share: options of their arguments with the same meaning in each.
 
     loss=NAME                 which loss: cwcl, contrastive (CL), cellclip, ...
     weights=NAME[NUMBER]      the similarity weights of loss=cwcl, see `losses.short_names`
     projection=trained|none   whether the side that gives the weights has a linear projection
 
-What is locked is an encoder; a projection above it is a head, which trains. With
-projection=trained the logits come from u = W p and the weights from p itself: the loss may bend
-the space that the weights are read from. With projection=none u is p. README.md, "The locked
+What is locked is an encoder; a projection after it is a head, which trains. With projection=trained
+the logits come from u = W p and the weights from p itself: the loss may change the space that the
+logits use, but not the space of the weights. With projection=none, u is p. README.md, "The locked
 side's projection", says which of the two is the paper's, which is LiT's, and why it matters.
 """
 
@@ -21,10 +21,10 @@ PROJECTIONS = ("trained", "none")
 
 
 def experiment_name(base: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """`base` and all options that differ from their defaults; by default it names the run's folder.
+    """Returns `base` with all options that differ from their defaults, e.g. to name a run's folder.
 
-    So two commands that differ in an argument of the config have folders of their own, and the
-    order of the entries does not count: speech_cwcl-lock-both, lit_cwcl-loss-contrastive.
+    Two commands that differ in an argument of the config thus have different folders, and the order
+    of the entries does not count: speech_cwcl-lock-both, lit_cwcl-loss-contrastive.
     """
     changed = [name for name in defaults if options[name] != defaults[name]]
     words = [name if options[name] is True else f"{name}-{options[name]}" for name in changed]
@@ -32,11 +32,11 @@ def experiment_name(base: str, options: Mapping[str, Any], defaults: Mapping[str
 
 
 def set_loss(config: Any, options: Mapping[str, Any]) -> None:
-    """The loss that `loss=` and `weights=` name.
+    """Sets the loss that `loss=` and `weights=` name.
 
     Raises:
-      ConfigError: an unknown name, one that belongs to the other option, or weights beside a loss
-        that has none or its own.
+      ConfigError: an unknown name, one that belongs to the other option, or weights with a loss
+          that has none or its own.
     """
     loss, weights = options["loss"], options["weights"]
     if loss != "cwcl" and weights != "affine":
@@ -53,12 +53,16 @@ def set_loss(config: Any, options: Mapping[str, Any]) -> None:
         other = "weights" if word == "loss" else "loss"
         raise ConfigError(f"{word}={value}: this is a name for the other option: {other}={value}")
     if value == "affine":
-        del fields["weight_function"]  # cwcl's own: --config.loss.name=... then stays possible
+        # cwcl's default, so that --config.loss.name=... stays possible
+        del fields["weight_function"]
     config.loss.update(fields)
 
 
 def set_projection(config: Any, modality: str, projection: str) -> None:
-    """The head of the side that gives the weights. Where its encoder is locked only this trains."""
+    """Sets the head of the side that gives the weights.
+
+    If its encoder is locked, only the head trains.
+    """
     require("projection", projection, PROJECTIONS)
     tower = config.towers[modality]
     tower.head = "linear" if projection == "trained" else "none"
@@ -67,7 +71,7 @@ def set_projection(config: Any, modality: str, projection: str) -> None:
 
 
 def set_batch(config: Any, batch: int) -> None:
-    """Another batch: as many examples in all and in the warm-up, learning rate in proportion."""
+    """Sets the batch size; examples in total and in the warm-up stay, the learning rate scales."""
     factor = batch / config.global_batch_size
     config.global_batch_size = batch
     config.optimizer.learning_rate *= factor
@@ -76,6 +80,6 @@ def set_batch(config: Any, batch: int) -> None:
 
 
 def require(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises ConfigError for an option's value that is none of the known ones."""
+    """Raises ConfigError if an option's value is not one of the known ones."""
     if value not in known:
         raise ConfigError(f"{name}={value!r} is not known; use one of {', '.join(known)}")

@@ -1,10 +1,10 @@
-"""The paper's tables and figures: `python -m cwcl_jax.reproduce --table=4 --figure=5,6`.
+"""Reproduces the paper's tables and figures: `python -m cwcl_jax.reproduce --table=4 --figure=5,6`.
 
-At `--scale=embedded` the runs that are needed are made on this machine with data that the package
-makes (scenes; spoken commands, which need the extra `speech`), several seeds each, resumed after a
-kill, reused when complete. `--output` gets one Markdown page with our numbers and intervals over
-seeds, the paper's beside them, the pictures, the commands, versions and time. `--scale=paper`
-prints the commands of the full-scale runs for a cluster.
+With `--scale=embedded`, the necessary runs are made on this machine with synthetic data (scenes;
+synthesised commands, which need the extra `speech`), several seeds each, resumed after a kill,
+reused if complete. `--output` gets one Markdown page with our numbers and intervals over seeds, the
+paper's numbers, the pictures, the commands, versions and time. `--scale=paper` prints the commands
+of the full-scale runs for a cluster.
 
 Tables 4 to 8, Figures 5 to 8, `--ablation=weights,speech_weights,batch`.
 """
@@ -47,10 +47,10 @@ def reproduce(
     runs: Path,
     made_by: str,
 ) -> Path:
-    """Makes the runs and the page; returns the page.
+    """Makes the runs and the page; returns the page's path.
 
     Raises:
-      ConfigError: a table or figure that is not known, or settings that cannot work.
+      ConfigError: an unknown table or figure, or invalid settings.
     """
     from cwcl_jax.reproduction import experiments, page
     from cwcl_jax.reproduction.runs import RunMaker
@@ -80,9 +80,9 @@ def reproduce(
 
 
 def paper_commands(tables: Sequence[int], seeds: int) -> str:
-    """The full-scale runs behind the tables, one command a line, for a cluster's launcher.
+    """Returns the full-scale runs of the tables, one command a line, for a cluster's launcher.
 
-    A run that an earlier table has already is a comment that names its folder.
+    A run that an earlier table already has becomes a comment that names its folder.
     """
     image, speech = "configs/lit_cwcl.py:paper", "configs/speech_cwcl.py:paper"
     # "" is the recipe itself: a pretrained speech encoder, a locked text tower, batches of 20.
@@ -118,7 +118,7 @@ def _both_losses(file: str, arguments: Sequence[str]) -> list[str]:
     ]
 
 
-# What has no meaning where commands are only printed.
+# Options without meaning if commands are only printed.
 _EMBEDDED_ONLY = ("figure", "ablation", "steps", "scenes", "speech", "output", "runs")
 
 

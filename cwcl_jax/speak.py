@@ -1,8 +1,8 @@
-"""Spoken sentences as files: `python -m cwcl_jax.speak spoken:commands:test?task=intent FOLDER`.
+"""Writes synthesised speech: `python -m cwcl_jax.speak spoken:commands:test?task=intent FOLDER`.
 
-WAV files and a manifest, to listen to or to bring elsewhere: `jsonl:FOLDER/manifest.jsonl` reads
-the same examples. The folder is what `keep=FOLDER` makes and reads. An interrupted command
-continues where it was.
+It writes WAV files and a manifest, to listen to or to use elsewhere: `jsonl:FOLDER/manifest.jsonl`
+reads the same examples. The folder has the format that `keep=FOLDER` writes and reads. An
+interrupted command continues where it stopped.
 """
 
 import sys
@@ -23,7 +23,7 @@ def _define(parser: ArgumentParser) -> None:
 
 @cli.command(_define)
 def main(options: Namespace) -> None:
-    """Speaks what the folder lacks, and prints the path of its manifest."""
+    """Synthesises what the folder lacks, and prints the path of its manifest."""
     try:
         source = open_source(options.source)
         source = source.source if isinstance(source, Recorded) else source

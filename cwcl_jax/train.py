@@ -1,7 +1,7 @@
 """Trains one tower against another: `python -m cwcl_jax.train --config=configs/lit_cwcl.py`.
 
-The same command resumes an interrupted run, and says so when it is complete. Exit codes: 0 done,
-75 saved and stopped on request, 2 bad settings, 43 a deadline passed, 1 anything else.
+The same command resumes an interrupted run, and reports if it is complete. Exit codes: 0 done, 75
+saved and stopped on request, 2 bad settings, 43 a deadline passed, 1 anything else.
 """
 
 import sys
@@ -37,12 +37,13 @@ def main(options: Namespace) -> int:
             "path that it has on all hosts"
         )
     workdir = Path(workdir)
-    # Here and not above: flags and settings are checked before the slow imports.
+    # Imported here, so that flags and settings are checked before the slow imports.
     from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.run import train
     from cwcl_jax.training.workdir import make_folder
 
-    make_folder(workdir)  # before the processes meet: each can say what is wrong with it
+    # before the processes meet, so that each can report a problem with the folder
+    make_folder(workdir)
     initialize(config.distributed)
     return run_main(
         lambda watchdog: train(config, workdir, watchdog),

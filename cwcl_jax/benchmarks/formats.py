@@ -1,9 +1,10 @@
-"""The same pictures from several kinds of files: `python -m cwcl_jax.benchmarks.formats`.
+"""Reads the same pictures from several file formats: `python -m cwcl_jax.benchmarks.formats`.
 
 Writes pictures of a usual web size, each with a caption, as tars, as Parquet files with row groups
-of several sizes, and as `datasets` saves them. Two rates each, in random order: rows of encoded
-bytes out of the source, and training batches with everything that is done to a picture. Writes
-formats.md and formats.json; `ratio` is a rate beside that of tars in the same round (median).
+of several sizes, and as `datasets` saves them. Measures two rates for each, in random order: rows
+of encoded bytes read from the source, and training batches with all processing of the pictures.
+Writes formats.md and formats.json; `ratio` is a rate relative to that of tars in the same round
+(median).
 """
 
 import argparse
@@ -30,7 +31,7 @@ _MEDIA = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def write_formats(folder: Path, count: int, distinct: int) -> dict[str, str]:
-    """Writes `count` pictures in every format; returns the source lines by what they are."""
+    """Writes `count` pictures in every format; returns the source lines by format."""
     per_file = count // _FILES
     images = make_shards(folder, _FILES, per_file, distinct)
     parts = []
@@ -53,7 +54,7 @@ def write_formats(folder: Path, count: int, distinct: int) -> dict[str, str]:
 
 
 def _write_saved(folder: Path, parts: list[pa.Table]) -> Path:
-    """The files of `Dataset.save_to_disk`, in record batches of 1,000 rows as it writes them."""
+    """Writes the files of `Dataset.save_to_disk`, in batches of 1,000 rows; returns the folder."""
     folder.mkdir()
     names = [f"data-{n:05d}-of-{len(parts):05d}.arrow" for n in range(len(parts))]
     for name, part in zip(names, parts, strict=True):
@@ -67,7 +68,7 @@ def _write_saved(folder: Path, parts: list[pa.Table]) -> Path:
 
 
 def rate_rows_of(source: Source, seconds: float, threads: int) -> Rate:
-    """Rows a second, picture and caption, in random order."""
+    """Returns the rate of rows with picture and caption, read in random order."""
     order = np.random.default_rng(0).permutation(len(source))
 
     def read(number: int) -> int:
@@ -80,9 +81,9 @@ def rate_rows_of(source: Source, seconds: float, threads: int) -> Rate:
 def measure(
     lines: dict[str, str], options: argparse.Namespace, threads: int
 ) -> dict[str, list[Row]]:
-    """Rates of rows and of batches by format; the formats alternate."""
+    """Returns the rates of rows and of batches by format; the formats alternate."""
     sources = {what: open_source(line) for what, line in lines.items()}
-    for source in sources.values():  # fills memory and caches, unpacks
+    for source in sources.values():  # fills memory and caches, and unpacks
         rate_rows_of(source, options.seconds, threads)
     rows = {
         what: partial(rate_rows_of, source, options.seconds, threads)

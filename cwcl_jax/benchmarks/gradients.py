@@ -1,10 +1,11 @@
-"""bfloat16 gradients beside float32 ones: python -m cwcl_jax.benchmarks.gradients --config=FILE.
+"""Compares bfloat16 gradients with float32: python -m cwcl_jax.benchmarks.gradients --config=FILE.
 
-The first batch of a config, its first weights and the loss's real gradient, computed once in each
-type. For every trained leaf: |g16 - g32| / |g32|, at each number of rows. For tables of tokens also
-"kept", the share of the float32 gradient that the most frequent token has left: a sum of many
-bfloat16 terms stalls. The gradient of an attention key's bias is zero but for rounding (softmax
-does not see it), so its line says nothing. Writes gradients.md and gradients.json.
+Computes the real gradient of the loss for the first batch of a config at its initial weights, once
+in each dtype. Reports |g16 - g32| / |g32| for every trained leaf, at each number of rows. For token
+tables it also reports "kept": the share of the float32 gradient that the most frequent token
+retains, because a sum of many bfloat16 terms stalls. The gradient of an attention key's bias is
+zero up to rounding (softmax is invariant to it), so its row is meaningless. Writes gradients.md and
+gradients.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
 
 
 def first_batch(config: ExperimentConfig) -> dict[str, Any]:
-    """The first batch that a run of the config would see, on the host."""
+    """Returns the first batch that a run of the config would see, on the host."""
     from cwcl_jax.data.pipeline import train_batches
     from cwcl_jax.training.checks import check_inputs
 
@@ -50,7 +51,7 @@ def first_batch(config: ExperimentConfig) -> dict[str, Any]:
 def gradients_in(
     config: ExperimentConfig, dtype: str, batch: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Gradients of the trained leaves at the first weights, computed in `dtype`."""
+    """Returns the gradients of the trained leaves at the initial weights, computed in `dtype`."""
     import jax
     import jax.numpy as jnp
 
@@ -69,7 +70,10 @@ def gradients_in(
 
 
 def errors(exact: np.ndarray, found: np.ndarray, tokens: np.ndarray | None) -> dict[str, float]:
-    """ "error" of a leaf; with `tokens`, those of the batch, also "kept" of the most frequent."""
+    """Returns the relative "error" of a leaf.
+
+    With `tokens`, those of the batch, also returns "kept" of the most frequent token.
+    """
     size = np.linalg.norm(exact)
     result = {"error": float(np.linalg.norm(found - exact) / size) if size else 0.0}
     if tokens is not None:
@@ -79,7 +83,7 @@ def errors(exact: np.ndarray, found: np.ndarray, tokens: np.ndarray | None) -> d
 
 
 def measure(config: ExperimentConfig) -> list[dict[str, Any]]:
-    """One row for each trained leaf of a config, at its batch size."""
+    """Returns one row for each trained leaf of a config, at its batch size."""
     batch = first_batch(config)
     exact, found = (gradients_in(config, dtype, batch) for dtype in ("float32", "bfloat16"))
     rows = []

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, rounds in turns, one table beside its JSON."""
+"""Shared parts of the benchmarks: fresh processes, alternating rounds, tables and JSON files."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def define_rates(parser: argparse.ArgumentParser, name: str, rounds: int) -> Non
 
 
 def code_of(rows: Sequence[Row]) -> int:
-    """The exit code: whether a measurement failed, of those that were not left out."""
+    """Returns the exit code: FAILED if a measurement failed, unless it was left out."""
     told = [row["failed"] for row in rows if "failed" in row]
     return cli.DONE if all(text.startswith("left out") for text in told) else cli.FAILED
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """One line for each row; a cell that a row lacks is empty."""
+    """Returns a Markdown table with one line for each row; missing cells are empty."""
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:
         lines.append("| " + " | ".join(_shown(row.get(name, "")) for name in names) + " |")
@@ -86,11 +86,11 @@ def _shown(value: Any) -> str:
 def interleaved(
     cases: Mapping[str, Callable[[], T]], *, rounds: int = 1, seconds: float = 0.0
 ) -> dict[str, list[T]]:
-    """Results of every case, one a round: a busy machine slows all alike.
+    """Returns the results of every case, one per round, so that a busy machine slows all equally.
 
     Args:
-      rounds: the least number of them.
-      seconds: the least time that they take together.
+      rounds: minimal number of rounds.
+      seconds: minimal total time.
     """
     found: dict[str, list[T]] = {name: [] for name in cases}
     start = time.perf_counter()
@@ -103,14 +103,17 @@ def interleaved(
 
 
 class Rate(NamedTuple):
-    """Examples a second, and processor milliseconds an example (steady on a busy machine)."""
+    """Examples per second, and CPU milliseconds per example (stable on a busy machine)."""
 
     per_second: float
     cpu_ms: float
 
 
 def rate(step: Callable[[int], int], seconds: float, threads: int = 1) -> Rate:
-    """The rate of `threads` that call step(0), step(1), ..., which return how many they did."""
+    """Returns the rate of `threads` threads that call step(0), step(1), ...
+
+    Each call returns the number of examples it processed.
+    """
 
     def work(first: int) -> int:
         done, number = 0, first
@@ -130,7 +133,7 @@ RATES = ("source", "per_second", "cpu_ms", "ratio", "cpu_ratio")
 
 
 def rate_rows(found: Mapping[str, Sequence[Rate]], baseline: str) -> list[Row]:
-    """Medians over the rounds; ratios to the baseline's rate of the same round."""
+    """Returns medians over the rounds, with ratios to the baseline's rate of the same round."""
     rows = []
     for name, rates in found.items():
         pairs = list(zip(rates, found[baseline], strict=True))
@@ -156,12 +159,14 @@ def run_fresh(
     devices: int = 0,
     platform: str = "cpu",
 ) -> Row:
-    """Runs `python -m module --job=JSON`, whose last output line is JSON; adds "failed" if not.
+    """Runs `python -m module --job=JSON` and returns the job with its result or "failed".
+
+    The last output line of the command is its result as JSON.
 
     Args:
-      processes: of the job, on this machine; the first one answers.
-      devices: devices of each process; 0 leaves them as they are.
-      platform: their kind, "cpu" or "cuda".
+      processes: number of processes of the job, on this machine; the first one returns the result.
+      devices: devices of each process; 0 leaves them unchanged.
+      platform: kind of devices, "cpu" or "cuda".
     """
     command = [sys.executable, "-m", module, f"--job={json.dumps(job)}"]
     with socket.socket() as listener:
@@ -207,7 +212,7 @@ def _place(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def devices_of(rank: int, devices: int, platform: str) -> dict[str, str]:
-    """Variables that give a process its devices: its own CPU devices, or its share of the GPUs."""
+    """Returns environment variables that give a process its CPU devices or its share of GPUs."""
     if platform == "cpu":
         flags = f"--xla_force_host_platform_device_count={devices}"
         threads = os.environ.get("PJRT_NPROC", "32")
@@ -217,7 +222,7 @@ def devices_of(rank: int, devices: int, platform: str) -> dict[str, str]:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had in use."""
+    """Returns the peak resident memory of this process in bytes."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

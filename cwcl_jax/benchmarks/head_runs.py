@@ -1,4 +1,4 @@
-"""Heads on the kept features of locked encoders: features, batches, training in one program."""
+"""Trains heads on stored features of locked encoders: features, batches, and a scan over steps."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ Chunk = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The training data after both encoders."""
+    """Features of the training data from both encoders."""
 
     u: Float[np.ndarray, "n k"]
     v: Float[np.ndarray, "n f"]
 
 
 def read_features(config: ExperimentConfig) -> Features:
-    """Features of both modalities of `config.data.train`, computed now where they are missing."""
+    """Returns features of both modalities of `config.data.train`; missing ones are computed."""
     source = training_source(config)
     stores = {tower: found[0] for tower, found in source.stores.items()}
     if set(stores) != set(config.towers):
@@ -66,7 +66,7 @@ def read_features(config: ExperimentConfig) -> Features:
 
 
 def batches(features: Features, config: ExperimentConfig, *, group: int) -> Iterator[Rows]:
-    """Rows of the training data, some steps at a time; a function of the seed alone."""
+    """Yields rows of the training data for chunks of steps; they depend only on the seed."""
     count, size = len(features.u), config.global_batch_size
     check_batch(count, size, group)
     anchors = size // group
@@ -87,7 +87,7 @@ def batches(features: Features, config: ExperimentConfig, *, group: int) -> Iter
 
 
 def check_batch(count: int, size: int, group: int) -> None:
-    """Raises ConfigError unless batches of `size` can be made of `count` rows."""
+    """Raises ConfigError unless batches of `size` can be drawn from `count` rows."""
     if size % group:
         raise ConfigError(f"--group={group} does not divide the batch of {size}")
     least = max(size // group, _neighbours(group) + 1 if group > 1 else 1)
@@ -103,7 +103,7 @@ def _neighbours(group: int) -> int:
 
 
 def nearest_rows(u: Float[np.ndarray, "n k"], wanted: int) -> Int[np.ndarray, "n {wanted}"]:
-    """The nearest other rows by cosine."""
+    """Returns the nearest other rows by cosine."""
     unit = u / np.linalg.norm(u, axis=1, keepdims=True)
     found = []
     for first in range(0, len(unit), 1024):
@@ -114,7 +114,7 @@ def nearest_rows(u: Float[np.ndarray, "n k"], wanted: int) -> Int[np.ndarray, "n
 
 
 def make_chunk(blueprint: Blueprint) -> Chunk:
-    """`state, metrics = chunk(state, locked, u, v, rows)`: a scan over steps on given features."""
+    """Returns `state, metrics = chunk(state, locked, u, v, rows)`, a scan over steps."""
     u_name, v_name = blueprint.config.tower_names
     train_step = TrainStep(blueprint)
 
@@ -131,14 +131,14 @@ def make_chunk(blueprint: Blueprint) -> Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What one head is trained with, but for its seed.
+    """The settings of one head, without its seed.
 
     Attributes:
       loss: short name, see `losses.short_names`.
       projection: of the side that gives the weights, "trained" or "none".
       batch: pairs in a step.
-      group: near duplicates that come together, 1 for none.
-      steps: of training.
+      group: size of groups of near duplicates in a batch; 1 for no groups.
+      steps: number of training steps.
     """
 
     loss: str
@@ -148,7 +148,9 @@ class Head:
     steps: int
 
     def variant(self, config: ExperimentConfig, seed: int) -> ExperimentConfig:
-        """The config with this head: the learning rate goes with the batch, the warm-up with steps.
+        """Returns the config with this head.
+
+        The learning rate is proportional to the batch, and the warm-up to the steps.
 
         Raises:
           ConfigError: there is no such loss, projection, batch or number of steps.
@@ -185,7 +187,7 @@ class Head:
 
 
 def _projected(config: ExperimentConfig, projection: str) -> dict[str, TowerConfig]:
-    """The towers with a trained linear projection on the side that gives the weights, or none."""
+    """Returns the towers with or without a trained linear projection on the weights' side."""
     side = config.loss.weights_from
     head, tune = ("linear", "head") if projection == "trained" else ("none", "none")
     changed = dataclasses.replace(config.towers[side], head=head, tune=tune)
@@ -206,7 +208,7 @@ class HeadRuns:
         self._begun: dict[Any, tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]] = {}
 
     def run(self, head: Head, seed: int) -> dict[str, float]:
-        """Metrics of one head, with the last step's diagnostics as `train/NAME`."""
+        """Returns the metrics of one head, with the last step's diagnostics as `train/NAME`."""
         config = head.variant(self.config, seed)
         blueprint, state, locked, sources = self._begin(head, config)
         chunk = self._chunks.setdefault(head, make_chunk(blueprint))
@@ -231,11 +233,11 @@ class HeadRuns:
     def _begin(
         self, head: Head, config: ExperimentConfig
     ) -> tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]:
-        """Structure and step 0 of a head, which its kind of loss and its seed decide."""
+        """Returns structure and initial state of a head, cached by kind of loss and seed."""
         key = head.projection, config.loss.name, config.seed
         if key not in self._begun:
             if any(seed != config.seed for *_, seed in self._begun):
-                self._begun.clear()  # each holds the locked towers
+                self._begun.clear()  # each entry holds the locked towers
             blueprint = make_blueprint(config, self._mesh)
             self._begun[key] = blueprint, *initialise(blueprint)
         blueprint, state, locked, sources = self._begun[key]

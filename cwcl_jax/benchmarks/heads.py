@@ -1,15 +1,15 @@
-"""Losses compared on heads alone: features of a trained trunk, a new head for each loss and seed.
+"""Compares losses on heads alone: stored features of a trained encoder, a new head for each run.
 
     python -m cwcl_jax.benchmarks.heads --config=configs/speech_cwcl.py:head,init=runs/first \
         --losses=contrastive,affine,uniform0.53,relu2 --seeds=3 --output=heads.json
 
-The features of the training data and of the test items are computed once and kept; then a head
-takes seconds. All losses see the same batches. `--projections=trained,none` compares heads with and
-without a linear projection on the side that gives the weights, `--batches` batch sizes with as many
-examples and the learning rate in proportion, `--steps` lengths of the training; the warm-up keeps
-its share of the steps. `--group=4` fills batches with groups of near duplicates: every example is
-joined by three random ones of its ten nearest in text space (in groups above eleven, by all of its
-nearest).
+The features of the training data and of the test items are computed once and stored; after that a
+head takes seconds. All losses see the same batches. `--projections=trained,none` compares heads
+with and without a linear projection on the side that gives the weights; `--batches` compares batch
+sizes with equally many examples and a proportional learning rate; `--steps` compares training
+lengths, with the warm-up as a fixed share of the steps. `--group=4` fills batches with groups of
+near duplicates: each example is joined by three random ones of its ten nearest in text space (in
+groups above eleven, by all of its nearest).
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def _define(parser: argparse.ArgumentParser) -> None:
 def compare(
     records: list[dict[str, Any]], metrics: list[str], baseline: str = "contrastive"
 ) -> Table:
-    """Means over seeds by loss, and differences to the baseline, equal in all but the loss."""
+    """Returns a table of means over seeds by loss, with differences to the baseline.
+
+    Each difference is between heads that are equal in all but the loss.
+    """
     heads = [Head(**record["head"]) for record in records]
     losses = list(dict.fromkeys(head.loss for head in heads))
     rest = list(dict.fromkeys(dataclasses.replace(head, loss="") for head in heads))
@@ -75,7 +78,7 @@ def _words(head: Head) -> tuple[str, str, str]:
 
 
 def _counts(by_loss: Sequence[Mapping[int, Any]]) -> str:
-    """How many seeds every loss has, once where all have as many."""
+    """Returns the number of seeds of every loss, or one number if all are equal."""
     counts = [str(len(seeds)) for seeds in by_loss]
     return counts[0] if len(set(counts)) == 1 else "/".join(counts)
 
@@ -83,7 +86,7 @@ def _counts(by_loss: Sequence[Mapping[int, Any]]) -> str:
 def _cell(
     own: Mapping[int, Mapping[str, float]], base: Mapping[int, Mapping[str, float]], metric: str
 ) -> str:
-    """A metric's mean over seeds, and its gain over the baseline's seeds."""
+    """Returns a metric's mean over seeds, and its gain over the baseline's seeds."""
     if not own:
         return ""
     cell = f"{100 * np.mean([values[metric] for values in own.values()]):.1f}"
@@ -104,7 +107,7 @@ _SHOWN = (
 
 
 def headline(records: list[dict[str, Any]]) -> list[str]:
-    """The metrics that the table shows; of the texts' own accuracies only the first choice."""
+    """Returns the metrics that the table shows; of the texts' own accuracies only top-1."""
     return [
         name
         for name in records[0]["metrics"]
@@ -115,14 +118,13 @@ def headline(records: list[dict[str, Any]]) -> list[str]:
 
 
 def read_records(output: Path, settings: str) -> list[dict[str, Any]]:
-    """The heads that an earlier command left. The folder of `output` is made.
+    """Returns the heads that an earlier command left, and creates the folder of `output`.
 
     Raises:
-      ConfigError: the file cannot be continued. Heads of another config cannot stand in one table
-        with these.
+      ConfigError: the file cannot be continued. Heads of different configs must not share a table.
     """
     try:
-        # Now: a head that has been trained is to find its place.
+        # Created now, so that a trained head can always be saved.
         output.parent.mkdir(parents=True, exist_ok=True)
         records = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
     except (OSError, ValueError) as error:
@@ -141,7 +143,10 @@ def wanted_heads(
     steps: Sequence[int] = (),
     group: int = 1,
 ) -> list[Head]:
-    """Every combination; what is empty leaves the config's, of which examples and not steps."""
+    """Returns every combination of the given values; empty ones keep the config's value.
+
+    By default the steps keep the config's number of examples, not of steps.
+    """
     bare = config.towers[config.loss.weights_from].head == "none"
     examples = config.total_steps * config.global_batch_size
     return [
@@ -166,7 +171,7 @@ def main(options: argparse.Namespace) -> None:
         group=options.group,
     )
     for head in heads:
-        head.variant(config, 0)  # what cannot be, before anything is trained
+        head.variant(config, 0)  # invalid settings fail before anything is trained
     settings = config_hash(config)
     records = read_records(options.output, settings)
     done = {(Head(**record["head"]), record["seed"]) for record in records}

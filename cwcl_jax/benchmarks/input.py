@@ -1,11 +1,11 @@
-"""How fast input is read: `python -m cwcl_jax.benchmarks.input`.
+"""Measures how fast input is read: `python -m cwcl_jax.benchmarks.input`.
 
-Makes tars of JPEGs of a usual web size and reads them as training does, to uint8 batches of 224.
-Beside it stand the bare decoder (the same images from memory, nothing else) and the `webdataset`
-package with the same decode, where it is installed. All use the same number of cores. Then come
-rates of what is not decoded: drawn scenes, arrays, stored embeddings. Writes input.md and
-input.json; `ratio` is a rate beside the pipeline's of the same round (median), `cpu_ratio` the
-same of processor time, in which webdataset's workers do not count.
+Writes tars of JPEGs of a usual web size and reads them as training does, to uint8 batches of 224.
+For comparison it measures the bare decoder (the same images from memory, nothing else) and the
+`webdataset` package with the same decoding, if it is installed. All use the same number of cores.
+Then it measures the rates of data that is not decoded: drawn scenes, arrays, stored embeddings.
+Writes input.md and input.json; `ratio` is a rate relative to the pipeline's in the same round
+(median), `cpu_ratio` the same for CPU time, which does not include webdataset's workers.
 """
 
 import argparse
@@ -40,7 +40,7 @@ _INPUTS = ImageInputs(size=224, crop_min_area=0.5, flip=True)
 
 
 def make_jpeg(number: int, width: int = 512, height: int = 384) -> bytes:
-    """A picture with edges, gradients and grain, so that its size is that of a photograph."""
+    """Returns a JPEG with edges, gradients and grain, whose size is that of a photograph."""
     scene = scenes.draw(scenes.describe(0, 99, number), 64).resize((width, height))
     grain = np.random.default_rng(number).normal(0, 9, (height, width, 3))
     pixels = np.clip(np.asarray(scene) + grain, 0, 255).astype(np.uint8)
@@ -50,7 +50,7 @@ def make_jpeg(number: int, width: int = 512, height: int = 384) -> bytes:
 
 
 def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
-    """One tar of samples: a key and the bytes of each extension."""
+    """Writes one tar of samples: a key and the bytes of each extension."""
     with tarfile.open(path, "w") as tar:
         for key, parts in samples:
             for extension, data in parts.items():
@@ -60,12 +60,12 @@ def write_tar(path: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
 
 
 def tars(folder: Path, shards: int = 4) -> str:
-    """The source line of what `make_shards` writes."""
+    """Returns the source line of the files of `make_shards`."""
     return f"tars:{folder}/{{00000..{shards - 1:05d}}}.tar"
 
 
 def make_shards(folder: Path, shards: int, per_shard: int, distinct: int = 200) -> list[bytes]:
-    """Writes img2dataset-like tars; returns the distinct JPEGs."""
+    """Writes tars like img2dataset's; returns the distinct JPEGs."""
     images = [make_jpeg(number) for number in range(distinct)]
     for shard in range(shards):
         samples = []
@@ -81,7 +81,7 @@ def make_shards(folder: Path, shards: int, per_shard: int, distinct: int = 200) 
 
 
 def rate_bare(images: list[bytes], seconds: float, threads: int) -> Rate:
-    """Decoding alone."""
+    """Returns the rate of decoding alone."""
 
     def decode(number: int) -> int:
         train_pixels(images[number % len(images)], _INPUTS, Draws(number))
@@ -96,13 +96,13 @@ def _rate_of_batches(batches: Iterator, size: int, seconds: float) -> Rate:
         next(batches)
         return size
 
-    for _ in range(3):  # What was prepared ahead does not count.
+    for _ in range(3):  # batches that were prepared ahead do not count
         next(batches)
     return rate(take, seconds)
 
 
 def reading(line: str, threads: int) -> DataConfig:
-    """Settings that read a source, pictures as all of these measurements take them."""
+    """Returns settings that read a source, with the pictures' processing of these measurements."""
     inputs = usual_inputs() | {"image": _INPUTS, "u": FeatureInputs(), "v": FeatureInputs()}
     return DataConfig(train=line, inputs=inputs, threads=threads)
 
@@ -110,7 +110,7 @@ def reading(line: str, threads: int) -> DataConfig:
 def rate_pipeline(
     config: DataConfig, seconds: float, batch: int, modalities: Sequence[str] = ("image", "text")
 ) -> Rate:
-    """Ready training batches, captions tokenized."""
+    """Returns the rate of complete training batches, with tokenized captions."""
     batches = train_batches(config, modalities, seed=0, global_batch_size=batch)
     try:
         return _rate_of_batches(batches, batch, seconds)
@@ -124,7 +124,7 @@ def _decode_for_webdataset(sample: tuple[bytes, bytes]) -> tuple[np.ndarray, str
 
 
 def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) -> Rate:
-    """`webdataset` with its worker processes."""
+    """Returns the rate of `webdataset` with its worker processes."""
     from webdataset import WebDataset, WebLoader  # pyright: ignore
 
     dataset = WebDataset(paths * 1000, shardshuffle=False, empty_check=False)
@@ -134,13 +134,13 @@ def rate_webdataset(paths: list[str], seconds: float, workers: int, batch: int) 
 
 
 def time_to_index(folder: Path, samples: int = 10_000) -> float:
-    """Seconds to scan a tar of this many samples for the first time."""
+    """Returns the seconds to scan a tar of this many samples for the first time."""
     path = folder / "many.tar"
     body = {"jpg": b"x" * 30_000, "txt": b"a caption", "json": b"{}"}
     write_tar(path, [(f"{number:09d}", body) for number in range(samples)])
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # Out of the page cache: the scan is a cold one.
+        if hasattr(os, "posix_fadvise"):  # drops it from the page cache, for a cold scan
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     begin = time.perf_counter()
     assert len(build_index(str(path))) == samples
@@ -148,7 +148,7 @@ def time_to_index(folder: Path, samples: int = 10_000) -> float:
 
 
 def time_to_first_batch(folder: Path, images: list[bytes], shards: int = 1000) -> float:
-    """Seconds from opening this many indexed shards to the first batch of 256."""
+    """Returns the seconds from opening this many indexed shards to the first batch of 256."""
     samples = [(f"{n:06d}", {"jpg": image, "txt": b"a caption"}) for n, image in enumerate(images)]
     write_tar(folder / "first.tar", samples[:20])
     many = folder / "many"
@@ -166,7 +166,7 @@ def time_to_first_batch(folder: Path, images: list[bytes], shards: int = 1000) -
 
 
 def memory_over_epochs(line: str, threads: int) -> list[float]:
-    """Peak resident megabytes after each of five epochs."""
+    """Returns the peak resident megabytes after each of five epochs."""
     config = reading(line, threads)
     batches = train_batches(config, ("image", "text"), seed=0, global_batch_size=64)
     peaks = []
@@ -179,7 +179,7 @@ def memory_over_epochs(line: str, threads: int) -> list[float]:
 
 
 def write_store(folder: Path, count: int = 20_000, width: int = 768) -> str:
-    """The line of a folder with random embeddings."""
+    """Writes a folder with random embeddings; returns its source line."""
     store = folder / "store"
     description = EmbeddingDescription("image", (width,), "float16", count, "none", "none")
     writer = EmbeddingWriter(store, description)
@@ -192,7 +192,7 @@ def write_store(folder: Path, count: int = 20_000, width: int = 768) -> str:
 def compare(
     images: list[bytes], folder: Path, options: argparse.Namespace, threads: int
 ) -> dict[str, list[harness.Row]]:
-    """Tables: pictures in tars, each kind in turns; and what is not decoded."""
+    """Returns two tables: pictures in tars, read in alternation, and data that is not decoded."""
     seconds, batch = options.seconds, options.batch
     config = reading(tars(folder), threads)
     kinds = {
@@ -220,7 +220,7 @@ def compare(
 
 @cli.command(partial(harness.define_rates, name="input", rounds=8))
 def main(options: argparse.Namespace) -> None:
-    """Measures everything, each with what it is compared to."""
+    """Measures all readers, each with its comparison."""
     threads = reader_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

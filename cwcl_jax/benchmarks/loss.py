@@ -1,12 +1,13 @@
-"""Time and memory of value and gradient of the losses: python -m cwcl_jax.benchmarks.loss.
+"""Measures time and memory of the losses with gradient: python -m cwcl_jax.benchmarks.loss.
 
-Every measurement runs in a fresh process. In it, calls of the loss alternate with calls of a plain
-square matrix product; the floor is the loss's matrix flops (8 N^2 d, or 6 N^2 d with u constant) at
-the rate of that product. `products` are the flops of all products in a JAX form's program, over
-8 N^2 d (contrastive's); `over_contrastive` are its seconds over those of "fused contrastive" of the
-same size, where that was measured before it. Wall times are the fastest of all rounds. CPU times
-(all threads) tell the same on a machine that others use, save for what waits. Memory is the peak
-above that before the first call; on a GPU the device's own count. Writes loss.md and loss.json.
+Every measurement runs in a fresh process, in which calls of the loss alternate with calls of a
+plain square matrix product. The floor is the time of the loss's matrix flops (8 N^2 d, or 6 N^2 d
+with u constant) at the rate of that product. `products` are the flops of all products in a JAX
+form's program, divided by 8 N^2 d (contrastive's). `over_contrastive` is the time divided by that
+of "fused contrastive" of the same size, if that was measured before. Wall times are the fastest of
+all rounds. CPU times (all threads) are reliable on a shared machine too, except for forms that
+wait. Memory is the peak above that before the first call; on a GPU it is the device's own count.
+Writes loss.md and loss.json.
 """
 
 import argparse
@@ -39,7 +40,7 @@ PRESET_FORMS = (
     "fused contrastive",
     *(f"fused {name}" for name in PRESETS if name != "contrastive"),
 )
-# Dense forms keep about this many N x N float32 arrays; larger ones are left out.
+# Dense forms keep about this many N x N float32 arrays; forms that need too much are left out.
 _DENSE_ARRAYS = 7
 _SHARDED_DEVICES = 2
 COLUMNS = (
@@ -50,7 +51,7 @@ COLUMNS = (
 
 
 def made_embeds(n: int, d: int):
-    """Two arrays of unit rows."""
+    """Returns two arrays of rows of unit norm."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -59,7 +60,7 @@ def made_embeds(n: int, d: int):
 
 
 def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The loss's value and gradient, and a square product of the same type."""
+    """Returns the loss's value and gradient, and a square product of the same dtype, as calls."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import AxisType, NamedSharding
@@ -77,7 +78,7 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
     config = LossConfig(name=name, form=kind.removesuffix(" jax"), diagnostics=False)
     loss_fn = make_loss(config, mesh=mesh)
     wanted = (1, 2) if "constant" in form else (0, 1, 2)
-    # Ten pairs of each label; features as wide as the embeds.
+    # Ten pairs of each label; features as wide as the embeddings.
     labels = jnp.arange(len(u), dtype=jnp.int32) // 10
 
     def loss(u, v, scale):
@@ -89,7 +90,7 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
     flops = count_work(gradient, u, v, scale, devices=mesh.size if mesh else 1).total_flops
     # Compiled ahead, so that the compiler's own memory is not counted.
     run = jax.jit(gradient).lower(u, v, scale).compile()
-    # Not ones, which cost a chip less power than numbers do.
+    # Random numbers, because a matrix of ones would draw less power than real data.
     square = jax.random.normal(jax.random.key(0), (4096, 4096), dtype)
     product = jax.jit(lambda x: jnp.dot(x, x, precision="highest"))
     return (
@@ -100,7 +101,7 @@ def jax_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """A call whose program has so many flops in its products."""
+    """A call, with the number of flops in its program's products."""
 
     call: Callable[[], Any]
     flops: float
@@ -110,14 +111,14 @@ class _Counted:
 
 
 def torch_call(form: str, u, v, dtype: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The same in PyTorch."""
+    """Returns the same two calls in PyTorch."""
     from cwcl_jax.losses import torch_reference
 
     return torch_reference.benchmark_calls(form.rsplit(" ", 1)[1], u, v, dtype)
 
 
 def timed(call: Callable[[], Any]) -> Callable[[], tuple[float, float]]:
-    """Wall and processor seconds of a call."""
+    """Returns a function that returns the wall and CPU seconds of a call."""
 
     def run() -> tuple[float, float]:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -128,7 +129,7 @@ def timed(call: Callable[[], Any]) -> Callable[[], tuple[float, float]]:
 
 
 def measure(job: Row) -> Row:
-    """One form at one size, in this process."""
+    """Returns the measurement of one form at one size, run in this process."""
     form, n, d = job["form"], job["n"], job["d"]
     if form.startswith(("gathered", "ring")):
         os.environ.setdefault("PJRT_NPROC", "32")
@@ -161,7 +162,7 @@ def measure(job: Row) -> Row:
 
 
 def device_peak_mb(form: str) -> float:
-    """Peak memory of an accelerator, as the form's own library counts it; 0 on a CPU."""
+    """Returns an accelerator's peak memory in MB by the form's own library; 0 on a CPU."""
     if "torch" in form:
         from cwcl_jax.losses import torch_reference
 
@@ -191,7 +192,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(rows: list[Row]) -> None:
-    """Writes into the last row its times over contrastive's of the same size and type."""
+    """Adds the last row's times relative to contrastive's of the same size and dtype."""
     row = rows[-1]
     same = ("n", "d", "dtype")
     for other in rows:
@@ -203,7 +204,7 @@ def _compare(rows: list[Row]) -> None:
 
 @cli.command(_define)
 def main(options: argparse.Namespace) -> int:
-    """Measures all forms and sizes; fails where a measurement does."""
+    """Measures all forms and sizes; fails if a measurement fails."""
     if options.job:
         print(json.dumps(measure(options.job)))
         return cli.DONE

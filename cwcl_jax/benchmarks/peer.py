@@ -1,4 +1,4 @@
-"""The step of an image-text run beside the same towers in PyTorch, by parts, in one process."""
+"""Compares the step of an image-text run with the same towers in PyTorch, by parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = ("part", "seconds", "torch_seconds", "rate_ratio", "cpu_seconds", "tor
 
 
 def default_experiment() -> ExperimentConfig:
-    """A ViT 192 x 6 on 64 x 64 pixels, locked, and a text tower 256 x 6 of 49,408 words."""
+    """Returns a locked ViT 192 x 6 on 64 x 64 pixels, and a text tower 256 x 6 of 49,408 tokens."""
     from cwcl_jax.models.tower import TowerConfig
 
     config = defaults(name="peer", total_steps=1000, global_batch_size=256, embed_dim=192)
@@ -32,19 +32,19 @@ def default_experiment() -> ExperimentConfig:
 
 
 def race(config: ExperimentConfig, rounds: int) -> list[Row]:
-    """Seconds of each part, ours and PyTorch's in turns.
+    """Measures the seconds of each part, alternating between ours and PyTorch's.
 
     Args:
-      config: an image tower "vit" whose encoder is locked, and a text tower "text"; its batch is
-        made of noise.
-      rounds: how often each part runs; the first is not counted.
+      config: an image tower "vit" with a locked encoder, and a text tower "text"; the batch is
+          noise.
+      rounds: how often each part runs; one more run is not counted.
 
     Returns:
-      One row for each part: medians of seconds and of processor seconds, and PyTorch's seconds
-      over ours (above 1: ours is the faster one), the median over the rounds.
+      One row for each part: medians of seconds and of CPU seconds, and PyTorch's seconds divided by
+          ours (above 1: ours is faster), the median over the rounds.
 
     Raises:
-      ConfigError: other towers, which have no twin here.
+      ConfigError: other towers, which have no PyTorch counterpart here.
     """
     from cwcl_jax.benchmarks import torch_towers
 
@@ -83,7 +83,7 @@ def _timed(call: Call) -> Callable[[], tuple[float, float]]:
 
 
 def _noise(config: ExperimentConfig, words: int) -> dict[str, dict[str, np.ndarray]]:
-    """A batch whose texts have between a quarter of the tokens and all of them."""
+    """Returns a batch whose texts have between a quarter of the tokens and all of them."""
     rng = np.random.default_rng(0)
     rows = config.global_batch_size
     inputs: Any = config.data.inputs
@@ -98,7 +98,7 @@ def _noise(config: ExperimentConfig, words: int) -> dict[str, dict[str, np.ndarr
 
 
 def _parts(config: ExperimentConfig, raw: Mapping[str, Any]) -> dict[str, Call]:
-    """The step's parts by name, each a call that ends when its result is there."""
+    """Returns the step's parts by name; each call waits for its result."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -114,7 +114,7 @@ def _parts(config: ExperimentConfig, raw: Mapping[str, Any]) -> dict[str, Call]:
     batch = sharding.put_batch(blueprint.mesh, raw)
     encode = EncodeFunctions(blueprint)
     image, text = (encode.get(name, "features") for name in ("image", "text"))
-    # The step gives its state away; the other parts work on copies.
+    # The step donates its state; the other parts work on copies.
     params = jax.tree.map(jnp.copy, state.params)
     trained = {path: leaf for path, leaf in params.items() if path.startswith("towers/text/enc")}
     kept = {"step": state, "optimizer": jax.tree.map(jnp.copy, (state.opt_state, params))}

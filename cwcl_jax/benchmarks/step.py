@@ -1,11 +1,11 @@
-"""Weak scaling of the train step: python -m cwcl_jax.benchmarks.step --processes=1,2,4.
+"""Measures weak scaling of the train step: python -m cwcl_jax.benchmarks.step --processes=1,2,4.
 
-Each measurement is a job of several processes, with the same number of examples for every device:
-seconds of a step, and the bytes that a device sends in it, read from the compiled program, beside
-those that the formulas below give. The formulas then say what 8, 64 and 512 A100s would send for
-the paper's experiment. Writes step.md and step.json.
+Each measurement is a job of several processes with the same number of examples on every device. It
+reports the seconds of a step, the bytes that a device sends in a step, read from the compiled
+program, and the bytes predicted by the formulas below. The formulas then predict what 8, 64 and 512
+A100s would send for the paper's experiment. Writes step.md and step.json.
 
-Per device and step, with N examples, P devices, embeds of width d, features of width k and W
+Per device and step, with N examples, P devices, embeddings of width d, features of width k and W
 trained weights, in values of float32:
 
     gathered    (P-1)/P * N (2 d + 8)   columns, their gradient, statistics (two reduced)
@@ -15,9 +15,9 @@ trained weights, in values of float32:
     gradients   (P-1)/P * 2 W           one all-reduce
     ranks       (P-1)/P * 4 d^2         one all-reduce of each tower's second moment (diagnostics)
 
-With --peer=torch: the parts of one process's step beside the same towers in PyTorch, in turns, on
-the device at hand. --config names an image-text run; by default a ViT 192 x 6 and a text tower
-256 x 6 at 256 pairs. Writes peer.md and peer.json.
+With --peer=torch: measures the parts of one process's step alternating with the same towers in
+PyTorch, on the local device. --config names an image-text run; the default is a ViT 192 x 6 and a
+text tower 256 x 6 at 256 pairs. Writes peer.md and peer.json.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from cwcl_jax.benchmarks.harness import Row, run_fresh
 from cwcl_jax.config import ConfigError
 
 FORMS = ("gathered", "ring")
-# The largest devices of one link: NVLink 3 has 300 GB/s each way; between nodes eight adapters
-# of 200 Gbit/s serve eight A100s. Peak figures, so the times are lower bounds.
+# Peak bandwidths: NVLink 3 has 300 GB/s each way; between nodes eight adapters of 200 Gbit/s serve
+# eight A100s. The times are therefore lower bounds.
 _NVLINK, _BETWEEN_NODES = 300e9, 25e9
 _PER_NODE = 8
 
 
 def experiment(batch: int, form: str) -> Any:
-    """The default image-text run, from scratch, with that many examples."""
+    """Returns the default image-text run, from scratch, with `batch` examples."""
     from cwcl_jax.config import defaults, from_config_dict
     from cwcl_jax.models.tower import TowerConfig
 
@@ -58,7 +58,7 @@ def experiment(batch: int, form: str) -> Any:
 
 
 def made_batch(config: Any, rows: int) -> dict[str, Any]:
-    """This process's examples: noise of the right shapes."""
+    """Returns this process's examples: noise of the right shapes."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def made_batch(config: Any, rows: int) -> dict[str, Any]:
 
 
 def measure(job: Row) -> Row | None:
-    """One process's part of a measurement; the result on process 0."""
+    """Runs one process's part of a measurement; returns the result on process 0, else None."""
     import jax
 
     from cwcl_jax.planning.collectives import traffic
@@ -115,7 +115,7 @@ def measure(job: Row) -> Row | None:
 
 
 def widths(blueprint: Any) -> tuple[int, int, int]:
-    """Width of the embeds, of the features that give the weights, and trained weights."""
+    """Returns embedding width, width of the weights' features, and number of trained weights."""
     config = blueprint.config
     model = blueprint.model_def.merge(blueprint.abstract)
     features = model.towers[config.loss.weights_from].feature_width
@@ -124,7 +124,7 @@ def widths(blueprint: Any) -> tuple[int, int, int]:
 
 
 def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str, dict[str, float]]:
-    """Bytes that a device sends in a step, by form of the loss and part; see the module's head."""
+    """Returns the bytes that a device sends in a step, by form and part (see the module)."""
     if devices == 1:
         return {form: {} for form in FORMS}
     share = 4 * (devices - 1) / devices
@@ -140,7 +140,7 @@ def formula(batch: int, devices: int, d: int, k: int, weights: int) -> dict[str,
 
 
 def on_paper() -> list[Row]:
-    """What A100s would send for the paper's image-text experiment, and how long at least."""
+    """Returns what A100s would send for the paper's image-text experiment, with minimal times."""
     d, k, weights = 1024, 1024, paper_weights()
     rows = []
     for devices in (8, 64, 512):
@@ -157,7 +157,10 @@ def on_paper() -> list[Row]:
 
 
 def paper_weights() -> int:
-    """Trained weights of the paper's image-text run with a text tower from scratch (preset B)."""
+    """Returns the number of trained weights of the paper's image-text run.
+
+    Its text tower is trained from scratch (preset B).
+    """
     import jax
 
     from cwcl_jax.config import defaults, from_config_dict
@@ -203,7 +206,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
 
 @cli.command(_define, config=True)
 def main(options: argparse.Namespace) -> int:
-    """Measures all forms and numbers of processes; fails where a measurement does."""
+    """Measures all forms and numbers of processes; fails if a measurement fails."""
     if options.job:
         result = measure(options.job)
         if result is not None:

@@ -1,10 +1,11 @@
-"""Bytes that the loss moves for each logit on a chip: python -m cwcl_jax.benchmarks.tiles.
+"""Computes the bytes that the loss moves per logit on a chip: python -m cwcl_jax.benchmarks.tiles.
 
-The loss's value and gradient are compiled for a chip that need not be there (extra `plan`), and
-read: every array from a mebibyte on that an operation of it writes or reads counts, as often as its
-loop runs: tiles of logits, and the gradients that they are added to. Beside it the flops for each
-of these bytes, and those at which the chip's memory and its products take equally long (ridge).
-Tiles and gradients that fit into L2 together move at its speed, which is about twice the memory's.
+The loss's value and gradient are compiled for a chip that may be absent (extra `plan`), and the
+program is parsed. Every array of at least a mebibyte that an operation reads or writes counts, as
+often as its loop runs: tiles of logits, and the gradients that they are added to. The table also
+has the flops per byte, and the flops per byte at which memory and products of the chip take equally
+long (ridge). Tiles and gradients that fit together into L2 move at its speed, about twice that of
+the memory.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ COLUMNS = (
     "chip", "loss", "n", "d", "dtype", "tile", "tile_mib", "bytes_a_logit", "written",
     "flops_a_byte", "ridge",
 )  # fmt: skip
-# Smaller arrays, sums of rows and the like, stay in the caches.
+# Smaller arrays, such as sums of rows, stay in the caches.
 _LEAST_BYTES = 2**20
-# What moves nothing, or only names a part of what something else has written.
+# Operations that move nothing, or only rename a part of another operation's result.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional")
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 
 
 def loss_program(chip: Any, loss: str, n: int, d: int, dtype: str, block: tuple[int, int]) -> str:
-    """Text of the compiled value and gradient of a tiled loss, by u and v."""
+    """Returns the text of the compiled value and gradient of a tiled loss, by u and v."""
     import jax
     import jax.numpy as jnp
 
@@ -58,15 +59,16 @@ def loss_program(chip: Any, loss: str, n: int, d: int, dtype: str, block: tuple[
     with as_on(chip):
         lowered = jax.jit(jax.value_and_grad(total, (0, 1))).lower(x, x)
         text = lowered.compile(compiler_options(chip)).as_text()
-    assert text is not None  # XLA's compilers all give it
+    assert text is not None  # all of XLA's compilers provide it
     return text
 
 
 def traffic_of(hlo: str, least: int) -> tuple[float, float]:
-    """Bytes that one run of a program reads and writes, of arrays of at least `least` bytes.
+    """Returns the bytes that one run of a program reads and writes.
 
-    A fusion that takes a slice of an array reads the slice; one that updates a slice in place
-    writes the slice. What a library's kernel reads and writes is its operands and its result.
+    Only arrays of at least `least` bytes count. A fusion that takes a slice of an array reads the
+    slice; one that updates a slice in place writes the slice. A library's kernel reads its operands
+    and writes its result.
     """
     computations = computations_of(hlo)
     read = written = 0.0
@@ -77,7 +79,7 @@ def traffic_of(hlo: str, least: int) -> tuple[float, float]:
             if match is None:
                 continue
             name, result, operation, rest = match.groups()
-            # A kernel's scratch space is bytes, and lies beside its result.
+            # A kernel's scratch space has dtype s8 and is listed with its result.
             size = sum(size for kind, size in shapes_of(result) if kind != "s8" and size >= least)
             sizes[name] = size
             if operation in _FREE:
@@ -95,7 +97,7 @@ def traffic_of(hlo: str, least: int) -> tuple[float, float]:
 def _inside(
     lines: list[str], operands: list[tuple[int, int]], size: int
 ) -> tuple[list[tuple[int, int]], int]:
-    """What a fusion reads of its operands, (bytes, whole size) each, and what it writes."""
+    """Returns what a fusion reads of its operands, (bytes, whole size) each, and what it writes."""
     parsed = [match.groups() for match in map(_LINE.match, lines) if match]
     results = {name: sum(s for _, s in shapes_of(result)) for name, result, *_ in parsed}
 
@@ -130,7 +132,7 @@ def _inside(
 
 
 def measure(chip: Any, loss: str, n: int, d: int, dtype: str, block: tuple[int, int]) -> dict:
-    """One row of the table."""
+    """Returns one row of the table."""
     import jax.numpy as jnp
 
     from cwcl_jax.losses.tiles import Tiling
@@ -153,7 +155,7 @@ def measure(chip: Any, loss: str, n: int, d: int, dtype: str, block: tuple[int, 
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int]]:
-    """ "default" is what the package chooses."""
+    """Yields the tile sizes; (0, 0), written "default", is the package's choice."""
     for part in text.split(","):
         yield (0, 0) if part == "default" else cli.sizes(part)[0]
 
@@ -169,12 +171,13 @@ def _define(parser: argparse.ArgumentParser) -> None:
 
 @cli.command(_define)
 def main(options: argparse.Namespace) -> None:
-    """Prints a row for every chip, size, type and tile."""
+    """Prints a row for every chip, size, dtype and tile."""
     import jax
 
     from cwcl_jax.planning.targets import NoCompiler
 
-    jax.config.update("jax_platforms", "cpu")  # the chips are described, not looked for
+    # the chips are only described, so none is searched for
+    jax.config.update("jax_platforms", "cpu")
     rows = []
     try:
         for chip in options.chips:

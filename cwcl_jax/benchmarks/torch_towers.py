@@ -1,8 +1,8 @@
-"""The towers and the step of a run in PyTorch, as a stranger would write them: to race with.
+"""The towers and the train step in plain PyTorch, as the opponent of a speed comparison.
 
-Random weights of the same shapes. Blocks are `nn.Linear`, `nn.LayerNorm`, GELU and
-`F.scaled_dot_product_attention`; the step is the locked tower's forward pass, one forward and
-backward pass of the other, and `torch.optim.AdamW`.
+The weights are random, with the same shapes. Blocks are `nn.Linear`, `nn.LayerNorm`, GELU and
+`F.scaled_dot_product_attention`. The step is the locked tower's forward pass, one forward and
+backward pass of the other tower, and `torch.optim.AdamW`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Stack = VitConfig | TextConfig
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a residual connection and a norm before it."""
+    """Attention and MLP, each with a residual connection and a preceding norm."""
 
     def __init__(self, config: Stack) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """(b, s, d) to (b, s, d); `mask`, bool (b, 1, 1, s), is True where a key is real."""
+        """Maps (b, s, d) to (b, s, d); `mask`, bool (b, 1, 1, s), is True for real keys."""
         b, s, d = x.shape
         split = self.qkv(self.norm1(x)).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(*split.unbind(0), attn_mask=mask)
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Vit(nn.Module):
-    """Pixels, uint8 (b, y, x, 3), to features (b, d)."""
+    """Maps pixels, uint8 (b, y, x, 3), to features (b, d)."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Vit(nn.Module):
 
 
 class Text(nn.Module):
-    """Tokens, int64 (b, s), and their mask to features (b, d): the mean over real tokens."""
+    """Maps tokens, int64 (b, s), and their mask to features (b, d): the mean over real tokens."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Text(nn.Module):
 def parts(
     image: VitConfig, text: TextConfig, embed_dim: int, batch: dict[str, np.ndarray]
 ) -> dict[str, Callable[[], None]]:
-    """The step's parts by name, each a call that ends when its result is there.
+    """Returns the step's parts by name; each call waits for its result.
 
     Args:
       batch: "pixels", uint8 (b, y, x, 3); "tokens", int (b, s); "mask", bool (b, s).
@@ -134,5 +134,5 @@ def parts(
         "optimizer": optimizer.step,
         "step": step,
     }
-    step()  # the optimizer needs gradients
+    step()  # one step first, because the optimizer needs gradients
     return {name: awaited(call) for name, call in calls.items()}

@@ -1,1 +1,1 @@
-"""Measurements of `python -m cwcl_jax.check`, by subject; each gives findings with a verdict."""
+"""Measurements of `python -m cwcl_jax.check`, by subject; each yields findings with a verdict."""

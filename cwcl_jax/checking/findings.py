@@ -1,4 +1,4 @@
-"""What a check says, how long it may take, and how a call is timed."""
+"""The result of a check, the time it may take, and the timing of a call."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Finding:
     """One line of the table.
 
     Attributes:
-      verdict: PASS; LOOK, slower or less exact than it should be, or not measured; FAIL, wrong.
+      verdict: PASS; LOOK, slower or less exact than expected, or not measured; FAIL, wrong.
       found: what was measured, in words.
-      advice: what to do, where the verdict is not PASS.
+      advice: what to do if the verdict is not PASS.
       values: the numbers, for the JSON file.
     """
 
@@ -36,11 +36,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where and how much is measured.
+    """Where and how much to measure.
 
     Attributes:
-      tiny: sizes for two CPU cores: does it run at all?
-      until: `time.perf_counter()` after which no measurement begins.
+      tiny: use sizes for two CPU cores, only to test that everything runs.
+      until: value of `time.perf_counter()` after which no measurement begins.
     """
 
     tiny: bool
@@ -53,7 +53,7 @@ class Machine:
 
     @property
     def chip(self) -> Chip | None:
-        """What its data sheet says; None for a device that is not in the table."""
+        """The device's data sheet, or None if it is not in the table."""
         return chip_of(self.device.device_kind)
 
     @property
@@ -61,7 +61,7 @@ class Machine:
         return self.device.platform == "gpu"
 
     def left(self) -> float:
-        """Seconds in which a measurement may begin."""
+        """Returns the seconds in which a measurement may still begin."""
         return self.until - time.perf_counter()
 
 
@@ -69,10 +69,10 @@ Check = Callable[[Machine], Iterator[Finding]]
 
 
 def run_checks(machine: Machine, checks: Sequence[tuple[str, float, Check]]) -> Iterator[Finding]:
-    """All findings; an exception is one too, and so is a check for which no time is left.
+    """Yields all findings, also one for each exception, and one for each check without time left.
 
     Args:
-      checks: name, the seconds that it takes about, and the function.
+      checks: name, approximate seconds, and function of each check.
     """
     for name, seconds, check in checks:
         if not machine.tiny and machine.left() < seconds:
@@ -89,7 +89,10 @@ def run_checks(machine: Machine, checks: Sequence[tuple[str, float, Check]]) -> 
 
 
 def seconds_of(call: Callable[[], Any], least: float = 0.3) -> float:
-    """Seconds of one call, the median of three rounds of several calls and one wait each."""
+    """Returns the seconds of one call: the median of three rounds of several calls.
+
+    Each round waits once, after its last call.
+    """
     jax.block_until_ready(call())
     begin = time.perf_counter()
     jax.block_until_ready(call())
@@ -103,12 +106,12 @@ def seconds_of(call: Callable[[], Any], least: float = 0.3) -> float:
 
 
 def share_of(reached: float, peak: float | None) -> str:
-    """` (62 % of the peak)`, or nothing where the peak is not known."""
+    """Returns ` (62 % of the data sheet's)`, or "" if the peak is unknown."""
     return "" if peak is None else f" ({reached / peak:.0%} of the data sheet's)"
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The findings as text: verdict, check, what was found; below it what to do."""
+    """Returns the findings as text: verdict, check, what was found, and advice below."""
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:

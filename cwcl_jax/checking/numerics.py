@@ -1,4 +1,4 @@
-"""Are the numbers right: products, the loss and a token table's gradient, attention."""
+"""Checks of the numerics: products, the loss, a token table's gradient, and attention."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from cwcl_jax.models.attention import attend, choice
 from cwcl_jax.models.transformer import Execution, embedding
 from cwcl_jax.precision import PRECISIONS, product
 
-# The largest relative errors that each precision may have: of a product, of the loss's gradients
-# at 1/tau = 50. Some three times what BUILD_NOTES.md, "Accelerators", found by emulation.
+# Largest allowed relative errors of each precision: of a product, and of the loss's gradients at
+# 1/tau = 50. They are about three times those that BUILD_NOTES.md, "Accelerators", found by
+# emulation.
 _PRODUCT = {"highest": 1e-6, "high": 3e-5, "default": 8e-3, "bfloat16": 8e-3}
 _LOSS = {"highest": 1e-5, "high": 5e-5, "default": 1e-2, "bfloat16": 1e-2}
 
 
 def relative(found: object, exact: object) -> float:
-    """Norm of the difference by the norm of the exact array, in float64."""
+    """Returns the norm of the difference relative to the norm of the exact array, in float64."""
     a, b = np.asarray(found, np.float64), np.asarray(exact, np.float64)
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
 
 
 def products(machine: Machine) -> Iterator[Finding]:
-    """Relative errors of a float32 product by precision."""
+    """Yields the relative errors of a float32 product by precision."""
     x = np.random.default_rng(0).standard_normal((256 if machine.tiny else 1024,) * 2, np.float32)
     exact = x.astype(np.float64) @ x.astype(np.float64)
     dimensions = (((1,), (0,)), ((), ()))
@@ -52,7 +53,7 @@ def _judged(check: str, errors: dict[str, float], limits: dict[str, float]) -> F
 
 
 def pairs(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rows u and v, as near as those of a trained model."""
+    """Returns rows u and v of unit norm, as close to each other as those of a trained model."""
     rng = np.random.default_rng(0)
     u = rng.standard_normal((n, d), np.float32)
     v = u + rng.standard_normal((n, d), np.float32)
@@ -60,7 +61,7 @@ def pairs(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def exact_cwcl(u: np.ndarray, v: np.ndarray, scale: float) -> tuple[float, np.ndarray, np.ndarray]:
-    """CWCL by its equations in float64: value and gradients of u and v; p = u."""
+    """Returns CWCL by its equations in float64: value, and gradients of u and v; p = u."""
     u, v = u.astype(np.float64), v.astype(np.float64)
     logits, weights = scale * u @ v.T, (u @ u.T + 1) / 2
     targets = weights / weights.sum(1, keepdims=True)
@@ -76,7 +77,7 @@ def exact_cwcl(u: np.ndarray, v: np.ndarray, scale: float) -> tuple[float, np.nd
 
 
 def loss(machine: Machine) -> Iterator[Finding]:
-    """The tiled loss and its gradients in every precision, against float64."""
+    """Yields the error of the tiled loss and its gradients in every precision, against float64."""
     scale = 50.0
     u, v = pairs(*((256, 32) if machine.tiny else (2048, 512)))
     value, *gradients = exact_cwcl(u, v, scale)
@@ -97,7 +98,7 @@ def loss(machine: Machine) -> Iterator[Finding]:
 
 
 def token_table(machine: Machine) -> Iterator[Finding]:
-    """The gradient of a token table in bfloat16, where sums of narrow terms would stall."""
+    """Yields the error of a token table's bfloat16 gradient, where narrow sums would stall."""
     rows, width, size = (256, 8, 200) if machine.tiny else (4096, 256, 30_522)
     rng = np.random.default_rng(0)
     tokens = np.minimum(rng.zipf(1.3, (rows, 32)), size - 1).astype(np.int32)
@@ -117,7 +118,10 @@ def token_table(machine: Machine) -> Iterator[Finding]:
 
 
 def attention(machine: Machine) -> Iterator[Finding]:
-    """Which attention "auto" takes, whether it agrees with XLA's in float32, and its speed."""
+    """Yields, by case, the attention that "auto" selects, its agreement with XLA's, and its speed.
+
+    XLA's attention in float32 is the reference.
+    """
     cases = {"image 197": (197, 12, 64, False), "text 77, masked": (77, 12, 64, True)}
     batch = 64
     if machine.tiny:
@@ -155,7 +159,7 @@ def _attention_gradients(
     mask: jax.Array | None, implementation: str, q: jax.Array, k: jax.Array, v: jax.Array,
     g: jax.Array,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """Of q, k and v, for the cotangent g at real tokens."""
+    """Returns the gradients of q, k and v, for the cotangent g at real tokens."""
     real = 1.0 if mask is None else mask[:, :, None, None]
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

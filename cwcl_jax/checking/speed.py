@@ -1,4 +1,4 @@
-"""How fast the device is: products, memory, the loss in its forms and tiles, collectives, input."""
+"""Speed of the device: products, memory, the loss in its forms and tiles, collectives, input."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cwcl_jax.data.pipeline import reader_threads
 from cwcl_jax.losses import LossConfig, make_loss
 from cwcl_jax.precision import PRECISIONS, product
 
-# Shares of the data sheet's peak below which something is wrong with clocks, power or drivers.
+# Shares of the data sheet's peak; below them something is wrong with clocks, power or drivers.
 _LEAST_PRODUCT, _LEAST_MEMORY = 0.55, 0.6
 _FIELDS = {"bfloat16": "half", "default": "single", "high": "high", "highest": "highest"}
 
 
 def peaks(machine: Machine) -> Iterator[Finding]:
-    """TFLOP/s of products of normal numbers, and GB/s between memory and chip."""
+    """Yields TFLOP/s of products of normal random numbers, and GB/s between memory and chip."""
     n = 512 if machine.tiny else 8192
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.float32)
     dimensions = (((1,), (0,)), ((), ()))
@@ -59,7 +59,7 @@ def peaks(machine: Machine) -> Iterator[Finding]:
 
 
 def losses(machine: Machine) -> Iterator[Finding]:
-    """The loss, tiled and dense, beside PyTorch's where that is installed; and other tiles."""
+    """Yields the times of the loss: tiled, dense, PyTorch's if installed, and other tiles."""
     n, d = (512, 32) if machine.tiny else (16_384, 768)
     u, v = (jnp.asarray(x, jnp.bfloat16) for x in pairs(n, d))
     times: dict[str, float] = {}
@@ -114,7 +114,7 @@ def losses(machine: Machine) -> Iterator[Finding]:
 
 
 def collectives(machine: Machine) -> Iterator[Finding]:
-    """Bytes a second of an all-reduce over all devices of the job."""
+    """Yields the bytes per second of an all-reduce over all devices of the job."""
     count = jax.device_count()
     if count == 1:
         return
@@ -139,7 +139,10 @@ def collectives(machine: Machine) -> Iterator[Finding]:
 
 
 def reader(wanted: Callable[[], float]) -> Callable[[Machine], Iterator[Finding]]:
-    """Images that this process's threads decode in a second, beside what the step wants."""
+    """Returns a check of the images that this process's threads decode per second.
+
+    `wanted()` is the rate that the step needs.
+    """
 
     def check(machine: Machine) -> Iterator[Finding]:
         seconds, batch = (0.2, 16) if machine.tiny else (1.5, 128)

@@ -1,4 +1,4 @@
-"""One step of a job on this machine: does it fit, how long does it take, the same bits twice?"""
+"""Checks one step of a job on this machine: memory, time, and bitwise reproducibility."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from cwcl_jax.training.state import Blueprint, initialise, make_blueprint
 from cwcl_jax.training.step import TrainStep
 
 _STEPS = 6
-# A step that takes more times the roofline's seconds than this is worth a look.
+# A step that takes more than this many times the roofline's seconds is worth a look.
 _SLOW = 3.0
 
 
 def paper_shapes(tiny: bool) -> ExperimentConfig:
-    """The paper's image-text job with random weights: ViT-L/16 locked, a text tower B.
+    """Returns the paper's image-text job with random weights: ViT-L/16 locked, a text tower B.
 
-    8,192 pairs for each device of the job, twice the paper's.
+    It has 8,192 pairs for each device of the job, twice the paper's.
     """
     batch = 8192 * jax.device_count()
     config = defaults(name="check", total_steps=100, global_batch_size=batch, embed_dim=1024)
@@ -55,9 +55,9 @@ def paper_shapes(tiny: bool) -> ExperimentConfig:
 
 
 def noise(batch: Any) -> Any:
-    """This process's rows of arrays that are shaped like a batch: random, and legal.
+    """Returns this process's rows of random, valid arrays that are shaped like a batch.
 
-    Whole numbers of one for each row are lengths: as long as it may be.
+    Integer arrays with one number per row are lengths, which are set to the maximum.
     """
     rng = np.random.default_rng(0)
 
@@ -75,10 +75,10 @@ def noise(batch: Any) -> Any:
 
 
 class StepCheck:
-    """The step of a config; measured once, then judged from several sides.
+    """Measures the step of a config once, and judges it in several ways.
 
     Attributes:
-      pairs_per_second: measured; 0.0 before.
+      pairs_per_second: the measured rate; 0.0 before the measurement.
     """
 
     def __init__(self, config: ExperimentConfig):
@@ -86,13 +86,13 @@ class StepCheck:
         self.pairs_per_second = 0.0
 
     def __call__(self, machine: Machine) -> Iterator[Finding]:
-        """Time and memory beside the plan's, and the same step twice from the same state."""
+        """Yields time and memory compared with the plan, and a test of the same step run twice."""
         begin = time.perf_counter()
         blueprint, shapes, step = self._compiled(machine)
         compiling = time.perf_counter() - begin
         state, locked, _ = initialise(blueprint)
         batch = sharding.put_batch(blueprint.mesh, noise(shapes))
-        # The step takes its state over: each of the two gets a copy.
+        # The step donates its state, so each of the two runs gets a copy.
         copies = [jax.tree.map(lambda x: x.copy(), state) for _ in range(2)]
         found = [step(copy, locked, batch) for copy in copies]
         del copies
@@ -111,7 +111,7 @@ class StepCheck:
         yield from _memory(_bytes(step))
 
     def _compiled(self, machine: Machine) -> tuple[Blueprint, Any, Any]:
-        """Blueprint, shapes of a batch and step; of the config's batch, halved until it fits."""
+        """Returns blueprint, batch shapes and step, the batch being halved until it fits."""
         limit = (machine.device.memory_stats() or {}).get("bytes_limit", math.inf)
         config = self._config
         # One device is enough to see that it runs; a job of several processes needs all.
@@ -122,7 +122,8 @@ class StepCheck:
             config = dataclasses.replace(config, global_batch_size=size)
             blueprint = make_blueprint(config, sharding.make_mesh(config.mesh, devices))
             shapes = abstract_batch(blueprint)
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # a TPU's compiler refuses it
+            # a TPU compiler refuses steps that do not fit
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
                 step = TrainStep(blueprint).lower(shapes).compile()
                 if _bytes(step) < USABLE_MEMORY * limit:
                     return blueprint, shapes, step
@@ -179,11 +180,11 @@ def _speed(
 
 
 def _memory(planned: int) -> Iterator[Finding]:
-    """What the device had in use at most, beside what its compiler said."""
+    """Yields the device's peak memory compared with the compiler's figure."""
     peak = peak_memory(jax.local_devices())
     if peak is None:
         return
-    # Two copies of the state were there as well.
+    # Two copies of the state were in memory as well.
     near = 0.7 * planned < peak < 1.5 * planned
     yield Finding(
         "memory of the step",

@@ -1,11 +1,11 @@
-"""How well two modalities are aligned: CWCL Figures 3, 7 and 8 as matrix and as numbers.
+"""Measures how well two modalities are aligned: CWCL Figures 3, 7 and 8, as matrix and as numbers.
 
-Beside the block diagonal: the modality gap (Liang et al. 2022), alignment and uniformity
-(Wang & Isola 2020), and two numbers about structure, the similarities among the items of one side:
+Besides block diagonality: the modality gap (Liang et al. 2022), alignment and uniformity (Wang &
+Isola 2020), and two numbers about structure, i.e. the similarities among the items of one side:
 
-    structure_between_modalities   of u and v: do both sides call the same pairs of items alike?
+    structure_between_modalities   of u and v: do both sides find the same pairs of items similar?
     structure_kept_by_projection   of p and u: does the projection of the side that gives the
-                                   weights leave alone what its encoder calls alike?
+                                   weights preserve the similarities of its encoder?
 """
 
 import csv
@@ -23,11 +23,11 @@ from cwcl_jax.files import replacing
 def choose_items(
     labels: Int[np.ndarray, "n"], *, classes: int, items_per_class: int, seed: int
 ) -> Int[np.ndarray, "k"]:
-    """Items of `classes` random classes, the same number of each, sorted by class.
+    """Returns the indices of items of `classes` random classes, equally many each, sorted by class.
 
-    Depends on the labels and the seed alone, so that two runs get the same items. Classes with
-    `items_per_class` items are preferred; where there are too few of those, any class with two
-    items takes part, and all get as many as the smallest chosen one has.
+    The choice depends only on the labels and the seed, so two runs get the same items. Classes with
+    `items_per_class` items are preferred. If there are too few of them, any class with two items
+    may be chosen, and all classes get as many items as the smallest chosen one has.
     """
     names, counts = np.unique(labels, return_counts=True)
     enough = names[counts >= items_per_class]
@@ -47,10 +47,10 @@ def choose_items(
 def block_diagonality(
     matrix: Float[np.ndarray, "n n"], labels: Int[np.ndarray, "n"]
 ) -> dict[str, float]:
-    """Mean similarity within classes and between them, and their difference.
+    """Returns the mean similarity within and between classes, and their difference.
 
     Row i and column i belong to one item. `block_diagonality_other_items` leaves these pairs out:
-    a model that only knows which text belongs to which item has none of it.
+    it is zero for a model that only knows which text belongs to which item.
     """
     same = labels[:, None] == labels[None, :]
     others = same & ~np.eye(len(labels), dtype=bool)
@@ -68,13 +68,14 @@ def block_diagonality(
 def pair_metrics(
     u: Float[np.ndarray, "n d"], v: Float[np.ndarray, "n d"], *, sample: int = 4096, seed: int = 0
 ) -> dict[str, float]:
-    """Numbers of matching pairs (row i of `u` belongs to row i of `v`).
+    """Returns statistics of matching pairs (row i of `u` belongs to row i of `v`).
 
     modality_gap: distance of the two centroids; alignment: mean squared distance of pairs;
+    pair_cosine: mean cosine of pairs;
     uniformity_u, uniformity_v: log mean exp(-2 squared distance) within a modality;
-    structure_between_modalities: Pearson's correlation of the cosines within u and those within
-    v, over pairs i < j.
-    The last three come from at most `sample` pairs.
+    structure_between_modalities: Pearson correlation of the cosines within u and those within v,
+    over pairs i < j.
+    The last three are computed from at most `sample` pairs.
     """
     u, v = normalise(u).astype(np.float64), normalise(v).astype(np.float64)
     metrics = {
@@ -103,22 +104,22 @@ def kept_by_projection(
     sample: int = 2048,
     seed: int = 0,
 ) -> dict[str, float]:
-    """How much of the similarities among the rows of `p` is left among those of `u`.
+    """Returns how much of the similarities among the rows of `p` is preserved among those of `u`.
 
-    structure_kept_by_projection: Spearman's correlation of the cosines within p and within u, over
-    pairs i < j; 1 where there is no projection.
-    neighbours_kept_by_projection: of the `neighbours` nearest of an item in p (all others, where
-    there are fewer) the share that is among as many nearest in u, mean over items.
+    structure_kept_by_projection: Spearman correlation of the cosines within p and within u, over
+    pairs i < j; 1 without a projection.
+    neighbours_kept_by_projection: share of an item's `neighbours` nearest items in p (all others,
+    if there are fewer) that are among equally many nearest items in u, averaged over items.
 
     Args:
-      p: what the locked encoder gives.
+      p: output of the locked encoder.
       u: the same items, projected.
-      sample: at most so many items, drawn with `seed`.
+      sample: maximal number of items, drawn with `seed`.
     """
-    from scipy import stats  # here: it takes a second, and few commands need it
+    from scipy import stats  # imported here: the import takes a second, and few commands need it
 
     chosen = np.random.default_rng(seed).permutation(len(p))[:sample]
-    # Of ties the lower index comes first, and float32 is not to decide what is a tie.
+    # Of tied items the lower index comes first. Rounding keeps float32 noise from breaking ties.
     p_cosines, u_cosines = (
         np.round(x @ x.T, 6) for x in (normalise(y[chosen]).astype(np.float64) for y in (p, u))
     )
@@ -127,7 +128,7 @@ def kept_by_projection(
         return {}
     near_p, near_u = (_nearest(cosines, neighbours) for cosines in (p_cosines, u_cosines))
     shares = [np.isin(a, b).mean() for a, b in zip(near_p, near_u, strict=True)]
-    kept: Any = stats.spearmanr(p_cosines[upper], u_cosines[upper])  # whose stubs name no fields
+    kept: Any = stats.spearmanr(p_cosines[upper], u_cosines[upper])  # its stubs declare no fields
     return {
         "structure_kept_by_projection": float(kept.statistic),
         "neighbours_kept_by_projection": float(np.mean(shares)),
@@ -135,13 +136,13 @@ def kept_by_projection(
 
 
 def _nearest(cosines: Float[np.ndarray, "n n"], count: int) -> Int[np.ndarray, "n k"]:
-    """The nearest other items of every item."""
+    """Returns the indices of the nearest other items of every item."""
     others = np.where(np.eye(len(cosines), dtype=bool), -np.inf, cosines)
     return np.argsort(-others, axis=1, kind="stable")[:, : min(count, len(cosines) - 1)]
 
 
 def _uniformity(cosines: Float[np.ndarray, "p"]) -> float:
-    # On the unit sphere the squared distance is 2 - 2 cos; hence exp(-2 |x-y|^2).
+    # On the unit sphere the squared distance is 2 - 2 cos; this is exp(-2 |x-y|^2).
     return float(np.log(np.mean(np.exp(-2.0 * (2.0 - 2.0 * cosines)))))
 
 
@@ -152,7 +153,7 @@ def write_matrix(
     class_names: Sequence[str],
     column_ids: Sequence[str] | None = None,
 ) -> Path:
-    """The matrix as CSV: id and class of the row, then one column per text."""
+    """Writes the matrix as CSV (id and class of the row, one column per text); returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

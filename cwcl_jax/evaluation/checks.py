@@ -1,4 +1,4 @@
-"""What is wrong with tasks, found before anything is trained or encoded."""
+"""Checks tasks before anything is trained or encoded."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -9,15 +9,15 @@ from cwcl_jax.evaluation.tasks.classification import Classification
 
 
 def check_tasks(config: EvaluationConfig, *, towers: Collection[str], cache_dir: str = "") -> None:
-    """Opens what the tasks name (sources, class names, templates, baselines), reading no example.
+    """Opens what the tasks name (sources, class names, templates, baselines); reads no examples.
 
     Args:
       config: all tasks of the evaluation.
-      towers: of the model, by name.
+      towers: names of the model's towers.
       cache_dir: `data.cache_dir`.
 
     Raises:
-      ValueError: a task that cannot run; names the task and, where there is one, the field.
+      ValueError: a task cannot run. The message names the task and, if there is one, the field.
     """
     for name, task in config.tasks.items():
         try:
@@ -37,7 +37,7 @@ def check_tasks(config: EvaluationConfig, *, towers: Collection[str], cache_dir:
 
 
 def check_in_distribution(config: EvaluationConfig) -> None:
-    """Raises ValueError for a task that names an in-distribution one which is none, or no such."""
+    """Raises ValueError if a task's in_distribution is not a classification task of this run."""
     ranked = [name for name, task in config.tasks.items() if isinstance(task, Classification)]
     for name, base in _shifted(config).items():
         if base not in ranked:
@@ -48,7 +48,7 @@ def check_in_distribution(config: EvaluationConfig) -> None:
 
 
 def _shifted(config: EvaluationConfig) -> dict[str, str]:
-    """The tasks that are measured against another one, with its name."""
+    """Returns the tasks that are compared with an in-distribution task, and that task's name."""
     return {
         name: task.in_distribution
         for name, task in config.tasks.items()

@@ -1,7 +1,7 @@
 """The classes of a task: their names in prompts, and which of them are candidates.
 
-Names come from the source, from a list, or from a file of the user's. Subsets and mappings
-(ImageNet-A and -R have 200 of ImageNet's classes, ObjectNet 113 that overlap) are files too.
+Names come from the source, from a list, or from a user's file. Subsets and mappings (ImageNet-A and
+-R have 200 of ImageNet's classes, ObjectNet 113 that overlap) are files too.
 """
 
 import csv
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cwcl_jax.evaluation.tasks.labelled import Labelled
 
 
-# Names that mean nothing to a text tower, also with words behind them.
+# Names that mean nothing to a text tower, even if words follow them.
 _NO_WORDS = {
     "are numbers": re.compile(r"[-+]?\d+([.,]\d+)?"),
     "hold WordNet ids": re.compile(r"n\d{8}\b.*"),
@@ -30,15 +30,15 @@ _NO_WORDS = {
 
 @dataclass(frozen=True)
 class Classes:
-    """The candidates, and where each label of the source goes.
+    """The candidate classes, and the candidate of each label of the source.
 
-    `names[c]` are the names of candidate c (synonyms share one class embedding); `candidate_of[l]`
-    is the candidate of the source's label l, or -1 when its items take no part.
+    `names[c]` are the names of candidate c (synonyms share one class embedding). `candidate_of[l]`
+    is the candidate of the source's label l, or -1 if items with that label are excluded.
     """
 
     names: tuple[tuple[str, ...], ...]
     candidate_of: Int[np.ndarray, "l"]
-    source_names: tuple[str, ...]  # of the candidates, as the source calls them
+    source_names: tuple[str, ...]  # names of the candidates in the source
     warnings: tuple[str, ...] = ()
 
     @property
@@ -47,7 +47,7 @@ class Classes:
         return [names[0] for names in self.names]
 
     def of_labels(self, labels: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-        """The candidates of the source's labels, -1 for classes that are none."""
+        """Returns the candidates of the source's labels, -1 for classes that are not candidates."""
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.candidate_of):
             raise ValueError(
                 f"the labels run from {labels.min()} to {labels.max()}, but the class list has "
@@ -57,7 +57,7 @@ class Classes:
 
 
 def resolve_classes(source_names: Sequence[str] | None, task: "Labelled") -> Classes:
-    """Reads `task.class_names` and `task.class_subset` against the source's own names."""
+    """Returns the classes that a task selects and renames, given the source's names."""
     prompt_names = _prompt_names(source_names, task)
     subset = _read_subset(task.class_subset) if task.class_subset else None
     names: list[tuple[str, ...]] = []
@@ -89,7 +89,7 @@ def resolve_classes(source_names: Sequence[str] | None, task: "Labelled") -> Cla
 def _prompt_names(
     source_names: Sequence[str] | None, task: "Labelled"
 ) -> list[tuple[str, ...] | None]:
-    """The names of every source label; None for a class that the user's mapping leaves out."""
+    """Returns the names of every source label, or None for classes that the mapping leaves out."""
     if not task.class_names:
         if not source_names:
             raise ValueError(
@@ -113,7 +113,10 @@ def _prompt_names(
 def _in_order_of(
     source_names: Sequence[str], given: Sequence[str], task: "Labelled"
 ) -> Sequence[str]:
-    """The names in the order of the source's classes: by name where the two lists share names."""
+    """Returns the user's names in the order of the source's classes.
+
+    They are matched by name if both lists hold the same names.
+    """
     theirs, ours = ([_plain(name) for name in names] for names in (source_names, given))
     if len(set(theirs)) == len(theirs) and set(theirs) == set(ours):
         return [given[ours.index(name)] for name in theirs]
@@ -129,7 +132,7 @@ def _in_order_of(
 
 
 def _plain(name: str) -> str:
-    """A name as two lists may spell it alike."""
+    """Returns a name normalised for comparison between two lists."""
     return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
 
 
@@ -155,10 +158,10 @@ def _mapped(
 
 
 def read_class_names(spec: str) -> list[str] | dict[str, tuple[str, ...]]:
-    """A list (one name a line, or separated by commas) or a mapping (.tsv with two columns, .json).
+    """Returns a list (one name a line, or comma-separated) or a mapping (two-column .tsv, .json).
 
-    A mapping goes from the source's name of a class (a folder such as `n01440764`) to the name or
-    names that stand in prompts.
+    A mapping goes from the source's name of a class (such as the folder `n01440764`) to the name or
+    names that are used in prompts.
     """
     path = Path(spec).expanduser()
     if not path.is_file():
@@ -240,7 +243,7 @@ def _position_warning(
     source_names: Sequence[str] | None,
     task: "Labelled",
 ) -> tuple[str, ...]:
-    """That names of the user's were taken one after the other for names of the source's."""
+    """Returns a warning if the user's names were matched to the source's names by position."""
     if not task.class_names or source_names is None or Path(task.class_names).suffix == ".tsv":
         return ()
     pairs = [(own, group[0]) for own, group in zip(own_names, names, strict=True)]

@@ -1,4 +1,4 @@
-"""Two evaluated runs side by side: paired tests on the same items, matrices on one scale."""
+"""Compares two evaluated runs: paired tests on the same items, and matrices on one colour scale."""
 
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -13,11 +13,11 @@ from cwcl_jax.evaluation.tables import Table
 
 SavedItems = Mapping[str, np.ndarray]
 Pair = tuple[SavedItems, SavedItems]  # of run A and of run B
-# Values that are not per item: they say what a task was.
+# Keys that describe the task; their values are not per item.
 _ABOUT = ("prompts", "class_names", "top_k", "recall_k", "data")
 _SAME = {"class_names": "class names", "labels": "labels", "owner": "captions", "data": "data"}
 _BY_TEMPLATES = "accuracy by number of templates"
-# What files of an earlier version were evaluated at.
+# Values of k that earlier versions used without saving them.
 _KS = {"top_k": (1, 5), "recall_k": (1, 5, 10)}
 
 
@@ -28,16 +28,19 @@ def compare_with(
     other_name: str,
     folder: Path,
 ) -> tuple[Table, list[Path]]:
-    """Run `name`, just evaluated, against another one; pictures go into `folder`.
+    """Compares the run `name`, just evaluated, with another one; writes pictures into `folder`.
 
     What cannot be compared is left out, with a note below the table.
 
     Args:
-      results: of the tasks that ran.
-      name: of the run.
+      results: results of the tasks that ran.
+      name: name of the run.
       others: the other run's values per item (`load_items`).
-      other_name: of the other run.
-      folder: of the run's results.
+      other_name: name of the other run.
+      folder: folder of the run's results.
+
+    Returns:
+      The table of comparisons, and the paths of the pictures.
     """
     names = (other_name if other_name != name else f"{other_name} (other)", name)
     pairs, notes = pair_up(others, {result.name: result.items for result in results})
@@ -49,9 +52,9 @@ def compare_with(
 
 
 def item_files(folder: Path) -> list[Path]:
-    """Files of the values per item, one a task, in `folder` or `folder`/evaluation.
+    """Returns the files of values per item, one per task, in `folder` or `folder`/evaluation.
 
-    Where both have a task, it is the evaluation's: it came after the training's own.
+    If both have a task, the file of the evaluation is used: it is newer than that of the training.
 
     Raises:
       FileNotFoundError: there are none.
@@ -67,11 +70,11 @@ def item_files(folder: Path) -> list[Path]:
 
 
 def load_items(folder: Path) -> dict[str, SavedItems]:
-    """The values per item that an evaluation left in a folder, by task."""
+    """Returns the values per item that an evaluation saved in a folder, by task."""
     loaded = {}
     for path in item_files(folder):
         try:
-            # Opened here: numpy leaves a file open that it cannot read.
+            # Opened explicitly: numpy does not close a file that it fails to read.
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 loaded[path.stem] = {name: file[name] for name in file.files}
         except (EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -80,7 +83,7 @@ def load_items(folder: Path) -> dict[str, SavedItems]:
 
 
 def check_common(tasks: Collection[str], others: Mapping[str, SavedItems]) -> None:
-    """Raises ValueError where the other run has none of the tasks."""
+    """Raises ValueError if the two runs share no task."""
     if not set(tasks) & set(others):
         raise ValueError(
             f"the runs share no task: {sorted(tasks)} here, {sorted(others)} in the other; "
@@ -91,7 +94,7 @@ def check_common(tasks: Collection[str], others: Mapping[str, SavedItems]) -> No
 def pair_up(
     a: Mapping[str, SavedItems], b: Mapping[str, SavedItems]
 ) -> tuple[dict[str, Pair], list[str]]:
-    """The tasks of both runs on the items of both, and what a reader must know of them."""
+    """Returns the tasks of both runs on their common items, and notes for the reader."""
     pairs: dict[str, Pair] = {}
     notes = []
     for task in a:
@@ -116,7 +119,7 @@ def pair_up(
 
 
 def _on_common_items(a: SavedItems, b: SavedItems) -> Pair | None:
-    """Both cut to the items of both; None where ranks depend on which items there are."""
+    """Returns both runs on their common items, or None if ranks depend on the set of items."""
     if "owner" in a or "matrix" in a:
         return None
     if any(len(set(side["ids"].tolist())) < len(side["ids"]) for side in (a, b)):
@@ -133,7 +136,10 @@ def _on_common_items(a: SavedItems, b: SavedItems) -> Pair | None:
 
 
 def _differences(a: SavedItems, b: SavedItems) -> list[str]:
-    """In what, beside the model, two runs of a task differ; files of old have less to tell."""
+    """Returns notes on how two runs of a task differ besides the model.
+
+    Files of older versions hold fewer keys, so fewer differences are found.
+    """
     lines = []
     for key in sorted(a.keys() & b.keys()):
         if np.array_equal(a[key], b[key]):
@@ -146,7 +152,7 @@ def _differences(a: SavedItems, b: SavedItems) -> list[str]:
 
 
 def paired_tests(pairs: Mapping[str, Pair]) -> dict[str, PairedTest]:
-    """`task/metric` -> test of run B against run A."""
+    """Returns `task/metric` -> test of run B against run A."""
     return {
         f"{task}/{metric}": paired_test(one, other, groups=groups)
         for task, pair in pairs.items()
@@ -157,7 +163,7 @@ def paired_tests(pairs: Mapping[str, Pair]) -> dict[str, PairedTest]:
 def comparison_table(
     tests: Mapping[str, PairedTest], names: tuple[str, str], *, notes: Sequence[str] = ()
 ) -> Table:
-    """Differences with intervals and p-values, corrected for the number of rows (Holm)."""
+    """Returns a table of differences with intervals and p-values, Holm-corrected over its rows."""
     corrected = holm([test.p_value for test in tests.values()])
     rows = []
     for (key, test), p_value in zip(tests.items(), corrected, strict=True):
@@ -197,7 +203,7 @@ def compare_matrices(
     *,
     towers: Mapping[str, str],
 ) -> list[Path]:
-    """Figure 7: the alignment matrices of both runs, one picture per alignment task."""
+    """Draws Figure 7, the alignment matrices of both runs; returns one path per alignment task."""
     return [
         draw_matrices(
             dict(zip(names, pair, strict=True)),
@@ -216,7 +222,7 @@ def compare_templates(
     *,
     chance: Mapping[str, float],
 ) -> list[Path]:
-    """Figure 5: top-1 by number of templates of both runs, one picture per task."""
+    """Draws Figure 5, top-1 by number of templates of both runs; returns one path per task."""
     files = []
     for task, pair in pairs.items():
         curves = {
@@ -236,7 +242,7 @@ def compare_templates(
 
 
 def draw_matrices(items: Mapping[str, SavedItems], path: Path, *, tower: str = "speech") -> Path:
-    """One panel per run, titled with its block diagonality."""
+    """Draws one panel per run, titled with its block diagonality; returns the path."""
     first = next(iter(items.values()))
     classes, places = np.unique(first["matrix_classes"], return_index=True)
     order = np.argsort(places)
@@ -253,7 +259,7 @@ def _diagonality(items: SavedItems) -> float:
 
 
 def _common_ks(a: SavedItems, b: SavedItems, name: str) -> list[int]:
-    """The k of both runs' tasks, at which their numbers are reported."""
+    """Returns the values of k that both runs report."""
     one, other = (np.asarray(side.get(name, _KS[name])).tolist() for side in (a, b))
     return [k for k in one if k in other]
 
@@ -261,7 +267,7 @@ def _common_ks(a: SavedItems, b: SavedItems, name: str) -> list[int]:
 def _values(
     a: SavedItems, b: SavedItems
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    """Metric -> values of both runs and the groups that belong together."""
+    """Returns metric -> values of both runs, and the groups of dependent items."""
     values = {}
     for key in a:
         if key not in b or a[key].shape != b[key].shape:
@@ -270,7 +276,8 @@ def _values(
             continue  # the first k templates are all templates: not a second test
         if key.endswith("_rank") and "owner" in a:
             way = key.removesuffix("_rank")
-            # Queries of one group are drawn together; results of before name no group of items.
+            # Queries of one group are resampled together. Older results do not store the items'
+            # groups.
             of_items = a.get("owner_of_ids", np.arange(len(a["ids"])))
             groups = of_items if len(a[key]) == len(a["ids"]) else a["owner"]
             for k in _common_ks(a, b, "recall_k"):

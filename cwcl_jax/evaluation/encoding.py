@@ -1,7 +1,7 @@
 """Runs an encoder over sources and sentences, in batches of one shape.
 
-The encoder is a callable `encode(tower, inputs) -> embeds`. Every batch has the same size, the
-last one is padded by repeating, so that nothing is compiled twice; padding is dropped here.
+The encoder is a callable `encode(tower, inputs) -> embeds`. All batches have the same size, so that
+nothing is compiled twice: the last one is padded by repetition, and the padding is dropped here.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ Encode = Callable[[str, Mapping[str, np.ndarray]], np.ndarray]
 
 @dataclass
 class Clock:
-    """Seconds by what they went into."""
+    """Seconds by activity."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -34,7 +34,7 @@ class Clock:
 class View(SourceAround):
     """Some examples of a source, in a given order; `crop_border` pixels are cut off pictures.
 
-    `inputs` are the modalities of the towers, one of which knows how to cut.
+    `inputs` are the modalities of the towers; those with `has_border` do the cropping.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ def encode_sentences(
     clock: Clock,
     tower: str = "text",
 ) -> Float[np.ndarray, "n d"]:
-    """Embeds of `sentences` by the tower that reads them; equal sentences are encoded once."""
+    """Returns the tower's embeddings of `sentences`, (n, d); equal sentences are encoded once."""
     if not sentences:
         raise ValueError("no sentences to encode: the prompts or captions are empty.")
     place = {sentence: at for at, sentence in enumerate(dict.fromkeys(sentences))}
@@ -102,11 +102,11 @@ def encode_sentences(
 
 @dataclass(frozen=True)
 class Items:
-    """Embeddings of examples of a source, in its order, and what the source says about them."""
+    """Embeddings of examples of a source, in its order, with their labels, captions and ids."""
 
     embeds: Float[np.ndarray, "n d"]
     index: Int[np.ndarray, "n"]
-    labels: Int[np.ndarray, "n"]  # -1 where there is none
+    labels: Int[np.ndarray, "n"]  # -1 without a label
     captions: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...]
     content: tuple[bytes, ...]  # equal for items whose inputs are equal
@@ -115,14 +115,14 @@ class Items:
         return len(self.embeds)
 
     def repeats(self) -> Int[np.ndarray, "n"]:
-        """For every item the number, from 0, of the distinct content that it has."""
+        """Returns for every item the number, from 0, of its distinct content."""
         number: dict[bytes, int] = {}
         return np.array([number.setdefault(key, len(number)) for key in self.content], np.int64)
 
     def once(self) -> "Items":
-        """Items of equal content as one: the first of them, with the captions of all.
+        """Returns the items with equal content merged: the first of them, with the captions of all.
 
-        A table with one row a caption has a picture with five captions on five rows.
+        A table with one row per caption repeats a picture with five captions on five rows.
         """
         place = self.repeats()
         _, first = np.unique(place, return_index=True)
@@ -145,7 +145,7 @@ class Items:
 def encode_items(
     batches: Iterable[Mapping[str, Any]], tower: str, *, encode: Encode, clock: Clock
 ) -> Items:
-    """Embeds a tower's inputs of `batches` (`data.pipeline.eval_batches`); drops the filling."""
+    """Returns the embedded items of `data.pipeline.eval_batches`, without padding rows."""
     parts: dict[str, list] = {
         name: [] for name in ("embeds", "index", "label", "captions", "id", "content")
     }

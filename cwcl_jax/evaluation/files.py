@@ -1,4 +1,4 @@
-"""Text files of the user's: class names, templates, tasks, baselines."""
+"""Reads users' text files: class names, templates, tasks, baselines."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from cwcl_jax.files import parse_json
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without the mark that some editors put at its start.
+    """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
       ValueError: it is not UTF-8.
@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Returns the content of a JSON file.
 
     Raises:
       ValueError: it is neither UTF-8 nor JSON.

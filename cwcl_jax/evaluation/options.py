@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from cwcl_jax.evaluation.tasks.base import Task
 
-# Task names are names of files and parts of settings.
+# Task names become file names and parts of settings.
 _NAME = re.compile(r"[\w.-]+")
 
 

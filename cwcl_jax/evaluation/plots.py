@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: template robustness (CWCL Figure 5), alignment (Figures 7 and 8)."""
+"""Plots of an evaluation: template robustness (CWCL Figure 5) and alignment (Figures 7 and 8)."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 
 from cwcl_jax.files import replacing
 
-# Distinguishable without colour vision, also in grey by their markers.
+# Colours are distinguishable for colour-blind readers; markers also distinguish them in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 
 
 def draw_item(panel: Any, shown: Any) -> None:
-    """Draws what `Modality.preview` gives of an item: a picture, a text, or lines over time."""
+    """Draws what `Modality.preview` returns for an item: a picture, a text, or lines over time."""
     panel.set_xticks([])
     panel.set_yticks([])
     if isinstance(shown, str):
@@ -41,10 +41,10 @@ def plot_template_robustness(
     intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
     title: str = "Accuracy by number of prompt templates",
 ) -> Path:
-    """Top-1 accuracy (shares) over the number of templates, one curve per run or task.
+    """Plots top-1 accuracy (shares) over the number of templates, one curve per run or task.
 
-    `chance` draws one dotted line per name in it, in the colour of that curve; `intervals` a band
-    around the counts that it has.
+    `chance` draws one dotted line per name in it, in the colour of that curve. `intervals` draws a
+    band around the counts that it contains. Returns the path.
     """
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -86,7 +86,10 @@ def plot_matrices(
     y_label: str = "speech embeddings",
     notes: Mapping[str, str] | None = None,
 ) -> Path:
-    """Cosine similarities sorted by class, one panel per run, on one colour scale."""
+    """Plots cosine similarities sorted by class, one panel per run; returns the path.
+
+    All panels share one colour scale.
+    """
     figure = Figure(figsize=(1.8 + 4.4 * len(matrices), 6.0), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     low = min(float(matrix.min()) for matrix in matrices.values())
@@ -117,7 +120,7 @@ def plot_effective_robustness(
     x_label: str = "accuracy in distribution, %",
     title: str = "Robustness to distribution shift",
 ) -> Path:
-    """Accuracy under shift against accuracy in distribution, with the line of no loss."""
+    """Plots accuracy under shift against accuracy in distribution, with the line of no loss."""
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for at, (name, (inside, shifted)) in enumerate(points.items()):
@@ -142,7 +145,7 @@ def plot_effective_robustness(
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    # The canvas is made here, so that a program's own matplotlib backend is never touched.
+    # Creates its own canvas, so that a program's own matplotlib backend is never touched.
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     with replacing(path) as partial:

@@ -1,7 +1,7 @@
 """Linear classifiers on frozen features: ridge regression in closed form.
 
-The penalty is chosen by the squared leave-one-out error, which costs no held-out data and is
-defined for a single example per class too.
+The penalty minimises the squared leave-one-out error, which needs no held-out data and is defined
+even for a single example per class.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from jaxtyping import Float, Int
 
 # Penalties, as multiples of the mean eigenvalue of X^T X.
 PENALTIES = tuple(float(p) for p in np.logspace(-5, 3, 17))
-# Rows at a time, and rows that the leave-one-out error is taken over.
+# Number of rows processed at a time, and of rows that the leave-one-out error is computed over.
 _ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """scores = (x - mean) @ weights + bias; the highest score is the class."""
+    """A linear classifier: scores = (x - mean) @ weights + bias; the highest score is the class."""
 
     mean: Float[np.ndarray, "f"]
     weights: Float[np.ndarray, "f c"]
@@ -36,7 +36,10 @@ def fit_ridge(
     *,
     penalties: Sequence[float] = PENALTIES,
 ) -> Ridge:
-    """Least squares onto one-hot targets with an intercept and the best of `penalties`."""
+    """Returns the least-squares fit to one-hot targets, with the best of `penalties`.
+
+    The fit has an intercept.
+    """
     if len(x) < 2:
         raise ValueError(f"{len(x)} training example(s): a linear probe needs two or more.")
     mean, gram, sums = _moments(x, labels, class_count)
@@ -57,9 +60,9 @@ def fit_ridge(
 def _moments(
     x: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], class_count: int
 ) -> tuple[Float[np.ndarray, "f"], Float[np.ndarray, "f f"] | None, Float[np.ndarray, "f c"]]:
-    """Mean, X^T X and X^T Y of centred features and targets, without a second copy of `x`.
+    """Returns mean, X^T X and X^T Y of centred features and targets, without copying `x`.
 
-    X^T X only where it is the smaller Gram matrix.
+    X^T X is None unless it is the smaller Gram matrix.
     """
     mean = x.mean(axis=0, dtype=np.float64)
     wide = len(x) < x.shape[1]
@@ -78,7 +81,7 @@ def _spectrum(
     mean: Float[np.ndarray, "f"],
     gram: Float[np.ndarray, "f f"] | None,
 ) -> tuple[Float[np.ndarray, "r"], Float[np.ndarray, "f r"]]:
-    """Eigenvalues and eigenvectors of X^T X, by way of X X^T where that is smaller."""
+    """Returns eigenvalues and eigenvectors of X^T X, computed from X X^T if that is smaller."""
     if gram is not None:
         values, vectors = np.linalg.eigh(gram)
         return np.maximum(values, 0.0), vectors
@@ -96,7 +99,7 @@ def _leave_one_out(
     damped: Float[np.ndarray, "r"],
     n: int,
 ) -> float:
-    """Mean squared error of every row when it is left out: residual / (1 - leverage)."""
+    """Returns the mean squared error of rows left out one at a time: residual / (1 - leverage)."""
     fitted = rotated @ (towards / damped[:, None])
     leverage = np.sum(rotated**2 / damped, axis=1) + 1.0 / n
     residual = (targets - fitted) / np.maximum(1.0 - leverage, 1e-9)[:, None]
@@ -106,7 +109,7 @@ def _leave_one_out(
 def score_ranks(
     scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, "n"]
 ) -> Int[np.ndarray, "n"]:
-    """Rank (from 1) of every row's own class; of equal scores the lower class comes first."""
+    """Returns the rank (from 1) of every row's true class; ties go to the lower class index."""
     own = scores[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(scores.shape[1])[None] < labels[:, None]
     return 1 + np.sum(np.where(earlier, scores >= own, scores > own), axis=1)
@@ -115,7 +118,7 @@ def score_ranks(
 def few_shot_subset(
     labels: Int[np.ndarray, "n"], shots: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "k"]:
-    """`shots` random examples of every class."""
+    """Returns the indices of `shots` random examples of every class."""
     groups = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     small = min(len(group) for group in groups)
     if small < shots:

@@ -1,6 +1,6 @@
 """Prompt templates: CWCL Table 3 (ten simple ones), A.3.5 (the general list), and users' files.
 
-The placeholder is `{c}`, as in CLIP_benchmark's files; `{}` and `{ }` are read as the same.
+The placeholder is `{c}`, as in CLIP_benchmark's files; `{}` and `{ }` mean the same.
 """
 
 import re
@@ -82,7 +82,10 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 
 
 def load_templates(spec: str) -> tuple[str, ...]:
-    """A named list, or the user's file: one template a line (.txt) or a JSON list of them."""
+    """Returns a named list, or the templates of a user's file.
+
+    The file has one template a line (.txt) or is a JSON list of templates.
+    """
     if spec in NAMED:
         return NAMED[spec]
     path = Path(spec).expanduser()
@@ -101,7 +104,11 @@ def load_templates(spec: str) -> tuple[str, ...]:
 
 
 def canonical(template: str) -> str:
-    """`template` with the placeholder written `{c}`; any other field, or none, is an error."""
+    """Returns `template` with the placeholder written `{c}`.
+
+    Raises:
+      ValueError: the template has another field, or none.
+    """
     fields = _FIELD.findall(template)
     unknown = [name for name in fields if name.strip() not in ("", "c")]
     if unknown:
@@ -116,7 +123,7 @@ def canonical(template: str) -> str:
 
 
 def first_templates(templates: Sequence[str], k: int) -> tuple[str, ...]:
-    """The first `k` templates, as Table 3's k = 1, 5, 10 are chosen."""
+    """Returns the first `k` templates, as Table 3's k = 1, 5, 10 are chosen."""
     if not 1 <= k <= len(templates):
         raise ValueError(
             f"template_counts asks for k={k}, but the list has {len(templates)} templates; "
@@ -126,7 +133,7 @@ def first_templates(templates: Sequence[str], k: int) -> tuple[str, ...]:
 
 
 def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The prompts of one class: every template with its name, or with each of its synonyms.
+    """Returns the prompts of one class: every template with its name, or with each synonym.
 
     The prompts of the first k templates come first.
     """
@@ -136,7 +143,7 @@ def fill(templates: Sequence[str], names: Sequence[str]) -> list[str]:
 def sentences_by_class(
     sentences: Sequence[str], labels: Sequence[int], class_count: int, *, limit: int = 0
 ) -> list[list[str]]:
-    """The data set's own sentences as templates: the distinct ones of each class, in order."""
+    """Returns the distinct sentences of each class, in order, to be used as prompts."""
     if len(sentences) != len(labels):
         raise ValueError(f"{len(sentences)} sentences but {len(labels)} labels.")
     groups: list[dict[str, None]] = [{} for _ in range(class_count)]
@@ -153,7 +160,7 @@ def sentences_by_class(
 def sentences_with_word(
     sentences: Sequence[str], words: Sequence[str], *, limit: int = 0
 ) -> list[list[str]]:
-    """For keyword spotting: the sentences that hold each word, and the bare word itself first."""
+    """Returns for each keyword the word itself, followed by the sentences that contain it."""
     groups: dict[str, dict[str, None]] = {word.lower(): {word: None} for word in words}
     for sentence in sentences:
         for word in set(re.findall(r"[\w']+", sentence.lower())) & groups.keys():
@@ -163,7 +170,7 @@ def sentences_with_word(
 
 
 def readable(name: str) -> str:
-    """An identifier as words: `calendar_set` -> `calendar set`, `[IN:GET_EVENT` -> `get event`."""
+    """Returns an identifier as words: `calendar_set` -> `calendar set`, `[IN:SET` -> `set`."""
     intent = re.fullmatch(r"\[?IN:([A-Z_]+)\]?", name)
     words = intent[1].lower() if intent else name
     return " ".join(words.replace("_", " ").split())

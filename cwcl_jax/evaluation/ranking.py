@@ -1,8 +1,8 @@
-"""Exact ranks of the first correct candidate, by tiles, without the whole similarity matrix.
+"""Exact ranks of the first correct candidate, in tiles, without the whole similarity matrix.
 
 Ties: two similarities that differ by at most `TIE` are equal, and the candidate with the lower
-index comes first. Rounding of float32 similarities is several times smaller, so the ranks do not
-depend on the tiling or on the number of devices, and a collapsed model scores chance.
+index comes first. The rounding error of float32 similarities is several times smaller. The ranks
+therefore do not depend on the tiling or the number of devices, and a collapsed model scores chance.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 TIE = 1e-6
-# The rank of a query that has no right candidate at all: wrong at every k.
+# Rank of a query without any correct candidate: wrong at every k.
 NEVER = int(np.iinfo(np.int64).max)
 # Queries and candidates of one tile: 32 MiB of float32 similarities (sizes: BUILD_NOTES.md).
 ROWS, COLUMNS = 4096, 2048
@@ -22,13 +22,13 @@ _PAIRS = 1 << 16
 
 
 class _Side(NamedTuple):
-    """One side of the similarities: its embeddings, and what its best match scores."""
+    """One side of the similarities: its embeddings, and the similarity of each best match."""
 
     embeds: Float[Array, "*t n d"] | Float[np.ndarray, "*t n d"]
     groups: Int[Array, "*t n"] | Int[np.ndarray, "*t n"]  # -1: padding
     best: Float[Array, "*t n"] | Float[np.ndarray, "*t n"]  # similarity of the best match
-    match: Int[Array, "*t n"] | Int[np.ndarray, "*t n"]  # index of it on the other side
-    index: Int[Array, "*t n"] | Int[np.ndarray, "*t n"]  # own index
+    match: Int[Array, "*t n"] | Int[np.ndarray, "*t n"]  # index of the best match on the other side
+    index: Int[Array, "*t n"] | Int[np.ndarray, "*t n"]  # index on this side
 
 
 def first_match_ranks(
@@ -37,7 +37,7 @@ def first_match_ranks(
     query_groups: Int[np.ndarray, "n"],
     candidate_groups: Int[np.ndarray, "m"],
 ) -> Int[np.ndarray, "n"]:
-    """For every query the rank (from 1) of its best candidate of the same group.
+    """Returns for every query the rank (from 1) of its best candidate of the same group.
 
     A query whose group has no candidate gets `NEVER`.
     """
@@ -50,7 +50,7 @@ def both_match_ranks(
     u_groups: Int[np.ndarray, "n"],
     v_groups: Int[np.ndarray, "m"],
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """The ranks of u -> v and of v -> u, from one sweep over the similarities."""
+    """Returns the ranks of u -> v and of v -> u, from one sweep over the similarities."""
     return _ranks(u, v, u_groups, v_groups, both=True)
 
 
@@ -67,7 +67,7 @@ def _ranks(
             raise ValueError(f"no {name} to rank: the source or the class list is empty.")
         if not np.isfinite(array).all():
             raise ValueError(f"the embeddings of the {name} hold NaN or infinity: check the model.")
-    # Small numbers from 0, so that padding can be -1 and int32 suffices whatever the ids are.
+    # Groups are renumbered from 0, so that padding can be -1 and int32 suffices for any ids.
     groups = np.unique(np.concatenate([u_groups, v_groups]), return_inverse=True)[1]
     u_groups, v_groups = groups[: len(u)], groups[len(u) :]
     rows = _side(u, u_groups, _best_match(u, v, u_groups, v_groups), width=ROWS)
@@ -87,7 +87,7 @@ def _side(
     *,
     width: int,
 ) -> _Side:
-    """`own` cut into equal tiles of at most `width`, the last one padded."""
+    """Returns `own` cut into equal tiles of at most `width` rows, the last one padded."""
     best, match = matches
     tiles = -(-len(own) // width)
     width = -(-len(own) // tiles)
@@ -116,7 +116,7 @@ def _best_match(
     own_groups: Int[np.ndarray, "n"],
     other_groups: Int[np.ndarray, "m"],
 ) -> tuple[Float[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Similarity and index of the best candidate of the same group; index -1 where none is."""
+    """Returns similarity and index of the best candidate of the same group, or index -1."""
     order = np.argsort(other_groups, kind="stable")
     starts = np.searchsorted(other_groups[order], own_groups, "left")
     counts = np.searchsorted(other_groups[order], own_groups, "right") - starts
@@ -135,7 +135,7 @@ def _best_match(
 
 
 def _chunks(counts: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "k"]]:
-    """The queries that have candidates, cut where about `_PAIRS` pairs have come together."""
+    """Returns the queries that have candidates, split into chunks of about `_PAIRS` pairs."""
     some = np.flatnonzero(counts)
     if not len(some):
         return []
@@ -146,7 +146,7 @@ def _chunks(counts: Int[np.ndarray, "n"]) -> list[Int[np.ndarray, "k"]]:
 def _sweep_all(
     rows: _Side, columns: _Side, *, both: bool
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """How many candidates come before the best match, per row and per column (padding too)."""
+    """Returns how many candidates precede the best match, by row and by column (with padding)."""
     devices = jax.local_devices()[: len(rows.embeds)]
     placed = [jax.device_put(columns, device) for device in devices]
     row_counts = np.zeros(rows.groups.shape, np.int64)
@@ -166,7 +166,7 @@ def _sweep_all(
 
 @partial(jax.jit, static_argnums=2)
 def _sweep(rows: _Side, columns: _Side, both: bool) -> tuple[Int[Array, "n"], Int[Array, "t m"]]:
-    """One block of rows against all tiles of columns, a tile at a time."""
+    """Sweeps one block of rows against all tiles of columns, one tile at a time."""
 
     def body(total: Array, tile: _Side) -> tuple[Array, Array]:
         row, column = _count_better(rows, tile, both)

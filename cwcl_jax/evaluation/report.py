@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: results.json, results.md, pictures, and values per item."""
+"""Writes evaluation results: results.json, results.md, pictures, and values per item."""
 
 import csv
 import json
@@ -21,12 +21,12 @@ from cwcl_jax.evaluation.tables import Table, warning_lines
 from cwcl_jax.evaluation.tasks.base import KINDS, Task
 from cwcl_jax.files import replacing, side_output, write_text
 
-# Classes of one task that results.md lists; the CSV has all of them.
+# Number of classes of one task that results.md lists; the CSV has all of them.
 _SHOWN_CLASSES = 30
 
 
 def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> list[Table]:
-    """Every table that the results allow; robustness against the user's baseline models."""
+    """Returns all tables of the results, including robustness against baseline models."""
     tables = result_tables(results)
     if any(result.in_distribution for result in results):
         baselines = read_baselines(Path(baselines_file).expanduser()) if baselines_file else None
@@ -36,10 +36,10 @@ def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> li
 
 
 def result_tables(results: Sequence[TaskResult]) -> list[Table]:
-    """The tables of all kinds of tasks: of the package's kinds in their order, then of others."""
+    """Returns the tables of all kinds of tasks: the package's kinds in order, then others."""
     groups: dict[type[Task], list[TaskResult]] = {}
     for result in results:
-        # Kinds that have the method from one class stand in one table.
+        # Kinds that inherit `tables` from the same class share a table.
         owner = next(cls for cls in type(result.task).__mro__ if "tables" in vars(cls))
         groups.setdefault(owner, []).append(result)
     ranked = sorted(groups.items(), key=lambda group: min(map(_place, group[1])))
@@ -49,13 +49,13 @@ def result_tables(results: Sequence[TaskResult]) -> list[Table]:
 
 
 def _place(result: TaskResult) -> int:
-    """The place of a result's kind among those of the package; behind them, where it is none."""
+    """Returns the position of a result's kind among the package's kinds; other kinds come last."""
     kinds = [*KINDS]
     return kinds.index(result.kind) if result.kind in kinds else len(kinds)
 
 
 def terminal_report(results: Sequence[TaskResult], *, baselines_file: str = "") -> str:
-    """All tables and warnings as plain text."""
+    """Returns all tables and warnings as plain text."""
     parts = [table.text() for table in all_tables(results, baselines_file=baselines_file)]
     warnings = warning_lines(results)
     if warnings:
@@ -71,15 +71,16 @@ def write_report(
     pretrained: str = "",
     baselines_file: str = "",
 ) -> list[Path]:
-    """Writes every form of the results into `folder` and returns the files.
+    """Writes all forms of the results into `folder` and returns the files.
 
-    Values per item of tasks that did not run this time are removed, as they are from results.json.
+    Values per item of tasks that did not run this time are removed from `folder`, as from
+    results.json.
 
     Args:
-      results: of the tasks that ran.
-      folder: made when it does not exist.
-      model: what results.json calls the model, e.g. the experiment's name.
-      pretrained: what results.json calls its weights, e.g. `step 3000`.
+      results: results of the tasks that ran.
+      folder: created if it does not exist.
+      model: name of the model in results.json, e.g. the experiment's name.
+      pretrained: name of its weights in results.json, e.g. `step 3000`.
       baselines_file: `EvaluationConfig.robustness_baselines`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ def write_report(
 
 
 def page_title(model: str, pretrained: str) -> str:
-    """The heading of results.md."""
+    """Returns the heading of results.md."""
     return f"Evaluation of {model}" + (f" ({pretrained})" if pretrained else "")
 
 
@@ -124,7 +125,7 @@ def write_page(
     more_tables: Sequence[Table] = (),
     baselines_file: str = "",
 ) -> Path:
-    """Writes results.md; `more_tables` are comparisons that are made outside."""
+    """Writes results.md and returns its path; `more_tables` are comparisons made by the caller."""
     path = folder / "results.md"
     tables = [*all_tables(results, baselines_file=baselines_file), *more_tables]
     write_text(path, markdown_report(results, tables, title))
@@ -132,7 +133,7 @@ def write_page(
 
 
 def markdown_report(results: Sequence[TaskResult], tables: Sequence[Table], title: str) -> str:
-    """One Markdown page: tables, per-class rows, warnings, times."""
+    """Returns one Markdown page: tables, per-class rows, warnings, times."""
     parts = [f"## {title}", *(table.markdown() for table in tables)]
     parts += [_per_class(result).markdown() for result in results if _has_classes(result)]
     warnings = warning_lines(results)
@@ -145,7 +146,7 @@ def markdown_report(results: Sequence[TaskResult], tables: Sequence[Table], titl
 def template_curves(
     results: Sequence[TaskResult],
 ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Top-1 by number of templates, and chance, of the tasks that have template_counts."""
+    """Returns top-1 by number of templates, and chance, of the tasks that have template_counts."""
     curves, chance = {}, {}
     for result in results:
         counts = result.extras.get("template_counts") or ()
@@ -158,7 +159,7 @@ def template_curves(
 def _template_intervals(
     results: Sequence[TaskResult],
 ) -> dict[str, dict[int, tuple[float, float]]]:
-    """The intervals of the curves' points, where the tasks have any."""
+    """Returns the intervals of the curves' points, for tasks that have any."""
     return {
         result.name: {
             k: result.intervals[f"top1_k{k}"]
@@ -172,11 +173,11 @@ def _template_intervals(
 def clip_benchmark_records(
     results: Sequence[TaskResult], *, model: str, pretrained: str = ""
 ) -> list[dict[str, Any]]:
-    """One record per task and prompt set, as CLIP_benchmark writes them.
+    """Returns one record per task and prompt set, in CLIP_benchmark's format.
 
-    Keys that it does not know (`prompts`, `data`: fingerprints of what it was computed from,
-    `chance`, `intervals`, `name`) stand beside its own, and
-    `reachable` where captions of retrieval repeat: the metrics of a model that knows every caption.
+    The records have additional keys that CLIP_benchmark does not know: `prompts`, `data`
+    (fingerprints of the data used), `chance`, `intervals` and `name`, and `reachable` if captions
+    of retrieval repeat (the metrics of a model that knows every caption).
     """
     records = []
     for result in results:
@@ -215,7 +216,7 @@ def clip_benchmark_records(
 
 
 def _has_classes(result: TaskResult) -> bool:
-    """Whether a list of classes tells anything: of one item each it is a list of items."""
+    """Returns whether a list of classes is informative, i.e. not one item per class."""
     return any(row["items"] > 1 for row in result.extras.get("per_class") or ())
 
 
@@ -244,7 +245,7 @@ def _times(results: Sequence[TaskResult]) -> Table:
 
 
 def _write_task_files(result: TaskResult, folder: Path, model: str) -> list[Path]:
-    """Values per item (.npz) for paired tests; classes (CSV); the alignment matrix (CSV, PNG)."""
+    """Writes and returns a task's files: values per item, classes (CSV), alignment (CSV, PNG)."""
     if not result.items:
         return []
     files = [folder / "items" / f"{result.name}.npz"]

@@ -1,4 +1,4 @@
-"""What a task returns: metrics with their chance levels and intervals, and values per item."""
+"""Results of a task: metrics with their chance levels and intervals, and values per item."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The outcome of one task. Shares are in 0..1 everywhere; only the tables print percent."""
+    """The result of one task. Shares are in 0..1 everywhere; only the tables print percent."""
 
     name: str
     task: Task
@@ -28,7 +28,7 @@ class TaskResult:
     warnings: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     in_distribution: str = ""
-    # Fingerprints of the data that it was computed from, by source line.
+    # Fingerprints of the data that the result was computed from, by source line.
     data: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -36,13 +36,13 @@ class TaskResult:
         return self.task.kind
 
     def flat(self) -> dict[str, float]:
-        """Metrics as `task/metric`, for the training log."""
+        """Returns the metrics as `task/metric`, for the training log."""
         return {f"{self.name}/{key}": value for key, value in self.metrics.items()}
 
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of results.json: CLIP_benchmark's task, and its names of metrics -> ours."""
+    """One entry of results.json: CLIP_benchmark's task, and its metric names -> ours."""
 
     task: str
     prompts: str

@@ -1,7 +1,7 @@
-"""Cross-modal retrieval, both directions (CWCL Table 4): R@k and median rank.
+"""Cross-modal retrieval in both directions (CWCL Table 4): R@k and median rank.
 
-An item may have several captions. For an image any of its captions counts, for a caption only
-its own image. Ranks are exact; for ties see `ranking`.
+An item may have several captions. For an image, any of its captions is correct; for a caption, only
+its own image. Ranks are exact; `ranking` defines ties.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ def retrieval_ranks(
     owner: Int[np.ndarray, "k"],
     of_items: Int[np.ndarray, "n"] | None = None,
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """Ranks of item -> caption and of caption -> item.
+    """Returns the ranks of item -> caption and of caption -> item.
 
-    `owner[j]` is the item of caption j, or one of `of_items`, where several items share captions.
+    `owner[j]` is the item of caption j, or one of `of_items` if several items share captions.
     """
     if len(owner) != len(captions):
         raise ValueError(f"{len(captions)} captions but {len(owner)} owners.")
@@ -43,7 +43,7 @@ def retrieval_ranks(
 def shared_groups(
     first: Int[np.ndarray, "n"], second: Int[np.ndarray, "n"]
 ) -> Int[np.ndarray, "n"]:
-    """The group of every pair, where pairs that share a member on either side are of one group."""
+    """Returns the group of every pair; pairs that share a member on a side are one group."""
     groups = np.arange(len(first))
     while True:
         before = groups
@@ -58,11 +58,13 @@ def shared_groups(
 def reachable_ranks(
     captions: Sequence[str], owner: Int[np.ndarray, "m"]
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """The ranks of item -> caption and of caption -> item of a model that knows every caption.
+    """Returns the ranks that a model that knows every caption can reach.
 
-    Equal captions have equal embeddings: of the items that share one, the first is ranked first.
-    An item with several captions may be closest to the one that fewest items before it have.
-    `owner` ascends, as in `retrieval_ranks`.
+    The two arrays are the ranks of item -> caption and of caption -> item.
+
+    Equal captions have equal embeddings: of the items that share one, the first is ranked first. An
+    item with several captions may be closest to the one that the fewest items before it have.
+    `owner` is ascending, as in `retrieval_ranks`.
     """
     codes = np.unique(np.asarray(captions), return_inverse=True)[1].ravel()
     pairs, place, counts = np.unique(
@@ -77,7 +79,7 @@ def reachable_ranks(
 
 
 def recall_metrics(ranks: Int[np.ndarray, "n"], direction: str, ks: Sequence[int]) -> dict:
-    """`image_to_text_R@1` and so on, with the median and the mean rank."""
+    """Returns `image_to_text_R@1` and so on, with the median and the mean rank."""
     metrics = {f"{direction}_R@{k}": float(np.mean(ranks <= k)) for k in ks}
     metrics[f"{direction}_median_rank"] = float(np.median(ranks))
     metrics[f"{direction}_mean_rank"] = float(np.mean(ranks))
@@ -87,12 +89,12 @@ def recall_metrics(ranks: Int[np.ndarray, "n"], direction: str, ks: Sequence[int
 def recall_chance(
     relevant: Int[np.ndarray, "n"], candidates: int, direction: str, ks: Sequence[int]
 ) -> dict[str, float]:
-    """Expected R@k of a random order when query i has `relevant[i]` right candidates."""
+    """Returns the expected R@k of a random order; query i has `relevant[i]` correct candidates."""
     return {f"{direction}_R@{k}": float(np.mean(1.0 - _miss(relevant, candidates, k))) for k in ks}
 
 
 def _miss(relevant: Int[np.ndarray, "n"], candidates: int, k: int) -> Float[np.ndarray, "n"]:
-    """Probability that none of the first k of `candidates` in random order is relevant."""
+    """Returns the probability that none of the first k of a random order is relevant."""
     miss = np.ones(len(relevant))
     for drawn in range(min(k, candidates)):
         miss *= np.maximum(candidates - relevant - drawn, 0) / (candidates - drawn)

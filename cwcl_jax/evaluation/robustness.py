@@ -1,8 +1,8 @@
 """Robustness to distribution shift: effective robustness of Taori et al. (2020).
 
-A shifted accuracy is compared with what models of the same accuracy in distribution usually reach:
-a line in logit space, fitted to baseline models that the user names. Without them only the drop
-and the ratio are given, for no line is assumed.
+A shifted accuracy is compared with what models of the same in-distribution accuracy usually reach:
+a line in logit space, fitted to baseline models that the user names. Without baseline models, only
+the drop and the ratio are reported, because no line is assumed.
 """
 
 import csv
@@ -21,7 +21,7 @@ _CLIP = 1e-4
 
 @dataclass(frozen=True)
 class Line:
-    """logit(shifted) = slope * logit(in distribution) + intercept."""
+    """The fit logit(shifted) = slope * logit(in distribution) + intercept."""
 
     slope: float
     intercept: float
@@ -32,7 +32,10 @@ class Line:
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> Line:
-    """Least squares in logit space over (in distribution, shifted) accuracies of baselines."""
+    """Returns the least-squares line in logit space over the baselines' accuracies.
+
+    Each point is (in distribution, shifted).
+    """
     if len({inside for inside, _ in points}) < 2:
         raise ValueError(
             f"{len(points)} baseline model(s): a line needs two with different accuracies."
@@ -43,7 +46,10 @@ def fit_line(points: Sequence[tuple[float, float]]) -> Line:
 
 
 def read_baselines(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Baseline models from a CSV with the columns task, in_distribution, shifted (shares)."""
+    """Returns baseline models by task from a CSV file.
+
+    Its columns are task, in_distribution and shifted; accuracies are shares.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"robustness_baselines={str(path)!r} is not a file; give a CSV with the columns task, "
@@ -67,7 +73,7 @@ def read_baselines(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def robustness_points(results: Sequence[TaskResult]) -> dict[str, tuple[float, float]]:
-    """(in distribution, shifted) top-1 of every task whose in-distribution task ran as well."""
+    """Returns (in-distribution, shifted) top-1 of each task whose in-distribution task also ran."""
     top1 = {r.name: r.metrics["top1"] for r in results if "top1" in r.metrics}
     return {
         result.name: (top1[result.in_distribution], top1[result.name])
@@ -80,7 +86,7 @@ def robustness_table(
     results: Sequence[TaskResult],
     baselines: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Table | None:
-    """One row per shifted task; None when no task names an in-distribution one."""
+    """Returns one row per shifted task, or None if no task names an in-distribution one."""
     points = robustness_points(results)
     by_name = {result.name: result for result in results}
     rows = []

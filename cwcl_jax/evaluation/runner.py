@@ -1,4 +1,4 @@
-"""Runs tasks: gives them opened sources, labels, and embeddings of items and sentences."""
+"""Runs tasks: provides opened sources, labels, and embeddings of items and sentences."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,22 +27,22 @@ from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.modalities.features import only_features
 
-# Fields of tasks that name data.
+# Task fields that name data.
 _SOURCES = ("source", "train_source", "template_source")
 
 
 @dataclass
 class Runner:
-    """An encoder and the preparation of its inputs. `warnings` collects what a reader must know."""
+    """An encoder with the preparation of its inputs. `warnings` collects what readers must know."""
 
     encode: Encode
     data: DataConfig
     batch_size: int = 256
     features: Encode | None = None  # like encode, before the projection head
-    weights_from: str = ""  # the tower that gives the loss its weights, where one does
+    weights_from: str = ""  # the tower that gives the loss its weights, if any
     clock: Clock = field(default_factory=Clock)
     warnings: list[str] = field(default_factory=list)
-    # What earlier tasks of the same evaluation have embedded: items, and sentences by tower.
+    # Embeddings of earlier tasks of the same evaluation: items, and sentences by tower.
     known_items: dict[Any, tuple[Items, list[str]]] = field(default_factory=dict)
     # Fingerprints of the sources that were opened, by line.
     opened: dict[str, str] = field(default_factory=dict)
@@ -57,9 +57,9 @@ class Runner:
         option: str = "source",
         seed: int = 0,
     ) -> View:
-        """The source that `line` names, or `max_items` of it (0 = all), drawn evenly by `seed`.
+        """Returns the source that `line` names, or `max_items` of it (0 = all), spread evenly.
 
-        `option` named the line.
+        `option` is the name of the field that held the line, for messages; `seed` draws the items.
         """
         if not line:
             raise ValueError(f"{option} is empty; name a source, such as scenes:test?task=shape.")
@@ -71,20 +71,21 @@ class Runner:
             f"{max_items} of {len(source)} examples of {line}, drawn evenly with seed {seed} "
             "(max_items)."
         )
-        # One from each of so many equal stretches: data is often sorted by class.
+        # Draws one item from each of `max_items` equal ranges, because data is often sorted by
+        # class.
         edges = np.linspace(0, len(source), max_items + 1).astype(np.int64)
         drawn = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
         return self._view(source, drawn, crop_border)
 
     def select(self, view: View, chosen: Int[np.ndarray, "n"]) -> View:
-        """Some examples of `view`, by their place in it."""
+        """Returns some examples of `view`, by their position in it."""
         return self._view(view.source, view.indices[chosen], view.crop_border)
 
     def _view(self, source: Source, indices: Int[np.ndarray, "n"], crop_border: int) -> View:
         return View(source, indices, inputs=self.data.inputs, crop_border=crop_border)
 
     def labels(self, view: View) -> Int[np.ndarray, "n"]:
-        """The labels of all examples, without reading anything else of them."""
+        """Returns the labels of all examples, without reading their other fields."""
         labels = [view.read(i, ("label",)).get("label") for i in range(len(view))]
         if any(label is None for label in labels):
             raise ValueError(
@@ -94,12 +95,12 @@ class Runner:
         return np.asarray(labels, np.int64)
 
     def texts(self, view: View) -> list[tuple[str, ...]]:
-        """The captions of all examples, without reading anything else of them."""
+        """Returns the captions of all examples, without reading their other fields."""
         texts = [view.read(i, ("text",)).get("text") or () for i in range(len(view))]
         return [(text,) if isinstance(text, str) else tuple(text) for text in texts]
 
     def items(self, view: View, tower: str, *, features: str = "embeds") -> Items:
-        """All examples embedded by `tower`; unusable ones are left out, with a warning."""
+        """Returns all examples embedded by `tower`; unusable ones are left out, with a warning."""
         key = (view.fingerprint(), tower, features)
         if key not in self.known_items:
             before, self.warnings = self.warnings, []
@@ -112,7 +113,7 @@ class Runner:
         return items
 
     def _embed_items(self, view: View, tower: str, features: str) -> Items:
-        # Here and not above: settings are read without the pipeline's libraries.
+        # Imported here, so that settings can be read without the libraries of the pipeline.
         from cwcl_jax.data.pipeline import eval_batches
 
         batches = eval_batches(view, self.data, (tower,), batch_size=self.batch_size)
@@ -129,7 +130,7 @@ class Runner:
     def sentences(
         self, sentences: Sequence[str], *, tower: str = "text", features: str = "embeds"
     ) -> Float[np.ndarray, "n d"]:
-        """Embeddings of `sentences` by the tower that reads them, or its features."""
+        """Returns the embeddings of `sentences` by the tower that reads them, or its features."""
         known = self.known_sentences
         new = [s for s in dict.fromkeys(sentences) if (tower, features, s) not in known]
         if new or not sentences:
@@ -146,7 +147,7 @@ class Runner:
         return np.stack([known[tower, features, sentence] for sentence in sentences])
 
     def _tell_of_losses(self, sentences: Sequence[str], tower: str) -> None:
-        """Warns of sentences that the tower does not see whole, or cannot tell apart for it."""
+        """Warns of sentences that the tower truncates or cannot tell apart."""
         reader = self.data.inputs_of(tower)
         lost = {s: remarks for s in sentences if (remarks := reader.lost(s))}
         for remark, count in Counter(r for remarks in lost.values() for r in remarks).items():
@@ -176,7 +177,7 @@ class Runner:
     def _with_remarks(
         self, batches: Iterable[Mapping[str, Any]], tower: str
     ) -> Iterator[Mapping[str, Any]]:
-        """The batches as they are; warns of what the modality remarks about their items."""
+        """Yields the batches unchanged, then warns of the modality's remarks about their items."""
         counts: dict[str, int] = {}
         for batch in batches:
             if not only_features(batch[tower]):
@@ -203,18 +204,18 @@ def run_task(
     weights_from: str = "",
     earlier: Runner | None = None,
 ) -> TaskResult:
-    """One task with one encoder.
+    """Returns the result of one task with one encoder.
 
     Args:
-      name: under which its numbers are reported.
-      task: what to do.
-      encode: `encode(tower, inputs) -> (b, d)`; gets batches of `batch_size`.
+      name: name under which the results are reported.
+      task: the task.
+      encode: `encode(tower, inputs) -> (b, d)`, called with batches of `batch_size`.
       data: how pictures, sentences and recordings become inputs.
       batch_size: examples per call.
       features: like `encode`, before the projection head; for probes that ask for it.
-      weights_from: the tower that gives the loss its weights; with `features` alignment also says
-        what its projection keeps.
-      earlier: of another task with the same encoder, whose embeddings are used again.
+      weights_from: the tower that gives the loss its weights. With `features`, alignment also
+          reports what its projection preserves.
+      earlier: runner of another task with the same encoder, whose embeddings are reused.
     """
     runner = Runner(encode, data, batch_size, features, weights_from)
     if earlier is not None:
@@ -225,13 +226,13 @@ def run_task(
     except TooManyBadExamples as error:
         raise TooManyBadExamples(f"evaluation task {name!r}: {error}") from error
     except (ValueError, FileNotFoundError) as error:
-        # Not of the error's own type: many subclasses of ValueError take other arguments.
+        # Not the error's own type: many subclasses of ValueError take other arguments.
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"evaluation task {name!r}: {error}") from error
 
 
 def _completed(result: Any, task: Task, runner: Runner) -> TaskResult:
-    """A result with its warnings and times, and its numbers as plain ones."""
+    """Returns a result with its warnings and times, and with plain floats as metrics."""
     if not isinstance(result, TaskResult):
         raise ValueError(f"run() of a {task.kind} task returned {result!r}, and no TaskResult.")
     return replace(
@@ -254,7 +255,10 @@ def run_tasks(
     weights_from: str = "",
     seen: Mapping[str, str] = MappingProxyType({}),
 ) -> list[TaskResult]:
-    """All tasks of `config`, in its order; `seen` says what of a task's data was trained on."""
+    """Returns the results of all tasks of `config`, in order.
+
+    `seen` holds, by task, a note on what of the task's data was trained on; it becomes a warning.
+    """
     shared = Runner(encode, data, config.batch_size, features, weights_from)
     results = [
         run_task(
@@ -278,7 +282,7 @@ def run_tasks(
 
 
 def fingerprints(config: EvaluationConfig, data: DataConfig) -> dict[str, dict[str, str]]:
-    """What the data of every task is now: option -> fingerprint, by the tasks' names."""
+    """Returns the fingerprints of every task's data: task -> option -> fingerprint."""
     found = {}
     for name, task in config.tasks.items():
         lines = {option: getattr(task, option, "") for option in _SOURCES}
@@ -291,7 +295,7 @@ def fingerprints(config: EvaluationConfig, data: DataConfig) -> dict[str, dict[s
 
 
 def seen_in_training(config: EvaluationConfig, train: Source, data: DataConfig) -> dict[str, str]:
-    """What of the tasks' data is among the training data, by the names of the tasks."""
+    """Returns notes on which of the tasks' data is in the training data, by task name."""
     found = {}
     for name, task in config.tasks.items():
         source = open_source(task.source, cache_dir=data.cache_dir)

@@ -1,7 +1,7 @@
-"""Is it a gain or noise: bootstrap intervals of one run, and paired tests between two.
+"""Statistical significance: bootstrap intervals of one run, and paired tests between two.
 
 Both resample items (or groups of items that belong together, such as the captions of a picture or
-the recordings of a speaker); neither says anything about other seeds of training.
+the recordings of a speaker). Neither says anything about other training seeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from scipy import stats
 
 from cwcl_jax.evaluation.tasks.base import Task
 
-# Resampled values at a time: 32 MiB of float64.
+# Number of values resampled at a time: 32 MiB of float64.
 _CHUNK = 1 << 22
 
 
@@ -38,7 +38,7 @@ def bootstrap_interval(
     seed: int = 0,
     groups: Int[np.ndarray, "n"] | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values`; whole `groups` are drawn when given."""
+    """Returns the percentile interval of the mean; `groups` are resampled as a whole."""
     sums, counts = _by_group(values, groups)
     if len(sums) == 1:
         mean = float(sums[0] / counts[0])
@@ -62,7 +62,7 @@ def bootstrap_intervals(
     *,
     groups: Int[np.ndarray, "n"] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """The intervals of several metrics that are means over items, as the task asks for them."""
+    """Returns the intervals of metrics that are means over items, with the task's settings."""
     if not task.bootstrap:
         return {}
     return {
@@ -86,9 +86,9 @@ def paired_test(
     seed: int = 0,
     groups: Int[np.ndarray, "n"] | None = None,
 ) -> PairedTest:
-    """Compares the means of two runs item by item.
+    """Compares the means of two runs item by item and returns the test.
 
-    Right/wrong values of independent items get McNemar's exact test; other values, or groups, a
+    Right/wrong values of independent items get McNemar's exact test; other values, or groups, get a
     sign-flip test. The interval of the difference is a paired bootstrap.
     """
     if a.shape != b.shape:
@@ -109,7 +109,7 @@ def paired_test(
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided exact p-value: the items that just one run gets right are fair coins."""
+    """Returns the two-sided exact p-value: items that only one run gets right are fair coins."""
     n = only_a + only_b
     if n == 0:
         return 1.0
@@ -119,7 +119,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def _by_group(
     values: Shaped[np.ndarray, "n"], groups: Int[np.ndarray, "n"] | None
 ) -> tuple[Float[np.ndarray, "g"], Num[np.ndarray, "g"]]:
-    """Sum of the values and number of items of every group (every item, without groups)."""
+    """Returns the sum of the values and the number of items of every group (or of every item)."""
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("no items to resample.")
@@ -135,7 +135,7 @@ def _sign_flip(
     resamples: int,
     seed: int,
 ) -> float:
-    """Share of random sign patterns with a mean at least as far from 0 as the observed one."""
+    """Returns the share of random sign patterns with a mean as far from 0 as the observed."""
     sums, _ = _by_group(difference, groups)
     rng, n, reached = np.random.default_rng(seed), len(sums), 0
     observed = abs(sums.sum())
@@ -147,7 +147,7 @@ def _sign_flip(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's method, in the order given."""
+    """Returns the p-values corrected for their number by Holm's method, in the given order."""
     order = np.argsort(p_values, kind="stable")
     corrected, highest = [0.0] * len(p_values), 0.0
     for place, at in enumerate(order):
@@ -157,7 +157,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seed_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean over two or more training seeds and its 95 % interval (Student's t)."""
+    """Returns the mean over two or more training seeds and its 95 % interval (Student's t)."""
     if len(values) < 2:
         raise ValueError(f"{len(values)} seeds: an interval over seeds needs at least 2.")
     mean, scale = float(np.mean(values)), float(stats.sem(values))

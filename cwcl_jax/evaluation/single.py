@@ -1,4 +1,4 @@
-"""One recording, picture or other item against class names that a person types."""
+"""Classifies one recording, picture or other item by class names that the user types."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Ranked:
     warnings: tuple[str, ...] = ()
 
     def table(self, title: str) -> Table:
-        """Rank, similarity, class."""
+        """Returns a table of rank, similarity and class."""
         rows = [
             (str(rank), f"{similarity:.4f}", name)
             for rank, (name, similarity) in enumerate(
@@ -43,10 +43,11 @@ def rank_classes(
     data: DataConfig,
     templates: str = "name",
 ) -> Ranked:
-    """Ranks `class_names` for the item in `path`, which `tower` reads.
+    """Returns `class_names` ranked for the item in `path`, which `tower` reads.
 
     Raises:
       ValueError: no classes, or an unreadable or empty file.
+      FileNotFoundError: there is no such file.
     """
     names = list(dict.fromkeys(name.strip() for name in class_names if name.strip()))
     if not names:
@@ -65,7 +66,7 @@ def rank_classes(
     if len(names) < len(class_names):
         warnings.append("empty or repeated class names were left out.")
     embed = normalise(np.asarray(encode(tower, inputs), np.float32))[:1]
-    # The same words as in tasks, so that a class scores the same here and there.
+    # The same wording as in tasks, so that a class gets the same score in both.
     chosen = prompts.load_templates(templates)
     filled = [prompts.fill(chosen, [prompts.readable(name)]) for name in names]
     embeds = encode_sentences(

@@ -1,4 +1,4 @@
-"""Results as tables, for the terminal and for Markdown: chance beside every accuracy."""
+"""Results as tables, for the terminal and for Markdown, with chance next to every accuracy."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _GROUPS = "Where texts stand behind the items, all items of one text are drawn t
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of ready-made cells."""
+    """A titled table of formatted cells."""
 
     title: str
     header: tuple[str, ...]
@@ -23,7 +23,7 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """Aligned columns for a terminal."""
+        """Returns aligned columns for a terminal."""
         cells = [self.header, *self.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.header))]
         lines = [_padded(row, widths) for row in cells]
@@ -31,25 +31,25 @@ class Table:
         return "\n".join([self.title, rule, lines[0], rule, *lines[1:], rule, *self.notes])
 
     def markdown(self) -> str:
-        """A Markdown table under a heading."""
+        """Returns a Markdown table under a heading."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
         lines = ["| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows)]
         return "\n".join([f"### {self.title}", "", *lines, "", *self.notes])
 
 
 def warning_lines(results: Iterable[TaskResult]) -> list[str]:
-    """What the tasks warned of, one line each."""
+    """Returns the warnings of the tasks, one line each."""
     return [f"{result.name}: {warning}" for result in results for warning in result.warnings]
 
 
 def interval_notes(results: Sequence[TaskResult]) -> list[str]:
-    """What the intervals of some results mean; none where there is none."""
+    """Returns notes that explain the intervals of the results; empty without intervals."""
     notes = [_INTERVALS] if any(result.intervals for result in results) else []
     return [*notes, _GROUPS] if notes and any(map(drawn_groups, results)) else notes
 
 
 def drawn_groups(result: TaskResult) -> int:
-    """How many groups of items the intervals draw; 0 where they draw single items."""
+    """Returns how many groups of items the intervals resample; 0 if they resample single items."""
     groups = result.items.get("groups")
     count = 0 if groups is None or not result.intervals else len(np.unique(groups))
     return count if groups is not None and count < len(groups) else 0
@@ -60,7 +60,7 @@ def metric_header(name: str, *, first: bool) -> list[str]:
 
 
 def metric_cells(result: TaskResult, key: str, *, first: bool) -> list[str]:
-    """Value, interval (of the first metric only) and chance of one metric."""
+    """Returns the cells of one metric: value, interval (first metric only) and chance."""
     if key not in result.metrics:
         return ["", "", ""] if first else ["", ""]
     value, chance = percent(result.metrics[key]), percent(result.chance[key])

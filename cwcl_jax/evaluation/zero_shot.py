@@ -1,7 +1,7 @@
-"""Zero-shot classification by class embeddings, as CWCL section 4 and A.2.2.
+"""Zero-shot classification by class embeddings, as in CWCL section 4 and A.2.2.
 
-A class embedding is the normalised mean of the normalised embeddings of its filled templates;
-an item belongs to the class whose embedding has the highest cosine with its own.
+A class embedding is the normalised mean of the normalised embeddings of its prompts. An item
+belongs to the class whose embedding has the highest cosine with the item's embedding.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _EPS = 1e-12
 
 
 def normalise(x: Float[np.ndarray, "... d"]) -> Float[np.ndarray, "... d"]:
-    """Rows of length one; a zero row stays zero."""
+    """Returns rows of unit norm, as float32; a zero row stays zero."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), _EPS)
 
@@ -23,9 +23,9 @@ def normalise(x: Float[np.ndarray, "... d"]) -> Float[np.ndarray, "... d"]:
 def class_embeds(
     prompt_embeds: Float[np.ndarray, "p d"], prompts_per_class: Sequence[int]
 ) -> Float[np.ndarray, "c d"]:
-    """Class embeddings from the embeddings of all prompts, those of class 0 first.
+    """Returns class embeddings (c, d) from the embeddings of all prompts, those of class 0 first.
 
-    A class without prompts gets a zero row; `usable_classes` keeps it out of the candidates.
+    A class without prompts gets a zero row; the caller excludes it from the candidates (`usable`).
     """
     counts = np.asarray(prompts_per_class, np.int64)
     if counts.sum() != len(prompt_embeds):
@@ -43,7 +43,7 @@ def label_ranks(
     labels: Int[np.ndarray, "k"],
     usable: Int[np.ndarray, "u"] | None = None,
 ) -> Int[np.ndarray, "n"]:
-    """Rank (from 1) of every item's own class. Classes not in `usable` are no candidates."""
+    """Returns the rank (from 1) of every item's true class among the `usable` classes."""
     candidates = np.arange(len(classes)) if usable is None else usable
     if len(labels) != len(embeds):
         raise ValueError(f"{len(embeds)} items but {len(labels)} labels.")
@@ -60,7 +60,7 @@ def predict(
     classes: Float[np.ndarray, "c d"],
     usable: Int[np.ndarray, "u"] | None = None,
 ) -> Int[np.ndarray, "n"]:
-    """The class of every item; of equal ones (see `ranking`) the lowest."""
+    """Returns the predicted class of every item; ties (see `ranking`) go to the lowest."""
     candidates = np.arange(len(classes)) if usable is None else usable
     predicted = np.empty(len(embeds), np.int64)
     for start in range(0, len(embeds), 4096):
@@ -71,14 +71,14 @@ def predict(
 
 
 def top_k_accuracy(ranks: Int[np.ndarray, "n"], k: int) -> float:
-    """Share of items whose own class is among the k most similar ones."""
+    """Returns the share of items whose true class is among the k most similar ones."""
     return float(np.mean(ranks <= k))
 
 
 def per_class_recall(
     ranks: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"], class_count: int
 ) -> Float[np.ndarray, "c"]:
-    """Top-1 accuracy of each class; NaN for a class without items."""
+    """Returns the top-1 accuracy of each class; NaN for a class without items."""
     right = np.bincount(labels, weights=ranks == 1, minlength=class_count)
     items = np.bincount(labels, minlength=class_count)
     return np.divide(right, items, out=np.full(class_count, np.nan), where=items > 0)
@@ -91,7 +91,7 @@ def classification_metrics(
     class_count: int,
     top_k: Sequence[int],
 ) -> dict[str, float]:
-    """top-k accuracies, and the mean recall of the classes that have items."""
+    """Returns the top-k accuracies, and the mean recall of the classes that have items."""
     metrics = {f"top{k}": top_k_accuracy(ranks, k) for k in top_k}
     metrics["mean_per_class_recall"] = float(
         np.nanmean(per_class_recall(ranks, labels, class_count))
@@ -102,7 +102,10 @@ def classification_metrics(
 def classification_chance(
     labels: Int[np.ndarray, "n"], usable: Int[np.ndarray, "u"], top_k: Sequence[int]
 ) -> dict[str, float]:
-    """What guessing among the usable classes scores; items of other classes are never right."""
+    """Returns the scores of guessing among usable classes.
+
+    Items of other classes are never right.
+    """
     reachable = float(np.mean(np.isin(labels, usable)))
     chance = {f"top{k}": reachable * min(1.0, k / len(usable)) for k in top_k}
     reachable_classes = float(np.mean(np.isin(np.unique(labels), usable)))
@@ -115,7 +118,7 @@ def per_class_report(
     predicted: Int[np.ndarray, "n"],
     titles: Sequence[str],
 ) -> list[dict[str, object]]:
-    """One row per class, worst first: items, recall, precision and what it is taken for."""
+    """Returns one row per class, worst first: items, recall, precision, most frequent confusion."""
     count = len(titles)
     items = np.bincount(labels, minlength=count)
     taken = np.bincount(predicted, minlength=count)

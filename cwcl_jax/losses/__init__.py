@@ -1,4 +1,4 @@
-"""Contrastive losses with soft targets: exact, linear in memory, on one device or any mesh."""
+"""Contrastive losses with soft targets: exact, with linear memory, on one device or any mesh."""
 
 from cwcl_jax.losses.api import contrastive_loss, cwcl_loss, sigmoid_loss
 from cwcl_jax.losses.make import LossFn, make_loss

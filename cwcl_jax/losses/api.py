@@ -1,4 +1,4 @@
-"""The losses as functions of arrays. All return `(loss, diagnostics)`, a flat dict of scalars."""
+"""The losses as functions of arrays. Each returns `(loss, diagnostics)`: a scalar and a dict."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,33 +31,37 @@ def cwcl_loss(
     mesh: Mesh | None = None,
     axes: Axes = ("data", "fsdp"),
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """CWCL of pairs (u_i, v_i), weighted by the similarities of `weights_from`.
+    """Returns the CWCL loss of pairs (u_i, v_i), weighted by the similarities of `weights_from`.
 
-    With `config` any other loss of `cwcl_jax.losses.presets` that reads these arrays.
+    With `config`, this function computes any other loss of `cwcl_jax.losses.presets` that needs
+    only these arrays.
 
     Args:
-      u: embeds of the modality that gives the weights, rows of unit norm.
-      v: embeds of the other modality.
+      u: embeddings of the modality that gives the weights, (n, d), rows of unit norm.
+      v: embeddings of the other modality, (n, d), rows of unit norm.
       logit_scale: log of the inverse temperature.
-      weights_from: features of the locked tower, of any width, rows of unit norm (as they are for
-        weights of distances); or raw profiles (n, channels, features). No gradient goes here (see
-        `LossConfig.detach_weights`).
+      weights_from: features of the locked tower, (n, k) with any k. Rows must have unit norm,
+          except for distance weights, which use the features unchanged. Raw profiles of shape (n,
+          channels, features) also work. No gradient flows into this array by default (see
+          `LossConfig.detach_weights`).
       weight_function: as `LossConfig.weight_function`, or your own function of the cosine.
-      labels: integers (n,), or sets of them (n, k) filled up with -1, for weights or duplicates
-        that go by labels.
-      targets: your own weights of all pairs, instead of `weights_from`; rows are normalised.
-      v_weights_from: V's own features, where the config has weighted="own".
-      logit_bias: of the sigmoid losses.
-      progress: share of the run that is done, where the config's `mix` changes over it.
+      labels: integers (n,), or sets of integers (n, k) padded with -1, for weights or duplicates
+          that are defined by labels.
+      targets: your own weights of all pairs, (n, n), instead of `weights_from`. Rows are
+          normalised.
+      v_weights_from: features of V, where the config has weighted="own".
+      logit_bias: bias of the sigmoid losses.
+      progress: fraction of the run that is done, needed where the config's `mix` changes over the
+          run.
       config: all other options.
       mesh, axes: the devices that the rows are split over.
 
     Returns:
-      The loss, and diagnostics. One pair alone has the loss 0, with gradients of 0: there is
-      nothing to tell it from.
+      The loss and the diagnostics. A batch of one pair has loss 0 and zero gradients, because it
+      has no negatives.
 
     Raises:
-      ValueError: an argument is missing, or would do nothing.
+      ValueError: an argument is missing, or an argument would have no effect.
     """
     config, numbers = config or LossConfig(), exact_labels(labels)
     own = weight_function if callable(weight_function) else None
@@ -82,7 +86,7 @@ def cwcl_loss(
 
 
 def refuse_unread(name: str, read: dict[str, tuple[object, bool]]) -> None:
-    """Raises where an argument was given that the loss does not read."""
+    """Raises ValueError if an argument was given that the loss does not read."""
     for argument, (value, used) in read.items():
         if value is not None and not used:
             raise ValueError(
@@ -101,9 +105,10 @@ def contrastive_loss(
     mesh: Mesh | None = None,
     axes: Axes = ("data", "fsdp"),
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """InfoNCE summed over both directions; CLIP's loss is its half (direction_weights=(0.5, 0.5)).
+    """Returns the InfoNCE loss, summed over both directions.
 
-    Arguments as in `cwcl_loss`; labels only where `config.duplicates` uses them.
+    CLIP's loss is half of it: direction_weights=(0.5, 0.5). Arguments are as in `cwcl_loss`;
+    `labels` are read only if `config.duplicates` uses them.
     """
     config = dataclasses.replace(config or LossConfig(), name="contrastive")
     return cwcl_loss(
@@ -122,9 +127,10 @@ def sigmoid_loss(
     mesh: Mesh | None = None,
     axes: Axes = ("data", "fsdp"),
 ) -> tuple[Float[Array, ""], Diagnostics]:
-    """SigLIP's loss: every pair is a binary decision; summed over candidates, mean over pairs.
+    """Returns SigLIP's loss: each pair is a binary decision.
 
-    Arguments as in `contrastive_loss`; logit_bias is added to all logits (SigLIP starts at -10).
+    The loss is summed over candidates and averaged over pairs. Arguments are as in
+    `contrastive_loss`; `logit_bias` is added to all logits (SigLIP starts at -10).
     """
     config = dataclasses.replace(config or LossConfig(), name="sigmoid")
     return cwcl_loss(

@@ -1,4 +1,4 @@
-"""Checks of a loss's arguments: shapes and types always, values on request."""
+"""Checks of a loss's arguments: shapes and dtypes on every call, values on request."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array
 
-# A row's norm may differ from 1 by this much: bfloat16 rounds each entry by up to 2^-9.
+# Allowed deviation of a row's norm from 1: bfloat16 rounds each entry by up to 2^-9.
 _NORM_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
 
 
 def check_embeds(name: str, x: Array, ranks: tuple[int, ...] = (2,)) -> None:
-    """Raises unless `x` is a float array of one of the ranks without an axis of length 0."""
+    """Raises unless `x` is a float array of an allowed rank without an axis of length 0."""
     if not hasattr(x, "ndim"):
         raise TypeError(f"{name} must be an array of shape (n, d), got {type(x).__name__}.")
     if x.ndim not in ranks:
@@ -26,7 +26,7 @@ def check_embeds(name: str, x: Array, ranks: tuple[int, ...] = (2,)) -> None:
 
 
 def check_pair(u: Array, v: Array) -> None:
-    """Raises unless u and v are embeds of the same number of pairs in the same space."""
+    """Raises unless u and v are embeddings of the same number of pairs with the same width."""
     check_embeds("u", u)
     check_embeds("v", v)
     check_rows("v", v, u.shape[0])
@@ -44,13 +44,13 @@ def check_rows(name: str, x: Array, n: int) -> None:
 
 
 def check_weights_from(p: Array, n: int) -> None:
-    """Raises unless p is (n, k) embeds or (n, channels, features) profiles."""
+    """Raises unless p is an (n, k) array of embeddings or an (n, channels, features) array."""
     check_embeds("weights_from", p, ranks=(2, 3))
     check_rows("weights_from", p, n)
 
 
 def check_labels(labels: Array, n: int) -> None:
-    """Raises unless labels are n integers, or n sets of integers."""
+    """Raises unless labels are n integers or n sets of integers."""
     if labels.ndim not in (1, 2) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels must be one integer for each pair, got {labels.dtype} of shape "
@@ -60,7 +60,7 @@ def check_labels(labels: Array, n: int) -> None:
 
 
 def check_targets(targets: Array, n: int) -> None:
-    """Raises unless targets are (n, n)."""
+    """Raises unless targets have shape (n, n)."""
     if targets.shape != (n, n):
         raise ValueError(
             f"targets must have shape ({n}, {n}), one weight for each pair of u and v; got "
@@ -75,7 +75,7 @@ def check_scalar(name: str, x: Array) -> None:
 
 
 def check_not_explicit(name: str, x: Array) -> None:
-    """Raises where `x` is split over a mesh with explicit axes that the loss was not given."""
+    """Raises if `x` is split over a mesh with explicit axes that was not passed to the loss."""
     split = jax.typeof(x).sharding
     if any(split.spec) and AxisType.Explicit in split.mesh.axis_types:
         raise ValueError(
@@ -94,9 +94,9 @@ def check_divisible(n: int, devices: int, axes: tuple[str, ...]) -> None:
 
 
 def check_values(arrays: dict[str, Array | None]) -> None:
-    """Checks values on the host, now or, under tracing, whenever the computation runs.
+    """Checks values on the host: at once, or under tracing each time the computation runs.
 
-    Knows "u", "v", "weights_from" (finite; rank 2: unit norm), "logit_scale", "logit_bias"
+    Knows "u", "v", "weights_from" (finite; unit norm for rank 2), "logit_scale", "logit_bias"
     (finite) and "weights" (smallest entry, row sum and column sum).
     """
     present = {name: x for name, x in arrays.items() if x is not None}
@@ -104,7 +104,7 @@ def check_values(arrays: dict[str, Array | None]) -> None:
 
 
 def _check_on_host(arrays: dict[str, Any]) -> None:
-    # The weights last: embeds that are wrong make wrong weights.
+    # Weights come last, because wrong embeddings cause wrong weights.
     for name in sorted(arrays, key=lambda name: name == "weights"):
         x = np.asarray(arrays[name])
         kind = str(x.dtype)

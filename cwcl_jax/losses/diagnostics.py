@@ -1,9 +1,10 @@
-"""Numbers that tell how training goes where the loss's value does not.
+"""Scalars that show training progress where the loss value does not.
 
 CWCL's targets are close to uniform, so L_CWCL has a floor of about log N that grows with the batch.
 The excess over the target entropy is the KL divergence from targets to predictions, which can reach
-zero; exp(entropy) is the effective number of positives. Of sigmoid losses the excess is over the
-least loss that the targets allow, and entropies are those of the weights' normalised rows.
+zero; exp(entropy) is the effective number of positives. For sigmoid losses, the excess is the
+difference to the smallest loss that the targets allow, and entropies are computed from the
+normalised rows of the weights.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ _NAMES = (("rows", "u_to_v"), ("columns", "v_to_u"))
 def of_softmax(
     frame, inputs, closed, tiling, losses, stats, rows, scale, engine
 ) -> dict[str, Array]:
-    """Scalars of one call of the tiled loss; see the README for each name."""
+    """Returns the scalars of one call of the tiled loss; the README explains each name."""
     out = {f"loss_{name}": losses[side] for side, name in _NAMES}
     out["inverse_temperature"] = scale
     if not frame.config.diagnostics:
@@ -34,7 +35,7 @@ def of_softmax(
     if closed is not None:
         per_side = [_from_closed_form(frame, closed, rows, side, n, engine) for side in sides]
         if frame.weighted == "both":
-            per_side = per_side[:1]  # of the same similarities: the same
+            per_side = per_side[:1]  # both sides have the same similarities
     elif tiling.source == "none":
         one = jnp.ones((), scale.dtype)
         sides, per_side = ["rows"], [(one, 0 * one, one, 0 * one)]
@@ -45,17 +46,17 @@ def of_softmax(
 
 
 def weighted_sides(frame) -> list[str]:
-    """The sides whose targets are weighted."""
+    """Returns the sides whose targets are weighted."""
     return [side for side, name in _NAMES if frame.weighted in (name, "both", "own")]
 
 
 def accuracy(stats: Stats) -> Array:
-    """Share of rows whose own pair has the single largest logit; a tie counts as wrong."""
+    """Returns the share of rows whose positive pair has the largest logit; ties count as wrong."""
     return (stats["own"] > stats["best_other"]).astype(stats["own"].dtype).mean()
 
 
 def masked_share(stats: dict[str, Stats]) -> Array:
-    """Share of all other pairs that the softmaxes leave out."""
+    """Returns the share of all other pairs that the softmaxes leave out."""
     n = stats["rows"]["own"].shape[0]
     if "masked" not in stats["rows"]:
         return jnp.zeros((), stats["rows"]["own"].dtype)
@@ -63,7 +64,10 @@ def masked_share(stats: dict[str, Stats]) -> Array:
 
 
 def _targets(mix, per_side, losses, n: int) -> dict[str, Array]:
-    """Figures of the targets, means over sides of (sum, sum of w log w, own weight, other sum)."""
+    """Returns the target statistics, averaged over sides.
+
+    Each side is (sum, sum of w log w, own weight, sum of other weights), by rows.
+    """
     figures = [_of_mixture(mix, *side) for side in per_side]
     entropy, own_share = (sum(x) / len(figures) for x in zip(*figures, strict=True))
     other = sum((side[3]).mean() for side in per_side) / len(per_side) / max(n - 1, 1)
@@ -71,7 +75,7 @@ def _targets(mix, per_side, losses, n: int) -> dict[str, Array]:
 
 
 def _of_mixture(mix, sums, logs, own, others) -> tuple[Array, Array]:
-    """Mean entropy and mean own share of mix [i = j] + (1 - mix) w_ij / sum_j w_ij."""
+    """Returns mean entropy and mean positive share of mix [i = j] + (1 - mix) w_ij / sum_j w_ij."""
     if isinstance(mix, float) and mix == 0:
         return (jnp.log(sums) - logs / sums).mean(), (own / sums).mean()
     rest = 1 - mix
@@ -82,7 +86,7 @@ def _of_mixture(mix, sums, logs, own, others) -> tuple[Array, Array]:
 
 
 def summarise(entropy, weighted_loss, own_share, other_weight) -> dict[str, Array]:
-    """Names of the figures about the targets (means over the weighted directions)."""
+    """Returns the target statistics by name (means over the weighted directions)."""
     return {
         "target_entropy": entropy,
         "excess": weighted_loss - entropy,
@@ -98,7 +102,7 @@ def _from_stats(stats: Stats) -> tuple[Array, Array, Array, Array]:
 
 
 def _from_closed_form(frame, closed, rows, side, n, engine) -> tuple[Array, Array, Array, Array]:
-    """The same from sampled rows for the cosine's weights, exactly for constant ones."""
+    """Returns the same four: estimated from sampled rows, or exact for constant weights."""
     if not closed.slope:
         c = closed.constant
         row = jnp.full(n, c).at[0].add(closed.own)
@@ -117,7 +121,7 @@ def _from_closed_form(frame, closed, rows, side, n, engine) -> tuple[Array, Arra
 
 
 def of_sigmoid(frame, loss, stats, scale, bias) -> dict[str, Array]:
-    """Scalars of one call of a sigmoid loss."""
+    """Returns the scalars of one call of a sigmoid loss."""
     out = {"inverse_temperature": scale, "logit_bias": bias}
     if not frame.config.diagnostics:
         return out
@@ -135,13 +139,13 @@ def of_sigmoid(frame, loss, stats, scale, bias) -> dict[str, Array]:
 
 
 def of_nothing(scale) -> dict[str, Array]:
-    """Of a loss of further terms alone, whose targets are the positive pairs."""
+    """Returns the scalars of a loss of further terms alone; its targets are the positive pairs."""
     one = jnp.ones((), scale.dtype)
     return {"inverse_temperature": scale, "effective_positives": one, "masked_share": 0 * one}
 
 
 def of_dense(frame, found, scale, mix) -> dict[str, Any]:
-    """The same as `of_softmax` from N x N arrays; `mix` is the positive pair's share."""
+    """Returns the scalars of `of_softmax` from N x N arrays; `mix` is the positive pair's share."""
     out = {f"loss_{name}": found[side].loss for side, name in _NAMES}
     out["inverse_temperature"] = scale
     if not frame.config.diagnostics:
@@ -156,7 +160,7 @@ def of_dense(frame, found, scale, mix) -> dict[str, Any]:
     chosen = chosen or [found["rows"]]
     figures = []
     for x in chosen:
-        # As in the tiles of weights alone: a preset's epsilon is no part of these figures.
+        # As in the tiled forms, a preset's epsilon does not enter these statistics.
         targets = x.targets
         if x.weights is not None:
             targets = mix * own + (1 - mix) * x.weights / x.weights.sum(axis=1, keepdims=True)

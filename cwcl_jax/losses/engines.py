@@ -1,4 +1,4 @@
-"""Where the sweeps run: one device here, a mesh in `cwcl_jax.losses.sharded`."""
+"""Engines that run the sweeps: one device here, a mesh in `cwcl_jax.losses.sharded`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs the two sweeps over global arrays; hashable."""
+    """Runs the two sweeps over global arrays; must be hashable."""
 
     def forward(
         self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats
@@ -36,20 +36,21 @@ class Engine(Protocol):
 
 
 def duplicates(row_labels: Array, labels: Array, row_places: Array, places: Array) -> Array:
-    """Which columns are other pairs than the row's own, of its label."""
+    """Returns a mask of the columns that have the row's label but are a different pair."""
     return same_labels(row_labels, labels) & (row_places[:, None] != places[None, :])
 
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """All rows against all columns."""
+    """Runs all rows against all columns on one device."""
 
     def sampled(
         self, p: Float[Array, "n k"], labels: Array | None, stride: int, body: Callable
     ) -> Any:
-        """`body(own, cosines, duplicates, sum_over_columns)`: every `stride`-th row, all columns.
+        """Returns `body(own, cosines, duplicates, sum_over_columns)` for every `stride`-th row.
 
-        `duplicates` are the other pairs of the row's label, None without labels.
+        Each sampled row is compared with all columns. `duplicates` marks the other pairs with the
+        row's label; it is None without labels.
         """
         rows, places = p[::stride], jnp.arange(p.shape[0])
         own = jnp.square(rows.astype(wide(rows))).sum(axis=1)

@@ -1,10 +1,11 @@
-"""The tiled loss with its own gradient rule: memory O(N block), 8 N^2 d flops, 6 N^2 d when one
-side needs no gradient.
+"""The tiled loss with its own gradient rule.
 
-`pair_losses` gives the parts of which `cwcl_jax.losses.pairwise` makes both directions' losses,
-for weights that are made tile by tile, or for the positive pair as the only target. The paper's
-weights need no tiles at all: `closed_form_correction` turns positive-pair targets into them in
-O(N d k).
+It needs O(N block) memory and 8 N^2 d flops, or 6 N^2 d if one side needs no gradient.
+
+`pair_losses` returns the parts from which `cwcl_jax.losses.pairwise` builds the losses of both
+directions, for weights that are computed tile by tile, or with the positive pair as the only
+target. The paper's weights need no tiles: `closed_form_correction` turns the loss with
+positive-pair targets into the weighted loss in O(N d k).
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ NO_FORWARD_MODE = (
     "The tiled losses have first derivatives in reverse mode only (jax.grad, jax.vjp). For "
     "jax.jvp, jax.jacfwd or second derivatives use form='dense'."
 )
-# What each side of `extras` holds.
+# Names of the arrays in each side of `extras`.
 _PER_PAIR = ("p", "q", "labels", "limit", "square_p", "square_q")
 _SCALARS = ("sharpness_p", "sharpness_q", "mix")
 
@@ -40,24 +41,24 @@ def pair_losses(
     scale: Float[Array, ""],
     extras: Side,
 ) -> tuple[Parts, dict[str, Stats]]:
-    """Parts of the losses of "rows" (U->V) and "columns" (V->U), and the statistics behind them.
+    """Returns the parts of the losses of "rows" (U->V) and "columns" (V->U), and their statistics.
 
-    Differentiable in u, v and scale, in reverse mode; the sides without gradient cost nothing.
+    Differentiable in u, v and scale, in reverse mode; sides that need no gradient cost nothing.
 
     Args:
-      tiling: how the weights are made.
+      tiling: how the weights are computed.
       engine: where the sweeps run.
-      epsilon: added to the row sums of weights.
+      epsilon: added to the row sums of the weights.
       u, v: rows of unit norm.
       scale: s = 1/tau.
       extras: what the weights need: "p", "q", "labels", "limit", "square_p", "square_q", "targets"
-        (rows), "sharpness_p", "sharpness_q"; and "rows_deficit", "columns_deficit" where
-        positive-pair targets stand for closed-form weights whose normalised rows sum to
-        1 + deficit.
+          (rows), "sharpness_p", "sharpness_q". Also "rows_deficit" and "columns_deficit", where
+          positive-pair targets stand for closed-form weights whose normalised rows sum to 1 +
+          deficit.
 
     Returns:
       By side: "own", the loss with positive pairs as targets; "closed", the same with the deficit;
-      "soft", with the weights as targets; "negatives", the term of that name.
+          "soft", the loss with the weights as targets; "negatives", the term of that name.
     """
     rows, columns, scalars = sides_of(u, v, scale, extras)
     row_stats, column_stats = engine.forward(tiling, rows, columns, scalars)
@@ -70,7 +71,7 @@ def pair_losses(
 
 
 def sides_of(u, v, scale, extras) -> tuple[Side, Side, Stats]:
-    """What the sweeps are told of rows and of columns, and the scalars."""
+    """Returns the arrays of rows and of columns for the sweeps, and the scalars."""
     rows = {"x": u} | {k: extras[k] for k in (*_PER_PAIR, "targets") if k in extras}
     columns = {"x": v} | {k: extras[k] for k in _PER_PAIR if k in extras}
     scalars = {"scale": scale, "first_column": jnp.zeros((), jnp.int32)}
@@ -87,7 +88,7 @@ def _deficit(extras: Side, side: str) -> Array | None:
 
 
 def _mean_losses(stats: Stats, weighted: bool, epsilon: float, deficit: Array | None) -> dict:
-    # The difference first: both are near 1/tau for a pair that is matched well.
+    # Subtract first: both values are near 1/tau for a well matched pair.
     own = (stats["max"] - stats["own"]) + jnp.log(stats["sum"])
     log_sum_exp = stats["max"] + jnp.log(stats["sum"])
     losses = {"own": own.mean()}
@@ -107,14 +108,14 @@ def _mean_losses(stats: Stats, weighted: bool, epsilon: float, deficit: Array | 
 
 
 def _rows_with_negatives(stats: Stats) -> tuple[Array, Array]:
-    """Which rows have targets among their negatives, and how many do (at least 1)."""
+    """Returns which rows have targets among their negatives, and their number (at least 1)."""
     valid = (stats["other_weights"] > 0) & (stats["others"] > 0)
     return valid, jnp.maximum(valid.sum(), 1)
 
 
 @jax.custom_jvp
 def once_differentiable(residuals):
-    """The identity, whose derivative is an error: the backward rules have none of their own."""
+    """Returns its argument; differentiating it is an error, as backward rules have no gradient."""
     return residuals
 
 
@@ -124,7 +125,7 @@ def _no_second_derivative(primals, tangents):
 
 
 def values_of(extras: dict[str, Any]) -> Side:
-    """Plain arrays of what a forward rule gets with `symbolic_zeros`."""
+    """Returns the plain arrays that a forward rule receives with `symbolic_zeros`."""
     return {name: x.value for name, x in extras.items()}
 
 
@@ -147,7 +148,7 @@ def _forward_rule(tiling, engine, epsilon, u, v, scale, extras):
 
 
 def _factors(stats, cotangents: dict[str, Array], epsilon: float, deficit: Array | None) -> Stats:
-    """a and e (or c and f) of the equation in `tiles`, for the cotangents of a side's parts."""
+    """Returns a and e (or c and f) of the equation in `sweeps`, for one side's cotangents."""
     factors, softmax = {}, []
     if "own" in cotangents:
         softmax.append(cotangents["own"] / stats["sum"])
@@ -164,7 +165,7 @@ def _factors(stats, cotangents: dict[str, Array], epsilon: float, deficit: Array
     if "negatives" in cotangents:
         valid, count = _rows_with_negatives(stats)
         share = cotangents["negatives"] * (valid.shape[0] / count)
-        # A row without others has no best one; its factors are 0.
+        # A row without negatives has no best negative; its factors are 0.
         factors["best_other"] = jnp.maximum(
             stats["best_other"], jnp.finfo(stats["best_other"].dtype).min
         )
@@ -174,7 +175,7 @@ def _factors(stats, cotangents: dict[str, Array], epsilon: float, deficit: Array
 
 
 def _given(parts: Parts) -> dict[str, dict[str, Array]]:
-    """The cotangents that are not known to be zero."""
+    """Returns the cotangents that are not known to be zero."""
     return {
         side: {k: g for k, g in by_name.items() if not isinstance(g, SymbolicZero)}
         for side, by_name in parts.items()
@@ -188,7 +189,7 @@ def _backward_rule(tiling, engine, epsilon, residuals, cotangents):
     every = [g for by_name in given.values() for g in by_name.values()]
     if not every or not any(need.values()):
         return None, None, None, None
-    # Narrow gradients must not underflow: the tiles see cotangents of size 1 and no 1/N.
+    # Gradients of narrow dtypes must not underflow: tiles get cotangents of size 1, without 1/N.
     size = jnp.maximum(jnp.max(jnp.stack([jnp.abs(g) for g in every])), jnp.finfo(wide(u)).tiny)
     given = jax.tree.map(lambda g: g / size, given)
     rows, columns, scalars = sides_of(u, v, scale, extras)
@@ -197,7 +198,8 @@ def _backward_rule(tiling, engine, epsilon, residuals, cotangents):
         (by_name[k] for by_name in given.values() for k in ("own", "closed") if k in by_name),
         start=zero,
     )
-    need_v = need["v"] or not need["u"]  # either side yields the gradient of the scale
+    # the gradient of the scale can be computed from either side
+    need_v = need["v"] or not need["u"]
     factors = [
         _factors(stats[side], given[side], epsilon, _deficit(extras, side))
         for side in ("rows", "columns")
@@ -232,7 +234,9 @@ def closed_form_correction(
     epsilon: float,
     direction: str,
 ) -> tuple[Float[Array, ""], Float[Array, " n"]]:
-    """What turns own-pair targets into w_ij = constant + slope <p_i, p_j> + own [i = j].
+    """Returns what changes positive-pair targets to constant + slope <p_i, p_j> + own [i = j].
+
+    These are the weights w_ij.
 
     With r_i = sum_j w_ij = N constant + slope p_i . S_p + own, S_p = sum_j p_j,
 
@@ -240,12 +244,13 @@ def closed_form_correction(
         sum_ij w_ij <u_i, v_j> / r_i = sum_j <v_j, y_j>,   U' = U / r by rows,
         y_j = constant sum_i u'_i + own u'_j + slope p_j (sum_i p_i u'_i^T)
 
-    and the same with <u_i, v_j> / r_j for V->U. y is made of u, so its two products of O(N d k) are
-    the gradient of v as well: with u and p constant there are no others. Sums in float32 or better
-    at the highest matmul precision; plain autodiff, through p too if it is not detached.
+    and the same with <u_i, v_j> / r_j for V->U. y depends only on u and p, so its two products of
+    O(N d k) are also the gradient for v: if u and p are constant, no others are needed. Sums are in
+    float32 or wider at the highest matmul precision. The gradient is plain autodiff, also through p
+    if it is not detached.
 
     Returns:
-      The correction to add, and the row sums of the weights.
+      The correction to add, (), and the row sums of the weights, (n,).
     """
     dtype = wide(u)
     n = u.shape[0]

@@ -1,4 +1,4 @@
-"""The arrays of one call of the loss, and what is computed from them before any tile."""
+"""The arrays of one call of the loss, and what is computed from them before the first tile."""
 
 import dataclasses
 from typing import Any
@@ -14,13 +14,13 @@ from cwcl_jax.losses.options import Frame
 
 @dataclasses.dataclass
 class Inputs:
-    """Checked arrays.
+    """The checked arrays of one call.
 
     Attributes:
-      p, q: features of U and V that weights and masks are made of.
-      labels: (n,) integers, or (n, k) sets as `weights.label_sets` makes them.
-      targets: the caller's own weights of all pairs.
-      mix: the positive pair's share now.
+      p, q: features of U and V that define weights and masks.
+      labels: (n,) integers, or (n, k) sets as returned by `labels.label_sets`.
+      targets: the caller's own weights of all pairs, (n, n).
+      mix: the positive pair's share of the target at this point of the run.
     """
 
     u: Float[Array, "n d"]
@@ -35,12 +35,12 @@ class Inputs:
 
 
 def sharpness(frame: Frame, rows: Array, labels: Array | None, engine: Engine | None = None):
-    """The fixed or calibrated sharpness of the weight function.
+    """Returns the sharpness of the weight function, fixed or calibrated, as a scalar.
 
     Args:
       rows: prepared features, without gradient.
-      labels: where duplicates go by them.
-      engine: where the sampled rows are; None is one device.
+      labels: labels, if duplicates are defined by them.
+      engine: where the sampled rows are; None means one device.
     """
     chosen = frame.weights
     if not chosen.calibrated:

@@ -1,4 +1,4 @@
-"""Labels of pairs: integers, or sets of integers as rows filled up with -1."""
+"""Labels of pairs: integers, or sets of integers as rows padded with -1."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ _INT32 = np.iinfo(np.int32)
 
 
 def exact_labels(labels: Any) -> Any:
-    """Labels that 32 bits can tell apart: larger integers are numbered anew, -1 stays.
+    """Returns labels that fit into 32 bits: larger integers are renumbered, -1 is kept.
 
-    jax keeps the lower half of a 64-bit integer, in which two large ids may be one.
+    JAX truncates 64-bit integers to 32 bits, so two different large ids could become equal.
     """
     if labels is None or isinstance(labels, jax.Array):
         return labels
@@ -26,18 +26,18 @@ def exact_labels(labels: Any) -> Any:
 
 
 def label_sets(labels: Array) -> Array:
-    """(n, k) sets of labels without repetitions; missing entries are -1."""
+    """Returns (n, k) sets of labels without repetitions; missing entries are -1."""
     rows = jnp.sort(labels, axis=1)
     again = jnp.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(again | (rows < 0), -1, rows)
 
 
 def common_labels(a: Array, b: Array) -> Array:
-    """How many labels two sets have in common, for all pairs of rows."""
+    """Returns the number of labels that two sets share, for all pairs of rows."""
     valid, columns = a >= 0, a.T
 
     def add(place, count):
-        # Looped over one side alone: all pairs unrolled take a compiler minutes.
+        # The loop unrolls one side only: unrolling all pairs would take minutes to compile.
         y = jax.lax.dynamic_index_in_dim(b, place, axis=1, keepdims=False)
         for x, there in zip(columns, valid.T, strict=True):
             count += (x[:, None] == y[None, :]) & there[:, None]
@@ -47,7 +47,7 @@ def common_labels(a: Array, b: Array) -> Array:
 
 
 def same_labels(a: Array, b: Array) -> Array:
-    """Which pairs of rows have equal labels; empty sets equal none."""
+    """Returns which pairs of rows have equal labels; an empty set equals no other set."""
     if a.ndim == 1:
         return a[:, None] == b[None, :]
     return _all_in_common(a, b, common_labels(a, b))
@@ -59,7 +59,7 @@ def _all_in_common(a: Array, b: Array, common: Array) -> Array:
 
 
 def label_weights(a: Array, b: Array, overlap: float, dtype: jnp.dtype) -> Array:
-    """1 for equal labels, `overlap` for sets that have a label in common, else 0."""
+    """Returns 1 for equal labels, `overlap` for sets that share a label, and 0 otherwise."""
     if a.ndim == 1 or not overlap:
         return same_labels(a, b).astype(dtype)
     common = common_labels(a, b)

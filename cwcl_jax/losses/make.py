@@ -1,4 +1,4 @@
-"""`make_loss` for training code: a configuration becomes a function of arrays."""
+"""`make_loss` for training code: turns a configuration into a function of arrays."""
 
 import dataclasses
 import inspect
@@ -26,26 +26,28 @@ from cwcl_jax.losses.weights import with_constant_parameters
 
 Diagnostics = dict[str, Array]
 
-# Above this size of the gathered columns on one device, "auto" takes the ring.
+# If the gathered columns take more bytes than this on one device, "auto" selects the ring.
 GATHERED_BYTES = 2**30
 
 
 @runtime_checkable
 class LossFn(Protocol):
-    """A loss of global arrays; inside one `jax.jit`, split over the mesh's axes on dimension 0.
+    """A loss of global arrays, to be called inside one `jax.jit`.
+
+    Arrays may be split over the mesh's axes on dimension 0.
 
     Args:
-      u, v: embeds of both modalities, rows of unit norm.
-      p: features of U that weights and masks are made of, rows of unit norm but for distances.
+      u, v: embeddings of both modalities, rows of unit norm.
+      p: features of U that define weights and masks. Rows have unit norm, except for distances.
       logit_scale: log of the inverse temperature.
-      logit_bias: of sigmoid losses.
-      labels: (n,) integers, or (n, k) sets of integers, filled up with -1.
-      targets: weights of all pairs instead of the weight function's.
+      logit_bias: bias of sigmoid losses.
+      labels: (n,) integers, or (n, k) sets of integers, padded with -1.
+      targets: weights of all pairs, (n, n), instead of the weight function's.
       q: features of V, where weighted="own".
-      progress: share of the run that is done, for what changes over it.
+      progress: fraction of the run that is done, for options that change over the run.
 
     Returns:
-      The loss, and diagnostics as a flat dict of scalars.
+      The loss, and the diagnostics as a flat dict of scalars.
     """
 
     def __call__(
@@ -72,19 +74,19 @@ def make_loss(
     axes: str | Sequence[str] = ("data", "fsdp"),
     weight_function: Callable[[Array], Array] | None = None,
 ) -> LossFn:
-    """Builds the loss of a configuration.
+    """Returns the loss function of a configuration.
 
     Args:
       config: options.
-      mesh: devices that the batch is split over; None, or a mesh with one part, is one device.
-        With explicit axes (the default of `jax.make_mesh`), differentiate it inside `jax.jit` or
-        under `jax.set_mesh`.
-      axes: the mesh's axes that split the batch; those the mesh does not have are left out.
-      weight_function: your own function cosine -> weight, entry by entry, in place of the
-        configured one.
+      mesh: devices that the batch is split over. None, or a mesh that splits the batch into one
+          part, runs on one device. With explicit axes (the default of `jax.make_mesh`),
+          differentiate the loss inside `jax.jit` or under `jax.set_mesh`.
+      axes: the mesh axes that split the batch. Axes that the mesh does not have are ignored.
+      weight_function: your own elementwise function cosine -> weight, instead of the configured
+          one.
 
     Raises:
-      ValueError: options that contradict each other, or a mesh with none of `axes`.
+      ValueError: options contradict each other, or the mesh has none of `axes`.
     """
     frame = resolve(config, weight_function)
     if is_own(config.name):
@@ -121,15 +123,16 @@ def make_loss(
 
     if not axes or config.form in ("dense", "fused"):
         return loss_fn
-    # A mesh's programs are compiled even where nobody asked: not all of `shard_map` runs eagerly.
+    # On a mesh the loss is always compiled, because parts of `shard_map` do not run eagerly.
     if weight_function is None:
         return jax.jit(loss_fn)
-    # Compiled anew for each call: one's own function may close over what is traced just now.
+    # Compiled again for each call: the user's function may close over values being traced right
+    # now.
     return lambda *arguments, **named: jax.jit(partial(loss_fn))(*arguments, **named)
 
 
 def _with_constants(frame: Frame, dtype: jnp.dtype) -> Frame:
-    """The frame, where the tiles cannot pass a gradient on to parameters of the weights."""
+    """Returns the frame with constant weight parameters, as tiles cannot differentiate them."""
     own = frame.weights.own
     if own is None or frame.config.form == "dense":
         return frame
@@ -138,13 +141,14 @@ def _with_constants(frame: Frame, dtype: jnp.dtype) -> Frame:
 
 
 def own_loss(function: Any, name: str) -> LossFn:
-    """A `LossFn` of a person's own function.
+    """Returns a `LossFn` that calls a user's own function.
 
-    The function takes any of u, v, p, logit_scale, logit_bias, labels, q and progress by these
-    names, global arrays as in `LossFn`, and returns a scalar, or a scalar and a dict of scalars.
+    The function may take any of u, v, p, logit_scale, logit_bias, labels, q and progress by these
+    names, as global arrays like those of `LossFn`. It returns a scalar, or a scalar and a dict of
+    scalars.
 
     Raises:
-      ValueError: it is no function, or wants an argument of another name.
+      ValueError: it is not a function, or it requires an argument of another name.
     """
     if not callable(function) or isinstance(function, type):
         raise ValueError(f"loss {name!r} is a {type(function).__name__}, not a function.")
@@ -174,16 +178,16 @@ def own_loss(function: Any, name: str) -> LossFn:
 
 
 def argument_names(function: Callable) -> list[str]:
-    """The names of what a function takes, without those that have defaults of their own."""
+    """Returns the names of a function's arguments, without unknown ones that have defaults."""
     parameters = inspect.signature(function).parameters.values()
     return [x.name for x in parameters if x.name in _ARGUMENTS or x.default is x.empty]
 
 
 def _of_explicit_mesh(config: LossConfig, mesh: Mesh, axes, weight_function) -> LossFn:
-    """The loss over a mesh with explicit axes, the default of `jax.make_mesh`.
+    """Returns the loss for a mesh with explicit axes, the default of `jax.make_mesh`.
 
-    Inside it the same devices have automatic axes: that a tile's operations would need shardings
-    of their own is nothing to the caller.
+    Inside the loss, the same devices get automatic axes, so that the caller need not state
+    shardings for the operations of each tile.
     """
     automatic = (AxisType.Auto,) * len(mesh.axis_names)
     inner = make_loss(
@@ -203,10 +207,10 @@ def _of_explicit_mesh(config: LossConfig, mesh: Mesh, axes, weight_function) -> 
 
 
 def _splitting_axes(config: LossConfig, mesh: Mesh | None, axes) -> tuple[str, ...]:
-    """The axes that the mesh has.
+    """Returns those of `axes` that the mesh has.
 
     Raises:
-      ValueError: none, so that every device would silently be sent the whole batch.
+      ValueError: the mesh has none of them; every device would silently receive the whole batch.
     """
     if mesh is None:
         return ()
@@ -221,12 +225,12 @@ def _splitting_axes(config: LossConfig, mesh: Mesh | None, axes) -> tuple[str, .
 
 
 def _array(x: Any) -> Any:
-    """A JAX array of the types that are enabled: sums of numpy's float64 would warn in float32."""
+    """Returns a JAX array of an enabled dtype: sums of numpy float64 would warn in float32."""
     return None if x is None else jnp.asarray(x)
 
 
 def _mix(frame: Frame, progress: Scalar | None, like: Array) -> Any:
-    """The positive pair's share now."""
+    """Returns the positive pair's share of the target at this point of the run."""
     if not frame.needs_progress:
         return frame.mix[0]
     if progress is None:
@@ -258,7 +262,10 @@ def _scalar(name: str, value: Scalar | None, like: Array) -> Array:
 
 
 def _features_and_labels(frame: Frame, n: int, p, q, labels, targets) -> dict[str, Any]:
-    """What the frame reads of these, checked; the rest, which training hands over, left out."""
+    """Returns the checked arrays that the frame reads, and None for those it does not read.
+
+    Training code passes all arrays; only the needed ones are checked and kept.
+    """
     name = frame.config.name
     if targets is not None:
         _check_targets_are_used(frame)
@@ -301,7 +308,7 @@ def _missing(frame: Frame, key: str) -> str:
 
 
 def _check_targets_are_used(frame: Frame) -> None:
-    """Raises where the caller's weights, or the gradient through them, would silently get lost."""
+    """Raises if the caller's targets, or the gradient through them, would silently be ignored."""
     if frame.weights.name == "identity" or frame.kind == "none" or frame.weighted == "own":
         raise ValueError(
             f"name={frame.config.name!r}, weighted={frame.weighted!r} has no weights for targets "

@@ -1,7 +1,7 @@
-"""What a loss can be told, as one frozen dataclass, and the frame that it resolves to.
+"""The options of a loss as one frozen dataclass, and the `Frame` that they resolve to.
 
-The equations, and the published losses as rows of one table, stand in `cwcl_jax.losses.presets`. U
-is the modality that gives the weights (in CWCL the pretrained, locked tower), V the other one.
+The equations, and the published losses as rows of one table, are in `cwcl_jax.losses.presets`. U is
+the modality that gives the weights (in CWCL the pretrained, locked tower), V is the other one.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ _CHOICES = {
     "form": ("auto", "dense", "fused", "gathered", "ring"),
     "precision": (*PRECISIONS, "bfloat16"),
 }
-# What other pairs that count as the same may be; a margin stands behind the last two.
+# How other pairs that count as the same are treated; the last two take a margin as suffix.
 DUPLICATES = ("negatives", "positives", "masked", "absolute", "relative")
-# The options that a preset decides unless they are given.
+# Options that the preset sets unless they are given.
 _OF_PRESETS = (
     "weight_function",
     "weighted",
@@ -35,43 +35,46 @@ _OF_PRESETS = (
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The loss of one experiment. Options left empty are the preset's.
+    """The loss of one experiment. Empty options take the preset's values.
 
     Attributes:
       name: a row of `presets.PRESETS`, or "module:name", a function of your own (see
-        `make.own_loss`).
+          `make.own_loss`).
       weights_from: the modality U whose similarities are the weights.
       weight_function: similarity -> weight, by name and number: "affine", the paper's cos/2 + 1/2;
-        "centred", the same on cosines of mean-free features; "uniform0.5", any other pair's weight,
-        without similarities; "exp0.1", exp((cos - 1) / 0.1); "relu2", max(cos, 0) ** 2;
-        "calibrated0.5" and "calibrated_relu0.5", exp and relu whose temperature or power gives the
-        positive pairs that mean share of the target in every batch (from 1 on: that many effective
-        positives); "labels0.5", 1 for equal labels, 0.5 for label sets that overlap, else 0;
-        "distance0.3_0.75", 1 - 4/pi atan(d^2 / 0.3) of features as they are, 0 below 0.75. Or
-        "module:name", a function of the cosine of your own, entry by entry.
-      weighted: the directions whose targets are weighted, "u_to_v", "v_to_u" or "both"; "own" is
-        both, each by its own modality's similarities.
-      duplicates: what pairs that are the same are to each other: "negatives" (nothing); by equal
-        labels "positives" (weight 1) or "masked" (left out of softmax and targets); left out where
-        the locked tower finds them too similar, "absolute0.05" or "relative0.05".
-      mix: the positive pair's share of the target besides its weight's: one number, or several,
-        evenly over the run and linear in between.
+          "centred", the same on cosines of mean-free features; "uniform0.5", a constant weight of
+          any other pair, without similarities; "exp0.1", exp((cos - 1) / 0.1); "relu2", max(cos, 0)
+          ** 2; "calibrated0.5" and "calibrated_relu0.5", exp and relu whose temperature or power is
+          chosen in every batch so that positive pairs have that mean share of the target (a number
+          above 1 is the effective number of positives); "labels0.5", 1 for equal labels, 0.5 for
+          label sets that overlap, else 0; "distance0.3_0.75", 1 - 4/pi atan(d^2 / 0.3) of
+          unnormalised features, 0 below 0.75. Or "module:name", your own elementwise function of
+          the cosine.
+      weighted: the directions whose targets are weighted, "u_to_v", "v_to_u" or "both"; "own"
+          weights both, each by its own modality's similarities.
+      duplicates: how different pairs with the same content are treated: "negatives" (no special
+          treatment); by equal labels as "positives" (weight 1) or "masked" (left out of softmax and
+          targets); left out where the locked tower finds them too similar, "absolute0.05" or
+          "relative0.05".
+      mix: share of the target that goes to the positive pair in addition to its weight: one number,
+          or several, spread evenly over the run with linear interpolation.
       direction_weights: factors of the losses U->V and V->U; (1, 1) is the paper's sum, (0.5, 0.5)
-        CLIP's mean.
+          CLIP's mean.
       terms: further terms, "name=factor"; they replace the preset's.
-      detach_weights: weights are constants for the gradient, as in the paper. If not, it also goes
-        through them, in training to the encoder where that trains.
+      detach_weights: whether weights are constants for the gradient, as in the paper. If not, the
+          gradient also flows through them, and in training into the encoder if that is trained.
       form: "auto", "dense" (the equations, N x N arrays), "fused" (tiled, one device), "gathered"
-        or "ring" (over a mesh).
-      block_size, block_columns: rows and columns of a tile; 0 chooses.
-      precision: of the products of float32 embeds: "highest" is float32 everywhere; on accelerators
-        "high" makes it of three passes of the tensor cores, "default" of one (TF32 on GPUs,
-        bfloat16 on TPUs); "bfloat16" rounds the embeds for the products and sums in float32, on any
-        device. Lower ones are faster and lose digits that a high inverse temperature multiplies;
-        see `cwcl_jax.precision`.
-      diagnostics: also return entropies, accuracies and weights (else only the loss's parts).
-      debug_checks: check values on the host at every call: finite, normalised, weights
-        non-negative with positive row sums. Slow.
+          or "ring" (over a mesh).
+      block_size, block_columns: rows and columns of a tile; 0 chooses automatically.
+      precision: of the products of float32 embeddings. "highest" is float32 everywhere. On
+          accelerators, "high" uses three passes of the tensor cores and "default" one (TF32 on
+          GPUs, bfloat16 on TPUs). "bfloat16" rounds the embeddings for the products and sums in
+          float32, on any device. Lower precisions are faster, but their rounding errors are
+          multiplied by the inverse temperature; see `cwcl_jax.precision`.
+      diagnostics: also return entropies, accuracies and weights (otherwise only the parts of the
+          loss).
+      debug_checks: check values on the host at every call: finite, normalised, weights non-negative
+          with positive row sums. Slow.
     """
 
     name: str = "cwcl"
@@ -101,12 +104,12 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A configuration with everything decided, as the forms of the loss read it.
+    """A resolved configuration, as the forms of the loss read it.
 
     Attributes:
-      config: what it came from.
+      config: the options that it was resolved from.
       kind, weighted, mix, direction_weights, detach_weights, row_sum_epsilon, negatives: see
-        `Preset`.
+          `Preset`.
       weights: the weight function.
       duplicates, margin: see `LossConfig.duplicates`.
       terms: factors by name.
@@ -127,12 +130,12 @@ class Frame:
 
     @property
     def needs_bias(self) -> bool:
-        """Whether the logits have one."""
+        """Whether the logits have a bias."""
         return self.kind == "sigmoid"
 
     @property
     def needs_labels(self) -> bool:
-        """Whether anything goes by labels."""
+        """Whether any part of the loss reads labels."""
         by_labels = self.weights.name == "labels" or self.duplicates in ("positives", "masked")
         return by_labels or "replicates" in self.terms
 
@@ -143,17 +146,17 @@ class Frame:
 
     @property
     def needs_p(self) -> bool:
-        """Whether U's features are read."""
+        """Whether the features of U are read."""
         return self.weights.of_features or self.guided
 
     @property
     def needs_q(self) -> bool:
-        """Whether V's features are read."""
+        """Whether the features of V are read."""
         return self.weighted == "own"
 
     @property
     def raw_features(self) -> bool:
-        """Whether the features are taken as they are, not normalised."""
+        """Whether the features are used without normalisation."""
         return self.weights.name == "distance"
 
     @property
@@ -163,7 +166,7 @@ class Frame:
 
     @property
     def closed(self) -> bool:
-        """Whether the weights are affine in the cosine, so that no tile makes them."""
+        """Whether the weights are affine in the cosine, so that no tiles of weights are needed."""
         return (
             self.kind == "softmax"
             and self.weights.name in ("affine", "centred", "uniform")
@@ -180,12 +183,12 @@ def require_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is that of a function outside of the package."""
+    """Returns whether a name refers to a function outside the package."""
     return ":" in name
 
 
 def needs_bias(config: LossConfig) -> bool:
-    """Whether the loss adds a bias to its logits, trained beside the inverse temperature."""
+    """Returns whether the loss adds a trained bias to its logits."""
     if is_own(config.name):
         from cwcl_jax.losses.make import argument_names
 
@@ -194,15 +197,15 @@ def needs_bias(config: LossConfig) -> bool:
 
 
 def resolve(config: LossConfig, function: Callable | None = None) -> Frame:
-    """Everything that the preset of `config.name` decides or leaves to the options.
+    """Returns the frame: the preset of `config.name` with the given options applied.
 
     Args:
       config: the options.
-      function: the caller's own weight function, in place of the configured one.
+      function: the caller's own weight function, instead of the configured one.
 
     Raises:
-      ValueError: an unknown name, an option that would make it another loss, or one that would do
-        nothing.
+      ValueError: an unknown name, an option that would make it a different loss, or one without
+          effect.
     """
     if is_own(config.name):
         return _frame_of_own_loss(config, function)
@@ -247,7 +250,7 @@ def _frame_of_own_loss(config: LossConfig, function: Callable | None) -> Frame:
         )
     from cwcl_jax.losses.make import own_loss
 
-    own_loss(import_named(config.name, "loss"), config.name)  # refuses what is no loss
+    own_loss(import_named(config.name, "loss"), config.name)  # raises if it is not a valid loss
     return Frame(
         config, "own", parse_weights("identity"), "both", "negatives", 0.0, (0.0,), (1.0, 1.0), {},
         detach_weights=True, row_sum_epsilon=0.0, negatives=(1.0, 1.0),
@@ -310,7 +313,7 @@ def _checked_directions(factors: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _check_frame(frame: Frame, given: dict[str, Any]) -> None:
-    """Raises where a given option would do nothing."""
+    """Raises ValueError if a given option would have no effect."""
     weights, name = frame.weights, frame.config.name
     if frame.weighted == "own" and not weights.of_features:
         raise ValueError(
@@ -343,7 +346,7 @@ def _check_frame(frame: Frame, given: dict[str, Any]) -> None:
 
 
 def check_weight_gradient(frame: Frame) -> None:
-    """Raises where the gradient through the weights is asked for, but would silently be zero."""
+    """Raises ValueError if a requested gradient through the weights would silently be zero."""
     if frame.detach_weights or frame.config.form == "dense" or frame.closed:
         return
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Where a tile of logits holds the rows' own pairs (i = j)."""
+"""Location of the positive pairs (i = j) in a tile of logits."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -6,10 +6,10 @@ from jaxtyping import Array
 
 
 class OwnPairs:
-    """The rows' own pairs in a tile: column `start` belongs to row 0, the next to row 1...
+    """The positive pairs of a tile: column `start` belongs to row 0, the next to row 1, etc.
 
-    They are all inside the tile or all outside, so they are handled as one square part of it:
-    a comparison of indices all over the tile costs as much as an exponential.
+    The positive pairs are either all inside the tile or all outside, so they are handled as one
+    square part of it. Comparing indices over the whole tile would cost as much as an exponential.
     """
 
     def __init__(self, start: Array, rows: int, columns: int):
@@ -20,21 +20,21 @@ class OwnPairs:
         self._diagonal = jnp.eye(rows, dtype=bool) & self.inside
 
     def square(self, tile: Array) -> Array:
-        """The part of a tile that holds the own pairs on its diagonal."""
+        """Returns the square part of a tile whose diagonal holds the positive pairs."""
         rows = self.shape[0]
         return lax.dynamic_slice(tile, self._corner, (rows, rows))
 
     def replaced(self, tile: Array, square: Array) -> Array:
-        """The tile with its own pairs taken from the diagonal of another square."""
+        """Returns the tile with its positive pairs replaced by the diagonal of another square."""
         square = jnp.where(self._diagonal, square, self.square(tile))
         return lax.dynamic_update_slice(tile, square, self._corner)
 
     def masked(self, tile: Array) -> Array:
-        """The tile with -inf at own pairs."""
+        """Returns the tile with -inf at the positive pairs."""
         return self.replaced(tile, jnp.full((self.shape[0],) * 2, -jnp.inf, tile.dtype))
 
     def values(self, tile: Array, axis: int, missing: float) -> Array:
-        """Each row's (axis 1) or column's (axis 0) own entry, `missing` where it is not here."""
+        """Returns the positive entries by rows (axis 1) or columns (0), `missing` if outside."""
         diagonal = jnp.diagonal(self.square(tile))
         if axis == 1:
             return jnp.where(self.inside, diagonal, missing)
@@ -43,6 +43,6 @@ class OwnPairs:
         return jnp.where(self.inside, placed, line)
 
     def mask(self) -> Array:
-        """Where the own pairs are, for the rarer functions."""
+        """Returns a boolean mask of the positive pairs, for rarely used functions."""
         none = jnp.zeros(self.shape, bool)
         return lax.dynamic_update_slice(none, self._diagonal, self._corner)

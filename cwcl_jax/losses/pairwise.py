@@ -1,4 +1,4 @@
-"""From a `Frame` and arrays to the loss: tiles or closed form, both directions, further terms."""
+"""Computes the loss of a `Frame`: tiles or closed form, both directions, further terms."""
 
 import dataclasses
 from typing import Any
@@ -18,7 +18,7 @@ from cwcl_jax.losses.sigmoid import pair_loss
 from cwcl_jax.losses.tiles import Side, Tiling
 
 Result = tuple[Float[Array, ""], dict[str, Array]]
-# Side of the sweeps, its name in diagnostics, the number of its factor.
+# Side of the sweeps, and its name in diagnostics, in the order of `direction_weights`.
 SIDES = (("rows", "u_to_v"), ("columns", "v_to_u"))
 
 
@@ -32,7 +32,7 @@ class ClosedForm:
 
 
 def closed_form(frame: Frame, inputs: Inputs) -> ClosedForm | None:
-    """The closed form of the weights, or None if they must be made tile by tile."""
+    """Returns the closed form of the weights, or None if they must be computed tile by tile."""
     if not frame.closed or inputs.targets is not None or len(inputs.u) == 1:
         return None
     if frame.weights.name == "uniform":
@@ -42,9 +42,9 @@ def closed_form(frame: Frame, inputs: Inputs) -> ClosedForm | None:
 
 
 def source_of_weights(frame: Frame, inputs: Inputs) -> str:
-    """What a tile's weights are made of, see `Tiling.source`."""
+    """Returns what a tile's weights are computed from; see `Tiling.source`."""
     if len(inputs.u) == 1:
-        return "none"  # one pair is its own only target, whatever its weight
+        return "none"  # one pair is its own only target, with any weight
     if inputs.targets is not None:
         return "targets"
     named = {"identity": "none", "uniform": "constant", "labels": "labels", "distance": "distance"}
@@ -52,7 +52,7 @@ def source_of_weights(frame: Frame, inputs: Inputs) -> str:
 
 
 def loss_of_frame(frame: Frame, inputs: Inputs, engine: Engine) -> Result:
-    """The loss and its diagnostics, tiled or, with form="dense", by the equations."""
+    """Returns the loss and its diagnostics: tiled, or by the equations if form="dense"."""
     dense = frame.config.form == "dense"
     scale = jnp.exp(inputs.logit_scale.astype(wide(inputs.u)))
     if frame.kind == "none":
@@ -111,7 +111,7 @@ def _softmax(frame: Frame, inputs: Inputs, scale: Array, engine: Engine):
 
 
 def combine(frame: Frame, losses: dict[str, Array]) -> Array:
-    """a L(U->V) + b L(V->U)."""
+    """Returns a L(U->V) + b L(V->U)."""
     a, b = frame.direction_weights
     if not b:
         return a * losses["rows"]
@@ -121,12 +121,12 @@ def combine(frame: Frame, losses: dict[str, Array]) -> Array:
 
 
 def _of_direction(frame: Frame, inputs: Inputs, parts, stats, correction) -> Array:
-    """L of one direction from its parts: mix times the positive pairs' and the rest weighted."""
+    """Returns one direction's loss: mix times the positive-pair part, plus the weighted rest."""
     if correction is not None:
         change, deficit = correction
         soft = parts.get("closed", parts["own"]) + change
         if frame.row_sum_epsilon and not frame.detach_weights:
-            # `pair_losses` takes the deficit as constant; its own gradient is the log-sum-exp's.
+            # `pair_losses` treats the deficit as constant; the gradient for it is the log-sum-exp.
             log_sum_exp = stats["max"] + jnp.log(stats["sum"])
             zero = deficit - lax.stop_gradient(deficit)
             soft += (zero * lax.stop_gradient(log_sum_exp)).mean()
@@ -140,7 +140,7 @@ def _of_direction(frame: Frame, inputs: Inputs, parts, stats, correction) -> Arr
 
 
 def _prepared(frame: Frame, inputs: Inputs) -> dict[str, Array]:
-    """Features as weights and masks use them, by "p" and "q"."""
+    """Returns the features as weights and masks use them, by "p" and "q"."""
     found = {}
     own_weights = inputs.targets is None and len(inputs.u) > 1
     if frame.guided or (frame.needs_p and own_weights):
@@ -153,7 +153,7 @@ def _prepared(frame: Frame, inputs: Inputs) -> dict[str, Array]:
 
 
 def _extras(frame: Frame, inputs: Inputs, tiling: Tiling, rows, engine: Engine) -> Side:
-    """What the sweeps need besides u and v; see `pair_losses`."""
+    """Returns the arrays that the sweeps need besides u and v; see `pair_losses`."""
     rows = {name: lax.stop_gradient(x) for name, x in rows.items()}
     extras: dict[str, Any] = {}
     of_features = tiling.source in ("cosine", "distance")
@@ -176,13 +176,13 @@ def _extras(frame: Frame, inputs: Inputs, tiling: Tiling, rows, engine: Engine) 
 
 
 def make_tiling(frame: Frame, source: str) -> Tiling:
-    """Static facts of the sweeps."""
+    """Returns the static description of the sweeps."""
     chosen, config = frame.weights, frame.config
     weighted = {side: source != "none" and frame.weighted in (name, "both", "own")
                 for side, name in SIDES}  # fmt: skip
     duplicates = frame.duplicates
     if duplicates == "positives" and source in ("none", "labels"):
-        duplicates = "negatives"  # the labels' weights say it already; closed forms have none
+        duplicates = "negatives"  # label weights already include duplicates; closed forms have none
     return Tiling(
         kind=frame.kind,
         source=source,
@@ -203,7 +203,7 @@ def make_tiling(frame: Frame, source: str) -> Tiling:
 
 
 def _closed_terms(frame, closed, inputs, rows, scale) -> dict[str, tuple[Array, Array]]:
-    """Correction and deficit, -epsilon / (row sum + epsilon), of each weighted direction."""
+    """Returns correction and deficit, -epsilon / (row sum + epsilon), by weighted direction."""
     found, epsilon = {}, frame.row_sum_epsilon
     for side, direction in SIDES:
         if frame.weighted not in (direction, "both", "own"):
@@ -225,7 +225,7 @@ def _closed_terms(frame, closed, inputs, rows, scale) -> dict[str, tuple[Array, 
 
 
 def _replicates(frame: Frame, inputs: Inputs, scale: Array, engine: Engine) -> Array:
-    """The term "replicates": u against u, positives by equal labels."""
+    """Returns the term "replicates": u against u, positives by equal labels."""
     if len(inputs.u) == 1:
         return jnp.zeros((), scale.dtype)
     config = frame.config
@@ -274,7 +274,7 @@ def _dense(frame: Frame, inputs: Inputs, scale: Array, engine: Engine):
 
 
 def weight_extremes(frame: Frame, inputs: Inputs) -> Float[Array, " 3"] | None:
-    """The smallest weight, row sum and column sum, inf for a direction without weights."""
+    """Returns the smallest weight, row sum and column sum; inf for a direction without weights."""
     if frame.kind == "none" or (frame.weights.name == "identity" and inputs.targets is None):
         return None
     found = reference.directions(dataclasses.replace(frame, kind="softmax"), inputs)

@@ -1,4 +1,4 @@
-"""The family of losses in one frame, and its published members as one table.
+"""The family of losses in one formula, and its published members in one table.
 
 N pairs (u_i, v_i), s = 1/tau = exp(logit_scale), l_ij = s <u_i, v_j>. The softmax losses are
 
@@ -8,20 +8,20 @@ N pairs (u_i, v_i), s = 1/tau = exp(logit_scale), l_ij = s <u_i, v_j>. The softm
     w_ij      = f(similarity of i and j)                          f: weight_function
 
 and the same with rows and columns exchanged for L(V->U). A direction that is not `weighted` has
-t_ij = [i = j]. The rows of w are normalised before they are mixed, so that `mix` is the positive
-pair's share whatever f and N are; where f is calibrated, its own share is chosen for every batch
-instead. The sigmoid losses (bias beta) are
+t_ij = [i = j]. The rows of w are normalised before mixing, so `mix` has the same meaning for every
+f and N. If f is calibrated, the positive pair's share of w is set for every batch instead. The
+sigmoid losses (with bias beta) are
 
     L         = 1/N sum_ij [t_ij log(1 + exp(-z_ij)) + (a - b t_ij) log(1 + exp(z_ij))] + ...
     z_ij      = l_ij + beta,   t_ij = mix [i = j] + (1 - mix) w_ij      (a, b): `negatives`
 
 Similarities are cosines of the locked tower's features p (any third array, `weights_from`), squared
-distances of them as they are, or labels: integers, or sets of integers. With weighted="own" every
-direction has those of its own modality (p for U->V, q for V->U).
+distances of unnormalised features, or labels: integers, or sets of integers. With weighted="own",
+each direction uses its own modality's similarities (p for U->V, q for V->U).
 
 Pairs i != j are left out of both softmaxes and of the targets (`duplicates`) where labels are equal
-("masked"), or where the locked tower finds them too similar: from row i where
-<p_i, p_j> > |p_i|^2 - m ("absolute"), or > |p_i|^2 (1 - m) ("relative"), from column j likewise.
+("masked"), or where the locked tower finds them too similar: from row i where <p_i, p_j> > |p_i|^2
+- m ("absolute"), or > |p_i|^2 (1 - m) ("relative"), and from column j likewise.
 
 The further terms R_k (`terms`, "name=factor"):
 
@@ -33,8 +33,8 @@ The further terms R_k (`terms`, "name=factor"):
     cosine            1/N sum_i (1 - <u_i, v_i>), u constant
     squared           1/N sum_i |u_i - v_i|^2, u constant (twice `cosine` for rows of unit norm)
 
-A loss that keeps a state for each example over the run (FastCLIP, SogCLR) does not fit: a loss here
-is a function of one batch.
+Losses that keep a state for each example over the run (FastCLIP, SogCLR) are not covered: a loss
+here is a function of one batch.
 """
 
 import dataclasses
@@ -48,16 +48,16 @@ _REST = ("duplicates", "direction_weights", "terms")
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a published loss decides.
+    """The settings of a published loss.
 
     Attributes:
-      source: its paper, and what in the published code differs.
+      source: the paper, and how the published code differs.
       kind: "softmax", "sigmoid", or "none" (further terms alone).
       weight_function, weighted, duplicates, mix, direction_weights, terms, detach_weights: as the
-        options of `LossConfig`; "identity" weights are those of the positive pairs.
+          options of `LossConfig`; "identity" weights are 1 for positive pairs and 0 for all others.
       row_sum_epsilon: added to the row sums of the weights.
       negatives: (a, b) of the sigmoid losses.
-      open: the options that may be changed without its being another loss.
+      open: the options that may be changed without making it a different loss.
     """
 
     source: str

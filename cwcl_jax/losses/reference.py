@@ -1,7 +1,7 @@
 """The equations of `cwcl_jax.losses.presets`, dense and line by line.
 
-The definition that every other form is tested against, and form="dense" itself. Any float type;
-arrays of N x N; both differentiation modes, through the weights too.
+Every other form is tested against this definition, which is also form="dense" itself. It takes any
+float dtype, builds N x N arrays, and supports both differentiation modes, also through the weights.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from cwcl_jax.losses.options import Frame
 
 @dataclasses.dataclass
 class Direction:
-    """One direction, its rows the softmax's: for V->U everything is transposed.
+    """One softmax direction. For V->U all is transposed, so that softmax runs over rows.
 
     Attributes:
       logits: -inf at masked pairs.
@@ -26,7 +26,7 @@ class Direction:
       weights: w_ij, 0 at masked pairs; None without weights.
       masked: pairs that are left out.
       loss: L of this direction.
-      negatives: its term "negatives", 0 where it is not in the loss.
+      negatives: the direction's term "negatives", 0 if it is not part of the loss.
     """
 
     logits: Float[Array, "n n"]
@@ -40,32 +40,35 @@ class Direction:
 def pair_logits(
     u: Float[Array, "n d"], v: Float[Array, "n d"], logit_scale: Scalar
 ) -> Float[Array, "n n"]:
-    """s <u_i, v_j>."""
+    """Returns the logits s <u_i, v_j>."""
     return jnp.exp(jnp.asarray(logit_scale, wide(u))) * inner(u, v)
 
 
 def cross_entropy(logits: Float[Array, "n n"], targets: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """-sum_j t_ij log softmax_j(logits_ij), by rows."""
+    """Returns -sum_j t_ij log softmax_j(logits_ij) for each row."""
     log_probabilities = jax.nn.log_softmax(logits, axis=1)
-    # A target of zero may stand beside a logit of -inf (a masked pair).
+    # A zero target may meet a logit of -inf (a masked pair), and 0 * inf is NaN.
     zero = targets == 0
     return -jnp.where(zero, 0.0, targets * jnp.where(zero, 0.0, log_probabilities)).sum(axis=1)
 
 
 def negatives_alone(logits: Float[Array, "n n"], matrix: Float[Array, "n n"]) -> Float[Array, ""]:
-    """Softmax and targets over the other pairs; the mean over rows that have targets there."""
+    """Returns the softmax loss over the negatives alone.
+
+    It is averaged over the rows that have targets among their negatives.
+    """
     own = jnp.eye(len(logits), dtype=bool)
     matrix = jnp.where(own, 0, matrix)
     sums = matrix.sum(axis=1)
     valid = sums > 0
     targets = matrix / jnp.where(valid, sums, 1)[:, None]
-    # Rows without any are given a harmless one, so that no gradient is undefined.
+    # Rows without targets keep a finite logit, so that no gradient is undefined.
     logits = jnp.where(own & valid[:, None], -jnp.inf, logits)
     return cross_entropy(logits, targets).sum() / jnp.maximum(valid.sum(), 1)
 
 
 def weight_matrix(frame: Frame, inputs: Inputs, features: Array | None) -> Array | None:
-    """w_ij by one modality's features, duplicates as positives included; None without weights."""
+    """Returns w_ij from one modality's features, duplicates as positives included, or None."""
     n, dtype = len(inputs.u), wide(inputs.u)
     own = jnp.eye(n, dtype=bool)
     matrix = _weights_by_name(frame, inputs, features, own)
@@ -122,7 +125,7 @@ def masked_pairs(frame: Frame, inputs: Inputs) -> Bool[Array, "n n"]:
 
 
 def directions(frame: Frame, inputs: Inputs) -> dict[str, Direction]:
-    """Both softmax directions by their equations, "rows" (U->V) and "columns" (V->U)."""
+    """Returns both softmax directions by their equations, "rows" (U->V) and "columns" (V->U)."""
     logits = pair_logits(inputs.u, inputs.v, inputs.logit_scale)
     masked = masked_pairs(frame, inputs)
     own = jnp.eye(len(logits), dtype=logits.dtype)
@@ -157,7 +160,7 @@ def _direction(frame, inputs, logits, matrix, masked, own) -> Direction:
 
 
 def sigmoid_targets(frame: Frame, inputs: Inputs) -> tuple[Array, Array]:
-    """t_ij of the sigmoid losses, and the pairs that are left out."""
+    """Returns t_ij of the sigmoid losses, and the mask of the pairs that are left out."""
     own = jnp.eye(len(inputs.u), dtype=wide(inputs.u))
     matrix = weight_matrix(frame, inputs, inputs.p)
     targets = own if matrix is None else inputs.mix * own + (1 - inputs.mix) * matrix
@@ -165,7 +168,7 @@ def sigmoid_targets(frame: Frame, inputs: Inputs) -> tuple[Array, Array]:
 
 
 def sigmoid(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
-    """1/N sum_ij [t_ij log(1 + exp(-z_ij)) + (a - b t_ij) log(1 + exp(z_ij))]."""
+    """Returns 1/N sum_ij [t_ij log(1 + exp(-z_ij)) + (a - b t_ij) log(1 + exp(z_ij))]."""
     assert inputs.logit_bias is not None
     z = pair_logits(inputs.u, inputs.v, inputs.logit_scale) + inputs.logit_bias
     targets, masked = sigmoid_targets(frame, inputs)
@@ -175,7 +178,7 @@ def sigmoid(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
 
 
 def replicates(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
-    """The term "replicates": u against u, positives by equal labels."""
+    """Returns the term "replicates": u against u, positives by equal labels."""
     assert inputs.labels is not None
     same = labels.same_labels(inputs.labels, inputs.labels)
     logits = pair_logits(inputs.u, inputs.u, inputs.logit_scale)
@@ -183,7 +186,7 @@ def replicates(frame: Frame, inputs: Inputs) -> Float[Array, ""]:
 
 
 def further_terms(frame: Frame, inputs: Inputs, found: dict[str, Direction]) -> dict[str, Array]:
-    """The values of the terms beside the two directions, without their factors."""
+    """Returns the values of the terms besides the two directions, without their factors."""
     values = terms.of_pairs(tuple(frame.terms), inputs.u, inputs.v)
     if "replicates" in frame.terms:
         values["replicates"] = replicates(frame, inputs)

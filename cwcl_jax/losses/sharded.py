@@ -1,11 +1,12 @@
-"""The sweeps over a mesh: the loss of the global batch, each device holding N/P rows.
+"""The sweeps over a mesh: the loss of the global batch, with N/P rows on each device.
 
-Two engines of `cwcl_jax.losses.engines`, equal to one device up to rounding:
+There are two engines of `cwcl_jax.losses.engines`, equal to one device up to rounding:
 
 - `Gathered`: every device gathers all columns, sweeps its own rows against them, and sends the
   column gradients back with one reduce-scatter. Memory O(N d) per device.
-- `Ring`: the columns travel from neighbour to neighbour, with their statistics or gradients; one
-  remote block is in memory besides the one that is on its way. Memory O(N d / P).
+- `Ring`: the columns travel from neighbour to neighbour, together with their statistics or
+  gradients. A device holds one remote block, and a second one that is in transfer. Memory O(N d /
+  P).
 
 The gradient rule lies outside of `shard_map`, so no collective is ever differentiated.
 """
@@ -29,7 +30,7 @@ from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 @dataclasses.dataclass(frozen=True)
 class _MeshEngine:
-    """Rows of every array are split over `axes` of `mesh`, in their order."""
+    """Base of the engines. Rows of every array are split over `axes` of `mesh`, in their order."""
 
     mesh: Mesh
     axes: tuple[str, ...]
@@ -43,13 +44,13 @@ class _MeshEngine:
         return count
 
     def _forward(self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats):
-        """`forward` on one device's part."""
+        """Runs `forward` on one device's part."""
         raise NotImplementedError
 
     def _backward(
         self, tiling, needed, rows, columns, scalars, row_factors, column_factors
     ) -> tuple[Array | None, Array | None]:
-        """`backward` on one device's part."""
+        """Runs `backward` on one device's part."""
         raise NotImplementedError
 
     def _map(self, function: Callable, arguments: tuple, replicated: tuple[int, ...], out_specs):
@@ -62,14 +63,14 @@ class _MeshEngine:
     def forward(
         self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats
     ) -> tuple[Stats, Stats]:
-        """Statistics of all rows and columns, split like the rows."""
+        """Returns the statistics of all rows and columns, split like the rows."""
         split = P(self.axes)
         return self._map(
             partial(self._forward, tiling), (rows, columns, scalars), (2,), (split, split)
         )
 
     def backward(self, tiling, rows, columns, scalars, row_factors, column_factors, needed):
-        """Gradients of both sides, split like the rows."""
+        """Returns the gradients of both sides, split like the rows."""
         split = P(self.axes)
         return self._map(
             partial(self._backward, tiling, needed),
@@ -79,10 +80,10 @@ class _MeshEngine:
         )
 
     def sampled(self, p: Float[Array, "n k"], labels: Array | None, stride: int, body: Callable):
-        """`OneDevice.sampled` over a mesh.
+        """Does what `OneDevice.sampled` does, over a mesh.
 
-        Each device has the cosines of the sampled rows with its own columns; the sample itself is
-        the only thing that travels.
+        Each device computes the cosines of the sampled rows with its own columns; only the sample
+        itself is communicated.
         """
 
         def local(p, labels):
@@ -107,7 +108,7 @@ class _MeshEngine:
 
 
 class Gathered(_MeshEngine):
-    """All columns on every device."""
+    """Holds all columns on every device."""
 
     def _columns(self, columns: Side) -> tuple[Side, Array]:
         n = columns["x"].shape[0]
@@ -149,21 +150,21 @@ class Gathered(_MeshEngine):
 
 
 class Ring(_MeshEngine):
-    """Columns travel; after as many hops as devices, everything is home again.
+    """Passes the columns around a ring; after as many hops as devices, every block is back home.
 
-    What is known of a block of columns follows it one step behind: it is sent while the next block
-    is swept, beside the columns themselves, so that no transfer waits for the tiles of its step.
-    XLA joins permutations; one that needed this step's tiles would hold back the columns' too.
+    The statistics of a block of columns follow one step behind: they are sent while the next block
+    is swept, together with the columns themselves, so that no transfer waits for the tiles of its
+    step. XLA merges permutations: one that needed this step's tiles would also delay the columns.
     """
 
     def _hop(self, tree):
-        """Passes what this device holds to the device before it."""
+        """Passes this device's blocks to the previous device in the ring."""
         p = self.devices
         passes = [(i, (i - 1) % p) for i in range(p)]
         return jax.tree.map(lambda x: lax.ppermute(x, self.axes, passes), tree)
 
     def _place(self, scalars: Stats, hop: Array, n: int) -> tuple[Stats, Array]:
-        """Where the block of columns stands that is here after `hop` hops."""
+        """Returns the position of the block of columns that is here after `hop` hops."""
         me = lax.axis_index(self.axes)
         owner = (me + hop) % self.devices
         first = ((me - owner) * n).astype(jnp.int32)

@@ -1,15 +1,15 @@
 """Losses by short names, as tables and command lines write them: contrastive, relu2, exp0.1.
 
-A name is a preset, or a weight function and then means CWCL with it. A number behind a weight
-function is its one parameter; without it the parameter is the function's usual one.
+A name is a preset, or a weight function, which means CWCL with that function. A number after a
+weight function is its parameter; without a number the parameter has its default.
 
-    affine, centred         cos/2 + 1/2 (the paper's); the same on mean-free embeds
+    affine, centred         cos/2 + 1/2 (the paper's); the same on mean-free embeddings
     uniform0.53             0.53 for every other pair, 1 for the true one: no similarities
     relu2, exp0.1           max(cos, 0)^2; exp((cos - 1) / 0.1)
-    calibrated0.5           exp, calibrated_relu0.5 relu, sharp enough in every batch for the true
-                            pair to get half of its row's target
+    calibrated0.5           exp (calibrated_relu0.5: relu), sharp enough in every batch for the
+                            positive pair to get half of its row's target
 
-"uniform" is uniform1, where all pairs weigh the same.
+"uniform" is uniform1: all pairs have the same weight.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from cwcl_jax.losses.weights import NUMBERS, parse_number, parse_weights
 
 
 def loss_fields(short: str) -> dict[str, Any]:
-    """Fields of `LossConfig` for a short name.
+    """Returns the fields of `LossConfig` for a short name.
 
     Raises:
-      ValueError: an unknown name, or a number where there is none.
+      ValueError: an unknown name, or a number after a name that takes none.
     """
     name, _ = parse_number(short)
     if name in NUMBERS and name != "identity":

@@ -26,7 +26,7 @@ def pair_loss(
     bias: Float[Array, ""],
     extras: Side,
 ) -> tuple[Float[Array, ""], dict[str, Stats]]:
-    """The loss and statistics of rows and columns; reverse mode in u, v, scale and bias."""
+    """Returns the loss and the statistics of both sides; reverse mode in u, v, scale and bias."""
     row_stats, column_stats = engine.forward(tiling, *_sides(u, v, scale, bias, extras))
     return row_stats["loss"].mean(), {"rows": row_stats, "columns": column_stats}
 

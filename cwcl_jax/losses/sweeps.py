@@ -1,15 +1,15 @@
-"""Sweeps over the logits in tiles: what the loss needs of every row and column, and its gradient.
+"""Sweeps over the logits in tiles: statistics of every row and column, and the gradient.
 
-A tile is a block of rows (u) against a block of columns (v). The forward sweep yields each row's
-and each column's log-sum-exp as a pair (max, sum), sums of the weights where they are made tile by
-tile, and maxima for the accuracies. The backward sweep makes each tile again:
+A tile is a block of rows (u) against a block of columns (v). The forward sweep returns each row's
+and each column's log-sum-exp as a pair (max, sum), sums of the weights if they are computed tile by
+tile, and maxima for the accuracies. The backward sweep computes each tile again:
 
     G_ij = a_i exp(l_ij - max_i) + c_j exp(l_ij - max_j) - [i = j] d - w_ij (e_i + f_j)
     du_i = s sum_j G_ij v_j,   dv_j = s sum_i G_ij u_i
 
-so nothing of size N x N is ever kept. The term of the negatives alone adds the same with factors
-of its own where i != j. The positive pair's term is inside the tile, not added later:
-for a pair that is matched well it cancels against the softmax.
+so nothing of size N x N is ever kept. The term "negatives" adds the same expression with its own
+factors where i != j. The positive pair's term is added inside the tile, not afterwards: for a well
+matched pair it cancels against the softmax.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,10 @@ from cwcl_jax.precision import product
 def scan_blocks(
     step: Callable, carry: Any, items: Any, block: int, least: int = 1
 ) -> tuple[Any, Any]:
-    """`lax.scan` of `step(carry, first, items_of_a_block)`; the last block may be ragged.
+    """Runs `lax.scan` of `step(carry, first, items_of_a_block)`; the last block may be ragged.
 
-    With fewer than `least` items left for it, it takes those of the block before it too.
+    If fewer than `least` items are left for the last block, it also takes those of the block before
+    it. Returns the last carry and the joined outputs.
     """
     n = jax.tree.leaves(items)[0].shape[0]
     full, rest = divmod(n, block) if n > block else (0, n)
@@ -54,18 +55,20 @@ def scan_blocks(
 
 
 def _reduce_logits(tiling, logits: Array, masked: Array, own: OwnPairs, axis: int) -> Stats:
-    """Max, sum of exponentials, own and best other logit of each row (axis 1) or column (0).
+    """Returns max, sum of exponentials, positive and best other logit of rows or columns.
+
+    `axis` 1 reduces each row, 0 each column.
 
     `masked` are the logits without the positive pairs.
     """
     own_logits = own.values(logits, axis, -jnp.inf)
     best_other = masked.max(axis)
     largest = jnp.maximum(best_other, own_logits)
-    # A row of which everything here is masked has no maximum.
+    # A row in which everything here is masked has no maximum.
     largest = jnp.maximum(largest, jnp.finfo(logits.dtype).min)
     stats = {"max": largest, "own": own.values(logits, axis, 0), "best_other": best_other}
     if tiling.negatives_alone:
-        # By the largest of the others alone: beside a well matched pair they would vanish.
+        # Relative to the largest of the others: next to a well matched pair they would underflow.
         least = jnp.maximum(best_other, jnp.finfo(logits.dtype).min)
         stats["others"] = jnp.exp(masked - jnp.expand_dims(least, axis)).sum(axis)
         others = stats["others"] * jnp.exp(least - largest)
@@ -93,7 +96,7 @@ def _products(tiling, weights: Array, logits: Array) -> Array:
 
 
 def _reduce_sigmoid(tiling, tile: Tile, own: OwnPairs) -> tuple[Stats, Stats]:
-    """Losses and their slopes over the bias, by rows; own and best other logits of both sides."""
+    """Returns losses and bias gradients by rows; positive and best other logits of both sides."""
     logits = tile.logits[0]
     masked = own.masked(logits)
     stats = [
@@ -110,7 +113,7 @@ def _reduce_sigmoid(tiling, tile: Tile, own: OwnPairs) -> tuple[Stats, Stats]:
 
 
 def _sigmoids(z: Array, small: Array) -> tuple[Array, Array]:
-    """sigmoid(z) and sigmoid(-z), of exp(-|z|)."""
+    """Returns sigmoid(z) and sigmoid(-z) from `small` = exp(-|z|)."""
     large = 1 / (1 + small)
     small = small * large
     return jnp.where(z >= 0, large, small), jnp.where(z >= 0, small, large)
@@ -120,7 +123,7 @@ def _reduce_weighted_sigmoid(tiling, tile: Tile, own: OwnPairs) -> Stats:
     logits, weights = tile.logits[0], tile.weights[0]
     a, b = tiling.negatives
     against = a - b * weights
-    small = jnp.exp(-jnp.abs(logits))  # the one exponential of both signs
+    small = jnp.exp(-jnp.abs(logits))  # one exponential serves both signs
     rest = jnp.log1p(small)
     losses = weights * (jnp.maximum(-logits, 0) + rest)
     losses += against * (jnp.maximum(logits, 0) + rest)
@@ -139,13 +142,13 @@ def _reduce_weighted_sigmoid(tiling, tile: Tile, own: OwnPairs) -> Stats:
 
 
 def merge(a: Stats, b: Stats) -> Stats:
-    """Joins what two sets of tiles say of the same rows or columns."""
+    """Returns the combined statistics of two sets of tiles for the same rows or columns."""
     merged = {}
     for largest, total in (("max", "sum"), ("best_other", "others")):
         if total not in a:
             continue
         merged[largest] = top = jnp.maximum(a[largest], b[largest])
-        # Two rows without anything yet have no difference.
+        # Two rows without any entry yet would give inf - inf.
         shifts = [jnp.where(x[largest] == -jnp.inf, -jnp.inf, x[largest] - top) for x in (a, b)]
         if largest == "max":
             shifts = [x[largest] - top for x in (a, b)]
@@ -160,7 +163,7 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 
 def empty_stats(tiling: Tiling, n: int, dtype: jnp.dtype, side: str) -> Stats:
-    """What is known of `n` "rows" or "columns" before any tile."""
+    """Returns the statistics of `n` "rows" or "columns" before the first tile."""
     weighted = tiling.rows_weighted if side == "rows" else tiling.columns_weighted
     names = ["own", "best_other"]
     if tiling.masks and tiling.diagnostics:
@@ -183,7 +186,7 @@ def empty_stats(tiling: Tiling, n: int, dtype: jnp.dtype, side: str) -> Stats:
 
 
 def _reduce_tile(tiling: Tiling, tile: Tile, own: OwnPairs) -> tuple[Stats, Stats]:
-    """What one tile says of its rows and columns."""
+    """Returns one tile's statistics of its rows and of its columns."""
     if tiling.kind == "sigmoid":
         sides: Any = _reduce_sigmoid(tiling, tile, own)
     else:
@@ -208,14 +211,14 @@ def _reduce_tile(tiling: Tiling, tile: Tile, own: OwnPairs) -> tuple[Stats, Stat
 def forward_sweep(
     tiling: Tiling, rows: Side, columns: Side, scalars: Stats, first: Array
 ) -> tuple[Stats, Stats]:
-    """Statistics of all rows and all columns.
+    """Returns the statistics of all rows and all columns.
 
     Args:
-      tiling: static facts.
-      rows, columns: "x" (the embeds) and what the weights need: "p", "labels", "targets".
-      scalars: "scale" s; "first_column", the first of these columns among all; "bias" and
-        "sharpness" where they are needed.
-      first: the column that is row 0's own pair, a multiple of the number of rows; may lie outside.
+      tiling: static description of the sweep.
+      rows, columns: "x" (the embeddings) and what the weights need: "p", "labels", "targets".
+      scalars: "scale" s; "first_column", the index of the first of these columns among all; "bias"
+          and "sharpness" where they are needed.
+      first: the column of row 0's positive pair, a multiple of the number of rows; may lie outside.
     """
     n, m = rows["x"].shape[0], columns["x"].shape[0]
     dtype = wide(rows["x"])
@@ -249,12 +252,14 @@ def backward_sweep(
     column_factors: Stats,
     needed: tuple[bool, bool],
 ) -> tuple[Float[Array, "n d"] | None, Float[Array, "m d"] | None]:
-    """Gradients of rows and columns, without the common factor s; None for what is not `needed`.
+    """Returns the gradients of rows and columns, without the factor s.
+
+    A side that is not `needed` is None.
 
     Args:
       row_factors, column_factors: "max", "softmax" (a_i, c_j) and "weights" (e_i, f_j) of the
-        module's equation; "best_other", "others" and "other_weights", the same of the negatives
-        alone; each absent where its term is.
+          module's equation; "best_other", "others" and "other_weights", the same for the negatives
+          alone. Each is absent if its term is.
       scalars: also "own", d of the equation.
     """
     n, m = rows["x"].shape[0], columns["x"].shape[0]
@@ -288,9 +293,9 @@ def backward_sweep(
 
 
 def _tile_gradient(tiling, rows, columns, scalars, own: OwnPairs, row_factors, column_factors):
-    """G of one tile, in the type of the embeds.
+    """Returns G of one tile, in the dtype of the embeddings.
 
-    As in attention kernels, narrow inputs keep narrow products with wide sums. Positive pairs are
+    As in attention kernels, narrow inputs have narrow products with wide sums. Positive pairs are
     subtracted before narrowing.
     """
     narrow = rows["x"].dtype
@@ -332,14 +337,14 @@ def _sigmoid_gradient(tiling, tile: Tile, own: OwnPairs, narrow) -> Array:
 
 
 def _softmax_gradient(tile: Tile, row_factors: Stats, column_factors: Stats, *, alone: bool):
-    """G; `alone` adds the term of the negatives, which positive pairs do not have."""
+    """Returns G; `alone` adds the term "negatives", which positive pairs do not have."""
     g = jnp.zeros((), tile.logits[0].dtype)
     for side, (factors, axis) in enumerate(((row_factors, 1), (column_factors, 0))):
         logits, weights = tile.logits[side], tile.weights[side]
         spread = {k: jnp.expand_dims(x, axis) for k, x in factors.items()}
         if alone and "others" in factors:
-            # One exponential for both softmaxes. Where the positive pair is the best, its own
-            # difference overflows and is not used.
+            # One exponential serves both softmaxes. Where the positive pair has the largest logit,
+            # its own difference would overflow; the result there is not used.
             share = spread["others"]
             if "softmax" in factors:
                 share += jnp.exp(spread["best_other"] - spread["max"]) * spread["softmax"]

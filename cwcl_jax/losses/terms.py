@@ -1,4 +1,4 @@
-"""Further terms of the loss that need no N x N array; the equations stand in `presets`."""
+"""Further terms of the loss that need no N x N array; the equations are in `presets`."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from cwcl_jax.losses.numerics import wide
 def of_pairs(
     names: tuple[str, ...], u: Float[Array, "n d"], v: Float[Array, "n d"]
 ) -> dict[str, Array]:
-    """The values of those terms among `names` that are functions of u and v alone."""
+    """Returns the values of those terms among `names` that depend on u and v alone."""
     dtype = wide(u)
     u, v = u.astype(dtype), v.astype(dtype)
     values = {}
@@ -18,7 +18,7 @@ def of_pairs(
         within, across = cyclic(u, v)
         both = {"cyclic_within": within, "cyclic_across": across}
         values |= {name: x for name, x in both.items() if name in names}
-    # The locked embeds are what is to be met: they do not come to meet.
+    # The locked embeddings are the target of the regression, so they get no gradient.
     locked = jax.lax.stop_gradient(u)
     if "cosine" in names:
         values["cosine"] = (1 - (locked * v).sum(axis=1)).mean()
@@ -30,14 +30,14 @@ def of_pairs(
 def cyclic(
     u: Float[Array, "n d"], v: Float[Array, "n d"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """CyCLIP's consistency within and across modalities, by three products of d x d.
+    """Returns CyCLIP's consistency within and across modalities, by three products of d x d.
 
     With A = u + v and B = u - v,
 
         u u^T - v v^T = (A B^T + B A^T) / 2,    u v^T - v u^T = (B A^T - A B^T) / 2
 
     so their squared norms are (<A^T A, B^T B> + <C, C^T>) / 2 and (<A^T A, B^T B> - <C, C^T>) / 2
-    with C = B^T A: where u and v are close nothing large cancels.
+    with C = B^T A. Where u and v are close, no large numbers cancel.
     """
     n = u.shape[0]
     a, b = u + v, u - v

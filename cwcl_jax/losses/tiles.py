@@ -1,7 +1,7 @@
 """One tile of the logits: a block of rows (u) against a block of columns (v).
 
-Logits, weights and masks, as the rows' direction sees them and as the columns' does. The sweeps
-over all tiles stand in `cwcl_jax.losses.sweeps`.
+A tile holds logits, weights and masks, for the direction of the rows and for that of the columns.
+The sweeps over all tiles are in `cwcl_jax.losses.sweeps`.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from cwcl_jax.losses.weights import WeightFunction, exponential
 Side = dict[str, Array]
 Stats = dict[str, Array]
 
-# A tile of logits takes at most about this many bytes, within these numbers of rows. Fewer rows
-# make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block size"). A CPU
-# wants few columns too. So does a GPU, and more rows, which add to the columns' gradient less
-# often: 1,024 x 4,096 logits, their narrow copy and that gradient lie in 40 to 50 MB of L2
-# together ("Accelerators"). TPUs, whose compiler tiles by itself, get all columns.
+# A tile of logits takes at most about this many bytes, with its number of rows in these limits.
+# Fewer rows make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block
+# size"). CPUs also need few columns. So do GPUs, with more rows, which update the columns' gradient
+# less often: 1,024 x 4,096 logits, their narrow copy and that gradient fit together in 40 to 50 MB
+# of L2 ("Accelerators"). TPUs, whose compiler tiles by itself, get all columns.
 _TILE_BYTES = 64 * 2**20
 _BLOCK_LIMITS = {"cpu": (128, 512), "gpu": (128, 1024), "tpu": (128, 512)}
 _COLUMNS = {"cpu": 4096, "gpu": 4096}
@@ -32,24 +32,25 @@ _COLUMNS = {"cpu": 4096, "gpu": 4096}
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Static facts of a sweep.
+    """The static description of a sweep.
 
     Attributes:
       kind: "softmax" (both directions' softmaxes) or "sigmoid" (every pair on its own).
-      source: of the weights of a tile: "none" (positive pairs only), "cosine" or "distance"
-        (`function` of inner products or squared distances of p), "constant", "labels" or "targets"
-        (the caller's N x N array).
-      function: for "cosine" and "distance".
-      number: of "constant", the weight of any other pair; of "labels", of sets that overlap.
-      two_sided: the columns' weights are made of q instead of p.
+      source: what a tile's weights are computed from: "none" (positive pairs only), "cosine" or
+          "distance" (`function` of inner products or squared distances of p), "constant", "labels"
+          or "targets" (the caller's N x N array).
+      function: the weight function, for "cosine" and "distance".
+      number: for "constant", the weight of any other pair; for "labels", that of sets that overlap.
+      two_sided: whether the columns' weights are computed from q instead of p.
       rows_weighted, columns_weighted: the directions that have weighted targets.
       duplicates: see `LossConfig`, without its margin.
       negatives_alone: also sum what the term "negatives" needs.
       negatives: (a, b) of the sigmoid losses.
-      mixes: whether their weights are mixed with the positive pairs, by the scalar "mix".
+      mixes: whether weights of sigmoid losses are mixed with the positive pairs, by the scalar
+          "mix".
       diagnostics: also sum what entropies and accuracies need.
-      block_size: rows of a tile, 0 chooses.
-      block_columns: columns of a tile, 0 chooses.
+      block_size: rows of a tile; 0 chooses automatically.
+      block_columns: columns of a tile; 0 chooses automatically.
       precision: of float32 products.
     """
 
@@ -71,19 +72,19 @@ class Tiling:
 
     @property
     def masks(self) -> bool:
-        """Whether pairs are left out."""
+        """Whether any pairs are left out."""
         return self.duplicates in ("masked", "absolute", "relative")
 
     @property
     def guided(self) -> bool:
-        """Whether they are by similarities of p."""
+        """Whether pairs are left out by similarities of p."""
         return self.duplicates in ("absolute", "relative")
 
     def tile(self, rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-        """Rows and columns of one tile, of so many at hand; the last ones may be smaller or larger.
+        """Returns the rows and columns of one tile; the last tiles may be smaller or larger.
 
-        No tile may hold only some of its rows' own pairs. Own pairs start at a multiple of `rows`
-        (0 if there are as many columns), so it is enough that tiles divide both evenly.
+        No tile may hold only some of its rows' positive pairs. Positive pairs start at a multiple
+        of `rows` (0 if there are as many columns), so it is enough that tiles divide both evenly.
         """
         kind = jax.default_backend()
         width = min(columns, self.block_columns or _COLUMNS.get(kind, columns))
@@ -102,12 +103,12 @@ class Tiling:
 
 @dataclasses.dataclass
 class Tile:
-    """One tile as the rows' direction sees it and as the columns' does, often the same arrays.
+    """One tile as seen by the rows' direction and by the columns' direction, often the same arrays.
 
     Attributes:
-      logits: (rows', columns') logits, -inf at masked pairs.
-      weights: weights, 0 at masked pairs; None where there are none.
-      masked: pairs that are left out; None where none are.
+      logits: (rows', columns') logits of each direction, -inf at masked pairs.
+      weights: weights, 0 at masked pairs; None without weights.
+      masked: pairs that are left out; None if there are none.
     """
 
     logits: Any
@@ -118,7 +119,7 @@ class Tile:
 def make_tile(
     tiling: Tiling, rows: Side, columns: Side, scalars: Stats, own: OwnPairs, *, weighted: bool
 ) -> Tile:
-    """Logits s <u_i, v_j> (of sigmoid losses plus the bias), weights if wanted, and masks."""
+    """Returns logits s <u_i, v_j> (for sigmoid plus the bias), weights if wanted, and masks."""
     logits = inner(rows["x"], columns["x"], tiling.precision) * scalars["scale"]
     if tiling.kind == "sigmoid":
         logits += scalars["bias"]
@@ -138,7 +139,7 @@ def make_tile(
 
 
 def _masks(tiling, rows, columns, similarity, own: OwnPairs) -> tuple[Array, Array]:
-    """What rows and what columns leave out, never the positive pairs."""
+    """Returns what rows and what columns leave out; positive pairs are always kept."""
     if not tiling.guided:
         same = same_labels(rows["labels"], columns["labels"]) & ~own.mask()
         return same, same
@@ -173,7 +174,7 @@ def _weights_of_sides(tiling, rows, columns, scalars, similarity, own: OwnPairs,
 
 
 def _tile_weights(tiling, rows, columns, scalars, similarity, own: OwnPairs, of: str) -> Array:
-    """The weights of one tile, by one modality's similarities."""
+    """Returns the weights of one tile from one modality's similarities."""
     match tiling.source:
         case "cosine" | "distance":
             assert tiling.function is not None
@@ -182,7 +183,7 @@ def _tile_weights(tiling, rows, columns, scalars, similarity, own: OwnPairs, of:
                 similarity = jnp.maximum(squares - 2 * similarity, 0)
             weights = tiling.function(similarity, scalars["sharpness_" + of])
             if tiling.function is exponential or tiling.source == "distance":
-                # Rows of narrow types have a norm that is only about 1.
+                # Rows of narrow dtypes have a norm that is only approximately 1.
                 weights = own.replaced(weights, jnp.ones((own.shape[0],) * 2, weights.dtype))
         case "constant":
             weights = jnp.where(own.mask(), 1.0, tiling.number)

@@ -1,7 +1,7 @@
 """The losses in PyTorch, straight from the equations: dense, autograd, no tiling.
 
-For comparison only, and the only module that imports torch. Equations as in
-`cwcl_jax.losses.reference`.
+This module is for comparison only, and the only one of the losses that imports torch. The equations
+are those of `cwcl_jax.losses.reference`.
 """
 
 from collections.abc import Callable
@@ -15,40 +15,40 @@ Tensor = torch.Tensor
 
 
 def similarity_weights(p: Tensor) -> Tensor:
-    """<p_i, p_j> / 2 + 1/2, without gradient."""
+    """Returns <p_i, p_j> / 2 + 1/2, without gradient."""
     p = p.detach()
     return p @ p.T / 2 + 0.5
 
 
 def soft_cross_entropy(logits: Tensor, weights: Tensor, epsilon: float = 0.0) -> Tensor:
-    """-1/N sum_i (1 / sum_j w_ij) sum_j w_ij log softmax_j."""
+    """Returns -1/N sum_i (1 / sum_j w_ij) sum_j w_ij log softmax_j."""
     targets = weights / (weights.sum(dim=1, keepdim=True) + epsilon)
     return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
 def cwcl(u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor) -> Tensor:
-    """L_CWCL(U->V) + L_CL(V->U)."""
+    """Returns L_CWCL(U->V) + L_CL(V->U)."""
     logits = logit_scale.exp() * u @ v.T
     pairs = torch.arange(len(u), device=u.device)
     return soft_cross_entropy(logits, similarity_weights(p)) + F.cross_entropy(logits.T, pairs)
 
 
 def contrastive(u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor) -> Tensor:
-    """InfoNCE in both directions; p is not used."""
+    """Returns InfoNCE summed over both directions; p is not used."""
     logits = logit_scale.exp() * u @ v.T
     pairs = torch.arange(len(u), device=u.device)
     return F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)
 
 
 def sigmoid(u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor, bias: float = -10.0) -> Tensor:
-    """SigLIP's loss; p is not used."""
+    """Returns SigLIP's loss; p is not used."""
     logits = logit_scale.exp() * u @ v.T + bias
     signs = 2 * torch.eye(len(u), dtype=u.dtype, device=u.device) - 1
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()
 
 
 def cellclip(u: Tensor, v: Tensor, profiles: Tensor, logit_scale: Tensor) -> Tensor:
-    """Weights from raw profiles (n, channels, features), row sums + 1e-8, not detached."""
+    """Returns CellCLIP's loss: raw profiles (n, channels, features), row sums + 1e-8."""
     normed = profiles / (profiles.norm(dim=-1, keepdim=True) + 1e-8)
     channels = profiles.shape[1]
     similarity = torch.stack([normed[:, c] @ normed[:, c].T for c in range(channels)]).mean(dim=0)
@@ -59,7 +59,7 @@ def cellclip(u: Tensor, v: Tensor, profiles: Tensor, logit_scale: Tensor) -> Ten
 
 
 def xclr(u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor, temperature: float = 0.1) -> Tensor:
-    """Kernel exp((cos - 1) / temperature) with ones on the diagonal, in both directions."""
+    """Returns X-CLR's loss: kernel exp((cos - 1) / temperature), diagonal 1, both directions."""
     p = p.detach()
     weights = torch.exp(((p @ p.T).clamp(-1, 1) - 1) / temperature).fill_diagonal_(1.0)
     logits = logit_scale.exp() * u @ v.T
@@ -78,10 +78,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def value_and_gradients(
     name: str, u: np.ndarray, v: np.ndarray, p: np.ndarray, logit_scale: float, dtype: str
 ) -> tuple[float, list[np.ndarray]]:
-    """Loss and gradients for u, v and logit_scale, by autograd, as float64 numpy.
+    """Returns the loss and its gradients for u, v and logit_scale, by autograd, as float64 numpy.
 
-    bfloat16 and float16 embeds are widened to float32 first, as the JAX forms sum in float32; the
-    gradients come back rounded to the narrow type.
+    bfloat16 and float16 embeddings are converted to float32 first, as the JAX forms sum in float32;
+    the gradients are rounded to the narrow dtype.
     """
     kind = getattr(torch, dtype)
     leaves = [torch.tensor(x).to(kind).requires_grad_() for x in (u, v)]
@@ -95,7 +95,7 @@ def value_and_gradients(
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows; the gradients of all processes come back to the rows' owner."""
+    """Gathers all processes' rows; backward returns the summed gradients to each row's owner."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -113,14 +113,14 @@ class _Gather(torch.autograd.Function):
 def gathered_gradients(
     rank: int, world: int, address: str, arrays: dict[str, np.ndarray], name: str, out: str
 ) -> None:
-    """One process of several: holds its part, gathers with gradient, saves its gradients."""
+    """Runs one of several processes: gathers its part with gradient and saves its gradients."""
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     part = slice(rank * len(arrays["u"]) // world, (rank + 1) * len(arrays["u"]) // world)
     u, v = (torch.tensor(arrays[k][part]).requires_grad_() for k in "uv")
     scale = torch.tensor(float(arrays["logit_scale"]), dtype=u.dtype, requires_grad=True)
     every_u, every_v = (_Gather.apply(x) for x in (u, v))
     loss = LOSSES[name](every_u, every_v, torch.tensor(arrays["p"]), scale)
-    # Every process has the whole loss, so its gradient arrives once from each of them.
+    # Every process computes the whole loss, so each gradient arrives once from every process.
     (loss / world).backward()
     assert u.grad is not None
     assert v.grad is not None
@@ -143,7 +143,7 @@ def train_two_towers(
     learning_rate: float,
     weight_decay: float,
 ) -> list[float]:
-    """Losses of a tiny trained tower beside a locked one, AdamW, one step a batch."""
+    """Returns the losses of a tiny tower trained against a locked one: AdamW, one step a batch."""
     params = {k: torch.tensor(x).requires_grad_() for k, x in weights.items()}
     groups = [
         {"params": [x for x in params.values() if x.ndim > 1], "weight_decay": weight_decay},
@@ -166,12 +166,12 @@ def train_two_towers(
 def benchmark_calls(
     name: str, u: np.ndarray, v: np.ndarray, dtype: str
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Value and gradient of a loss with p = u, and a square matrix product of the same type."""
+    """Returns two calls: a loss with its gradient (p = u), and a square matrix product."""
     kind = getattr(torch, dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves = [torch.tensor(x, dtype=kind, device=device).requires_grad_() for x in (u, v)]
     scale = torch.tensor(2.66, dtype=kind, device=device, requires_grad=True)
-    # Not ones, which cost a chip less power than numbers do.
+    # Random numbers, because a matrix of ones would draw less power than real data.
     square = torch.randn(4096, 4096, dtype=kind, device=device)
 
     def run() -> list[Tensor]:
@@ -191,5 +191,5 @@ def benchmark_calls(
 
 
 def device_peak_bytes() -> int:
-    """Peak memory of this process on a GPU; 0 without one."""
+    """Returns this process's peak GPU memory in bytes; 0 without a GPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -1,11 +1,11 @@
 """Weight functions of a similarity, and the sharpness of the calibrated ones.
 
-Every function maps similarities of the locked features to non-negative weights, entry by entry, so
-a tile of weights can be made from two blocks of features. `sharpness` is 1/temperature of the
-exponential kernel, the exponent of the rectified cosine, 1/scale of distances. With a fixed
-sharpness the targets of a larger batch are flatter; the calibrated functions choose it for every
-batch, without gradient, so that the positive pair's mean share (or the effective number of
-positives) keeps a given value.
+Every function maps similarities of the locked features to non-negative weights, elementwise, so a
+tile of weights can be computed from two blocks of features. `sharpness` is 1/temperature of the
+exponential kernel, the exponent of the rectified cosine, or 1/scale of distances. With a fixed
+sharpness, larger batches have flatter targets. The calibrated functions choose it for every batch,
+without gradient, so that the positive pair's mean share (or the effective number of positives)
+keeps a given value.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from cwcl_jax.losses.numerics import wide
 # (similarity, sharpness) -> weight
 WeightFunction = Callable[[Array, ArrayLike], Array]
 
-# Name -> the numbers that may stand behind it, with their defaults.
+# Name -> defaults of the numbers that may follow it.
 NUMBERS: dict[str, tuple[float, ...]] = {
     "identity": (),
     "affine": (),
@@ -38,47 +38,47 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "labels": (0.0,),
     "distance": (0.3, 0.75),
 }
-# Rows from which the calibration, and the entropy of closed-form weights, are estimated; batches up
-# to this size are exact.
+# Number of rows that estimate the calibration and the entropy of closed-form weights; batches up to
+# this size are exact.
 SAMPLED_ROWS = 128
-# Bounds of the calibration's search, and its halvings: 50 leave a relative width of 1e-14.
+# Bounds of the calibration's bisection, and its steps: 50 leave a relative width of 1e-14.
 _SHARPNESS_RANGE = (1e-3, 1e5)
 _HALVINGS = 50
 
 
 def affine(cosine: Array, sharpness: ArrayLike) -> Array:
-    """The paper's cos/2 + 1/2."""
+    """Returns the paper's cos/2 + 1/2."""
     del sharpness
     return cosine / 2 + 0.5
 
 
 def exponential(cosine: Array, sharpness: ArrayLike) -> Array:
-    """exp((cos - 1) * sharpness): 1 for identical embeds, also where rounding makes cos > 1."""
+    """Returns exp((cos - 1) * sharpness): 1 for identical rows, even if rounding makes cos > 1."""
     return jnp.exp((jnp.minimum(cosine, 1) - 1) * sharpness)
 
 
 def rectified_power(cosine: Array, sharpness: ArrayLike) -> Array:
-    """max(cos, 0) ** sharpness."""
+    """Returns max(cos, 0) ** sharpness."""
     positive = cosine > 0
     return jnp.where(positive, jnp.power(jnp.where(positive, cosine, 1), sharpness), 0)
 
 
 def rectified_square(cosine: Array, sharpness: ArrayLike) -> Array:
-    """max(cos, 0) ** 2, without the general power's logarithm and exponential."""
+    """Returns max(cos, 0) ** 2, without the logarithm and exponential of the general power."""
     del sharpness
     return jnp.square(jnp.maximum(cosine, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class ArcTangent:
-    """1 - 4/pi atan(squared distance * sharpness), 0 where that is below `least`."""
+    """Maps distances to 1 - 4/pi atan(squared distance * sharpness), 0 below `least`."""
 
     least: float
 
     def __call__(self, squared_distance: Array, sharpness: ArrayLike) -> Array:
         ratio = squared_distance * sharpness
         if math.tan(math.pi / 4 * (1 - self.least)) < _SERIES_UP_TO:
-            # Beyond it the weight is 0 anyway.
+            # Larger ratios have weight 0 anyway.
             angle = _arctan_series(jnp.minimum(ratio, _SERIES_UP_TO))
         else:
             angle = jnp.arctan(ratio)
@@ -86,12 +86,12 @@ class ArcTangent:
         return jnp.where(weights < self.least, 0, weights)
 
 
-# Up to here the arc tangent's series is exact with few terms, and cheaper than the function.
+# Up to this value the arctangent's series is exact with few terms, and cheaper than the function.
 _SERIES_UP_TO = 0.25
 
 
 def _arctan_series(x: Array) -> Array:
-    """x - x^3/3 + x^5/5 - ..., up to the first term that is below the type's rounding."""
+    """Returns x - x^3/3 + x^5/5 - ..., up to the first term below the dtype's rounding."""
     precise, square, total = jnp.finfo(x.dtype).eps / 4, x * x, jnp.zeros_like(x)
     count = next(k for k in range(40) if _SERIES_UP_TO ** (2 * k) / (2 * k + 1) < precise)
     for k in reversed(range(count)):
@@ -101,7 +101,7 @@ def _arctan_series(x: Array) -> Array:
 
 @jax.custom_jvp
 def _constant(parameter):
-    """The identity, whose derivative is an error: tiles have none for a weight's parameters."""
+    """Returns its argument; differentiating it is an error, as tiles cannot do so."""
     return parameter
 
 
@@ -115,7 +115,7 @@ def _no_gradient(primals, tangents):
 
 
 def with_constant_parameters(function: Callable[[Array], Array], dtype: jnp.dtype):
-    """The function, with what it closes over as constants: a gradient for them is refused."""
+    """Returns the function with closed-over values as constants, which refuse gradients."""
 
     def traced(cosine):
         return jax.make_jaxpr(function, return_shape=True)(cosine)
@@ -135,7 +135,7 @@ def with_constant_parameters(function: Callable[[Array], Array], dtype: jnp.dtyp
 
 @dataclasses.dataclass(frozen=True)
 class UserFunction:
-    """A caller's function of the cosine alone, in the form of the functions above."""
+    """Adapts a caller's function of the cosine alone to the signature of the functions above."""
 
     function: Callable[[Array], Array]
 
@@ -152,12 +152,12 @@ class UserFunction:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A weight function by name: "relu2" is `name` "relu" with `numbers` (2.0,).
+    """A weight function by name: "relu2" has `name` "relu" and `numbers` (2.0,).
 
     Attributes:
-      text: as it was given.
-      name: of `NUMBERS`, or "own".
-      numbers: behind the name.
+      text: the configured text.
+      name: a key of `NUMBERS`, or "own".
+      numbers: the numbers after the name.
       own: the caller's function.
     """
 
@@ -168,7 +168,7 @@ class Weights:
 
     @property
     def of_features(self) -> bool:
-        """Whether it is a function of a tower's features."""
+        """Whether the weights are a function of a tower's features."""
         return self.name not in ("identity", "uniform", "labels")
 
     @property
@@ -178,13 +178,13 @@ class Weights:
 
     @property
     def fixed_sharpness(self) -> float:
-        """The configured sharpness, of the functions that have one."""
+        """The configured sharpness, for functions that have one."""
         if self.name in ("exp", "distance"):
             return 1 / self.numbers[0]
         return self.numbers[0] if self.name == "relu" else 1.0
 
     def function(self) -> WeightFunction:
-        """(similarity, sharpness) -> weight, of a function of features."""
+        """Returns the function (similarity, sharpness) -> weight, for weights of features."""
         if self.own is not None:
             return UserFunction(self.own)
         if self.name == "distance":
@@ -202,7 +202,7 @@ class Weights:
 
 
 def parse_number(text: str) -> tuple[str, tuple[float, ...]]:
-    """A name and the numbers behind it: "distance0.3_0.75" -> "distance", (0.3, 0.75)."""
+    """Returns a name and the numbers after it: "distance0.3_0.75" -> "distance", (0.3, 0.75)."""
     number = r"\d+(?:\.\d+)?"
     match = re.fullmatch(rf"([a-z_]*?)({number}(?:_{number})*)?", text)
     if not match:
@@ -211,7 +211,7 @@ def parse_number(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def parse_weights(text: str, own: Callable[[Array], Array] | None = None) -> Weights:
-    """The weight function of a name, with the caller's own in its place.
+    """Returns the weight function of a name, or the caller's own if given.
 
     Raises:
       ValueError: an unknown name, too many numbers, or numbers out of range.
@@ -246,7 +246,7 @@ def _check_numbers(text: str, name: str, numbers: tuple[float, ...]) -> None:
 
 
 def centre(p: Float[Array, "n k"]) -> Float[Array, "n k"]:
-    """Embeds without their mean over the batch, normalised again."""
+    """Returns the embeddings without their mean over the batch, normalised again."""
     mean_free = p.astype(wide(p))
     mean_free = mean_free - mean_free.mean(axis=0, keepdims=True)
     sum_of_squares = jnp.square(mean_free).sum(axis=1, keepdims=True)
@@ -256,23 +256,24 @@ def centre(p: Float[Array, "n k"]) -> Float[Array, "n k"]:
 def channel_profiles(
     profiles: Float[Array, "n c f"], epsilon: float = 1e-8
 ) -> Float[Array, "n c*f"]:
-    """Rows whose inner products are the mean over channels of the channels' cosines.
+    """Returns (n, c*f) rows whose inner products are the channels' cosines, averaged over channels.
 
-    For raw feature profiles of several channels, as CellCLIP's. `epsilon` is added to the norms.
+    For raw feature profiles of several channels, such as CellCLIP's. `epsilon` is added to the
+    norms.
     """
     n, channels, features = profiles.shape
     x = profiles.astype(wide(profiles))
     squares = jnp.square(x).sum(axis=-1, keepdims=True)
-    # A channel may be all zero, where the root's derivative is infinite: its gradient is 0.
+    # A channel may be all zero. There the root's derivative is infinite; its gradient must be 0.
     norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
     x = x / (norms + epsilon) / jnp.sqrt(jnp.asarray(channels, x.dtype))
     return x.reshape(n, channels * features)
 
 
 def prepared(weights: Weights, features: Array, *, detach: bool) -> Array:
-    """Features as the weights use them; profiles (n, channels, features) become rows."""
+    """Returns features as the weights use them; profiles (n, channels, features) become rows."""
     if weights.name == "distance":
-        # Distances do not change, but the sums of squares that cancel in them become small.
+        # Centring keeps distances, but shrinks the squared norms that cancel in them.
         rows = features.reshape(len(features), -1).astype(wide(features))
         rows = rows - rows.mean(axis=0, keepdims=True)
     else:
@@ -283,7 +284,10 @@ def prepared(weights: Weights, features: Array, *, detach: bool) -> Array:
 
 
 def guide_limits(rows: Float[Array, "n k"], kind: str, margin: float) -> Float[Array, " n"]:
-    """The similarity above which a row leaves another pair out, by its own with itself."""
+    """Returns, for each row, the similarity above which another pair is left out.
+
+    The limit is relative to the row's similarity with itself.
+    """
     own = jnp.square(rows.astype(wide(rows))).sum(axis=1)
     return own * (1 - margin) if kind == "relative" else own - margin
 
@@ -296,14 +300,14 @@ def calibrate(
     same: Bool[Array, "r n"] | None = None,
     sum_over_devices: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
-    """The sharpness at which the rows' targets have the configured peakedness.
+    """Returns the sharpness at which the rows' targets have the configured peakedness.
 
     Args:
-      weights: gives the function of cosine and sharpness, and the share or number wanted.
+      weights: gives the function of cosine and sharpness, and the target share or number.
       own: cosine of each sampled row with itself.
-      cosines: of the sampled rows with all (on a mesh: this device's) columns.
-      duplicates: what other pairs that are the same count as.
-      same: the other pairs that are the same as the row's own.
+      cosines: of the sampled rows with all columns (on a mesh: with this device's).
+      duplicates: how other pairs with the same content are treated.
+      same: mask of the other pairs with the same content as the row's positive pair.
       sum_over_devices: completes a sum over columns on a mesh.
     """
     function, wanted = weights.function(), weights.numbers[0]
@@ -331,10 +335,10 @@ def calibrate(
 
 
 def xlogx(x: Array) -> Array:
-    """x log x, 0 at 0."""
+    """Returns x log x, and 0 at 0."""
     return x * jnp.log(jnp.where(x > 0, x, 1))
 
 
 def sample_stride(n: int) -> int:
-    """Every how many rows one is sampled: 1 (all rows) for batches up to `SAMPLED_ROWS`."""
+    """Returns the sampling stride: 1 (all rows) for batches up to `SAMPLED_ROWS`."""
     return -(-n // SAMPLED_ROWS)

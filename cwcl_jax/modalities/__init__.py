@@ -1,4 +1,4 @@
-"""The modalities: one room each for everything that is known about one kind of input."""
+"""The modalities: one module each for everything that is known about one kind of input."""
 
 import dataclasses
 import difflib
@@ -34,7 +34,7 @@ def modality_class(name: str) -> type[Modality]:
     """Returns a built-in modality by its name, or one of the user's by "module:Name".
 
     Raises:
-      ValueError: there is none of that name, or it is no modality.
+      ValueError: there is none of that name, or it is not a modality.
     """
     if not is_reference(name):
         if name not in MODALITIES:
@@ -56,6 +56,6 @@ def modality_class(name: str) -> type[Modality]:
 
 
 def stream_of(tower: str, modality: Modality) -> tuple[int, ...]:
-    """Returns the integers that set the random draws of a tower's inputs apart from others'."""
+    """Returns the integers that separate a tower's random draws from those of other towers."""
     usual = tower == modality.name
     return (modality.stream,) if usual else (modality.stream, zlib.crc32(tower.encode()))

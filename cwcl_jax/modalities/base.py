@@ -1,9 +1,9 @@
-"""What a modality is: everything that the rest of the package may ask about one kind of input.
+"""What a modality is: everything that the package may ask about one kind of input.
 
 A modality is a frozen dataclass. Its fields are its options, which a config sets as
-`config.data.<tower>`; its methods are all that is known about this kind of input. The data
-pipeline, the checks, the feature cache, `embed`, `evaluate`, `plan`, `export` and `load_model` ask
-these methods and know no modality by name. A modality of one's own:
+`config.data.<tower>`; its methods contain all knowledge about this kind of input. The data
+pipeline, the checks, the feature cache, `embed`, `evaluate`, `plan`, `export` and `load_model` use
+these methods and know no modality by name. A custom modality:
 
     @dataclasses.dataclass(frozen=True)
     class Eeg(Modality):
@@ -17,7 +17,7 @@ these methods and know no modality by name. A modality of one's own:
         def prepare(self, value, draws=None):
             return {"signal": np.asarray(value, np.float32)}
 
-named in a config as `modality="my_module:Eeg"`.
+is named in a config as `modality="my_module:Eeg"`.
 """
 
 from __future__ import annotations
@@ -44,20 +44,23 @@ class ArraySpec(NamedTuple):
 
 
 class WrongInputs(ValueError):
-    """A modality fails on a value, or gives other arrays than it says: no fault of one example."""
+    """A modality fails on a value, or its arrays differ from those it declares.
+
+    This is an error of the modality, not of one example.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Modality:
-    """One kind of input. A subclass gives `arrays` and `prepare`; all else has a default.
+    """One kind of input. A subclass defines `arrays` and `prepare`; everything else has a default.
 
     Attributes:
       field: the field of a source's example that holds the raw value.
-      name: what the built-in modality is called in a config; "" for one of the user's.
-      core_seconds: processor seconds to make an example of a file of usual size; 0 for hardly any.
-      stream: sets the random draws of this modality apart from those of others.
-      training_only: options that only training follows, such as random crops.
-      has_border: whether `without_border` can cut something off.
+      name: name of a built-in modality in a config; "" for a user's modality.
+      core_seconds: CPU seconds to decode an example from a file of usual size; 0 if negligible.
+      stream: separates the random draws of this modality from those of others.
+      training_only: options that only training uses, such as random crops.
+      has_border: whether `without_border` can crop a border.
     """
 
     name: ClassVar[str] = ""
@@ -68,17 +71,17 @@ class Modality:
 
     field: str = ""
 
-    # What every modality must say.
+    # Every modality must define these.
 
     def arrays(self) -> dict[str, ArraySpec]:
-        """Returns the arrays of one example by name, as `prepare` and `finish` make them."""
+        """Returns the arrays of one example by name, as `prepare` and `finish` create them."""
         raise NotImplementedError(f"{type(self).__name__} must define arrays()")
 
     def prepare(self, value: Any, draws: Draws | None = None) -> Any:
-        """Turns the raw value of one example into its arrays by name.
+        """Returns the arrays of one example by name, from its raw value.
 
         Args:
-          value: what the source gives in `field`.
+          value: the source's value in `field`.
           draws: random numbers of this example for training; None means no randomness.
 
         Raises:
@@ -86,20 +89,20 @@ class Modality:
         """
         raise NotImplementedError(f"{type(self).__name__} must define prepare()")
 
-    # What most modalities need not change.
+    # Most modalities need not change these.
 
     def finish(self, prepared: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
-        """Turns what `prepare` gave for several examples into arrays, in one call for all."""
+        """Returns the arrays of several examples from the results of `prepare`, in one call."""
         return prepared
 
     def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
-        """Makes the arrays of items that a person holds, stacked; see `opened`.
+        """Returns the stacked arrays of items that a user holds; see `opened`.
 
         Args:
           first: the number of the first item, for error messages.
 
         Raises:
-          BadExample, ValueError: an item that cannot be used, by its path or its number.
+          BadExample, ValueError: an item cannot be used; the message names its path or number.
         """
         made = each(lambda item: prepared(self, self.opened(item)), items, first)
         rows = each(lambda row: fitting(self, row), self.finish(made), first)
@@ -110,24 +113,24 @@ class Modality:
         return list(items) if isinstance(items, (list, tuple)) else [items]
 
     def opened(self, item: Any) -> Any:
-        """Turns an item that a person holds (a path, an array, ...) into what `prepare` takes."""
+        """Returns an item that a user holds (a path, an array, ...) as a value for `prepare`."""
         return item
 
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Cuts off padding that no row of a batch needs, to one of a few lengths."""
+        """Returns the batch without padding that no row needs, at one of a few lengths."""
         return arrays
 
     def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
-        """Returns all that decides the arrays; with `training=False` only what evaluation uses."""
+        """Returns everything that determines the arrays (without `training`, in evaluation)."""
         made = dataclasses.asdict(self)
         if self.field == type(self).__dataclass_fields__["field"].default:
-            del made["field"]  # the usual field decides nothing that the source does not
+            del made["field"]  # the default field adds nothing to the source's fingerprint
         return {k: v for k, v in made.items() if training or k not in self.training_only}
 
     def varies(self, source: Any) -> str:
-        """Says why inputs differ from epoch to epoch, and the remedy; "" where they do not.
+        """Returns why inputs differ between epochs, and the remedy; "" if they do not differ.
 
-        Features of a locked encoder may be kept only where inputs stay the same.
+        Features of a locked encoder may be stored only if its inputs stay the same.
 
         Args:
           source: the training data.
@@ -136,12 +139,12 @@ class Modality:
         return ""
 
     def fitted(self, overrides: Mapping[str, Any]) -> "Modality":
-        """Returns the inputs with what the encoder's own settings decide about them."""
+        """Returns the inputs with the options that the encoder's own settings determine."""
         del overrides
         return self
 
     def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
-        """Raises ValueError where an encoder cannot read these inputs.
+        """Raises ValueError if an encoder cannot read these inputs.
 
         Args:
           settings: the encoder's own settings.
@@ -152,25 +155,25 @@ class Modality:
         del settings, options, overrides, imported
 
     def check_files(self, folder: Path, options: str) -> None:
-        """Raises ValueError where the files beside imported weights ask for other inputs.
+        """Raises ValueError if the files next to imported weights require other inputs.
 
         Args:
-          folder: of the weights.
+          folder: folder of the weights.
           options: path of this modality's options, for error messages.
         """
         del folder, options
 
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns what a reader of results should know of some items.
+        """Returns remarks on items that a reader of results should know.
 
         Returns:
-          What these items are ("silent", ...) -> which rows are so, bool (b,).
+          Remark ("silent", ...) -> which rows it applies to, bool (b,).
         """
         del arrays
         return {}
 
     def lost(self, value: Any) -> tuple[str, ...]:
-        """Says what of a raw value its arrays do not hold; () where they hold all of it.
+        """Returns remarks on what the arrays lose of a raw value; () if they hold all of it.
 
         Each remark completes "12 of 100 texts are ..."; equal ones are counted together.
 
@@ -189,20 +192,20 @@ class Modality:
         return value if isinstance(value, str) else np.asarray(value)
 
     def without_border(self, value: Any, pixels: int) -> Any:
-        """Returns a raw value without `pixels` on every side, where there is such a border."""
+        """Returns a raw value without `pixels` on every side, for modalities with a border."""
         del value, pixels
         raise ValueError(f"{type(self).__name__} inputs have no border: leave out crop_border")
 
-    # Lengths, where batches of several lengths are worth it.
+    # Lengths, for modalities that gain from batches of several lengths.
 
     @property
     def lengths(self) -> tuple[float, ...]:
-        """The lengths that a batch may have, ascending, in the source's unit; () for one length."""
+        """The allowed lengths of a batch, ascending, in the source's unit; () for one length."""
         return ()
 
     @property
     def window(self) -> int:
-        """Batches that are sorted by length together."""
+        """Number of batches that are sorted by length together."""
         return 1
 
     def at_length(self, length: float) -> "Modality":
@@ -213,7 +216,7 @@ class Modality:
         """Returns `at_length(length)`.
 
         Raises:
-          BadExample: the value is longer than its source said when the batch was put together.
+          BadExample: the value is longer than its source said when the batch was composed.
         """
         del value
         return self.at_length(length)
@@ -221,7 +224,7 @@ class Modality:
     # Files.
 
     def without_files(self) -> "Modality":
-        """Returns the inputs as they can be planned where none of their files is at hand."""
+        """Returns the inputs for planning, if none of their files is available."""
         return self
 
     def packed(self, folder: Path, tower: str) -> "Modality":
@@ -230,13 +233,13 @@ class Modality:
         return self
 
     def unpacked(self, folder: Path) -> "Modality":
-        """Returns the options of an export with its files' whole paths."""
+        """Returns the options of an export with the full paths of its files."""
         del folder
         return self
 
 
 def prepared(modality: Modality, value: Any, draws: Draws | None = None) -> Any:
-    """Calls `prepare`; numbers that are not finite make an example unusable.
+    """Returns the result of `prepare`; non-finite numbers make an example unusable.
 
     Raises:
       BadExample: the value cannot be used.
@@ -258,7 +261,7 @@ def prepared(modality: Modality, value: Any, draws: Draws | None = None) -> Any:
 
 
 def fitting(modality: Modality, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the arrays of one example in the dtypes that `arrays()` says.
+    """Returns the arrays of one example in the dtypes that `arrays()` declares.
 
     Raises:
       WrongInputs: they have other names, shapes, or another kind of numbers.
@@ -276,13 +279,13 @@ def fitting(modality: Modality, arrays: Mapping[str, Any]) -> dict[str, np.ndarr
 
 
 def _fits(name: str, array: np.ndarray, spec: ArraySpec) -> bool:
-    # Features may have any shape where nothing says which.
+    # Features may have any shape unless one is declared.
     same_shape = array.shape == tuple(spec.shape) or (name == "features" and not spec.shape)
     return same_shape and array.dtype.kind == np.dtype(spec.dtype).kind
 
 
 def _shown(value: Any) -> str:
-    """A value in an error: an array by its type and shape."""
+    """Returns a value for an error message: an array by its dtype and shape."""
     if isinstance(value, np.ndarray):
         return f"an array {value.dtype}{list(value.shape)}"
     text = repr(value)
@@ -290,7 +293,7 @@ def _shown(value: Any) -> str:
 
 
 def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
-    """Raises ValueError where a number is outside its range, ends included."""
+    """Raises ValueError if a number is outside its range, ends included."""
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if not low <= value <= high:
@@ -299,7 +302,7 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], first: int) -> list[Any]:
-    """Applies `function` to every item; an error names the path, or the number from `first`."""
+    """Returns `function` of every item; an error names the path, or the number from `first`."""
     results = []
     for number, item in enumerate(items, first):
         name = str(item) if isinstance(item, (str, Path)) else f"item {number}"

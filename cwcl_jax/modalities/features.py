@@ -1,4 +1,4 @@
-"""Features that some encoder gave before: one array of numbers for each example, of any shape."""
+"""Features that an encoder computed before: one array per example, of any shape."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from cwcl_jax.modalities.base import ArraySpec, Modality, each
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInputs(Modality):
-    """How a stored vector becomes `features`: float32, of the shape that the source has.
+    """How a stored vector becomes `features`: float32, with the shape that the source has.
 
-    Which of the source's arrays a tower reads is its own name, or `field`. `shape` is needed only
-    by an encoder of the user's; "precomputed" knows its width.
+    A tower reads the source's array of its own name, or of the name `field`. `shape` is needed only
+    by a user's encoder; "precomputed" knows its width.
     """
 
     name: ClassVar[str] = "features"
@@ -41,16 +41,16 @@ class FeatureInputs(Modality):
         return [array] if array.ndim == max(1, len(self.shape)) else list(array)
 
     def fitted(self, overrides: Mapping[str, Any]) -> "FeatureInputs":
-        """Takes the shape from an encoder that knows the width of its features."""
+        """Returns the inputs with the shape of an encoder that knows the width of its features."""
         width = overrides.get("width")
         return self if self.shape or not width else dataclasses.replace(self, shape=(width,))
 
     def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
-        return {}  # the source's fingerprint says all
+        return {}  # the source's fingerprint covers everything
 
 
 def _vector(value: Any) -> np.ndarray:
-    """Features as float32; without a direction a vector has no cosine with any other."""
+    """Returns features as float32; zero vectors are refused, because they have no cosine."""
     vector = np.asarray(value, np.float32)
     if not np.isfinite(vector).all():
         raise BadExample("features not finite")
@@ -60,5 +60,5 @@ def _vector(value: Any) -> np.ndarray:
 
 
 def only_features(arrays: Mapping[str, Any]) -> bool:
-    """Whether a batch holds features in place of raw inputs."""
+    """Returns whether a batch holds features instead of raw inputs."""
     return set(arrays) == {"features"}

@@ -1,7 +1,7 @@
-"""Pictures to uint8 RGB pixels of one size: decoding with every trap of web images, and crops.
+"""Decodes pictures to uint8 RGB pixels of one size, robust to malformed web images.
 
-Training: a random resized crop and a flip, where the options ask for them. Evaluation: the shorter
-side resized, the centre cut out. Normalisation to a tower's range happens on the device.
+Training uses a random resized crop and a flip, if the options ask for them. Evaluation resizes the
+shorter side and cuts out the centre. Normalisation to a tower's range happens on the device.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 PROCESSOR = "preprocessor_config.json"
 FILTERS = {str(kind.name).lower(): kind for kind in Image.Resampling}
 _MIRROR = Image.Transpose.FLIP_LEFT_RIGHT
-# Not all that Pillow can open: its reader of EPS starts a PostScript interpreter on the file.
+# Not all formats of Pillow: its EPS reader starts a PostScript interpreter on the file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _DRAFT_MARGIN = 1.5
 _ORIENTATION = 0x0112
@@ -46,7 +46,7 @@ Box = tuple[float, float, float, float]
 class ImageInputs(Modality):
     """How a picture becomes `pixels`: uint8, (size, size, 3). Towers normalise on the device.
 
-    A person hands in paths, encoded bytes, PIL images or uint8 arrays (y, x, 3).
+    Users pass paths, encoded bytes, PIL images or uint8 arrays (y, x, 3).
     """
 
     name: ClassVar[str] = "image"
@@ -65,9 +65,9 @@ class ImageInputs(Modality):
     max_pixels: int = 64_000_000
     # Shorter side before the central crop (256 for ImageNet at 224); 0 = `size`.
     eval_resize: int = 0
-    # How pixels are resampled: "bicubic", "bilinear", "lanczos", "box", "hamming" or "nearest".
+    # Resampling filter: "bicubic", "bilinear", "lanczos", "box", "hamming" or "nearest".
     resample: str = "bicubic"
-    # Resize the whole picture to the square, whatever its shape, in place of the central crop.
+    # Resize the whole picture to a square, ignoring its aspect ratio, instead of the central crop.
     squash: bool = False
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class ImageInputs(Modality):
         return {"pixels": made}
 
     def listed(self, items: Any) -> list[Any]:
-        """Returns one picture or many, an array of pictures too, as a list."""
+        """Returns one picture or many as a list; an array of pictures counts as many."""
         if hasattr(items, "__array__") and not isinstance(items, Image.Image):
             items = np.asarray(items)
             return [items] if items.ndim == 3 else list(items)
@@ -122,7 +122,7 @@ class ImageInputs(Modality):
             )
 
     def of_folder(self, folder: Path) -> "ImageInputs":
-        """Returns the inputs as the image processor beside weights makes them."""
+        """Returns the inputs with the options of the image processor next to weights."""
         return dataclasses.replace(self, **_asked_by(folder, self.size))
 
     def check_files(self, folder: Path, options: str) -> None:
@@ -146,14 +146,15 @@ class ImageInputs(Modality):
             raise BadExample(
                 "image too small", f"{width}x{height}, crop_border={pixels} leaves none"
             )
-        decode_rgb(opened)  # in place: what cannot be decoded is refused here, and not by crop
+        # decodes in place, so that undecodable data is refused here and not by crop
+        decode_rgb(opened)
         return opened.crop((pixels, pixels, width - pixels, height - pixels))
 
 
 def _asked_by(folder: Path, size: int) -> dict[str, Any]:
-    """The options that an image processor's file beside weights stands for, as far as it says.
+    """Returns the options that correspond to the image processor's file next to weights.
 
-    How far pictures are resized counts only at the processor's own `size`.
+    The file may leave some options open. Its resizing counts only at the processor's own `size`.
     """
     file = folder / PROCESSOR
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -164,7 +165,7 @@ def _asked_by(folder: Path, size: int) -> dict[str, Any]:
         asked["resample"] = Image.Resampling(content["resample"]).name.lower()
     resize, crop = content.get("size"), content.get("crop_size")
     cropped = content.get("do_center_crop", crop is not None)
-    if not isinstance(resize, dict):  # an old file: its meaning is a matter of its class
+    if not isinstance(resize, dict):  # an old file, whose meaning depends on its class
         return asked
     asked["squash"] = "height" in resize and not cropped
     short = resize.get("shortest_edge", resize.get("height"))
@@ -175,14 +176,14 @@ def _asked_by(folder: Path, size: int) -> dict[str, Any]:
 
 
 def open_picture(item: Any) -> bytes | Image.Image:
-    """Encoded bytes, or a picture that is not the caller's own."""
+    """Returns encoded bytes, or a picture that is not shared with the caller."""
     if isinstance(item, (str, Path)):
         return Path(item).read_bytes()
     if isinstance(item, bytes):
         return item
     if isinstance(item, Image.Image):
         try:
-            # Of a JPEG that is not decoded yet, the caller would be left with a thumbnail.
+            # Decoding an undecoded JPEG could leave the caller with a thumbnail.
             return item.copy()
         except OSError as error:
             raise BadExample("image unreadable", str(error)) from error
@@ -202,7 +203,7 @@ def open_picture(item: Any) -> bytes | Image.Image:
 def train_pixels(
     data: bytes | Image.Image, inputs: ImageInputs, draws: Draws
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels for training; the crop and the flip follow `draws`."""
+    """Returns the pixels for training; the crop and the flip follow `draws`."""
     image = open_image(data, inputs.max_pixels)
     orientation = orientation_of(image)
     upright = _upright_size(image, orientation)
@@ -217,10 +218,11 @@ def train_pixels(
 
 
 def eval_pixels(data: bytes | Image.Image, inputs: ImageInputs) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels for evaluation: shorter side to `eval_resize`, then the centre of `size`.
+    """Returns the pixels for evaluation: shorter side to `eval_resize`, then the centre of `size`.
 
-    Whole numbers as torchvision rounds them, and every pixel decoded: the same as the libraries
-    give from which imported weights come, and the same for a file and for the picture in it.
+    Sizes are rounded as in torchvision, and every pixel is decoded. The result is the same as in
+    the libraries that imported weights come from, and the same for a file and for the picture in
+    it.
     """
     image = open_image(data, inputs.max_pixels)
     rgb = decode_rgb(image, orientation_of(image))
@@ -233,22 +235,26 @@ def eval_pixels(data: bytes | Image.Image, inputs: ImageInputs) -> UInt8[np.ndar
 
 
 def _around(width: int, height: int, short: int) -> tuple[int, int]:
-    """Width and height with a shorter side of `short`; the longer one is rounded down."""
+    """Returns width and height with a shorter side of `short`; the longer one is rounded down."""
     return (short, short * height // width) if width <= height else (short * width // height, short)
 
 
 def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
-    """Opens encoded bytes without decoding them; refuses empty, unknown and too large ones."""
+    """Returns encoded bytes as an opened picture, not decoded yet.
+
+    Raises:
+      BadExample: the bytes are empty, of an unknown format, or too large.
+    """
     if isinstance(data, Image.Image):
         return data
     if not data:
         raise BadExample("image empty", "no bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    # The warning arrives as an exception only where the user turned warnings into errors.
+    # The warning is an exception only if the user turned warnings into errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadExample("image too large", str(error)) from error
-    except UnidentifiedImageError as error:  # its message names the buffer by its address
+    except UnidentifiedImageError as error:  # its message contains the buffer's address
         raise BadExample("image unreadable", f"none of {', '.join(_FORMATS)}") from error
     except _DECODE_ERRORS as error:
         raise BadExample("image unreadable", str(error)) from error
@@ -259,9 +265,9 @@ def open_image(data: bytes | Image.Image, max_pixels: int) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's orientation of an opened picture, 1 to 8; 1 where there is none that can be read.
+    """Returns the EXIF orientation of an opened picture, 1 to 8; 1 if none can be read.
 
-    Decodes all but JPEGs: the tag of a PNG may stand behind its pixels.
+    All formats except JPEG are decoded first: the tag of a PNG may follow its pixels.
     """
     if image.format != "JPEG":
         _load(image)
@@ -275,7 +281,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def decode_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
-    """The decoded picture in RGB, turned upright; transparent parts become white."""
+    """Returns the decoded picture in RGB, rotated upright; transparent parts become white."""
     _load(image)
     clear = image.info.get("transparency")
     try:
@@ -287,7 +293,8 @@ def decode_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
             image = Image.alpha_composite(white, image)
         if image.mode != "RGB":
             image = image.convert("RGB")
-        # By hand: Pillow's own function writes all other tags anew, of which any may be broken.
+        # Transposed here: Pillow's own function rewrites all other tags, and any of them may be
+        # broken.
         return image if orientation == 1 else image.transpose(_TURNS[orientation])
     except _DECODE_ERRORS as error:
         raise BadExample("image unreadable", str(error)) from error
@@ -301,9 +308,9 @@ def _load(image: Image.Image) -> None:
 
 
 def _to_bytes(values: np.ndarray, mode: str, clear: int | None) -> np.ndarray:
-    """Grey levels of more than eight bits to eight; those called `clear` become white.
+    """Returns grey levels of more than eight bits as eight bits; the level `clear` becomes white.
 
-    Full scale is the first of 1 (floats), 255, 65535 that holds all of them, else the largest.
+    Full scale is the first of 1 (floats), 255, 65535 that is not exceeded, else the largest level.
     """
     largest = values.max()
     if not np.isfinite(largest):
@@ -315,7 +322,7 @@ def _to_bytes(values: np.ndarray, mode: str, clear: int | None) -> np.ndarray:
 
 
 def random_crop_box(width: int, height: int, min_area: float, draws: Draws) -> Box:
-    """A box of a random share of the area in [min_area, 1] and an aspect ratio in [3/4, 4/3]."""
+    """Returns a box with a random area share in [min_area, 1] and an aspect ratio in [3/4, 4/3]."""
     for _ in range(10):
         area = width * height * draws.uniform(min_area, 1.0)
         ratio = math.exp(draws.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -327,25 +334,25 @@ def random_crop_box(width: int, height: int, min_area: float, draws: Draws) -> B
 
 
 def _centre_box(width: int, height: int, share: float) -> Box:
-    """The central square of `share` of the shorter side."""
+    """Returns the central square whose side is `share` of the shorter side."""
     side = min(width, height) * share
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
-    """Width and height after the rotation that the file asks for."""
+    """Returns width and height after the rotation that the file requests."""
     return (image.height, image.width) if orientation >= 5 else image.size
 
 
 def _cut(
     image: Image.Image, orientation: int, box: Box, inputs: ImageInputs, *, mirror: bool
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, cuts out the box of the upright picture and resizes it."""
+    """Returns the box of the upright picture, decoded and resized."""
     size, upright = inputs.size, _upright_size(image, orientation)
     if image.format == "JPEG":
-        # The decoder itself scales by 1/2, 1/4 or 1/8, as long as the box keeps enough pixels for
-        # the resampling behind it to be the one that decides what is seen.
+        # The decoder scales by 1/2, 1/4 or 1/8, as long as the box keeps enough pixels for the
+        # later resampling to determine the result.
         share = _DRAFT_MARGIN * size / min(box[2] - box[0], box[3] - box[1])
         if share <= 0.5:
             wanted = math.ceil(image.width * share), math.ceil(image.height * share)

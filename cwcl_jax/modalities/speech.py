@@ -1,6 +1,6 @@
-"""Recordings to int16 waveforms of one rate and one length, with the true length beside them.
+"""Decodes recordings to int16 waveforms of one rate and one length, with their true length.
 
-Decoding by soundfile (WAV, FLAC, MP3, OGG), resampling by soxr; log-mel features are made on the
+soundfile decodes (WAV, FLAC, MP3, OGG) and soxr resamples; log-mel features are computed on the
 device.
 """
 
@@ -21,18 +21,18 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality
 
 Audio = bytes | tuple[np.ndarray, int]
-# What the resampling filter sees of a recording beyond the ends of a window.
+# Seconds beyond the ends of a window that the resampling filter gets to see.
 _EDGE_SECONDS = 0.25
-# Floats of a recording that was normalised a little carelessly are still below this.
+# Largest magnitude of floats from a recording that was normalised only approximately.
 _LOUDEST = 2.0
-# Peak of a recording (of 32767) below which nothing can be heard.
+# Peak of a recording (of 32767) below which it is inaudible.
 _SILENCE = 8
-# Of an encoder with a table of positions: two frames of 10 ms.
+# Seconds per position of an encoder with a position table: two frames of 10 ms.
 _POSITION_SECONDS = 0.02
-# What a listed duration may be short of the file's.
+# Tolerated difference between a listed duration and the file's.
 _ROUNDED_SECONDS = 0.1
 _FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
-# One analysis window of the log-mel features; a shorter recording holds no frame of its own.
+# One analysis window of the log-mel features; a shorter recording does not fill a frame.
 FRAME_SECONDS = 0.025
 
 
@@ -40,8 +40,8 @@ FRAME_SECONDS = 0.025
 class SpeechInputs(Modality):
     """How a recording becomes `waveform` (int16, samples) and `length` (int32, samples).
 
-    A person hands in paths, encoded bytes or pairs (samples, rate); samples are int16, or floats
-    in [-1, 1], of one channel (n,) or several (n, channels).
+    Users pass paths, encoded bytes or pairs (samples, rate). Samples are int16, or floats in [-1,
+    1], with one channel (n,) or several (n, channels).
     """
 
     name: ClassVar[str] = "speech"
@@ -49,15 +49,15 @@ class SpeechInputs(Modality):
     training_only: ClassVar[tuple[str, ...]] = ("random_crop",)
 
     field: str = "audio"
-    # What the speech encoders hear; recordings of any other rate are resampled to it.
+    # The rate of the speech encoders; recordings of any other rate are resampled to it.
     sample_rate: int = 16_000
     max_seconds: float = 10.0
     # Training takes a random window of a recording that is too long; evaluation its beginning.
     random_crop: bool = True
-    # Seconds, ascending: batches of similar lengths, padded to one of these or to max_seconds;
-    # () pads every batch to max_seconds. Needs a source that knows how long its recordings are.
+    # Seconds, ascending: batches of similar lengths are padded to one of these or to max_seconds;
+    # () pads every batch to max_seconds. Needs a source that knows the durations of its recordings.
     buckets: tuple[float, ...] = ()
-    # Batches that are sorted by length together.
+    # Number of batches that are sorted by length together.
     bucket_window: int = 8
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class SpeechInputs(Modality):
         return made["waveform"][: made["length"]]
 
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Cuts waveforms to the shortest of the options' lengths that holds them all."""
+        """Returns waveforms cut to the shortest of the options' lengths that holds them all."""
         longest = int(np.asarray(arrays["length"]).max())
         for seconds in self._all_lengths:
             samples = round(seconds * self.sample_rate)
@@ -124,7 +124,7 @@ class SpeechInputs(Modality):
         )
 
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Names recordings that hold little to hear, or too much."""
+        """Returns remarks on recordings that are nearly inaudible, or clipped."""
         frame = round(FRAME_SECONDS * self.sample_rate)
         length = np.asarray(arrays["length"])
         loudness = np.abs(np.asarray(arrays["waveform"]).astype(np.int32))
@@ -136,7 +136,7 @@ class SpeechInputs(Modality):
         }
 
     def lost(self, value: Any) -> tuple[str, ...]:
-        """Names a recording of which only a part is heard."""
+        """Returns a remark on a recording of which only a part is used."""
         with _opened(value) as (frames, rate, _):
             longer = frames > (self.max_seconds + FRAME_SECONDS) * rate
         return (f"longer than max_seconds={self.max_seconds:g}, and cut there",) if longer else ()
@@ -147,7 +147,7 @@ class SpeechInputs(Modality):
 
     @property
     def _all_lengths(self) -> tuple[float, ...]:
-        """The seconds that a batch may have: the buckets below `max_seconds`, and that."""
+        """The allowed lengths of a batch in seconds: the buckets below `max_seconds`, and that."""
         shorter = sorted(b for b in set(self.buckets) if b < self.max_seconds)
         return (*shorter, self.max_seconds)
 
@@ -172,17 +172,17 @@ class SpeechInputs(Modality):
 
 
 def _is_pair(item: Any) -> bool:
-    """Whether it is (samples, rate), and not a tuple of recordings."""
+    """Returns whether an item is (samples, rate), and not a tuple of recordings."""
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], numbers.Real)
 
 
 def waveform(
     data: Audio, inputs: SpeechInputs, draws: Draws | None = None
 ) -> dict[str, np.ndarray]:
-    """`waveform` (int16, max_seconds long, zeros at its end) and `length` of one recording.
+    """Returns `waveform` (int16, max_seconds long, zero-padded) and `length` of one recording.
 
-    With `draws`, a recording that is too long gives a random window, otherwise its beginning. No
-    more than the window is decoded: hours cost what seconds cost.
+    With `draws`, a recording that is too long gives a random window, otherwise its beginning. Only
+    the window is decoded, so long recordings cost no more than short ones.
     """
     limit = round(inputs.sample_rate * inputs.max_seconds)
     samples = _window(data, inputs, limit, draws if inputs.random_crop else None)
@@ -196,7 +196,7 @@ def waveform(
 def _window(
     data: Audio, inputs: SpeechInputs, limit: int, draws: Draws | None
 ) -> Int16[np.ndarray, " n"]:
-    """At most `limit` samples at the wanted rate."""
+    """Returns at most `limit` samples at the wanted rate."""
     with _opened(data) as (frames, rate, read):
         needed = -(-limit * rate // inputs.sample_rate)
         start = draws.below(frames - needed + 1) if draws and frames > needed else 0
@@ -204,7 +204,7 @@ def _window(
         before = min(start, edge)
         samples = read(start - before, before + needed + edge)
     if start and len(samples) < before + needed:
-        # The file claims more than it holds (a broken end, a stream of unknown length).
+        # The file declares more samples than it holds (truncated, or a stream of unknown length).
         return _window(data, inputs, limit, None)
     skipped = round(before * inputs.sample_rate / rate)
     return resample(samples, rate, inputs.sample_rate)[skipped : skipped + limit]
@@ -212,7 +212,10 @@ def _window(
 
 @contextmanager
 def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.ndarray]]]:
-    """Samples in all, their rate, and `read(first, count)`: int16, fewer where they end before."""
+    """Yields the number of samples, their rate, and `read(first, count)`.
+
+    `read` returns int16 samples, fewer than `count` if the recording ends earlier.
+    """
     if isinstance(data, tuple):
         samples, rate = data
         yield len(samples), rate, lambda first, count: samples[first : first + count]
@@ -229,14 +232,14 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
                 if first:
                     try:
                         file.seek(first)
-                    except RuntimeError:  # beyond what the file really holds
+                    except RuntimeError:  # beyond the file's actual end
                         return np.zeros(0, np.int16)
-                # As floats: libsndfile neither scales those of a file to integers nor clips them.
+                # As floats: libsndfile neither scales a file's floats to integers nor clips them.
                 return as_int16(file.read(count, dtype="float32", always_2d=True))
 
             yield file.frames, file.samplerate, read
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        # soundfile's message names the buffer by its address; the reason stands beside it.
+        # soundfile's message contains the buffer's address; the attribute has only the reason.
         reason = getattr(error, "error_string", str(error))
         if data[4:8] == b"ftyp":
             reason = "M4A and MP4 are not read: write FLAC or WAV, with `ffmpeg -i x.m4a x.flac`"
@@ -244,9 +247,10 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
 
 
 def _missing_bytes(data: bytes) -> int:
-    """How many bytes a WAV file claims and does not hold; libsndfile reads it as a shorter one.
+    """Returns how many bytes a WAV file declares but does not hold.
 
-    0 and the largest number stand for a length that its writer did not know, as in a stream.
+    libsndfile would read it as a shorter file. 0 and the largest number stand for a length that the
+    writer did not know, as in a stream.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         return 0
@@ -261,7 +265,7 @@ def _missing_bytes(data: bytes) -> int:
 
 
 def open_recording(item: Any) -> bytes | tuple[np.ndarray, int]:
-    """Encoded bytes, or samples (int16, one channel) and their rate."""
+    """Returns encoded bytes, or samples (int16, one channel) and their rate."""
     if isinstance(item, (str, Path)):
         return Path(item).read_bytes()
     if isinstance(item, bytes):
@@ -284,7 +288,7 @@ def open_recording(item: Any) -> bytes | tuple[np.ndarray, int]:
 
 
 def _check_samples(samples: np.ndarray) -> None:
-    """Raises ValueError for samples that would become other sounds than the caller's."""
+    """Raises ValueError for samples that would not be converted faithfully."""
     if samples.dtype != np.int16 and samples.dtype.kind != "f":
         raise ValueError(
             f"samples are int16 or floats in [-1, 1], not {samples.dtype}: convert them"
@@ -296,7 +300,7 @@ def _check_samples(samples: np.ndarray) -> None:
         )
     if samples.dtype.kind == "f" and samples.size:
         peak = np.abs(samples).max()
-        if not peak <= _LOUDEST:  # which NaN is not either
+        if not peak <= _LOUDEST:  # also true for NaN
             raise ValueError(
                 f"samples reach {peak:g}: floats are finite and in [-1, 1]; divide those that "
                 "stand for 16 bits by 32768"

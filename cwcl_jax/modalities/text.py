@@ -1,4 +1,4 @@
-"""Captions to token ids of one fixed length, with an attention mask."""
+"""Tokenizes captions to token ids of one fixed length, with an attention mask."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 from cwcl_jax.modalities.tokenizer import NO_PROMPT, REPLACED, TextTokenizer, load_tokenizer
 from cwcl_jax.weights.sentence_folder import PROMPTS, TEXT_SETTINGS, read_text_settings
 
-# Whether examples have several captions is a matter of the source: a few of them tell.
+# Number of examples that are checked for several captions, which depend on the source.
 _LOOKED_AT = 100
 
 
@@ -23,8 +23,8 @@ _LOOKED_AT = 100
 class TextInputs(Modality):
     """How a caption becomes `tokens` (int32) and `mask` (bool), both (max_tokens,).
 
-    A tower whose source has several captions for an example reads another one in each epoch of
-    training, and the first one in evaluation.
+    If the source has several captions for an example, training reads a random one in each epoch,
+    and evaluation the first one.
     """
 
     name: ClassVar[str] = "text"
@@ -34,10 +34,10 @@ class TextInputs(Modality):
     # "" = the package's own small tokenizer; otherwise a folder, a tokenizer.json or a hub name.
     tokenizer: str = ""
     max_tokens: int = 32
-    # Put before every text, as sentence encoders are trained with ("query: "). "none" is no prompt
-    # where the weights' own folder has one.
+    # Prepended to every text, as sentence encoders are trained with ("query: "). "none" disables
+    # the prompt of the weights' own folder.
     prompt: str = ""
-    # Makes small letters of all, whatever the tokenizer does.
+    # Converts texts to lower case, whatever the tokenizer does.
     lower_case: bool = False
 
     def __post_init__(self):
@@ -76,21 +76,21 @@ class TextInputs(Modality):
         return listed
 
     def lost(self, value: Any) -> tuple[str, ...]:
-        """Names a (first) caption that is cut, or has words that the tokenizer does not know."""
+        """Returns remarks on a (first) caption that is truncated or has unknown words."""
         return self.loaded.lost(usable_captions(value)[0])
 
     def preview(self, value: Any) -> str:
         return usable_captions(value)[0]
 
     def trim(self, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Cuts sentences to the longest of them, in steps of 8 tokens so that programs are few."""
+        """Returns sentences cut to the longest, in steps of 8 tokens to limit recompilation."""
         used = np.flatnonzero(np.asarray(arrays["mask"]).any(axis=0))
         length = -(-(int(used[-1]) + 1 if len(used) else 1) // 8) * 8
         return {name: np.asarray(array)[:, :length] for name, array in arrays.items()}
 
     def fingerprint(self, *, training: bool = True) -> dict[str, Any]:
         made = super().fingerprint(training=training)
-        # Options that runs of earlier versions do not know, where they change nothing.
+        # Options that runs of earlier versions do not know are left out if they change nothing.
         for option in ("prompt", "lower_case"):
             if not made[option]:
                 del made[option]
@@ -120,8 +120,9 @@ class TextInputs(Modality):
                 f"tokenizer={self.tokenizer!r} pads with {self.loaded.pad_id}: name the tower's "
                 f"own tokenizer, or set pad_token={self.loaded.pad_id} in {overrides}"
             )
-        # An id beyond the table would be clamped to its last row without a word; far fewer ids than
-        # a pretrained table has rows mean another tokenizer, whose ids stand for other words.
+        # Without a check, an id beyond the table would be clamped to its last row. Far fewer ids
+        # than the rows of a pretrained table indicate another tokenizer, whose ids stand for other
+        # words.
         if rows is not None and (size > rows or (imported and size < rows // 2)):
             raise ValueError(
                 f"the tokenizer {options}.tokenizer={self.tokenizer!r} has {size} tokens, the text "
@@ -130,7 +131,11 @@ class TextInputs(Modality):
             )
 
     def check_files(self, folder: Path, options: str) -> None:
-        """Compares with what sentence-transformers does to texts before this folder's encoder."""
+        """Checks the options against the text settings of a sentence-transformers folder.
+
+        Raises:
+          ValueError: lower case or a default prompt is missing. Other differences are logged.
+        """
         theirs = read_text_settings(folder)
         if theirs.lower_case and not self.lower_case:
             raise ValueError(
@@ -157,7 +162,7 @@ class TextInputs(Modality):
             )  # fmt: skip
 
     def without_files(self) -> "TextInputs":
-        """Takes the package's own few words in place of a tokenizer that lies elsewhere."""
+        """Returns the inputs with the package's own tokenizer instead of an external one."""
         return dataclasses.replace(self, tokenizer="")
 
     def packed(self, folder: Path, tower: str) -> "TextInputs":
@@ -191,7 +196,7 @@ def usable_captions(value: Any) -> list[str]:
 
 
 def with_several_captions(source: Any, field: str) -> str:
-    """Names an example with several captions, out of some spread over the source; "" if none."""
+    """Returns a note on an example with several captions, from a sample; "" if there is none."""
     for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int):
         try:
             example = source.read(int(index), (field,))
@@ -204,7 +209,7 @@ def with_several_captions(source: Any, field: str) -> str:
 
 
 def _changed_at(tokenizer: str) -> float:
-    """When a tokenizer's file was changed last: a changed one is read anew."""
+    """Returns the modification time of a tokenizer's file, so that a changed file is read again."""
     try:
         return Path(tokenizer).stat().st_mtime if tokenizer else 0.0
     except OSError:

@@ -19,7 +19,7 @@ from cwcl_jax.data.installed import inside_package
 from cwcl_jax.synthetic.captions import TOKENIZER_FILE
 
 _SETTINGS = "tokenizer_config.json"
-# What the special tokens are called where a file does not say so.
+# Usual names of the special tokens, for files that do not name them.
 _USUAL = {
     "pad_token": ("[PAD]", "<pad>"),
     "unk_token": ("[UNK]", "<unk>"),
@@ -29,16 +29,16 @@ _USUAL = {
 # The package's own tokenizer, made for captions of its own scenes.
 _OWN = "scenes"
 OUTSIDE_SCENES = "outside the words of the package's tokenizer for scenes, spelt in letters"
-# What shows that a folder holds a tokenizer.
+# File names that show that a folder holds a tokenizer.
 _TOKENIZER_FILE = re.compile(r"tokenizer\.json|.*vocab.*|.*\.model|merges\.txt|bpe\.codes")
-# What stands for bytes that no UTF-8 can be, in this package's reading or an earlier one.
+# Replacement for bytes that are invalid UTF-8, inserted by this package or earlier.
 REPLACED = "\ufffd"
-# A prompt of this name is none, on purpose.
+# A prompt of this name explicitly means no prompt.
 NO_PROMPT = "none"
 
 
 class TextTokenizer:
-    """Tokenizes lists of captions; longer ones are cut so that their end token stays."""
+    """Tokenizes lists of captions; longer ones are truncated so that their end token stays."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class TextTokenizer:
         prompt: str = "",
         lower_case: bool = False,
     ):
-        """Build from a `tokenizers.Tokenizer` and the names of its special tokens."""
+        """Builds it from a `tokenizers.Tokenizer` and the names of its special tokens."""
         self._fast = _with_small_letters(backend) if lower_case else backend
         self.prompt = prompt
-        """Put before every text; `save` does not write it."""
+        """Prepended to every text; `save` does not write it."""
         self.name = name
         self.is_own = name == _OWN
         self.max_tokens = max_tokens
@@ -63,11 +63,11 @@ class TextTokenizer:
         self.bos_id = self._special_id("bos_token", default=None)
         self.eos_id = self._special_id("eos_token", default=None)
         self._fast.enable_truncation(max_tokens)
-        # Sides of a saved file do not matter here: towers expect padding on the right.
+        # Padding sides of a saved file are ignored: towers expect padding on the right.
         self._fast.enable_padding(direction="right", pad_id=self.pad_id, length=max_tokens)
 
     def _present(self, special: Mapping[str, str]) -> dict[str, str]:
-        """Those that the vocabulary has, with the usual ones where nothing else is said."""
+        """Returns the vocabulary's special tokens; unnamed ones get their usual names."""
         usual = [(name, token) for name, tokens in _USUAL.items() for token in tokens]
         present: dict[str, str] = {}
         for name, token in [*special.items(), *usual]:
@@ -85,14 +85,14 @@ class TextTokenizer:
         return self._fast.get_vocab_size(with_added_tokens=True)
 
     def fingerprint(self) -> str:
-        """Changes with the vocabulary, the rules and the length."""
+        """Returns a hash that changes with the vocabulary, the rules, the length and the prompt."""
         text = self._fast.to_str() + str(self.max_tokens) + self.prompt
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __call__(
         self, captions: Sequence[str]
     ) -> dict[str, Int32[np.ndarray, "b s"] | Bool[np.ndarray, "b s"]]:
-        """`tokens` and `mask` of the captions, padded on the right."""
+        """Returns `tokens` and `mask` of the captions, padded on the right."""
         encoded = self._fast.encode_batch([self.prompt + text for text in captions])
         tell_cut(lambda: sum(_length(rest) for e in encoded for rest in e.overflowing))
         tokens = np.array([e.ids for e in encoded], np.int32).reshape(-1, self.max_tokens)
@@ -100,7 +100,7 @@ class TextTokenizer:
         return {"tokens": tokens, "mask": mask}
 
     def lost(self, caption: str) -> tuple[str, ...]:
-        """What of a caption its tokens do not hold, in words (see `Modality.lost`)."""
+        """Returns remarks on what the tokens lose of a caption (see `Modality.lost`)."""
         encoded = self._fast.encode(self.prompt + caption)
         pieces = [encoded, *encoded.overflowing]
         remarks = [f"cut at max_tokens={self.max_tokens}"] if encoded.overflowing else []
@@ -108,7 +108,7 @@ class TextTokenizer:
             remarks.append("not UTF-8 in their file: letters are lost (U+FFFD)")
         unknown = self.special_tokens.get("unk_token", "")
         tokens = [token for piece in pieces for token in piece.tokens]
-        # One piece behind a word is an ending, such as a plural's.
+        # One piece after a word is an ending, such as a plural's.
         pairs = itertools.pairwise(tokens)
         spelt = any(one.startswith("##") and two.startswith("##") for one, two in pairs)
         if self.is_own and (spelt or unknown in tokens):
@@ -118,7 +118,7 @@ class TextTokenizer:
         return tuple(remarks)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, and the names of special tokens beside it.
+        """Writes `tokenizer.json`, and a file with the names of special tokens.
 
         `load_tokenizer` of the file and transformers' `AutoTokenizer` of the folder give equal ids.
         """
@@ -148,7 +148,7 @@ class TextTokenizer:
 
 
 def _length(encoded: Any) -> int:
-    """Number of tokens without padding and special ones."""
+    """Returns the number of tokens without padding and special ones."""
     return sum(encoded.attention_mask) - sum(
         special and used
         for special, used in zip(encoded.special_tokens_mask, encoded.attention_mask, strict=True)
@@ -156,7 +156,7 @@ def _length(encoded: Any) -> int:
 
 
 def _with_small_letters(backend: Any) -> Any:
-    """A backend whose first step is to make small letters of all."""
+    """Returns a backend that converts text to lower case first."""
     from tokenizers import normalizers
 
     steps = [normalizers.Lowercase()]
@@ -167,7 +167,10 @@ def _with_small_letters(backend: Any) -> Any:
 
 
 def load_tokenizer(inputs: Any) -> TextTokenizer:
-    """The tokenizer that the options name: the package's own, a folder, a file, or a hub name."""
+    """Returns the tokenizer that the options name.
+
+    This is the package's own, or one from a folder, a file or the hub.
+    """
     # Batches are small and several threads read: the library's own threads would only add load.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if inputs.max_tokens < 3:
@@ -198,7 +201,7 @@ def _inside_package(spec: str) -> Path:
 
 
 def _from_file(name: str) -> tuple[Any, dict[str, str]]:
-    """The backend of a tokenizer.json, and its special tokens as the settings beside it say."""
+    """Returns the backend of a tokenizer.json, and the special tokens of its settings."""
     from tokenizers import Tokenizer
 
     settings = Path(name).with_name(_SETTINGS)
@@ -219,9 +222,9 @@ def _from_file(name: str) -> tuple[Any, dict[str, str]]:
 
 
 def _require_hub(kind: Any, name: str) -> None:
-    """Raises OSError at once where a name is no folder, not kept here, and the hub is out of reach.
+    """Raises OSError if a name is neither a folder nor cached, and the hub is unreachable.
 
-    The hub's library would ask for each file several times, for a minute altogether.
+    The hub's library would otherwise retry each file several times, for about a minute in total.
     """
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError("there is no such folder")
@@ -231,14 +234,14 @@ def _require_hub(kind: Any, name: str) -> None:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
             urllib.request.urlopen(hub, timeout=5).close()
-        except urllib.error.HTTPError:  # it answers
+        except urllib.error.HTTPError:  # the hub answers
             return
         except OSError as error:
             raise OSError(f"there is no such folder, and {hub} cannot be reached") from error
 
 
 def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
-    """The backend of a transformers tokenizer and its special tokens."""
+    """Returns the backend of a transformers tokenizer and its special tokens."""
     # Imported here: it takes seconds, and the package's own tokenizer does not need it.
     from transformers import AutoTokenizer
 
@@ -246,7 +249,7 @@ def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
     if folder.is_dir() and not any(
         map(_TOKENIZER_FILE.fullmatch, (path.name for path in folder.iterdir()))
     ):
-        # transformers would make an empty tokenizer of nothing but special tokens.
+        # transformers would create an empty tokenizer that has only special tokens.
         raise ValueError(
             f"No tokenizer stands in the folder tokenizer={name!r}: it holds no tokenizer.json, "
             "vocabulary or sentencepiece model; save the tokenizer there, or name its own folder"

@@ -1,9 +1,9 @@
-"""Scaled dot-product attention: XLA's everywhere, cuDNN's fused kernel where it takes the arrays.
+"""Scaled dot-product attention: XLA's everywhere, cuDNN's fused kernel where possible.
 
-`jax.nn.dot_product_attention` chooses XLA unless it is asked for cuDNN by name, and cuDNN takes
-half-precision types, head sizes in multiples of 8, masks of full size and, where it is trained
-through, even lengths only (197 tokens of a ViT are not): an odd one gets a token that nobody looks
-at. Softmax is in float32 in both.
+`jax.nn.dot_product_attention` uses XLA unless cuDNN is requested by name. cuDNN supports only
+half-precision dtypes, head sizes in multiples of 8, masks of full size and, for training, even
+sequence lengths (a ViT has 197 tokens). Odd lengths are therefore padded by one token that is
+masked. Softmax is in float32 in both.
 """
 
 import functools
@@ -24,16 +24,19 @@ def attend(
     causal: bool,
     implementation: str,
 ) -> Float[Array, "b s h k"]:
-    """Self-attention; `mask` is True where a key is real, `implementation` auto, xla or cudnn."""
+    """Returns self-attention; `mask` is True for real keys.
+
+    `implementation` is "auto", "xla" or "cudnn".
+    """
     if implementation == "auto":
         implementation = choice(query.shape[1:], query.dtype, mask is not None, causal)
     return _attention(query, key, value, mask, causal, implementation)
 
 
 def choice(shape: tuple[int, ...], dtype: DTypeLike, masked: bool, causal: bool) -> str:
-    """What "auto" stands for here: "cudnn" or "xla".
+    """Returns the implementation that "auto" selects: "cudnn" or "xla".
 
-    Where a GPU could have the kernel but refuses it, a warning says why, once.
+    If a GPU could have the kernel but refuses it, the reason is logged once as a warning.
 
     Args:
       shape: tokens, heads and head size.
@@ -56,8 +59,8 @@ def _attention(
         mask = jnp.ones((1, size), bool) if mask is None else mask
         return _with_a_blind_token(query, key, value, mask, causal, implementation)
     if mask is not None:
-        # A row without any real key would divide by zero in a fused kernel; it may look at
-        # everything, since pooling drops it.
+        # A row without any real key would divide by zero in a fused kernel. Such a row may attend
+        # to everything, because pooling drops it.
         mask = mask | ~jnp.any(mask, axis=1, keepdims=True)
         mask = mask[:, None, None, :]
         if implementation == "cudnn":
@@ -80,24 +83,24 @@ def _with_a_blind_token(
     causal: bool,
     implementation: str,
 ) -> jax.Array:
-    """The same attention, computed with one token more, of which no other sees anything."""
+    """Returns the same attention, computed with one additional token that is masked."""
     query, key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (query, key, value))
     mask = jnp.pad(mask, ((0, 0), (0, 1)))
     return _attention(query, key, value, mask, causal, implementation)[:, :-1]
 
 
 def cudnn_takes(dtype: DTypeLike, head_dim: int) -> bool:
-    """What cuDNN asks of type and head size, known without a device."""
+    """Returns whether cuDNN supports a dtype and head size, known without a device."""
     half = dtype in (jnp.bfloat16, jnp.float16)
     return half and head_dim % 8 == 0 and head_dim <= 128
 
 
 @functools.cache
 def _cudnn_refuses(shape: tuple[int, ...], dtype: jnp.dtype, masked: bool, causal: bool) -> str:
-    """Why this device and driver do not have the kernel, "" if they do; a refusal is a warning.
+    """Returns why this device and driver lack the kernel, or ""; a refusal is logged as a warning.
 
-    Asked by compiling it, forward and back: an older GPU, another vendor's, or a missing cuDNN is
-    found here and not in the training step.
+    The kernel is compiled, forward and backward, so that an older GPU, another vendor's GPU or a
+    missing cuDNN is detected here and not in the training step.
     """
 
     def loss(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -107,8 +110,8 @@ def _cudnn_refuses(shape: tuple[int, ...], dtype: jnp.dtype, masked: bool, causa
     mask = jax.ShapeDtypeStruct((1, shape[0]), jnp.bool_) if masked else None
     try:
         jax.jit(jax.grad(loss)).lower(x, mask).compile()
-    # JAX's own words are NotImplementedError, ValueError or (no cuDNN) RuntimeError, of which the
-    # compiler's and the driver's errors are a kind. Anything else is a mistake of ours.
+    # JAX raises NotImplementedError, ValueError or (without cuDNN) RuntimeError, of which compiler
+    # and driver errors are subclasses. Any other exception is a bug of ours.
     except (NotImplementedError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logging.warning(

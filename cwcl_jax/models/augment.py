@@ -1,4 +1,4 @@
-"""Augmentation of speech inside the step; it is active only with a key, that is in training.
+"""Augmentation of speech inside the step; it is active only with a key, that is, in training.
 
 SpecAugment: Park et al. 2019, arXiv 1904.08779 (masks only). Everything is off by default.
 """
@@ -14,17 +14,17 @@ from cwcl_jax.models.log_mel import valid
 
 @dataclasses.dataclass(frozen=True)
 class SpeechAugment:
-    """Strengths; the speech encoders' settings inherit these fields."""
+    """Strengths of the augmentations; the speech encoders' settings inherit these fields."""
 
     gain_db: float = 0.0
-    """Loudness is changed by up to so many decibels, up or down."""
+    """Largest change of loudness in decibels, up or down."""
     noise_db: float = 0.0
-    """White noise so many decibels (or up to 20 more) below the signal's power; 0 is none."""
+    """Decibels (or up to 20 more) of white noise below the signal's power; 0 is no noise."""
     speed: float = 0.0
-    """Speed is changed by up to this share, 0.1 for 90 to 110 %; the pitch changes along."""
+    """Largest relative change of speed, 0.1 for 90 to 110 %; the pitch changes too."""
     time_masks: int = 0
     time_mask_share: float = 0.1
-    """A time mask's largest part of the utterance."""
+    """Largest share of the utterance that a time mask covers."""
     frequency_masks: int = 0
     frequency_mask_bins: int = 10
 
@@ -46,7 +46,10 @@ def augment_waveform(
     options: SpeechAugment,
     key: jax.Array | None,
 ) -> tuple[Float[Array, "b n"], Int[Array, " b"]]:
-    """Speed, noise and gain. Samples after the end stay zero; a slowed one is cut at the buffer."""
+    """Returns samples and lengths with changed speed, noise and gain.
+
+    Samples after the end stay zero; an utterance that becomes longer than the buffer is truncated.
+    """
     if key is None or not (options.speed or options.noise_db or options.gain_db):
         return samples, length
     speed_key, level_key, noise_key, gain_key = jax.random.split(key, 4)
@@ -70,7 +73,7 @@ def augment_waveform(
 def _change_speed(
     samples: Float[Array, "b n"], length: Int[Array, " b"], factor: Float[Array, " b"]
 ) -> tuple[Float[Array, "b n"], Int[Array, " b"]]:
-    """Read each row faster or slower, interpolating linearly between samples."""
+    """Returns each row at another speed, linearly interpolated, and the new lengths."""
     size = samples.shape[1]
     places = jnp.arange(size, dtype=jnp.float32)[None, :] * factor[:, None]
     left = jnp.clip(jnp.floor(places).astype(jnp.int32), 0, size - 2)
@@ -87,7 +90,7 @@ def mask_spectrum(
     options: SpeechAugment,
     key: jax.Array | None,
 ) -> Float[Array, "b t f"]:
-    """Blank random stretches of time and bands of frequency with the utterance's mean."""
+    """Returns features whose random time and frequency bands are set to the utterance's mean."""
     if key is None or not (options.time_masks or options.frequency_masks):
         return features
     batch, t, f = features.shape

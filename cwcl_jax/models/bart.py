@@ -1,7 +1,7 @@
-"""The encoder of BART: Lewis et al. 2020, arXiv 1910.13461. Post-norm blocks as BERT's.
+"""The encoder of BART: Lewis et al. 2020, arXiv 1910.13461. Post-norm blocks like BERT's.
 
-BART's position table has two unused rows in front, which the import drops; there are no token
-types. Features are the mean over the real tokens.
+BART's position table starts with two unused rows, which the import drops; there are no token types.
+Features are the mean over the real tokens.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class BartEncoder(TextEncoder):
         mask: Bool[Array, "b s"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
-        """Sum of token and position embeddings, normalised."""
+        """Returns the sum of token and position embeddings, normalised."""
         check_length(tokens.shape[1], self.config.max_tokens)
         x = self.token_embedding(tokens)
         if self.config.scale_embedding:
@@ -77,7 +77,7 @@ class BartEncoder(TextEncoder):
         return dropout(x, self.config.dropout, key)
 
 
-# Names of BART files, as transformers (PyTorch or Flax) writes them.
+# Names in BART files, as transformers (PyTorch or Flax) writes them.
 _L = r"encoder/layers/(\d+)"
 
 

@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2019, arXiv 1810.04805) and RoBERTa (Liu et al. 2019, arXiv 1907.11692).
 
-The encoders are one: post-norm blocks, erf GELU, a norm after the embeddings. RoBERTa and XLM-R
-count positions over the real tokens, from the padding id + 1, and use one token type. MiniLM and
-other sentence encoders are BERTs (or RoBERTas) with mean pooling.
+Both have the same encoder: post-norm blocks, erf GELU, a norm after the embeddings. RoBERTa and
+XLM-R count positions over the real tokens, from the padding id + 1, and use one token type. MiniLM
+and other sentence encoders are BERTs (or RoBERTas) with mean pooling.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ class BertConfig:
     """"cls", "mean" and the others of `models.pooling`, or "pooler": BERT's own dense layer and
     tanh on top of "cls"."""
     dense: str = ""
-    """Layers behind the pooling; see `models.dense`."""
+    """Dense layers after the pooling; see `models.dense`."""
 
     position_offset: int = 0
-    """Rows of the position table before the first real token's."""
+    """Number of rows of the position table before that of the first real token."""
 
     @property
     def position_rows(self) -> int:
-        """Rows of the position table."""
+        """Number of rows of the position table."""
         return self.max_tokens + self.position_offset
 
 
@@ -69,7 +69,7 @@ class RobertaConfig(BertConfig):
     epsilon: float = 1e-5
     pooling: str = "mean"
 
-    position_offset: int = 2  # the padding id, which is mostly 1, plus one
+    position_offset: int = 2  # the padding id, usually 1, plus one
 
 
 # Sizes: arXiv 1810.04805 section 3; MiniLM: arXiv 2002.10957 and the sentence-transformers models
@@ -85,8 +85,8 @@ PRESETS: dict[str, BertConfig] = {
     ),
 }
 
-# Sizes: arXiv 1907.11692 section 2 (BERT's); XLM-R: arXiv 1911.02116; 6 layers: distilroberta,
-# the base of the sentence encoder all-distilroberta-v1.
+# Sizes: arXiv 1907.11692 section 2 (BERT's); XLM-R: arXiv 1911.02116; 6 layers: distilroberta, the
+# base of the sentence encoder all-distilroberta-v1.
 ROBERTA_PRESETS: dict[str, RobertaConfig] = {
     "RoBERTa-base": RobertaConfig(),
     "RoBERTa-large": RobertaConfig(width=1024, depth=24, heads=16, mlp_width=4096),
@@ -100,7 +100,7 @@ ROBERTA_PRESETS: dict[str, RobertaConfig] = {
 
 
 class Bert(TextEncoder):
-    """BERT or RoBERTa, by its settings."""
+    """BERT or RoBERTa, depending on the settings."""
 
     def __init__(self, config: BertConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         if config.pooling not in ("pooler", *POOLINGS):
@@ -124,7 +124,7 @@ class Bert(TextEncoder):
         mask: Bool[Array, "b s"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
-        """Sum of token, position and (first) type embeddings, normalised."""
+        """Returns the sum of token, position and (first) type embeddings, normalised."""
         check_length(tokens.shape[1], self.config.max_tokens)
         offset = self.config.position_offset
         if offset:
@@ -136,19 +136,19 @@ class Bert(TextEncoder):
         return dropout(x, self.config.dropout, key)
 
     def pool(self, tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b f"]:
-        """One vector per text."""
+        """Returns one vector per text."""
         if self.config.pooling == "pooler":
             return jnp.tanh(self.pooler(tokens[:, 0]))
         return super().pool(tokens, mask)
 
 
 def counted_positions(mask: Bool[Array, "b s"], offset: int) -> Int[Array, "b s"]:
-    """Positions that count the real tokens from `offset` on; padding has the one before."""
+    """Returns positions that count the real tokens from `offset`; padding has `offset` - 1."""
     real = mask.astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + offset - 1
 
 
-# Names of BERT and RoBERTa files, as transformers (PyTorch or Flax) writes them.
+# Names in BERT and RoBERTa files, as transformers (PyTorch or Flax) writes them.
 _OURS = r"encoder/blocks/\1"
 _B = r"encoder/layer/(\d+)"
 

@@ -1,7 +1,7 @@
-"""Names of CLIP files, as transformers writes them: `CLIPModel`, or one tower with its projection.
+"""Names in CLIP files, as transformers writes them: `CLIPModel`, or one tower with its projection.
 
-A joint file feeds two towers: each takes its own names and leaves the other's and the logit scale.
-The projections, which have no bias, become linear heads where embed_dim is theirs.
+A joint file feeds two towers: each uses its own names and ignores the other's and the logit scale.
+The projections, which have no bias, become linear heads if embed_dim matches.
 """
 
 from cwcl_jax.models.layer_names import layer_rules
@@ -40,7 +40,7 @@ TEXT = Layout(
 
 VISION = Layout(
     name="CLIP image",
-    # Their spelling; SigLIP's tower, which is another, has no such norm.
+    # Transformers' spelling; SigLIP's tower, which differs, has no such norm.
     signature=r"(vision_model[./])?pre_layrnorm[./](weight|scale)",
     view=_vision_view,
     rules=[

@@ -1,11 +1,11 @@
 """A small strided convolutional encoder of speech, for training from scratch in minutes.
 
 Three convolutions of stride 2 turn 10 ms log-mel frames into 80 ms tokens; residual convolution
-blocks mix them; mean and attention pooling stand side by side in the features. On two CPU cores
-it is twice as fast per step as a transformer of its size.
+blocks mix them; features concatenate mean and attention pooling. On two CPU cores a step is twice
+as fast as that of a transformer of the same size.
 
 Padded frames are zeroed before and after every norm and every convolution: a norm of all-zero
-frames has a slope of 1/sqrt(epsilon), which otherwise multiplies whatever gradient reaches it.
+frames has a slope of 1/sqrt(epsilon), which would amplify any gradient that reaches it.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ PRESETS: dict[str, ConvSpeechConfig] = {
 
 
 class ConvBlock(nnx.Module):
-    """x + dense(gelu(conv(norm(x)))) over real frames."""
+    """Computes x + dense(gelu(conv(norm(x)))) over real frames."""
 
     def __init__(
         self, config: ConvSpeechConfig, dilation: int, execution: Execution, *, rngs: nnx.Rngs
@@ -120,14 +120,14 @@ class ConvSpeech(nnx.Module):
     def tokens(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> tuple[Float[Array, "b u d"], Bool[Array, "b u"]]:
-        """The tokens that pooling reads, zero where padded, and which of them are real."""
+        """Returns the tokens that pooling reads, zero where padded, and which of them are real."""
         c = self.config
         keys = [None] * (1 + len(self.blocks))
         if key is not None:
             keys = list(jax.random.split(key, 1 + len(self.blocks)))
         spec = MelSpec(c.mel_bins, c.low_hz, c.high_hz, c.dynamic_range)
         x, frames = masked_frames(inputs, spec, c, keys[0])
-        # The range below the utterance's maximum becomes [-1, 1], whatever its loudness.
+        # Maps the dynamic range below the utterance's maximum to [-1, 1], whatever its loudness.
         real = jnp.where(frames[:, :, None], x, -10.0)
         top = jnp.max(real, axis=(1, 2), keepdims=True)
         x = 1.0 + 2.0 * (x - top) / c.dynamic_range

@@ -1,7 +1,7 @@
-"""Dense layers between pooling and features, as sentence-transformers' models have them.
+"""Dense layers between pooling and features, as in sentence-transformers' models.
 
-Written as a string, so that a command line can say it: layers separated by commas, each
-`WIDTH:ACTIVATION`, with `:no_bias` behind it for one without. LaBSE's is "768:tanh".
+They are written as a string, so that a command line can set them: layers separated by commas, each
+`WIDTH:ACTIVATION`, with the suffix `:no_bias` if it has no bias. LaBSE's is "768:tanh".
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ KINDS = ("identity", "tanh", "sigmoid", "silu", *ACTIVATIONS)
 
 @dataclasses.dataclass(frozen=True)
 class DenseLayer:
-    """One layer: the width of its result, its activation, and whether it adds a bias."""
+    """One layer: the width of its output, its activation, and whether it has a bias."""
 
     width: int
     activation: str
@@ -30,10 +30,10 @@ class DenseLayer:
 
 
 def layers_of(text: str) -> list[DenseLayer]:
-    """The layers that a setting names.
+    """Returns the layers that a setting names.
 
     Raises:
-      ValueError: it is written in another way.
+      ValueError: the setting has another format.
     """
     layers = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -74,7 +74,7 @@ def _activated(x: jax.Array, kind: str) -> jax.Array:
 def dense_layers(
     text: str, width: int, execution: Execution, *, rngs: nnx.Rngs
 ) -> tuple[nnx.Pytree, int]:
-    """The layers that a setting names, and the width of what the last one gives."""
+    """Returns the layers that a setting names, and the width of the last one's output."""
     made = []
     for layer in layers_of(text):
         made.append(Dense(width, layer, execution, rngs=rngs))

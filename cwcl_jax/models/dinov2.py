@@ -1,7 +1,7 @@
 """DINOv2: Oquab et al. 2023, arXiv 2304.07193; registers: Darcet et al. 2023, arXiv 2309.16588.
 
-A ViT whose blocks scale their branches (LayerScale), the giant one with a gated MLP. Registers are
-tokens without a position that stand between class token and patches and that no pooling reads.
+A ViT whose blocks scale their branches (LayerScale); the giant model has a gated MLP. Registers are
+tokens without a position between class token and patches. No pooling reads them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from cwcl_jax.weights.readers import Weights
 from cwcl_jax.weights.rules import Layout, Rule
 from cwcl_jax.weights.views import RenamedWeights, flax_names, without_prefix
 
-# Mean and spread of ImageNet's pixels.
+# Mean and standard deviation of ImageNet's pixels.
 IMAGENET = {
     "pixel_mean": (123.675, 116.28, 103.53),
     "pixel_std": (58.395, 57.12, 57.375),
@@ -39,12 +39,12 @@ class Dinov2Config(VitConfig):
     """"cls", or "mean" over the patches."""
     registers: int = 0
     gated: bool = False
-    """A gated MLP, as in the giant model; its activation is silu."""
+    """Whether the MLP is gated, as in the giant model; its activation is silu."""
     pixel_mean: tuple[float, float, float] = IMAGENET["pixel_mean"]
     pixel_std: tuple[float, float, float] = IMAGENET["pixel_std"]
 
 
-# Table 17 of arXiv 2304.07193. Published position grids are of 37 x 37 patches (518 pixels).
+# Table 17 of arXiv 2304.07193. Published position grids have 37 x 37 patches (518 pixels).
 _SIZES = {
     "S": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 1536},
     "B": {},
@@ -66,7 +66,7 @@ PRESETS = {
 
 
 class RegisterVit(Vit):
-    """A ViT of scaled blocks with registers behind the class token."""
+    """A ViT of scaled blocks with registers after the class token."""
 
     config: Any
     block = ScaledBlock
@@ -79,7 +79,7 @@ class RegisterVit(Vit):
             self.registers = nnx.Param(draw(rngs.params(), shape, execution.param_dtype))
 
     def stack(self) -> ScaledStack:
-        """What the blocks compute."""
+        """Returns the settings of the blocks."""
         config = self.config
         stack = ScaledStack.of(
             config,
@@ -92,7 +92,7 @@ class RegisterVit(Vit):
     def embed(
         self, pixels: UInt8[Array, "b y x 3"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """Class token, registers and patches."""
+        """Returns class token, registers and patches."""
         x = super().embed(pixels, key)
         if not self.config.registers:
             return x
@@ -109,7 +109,7 @@ class RegisterVit(Vit):
         return jnp.mean(tokens[:, 1 + self.config.registers :], axis=1)
 
 
-# Names of DINOv2 files, as transformers writes them.
+# Names in DINOv2 files, as transformers writes them.
 _L = r"encoder/layer/(\d+)"
 _OURS = r"encoder/blocks/\1"
 _ATTENTION = rf"{_OURS}/attention"
@@ -120,7 +120,7 @@ def _view(weights: Weights) -> Weights:
 
 
 def _separate(weights: Weights) -> Weights:
-    """Gate and up of a gated MLP, which published files keep in one array, each for itself."""
+    """Returns a view that separates gate and up of a gated MLP, which files keep in one array."""
     names: dict[str, Any] = {}
     for name, entry in weights.entries.items():
         if "/mlp/weights_in/" not in name:
@@ -146,7 +146,7 @@ def _layout(name: str, signature: str, grid: str) -> Layout:
             ),
             Rule(rf"{_L}/norm([12])/(scale|bias)", rf"{_OURS}/norm\2/\3"),
             Rule(rf"{_L}/layer_scale([12])/lambda1", rf"{_OURS}/scale\2"),
-            # Published files; then the names of newer ones.
+            # Names in published files, followed by those of newer ones.
             Rule(
                 rf"{_L}/attention/attention/(query|key|value)/(kernel|bias)",
                 rf"{_OURS}/attention/\2/\3",
@@ -167,7 +167,7 @@ def _layout(name: str, signature: str, grid: str) -> Layout:
     )
 
 
-# Beside another picture size, transformers resizes positions in two ways.
+# For another picture size, transformers resizes the positions of the two kinds differently.
 _WITH_REGISTERS = _layout(
     "DINOv2 with registers", r"embeddings[./]register_tokens", "bicubic_grid_antialias"
 )
@@ -195,7 +195,10 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def picture_size(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The size that an image processor gives: these models read any, and resize their positions."""
+    """Returns the size that an image processor outputs.
+
+    These models read pictures of any size and resize their positions.
+    """
     cut = content.get("crop_size") if content.get("do_center_crop", True) else None
     size = cut or content.get("size") or {}
     side = size.get("height") if isinstance(size, dict) else size

@@ -1,7 +1,7 @@
 """DINOv3's ViT: Siméoni et al. 2025, arXiv 2508.10104.
 
-Patches have rotary positions in every block and none is added; class token and registers have no
-position. The larger models have a gated MLP, keys have no bias.
+Patches have rotary positions in every block, and no position is added; class token and registers
+have no position. The larger models have a gated MLP; keys have no bias.
 """
 
 import dataclasses
@@ -80,12 +80,12 @@ class Dinov3(RegisterVit):
     adds_positions = False
 
     def stack(self) -> ScaledStack:
-        """What the blocks compute."""
+        """Returns the settings of the blocks."""
         turn = (self.config.grid, self.config.rope_theta)
         return dataclasses.replace(super().stack(), turn=turn)
 
 
-# Names of DINOv3 files, as transformers writes them; its newer ones say `model.layer`.
+# Names in DINOv3 files, as transformers writes them; newer files have `model.layer`.
 _L = r"(?:model/)?layer/(\d+)"
 _OURS = r"encoder/blocks/\1"
 
@@ -133,7 +133,7 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("query_bias and value_bias differ, which is not supported")
     if not (content.get("proj_bias", True) and content.get("mlp_bias", True)):
         raise ValueError("proj_bias=False or mlp_bias=False is not supported")
-    # transformers takes the small model's sizes for granted, and no registers.
+    # Defaults of transformers: the small model's sizes, and no registers.
     usual = {"width": 384, "heads": 6, "mlp_width": 1536, "registers": 0}
     return usual | named(content, _NAMES)
 

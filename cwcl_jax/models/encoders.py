@@ -1,6 +1,6 @@
-"""The table of encoders: what each name stands for, its presets, and its settings from a preset.
+"""The table of encoders: the family of each name, its presets, and its settings from a preset.
 
-An encoder of one's own is named as "module:Class"; see `models.own_encoder`.
+A user's encoder is named as "module:Class"; see `models.own_encoder`.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from cwcl_jax.models.transformer import Execution
 
 
 class EncoderModule(Protocol):
-    """What a tower asks of an encoder; no key means deterministic."""
+    """The interface of an encoder; without a key it is deterministic."""
 
     config: Any
 
@@ -69,7 +69,7 @@ ENCODERS: dict[str, EncoderFamily] = {
 
 
 def encoder_config(encoder: str, preset: str, overrides: Mapping[str, Any], pooling: str) -> Any:
-    """The encoder's own settings: its preset (or defaults), then the overrides by name.
+    """Returns the encoder's own settings: its preset (or defaults), then the overrides by name.
 
     Raises:
       ValueError: there is no such encoder, preset or setting.
@@ -96,10 +96,10 @@ def encoder_config(encoder: str, preset: str, overrides: Mapping[str, Any], pool
 
 
 def modality_of(encoder: str) -> str:
-    """The name of the modality that an encoder reads.
+    """Returns the name of the modality that an encoder reads.
 
     Raises:
-      ValueError: it is not known, as for an encoder of the user's.
+      ValueError: it is not known, as for a user's encoder.
     """
     if is_reference(encoder):
         raise ValueError(
@@ -110,17 +110,21 @@ def modality_of(encoder: str) -> str:
 
 
 def has_blocks(encoder: str) -> bool:
-    """Whether an encoder is a stack of equal blocks, which can be rematerialised."""
+    """Returns whether an encoder is a stack of equal blocks, which can be rematerialised."""
     return not is_reference(encoder) and encoder_family(encoder).has_depth
 
 
 def fixed_leaves(encoder: str) -> tuple[str, ...]:
-    """Paths below a tower that `tune="all"` does not train."""
+    """Returns the paths below a tower that `tune="all"` does not train."""
     return () if is_reference(encoder) else encoder_family(encoder).fixed
 
 
 def encoder_family(encoder: str) -> EncoderFamily:
-    """The table's row, or an error that names the nearest."""
+    """Returns the table's row of an encoder.
+
+    Raises:
+      ValueError: there is no such encoder; the message names the nearest.
+    """
     if encoder not in ENCODERS:
         raise ValueError(unknown("encoder", encoder, ENCODERS))
     return ENCODERS[encoder]
@@ -129,7 +133,7 @@ def encoder_family(encoder: str) -> EncoderFamily:
 def build_encoder(
     encoder: str, config: Any, execution: Execution, arrays: Mapping[str, Any], *, rngs: nnx.Rngs
 ) -> Any:
-    """The module of an encoder.
+    """Returns the module of an encoder.
 
     Args:
       arrays: shape and dtype of one example's inputs by name.
@@ -140,7 +144,7 @@ def build_encoder(
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The sentence of an error about an unknown name."""
+    """Returns the message of an error about an unknown name."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""

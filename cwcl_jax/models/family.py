@@ -1,4 +1,4 @@
-"""An encoder family: one row of the table of encoders, made where its module stands."""
+"""An encoder family: one row of the table of encoders, defined in the encoder's module."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,20 +14,20 @@ def _nothing(content: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderFamily:
-    """All that the package knows about a kind of encoder.
+    """Everything that the package knows about a kind of encoder.
 
     Attributes:
       config_class: a frozen dataclass of its own settings.
-      build: `build(config, execution, rngs=...)` gives the module.
+      build: `build(config, execution, rngs=...)` returns the module.
       modality: name of the modality that it reads.
       presets: settings by the name of a size.
       layouts: the kinds of weight files that can be imported.
-      read_config: settings that a config.json beside weights names; empty for another model's.
-      read_processor: settings that a preprocessor_config.json beside weights names.
+      read_config: returns the settings in a config.json next to weights; empty for another model's.
+      read_processor: returns the settings in a preprocessor_config.json next to weights.
       fixed: paths below the tower that `tune="all"` does not train.
-      model_types: what config.json calls the models whose files these are; () asks for no name.
-      as_published: settings under which imported weights compute what their authors' model does,
-        where the defaults are a cheaper way.
+      model_types: accepted values of model_type in config.json; () accepts all.
+      as_published: settings under which imported weights compute the same as their authors' model,
+          if the defaults compute something cheaper.
     """
 
     config_class: type

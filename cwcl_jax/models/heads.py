@@ -1,4 +1,4 @@
-"""From features to the shared space: no head, one bias-free dense layer, or an MLP."""
+"""Heads from features to the shared space: none, one bias-free dense layer, or an MLP."""
 
 import jax
 from flax import nnx
@@ -35,7 +35,7 @@ class MlpHead(nnx.Module):
 def make_head(
     kind: str, width: int, embed_dim: int, execution: Execution, *, rngs: nnx.Rngs
 ) -> LinearHead | MlpHead | None:
-    """The head named `kind`; "none" asks for features that already have the embedding's width."""
+    """Returns the head named `kind`; "none" requires features of the embedding's width."""
     if kind == "linear":
         return LinearHead(width, embed_dim, execution, rngs=rngs)
     if kind == "mlp":

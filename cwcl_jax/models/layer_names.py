@@ -14,7 +14,7 @@ def layer_rules(
     norm2: str = "final_layer_norm",
     mlp: str = "",
 ) -> list[Rule]:
-    """One layer in the names that BART, Whisper and, with other norms, CLIP share."""
+    """Returns rules for one layer in the names of BART, Whisper and, with other norms, CLIP."""
     names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
     attention = [
         Rule(rf"{layer}/self_attn/{theirs}/(kernel|bias)", rf"{_OURS}/attention/{ours}/\2")
@@ -30,7 +30,7 @@ def layer_rules(
 
 
 def in_projection(name: str) -> list[str]:
-    """What PyTorch's attention keeps in one array: names of query, key and value."""
+    """Returns names of query, key and value, which PyTorch's attention keeps in one array."""
     joined = re.fullmatch(r"(.+)/in_proj_(weight|bias)", name)
     if joined is None:
         return []

@@ -1,13 +1,13 @@
-"""Dense layers, norms and tables of vectors whose gradients are summed in float32.
+"""Dense layers, norms and embedding tables whose gradients are summed in float32.
 
 The gradient of a bias, of a table's row or of a kernel is a sum over all rows of a batch, and on a
 mesh over its devices. Summed in bfloat16 it stops growing once a term is below half of the last
-digit: at 4,096 rows a frequent token kept 60 % of its gradient. Here such sums are wide, whatever
-the compute type.
+digit: at 4,096 rows a frequent token kept 60 % of its gradient. Here such sums are in float32,
+whatever the compute dtype.
 
-All of it works on matrices, one row for each token. XLA for CPUs copies a kernel's gradient through
-a transposed array where the rows have two axes, and sums a bias's gradient over two axes slowly: a
-text tower's backward pass took twice as long (BUILD_NOTES.md, "The step on CPUs").
+All layers work on matrices, with one row per token. If rows have two axes, XLA for CPUs copies a
+kernel's gradient through a transposed array and sums a bias's gradient slowly: a text tower's
+backward pass took twice as long (BUILD_NOTES.md, "The step on CPUs").
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 def affine(
     x: Float[Array, "*b d"], kernel: Float[Array, "d e"], bias: Float[Array, " e"] | None
 ) -> Float[Array, "*b e"]:
-    """x @ kernel + bias in the type of x, of which kernel and bias are rounded copies.
+    """Returns x @ kernel + bias in the dtype of x, to which kernel and bias are rounded.
 
-    Where x is narrower than float32, it has first derivatives in reverse mode only.
+    If x is narrower than float32, it has first derivatives in reverse mode only.
     """
     return _product(x, kernel, bias) if x.dtype.itemsize >= 4 else _narrow(x, kernel, bias)
 
@@ -63,7 +63,7 @@ _narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` by `affine`: computed in `dtype`, gradients summed in float32."""
+    """`nnx.Linear` by `affine`: computed in `dtype`, with gradients summed in float32."""
 
     def __call__(self, inputs: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
         bias = None if self.bias is None else self.bias[...]
@@ -71,9 +71,9 @@ class Linear(nnx.Linear):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """LayerNorm in float32 with two-pass variance, whose result is rounded to `narrow`.
+    """LayerNorm in float32 with two-pass variance; the result is rounded to `narrow`.
 
-    The fast form of the variance, flax's default, errs by 4e-4 on data with a large mean.
+    The fast form of the variance, flax's default, has errors of 4e-4 on data with a large mean.
     """
 
     def __init__(self, width: int, *, narrow: jnp.dtype, **options: Any) -> None:
@@ -92,7 +92,7 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def _means(rows: Float[Array, "n d"]) -> Float[Array, "n 1"]:
-    """The mean of each row: on CPUs as a product, which takes half the time of XLA's sum there."""
+    """Returns the mean of each row: on CPUs as a product, in half the time of XLA's sum."""
     if jax.default_backend() != "cpu":
         return jnp.mean(rows, axis=1, keepdims=True)
     width = rows.shape[1]
@@ -100,8 +100,8 @@ def _means(rows: Float[Array, "n d"]) -> Float[Array, "n 1"]:
 
 
 class Embed(nnx.Embed):
-    """A table whose rows are float32 for the caller to add up, and to narrow once."""
+    """A table with float32 rows, so that the caller can add them up and round once."""
 
     def first(self, count: int) -> Float[Array, "1 s d"]:
-        """The table's first rows, in float32, for every example."""
+        """Returns the table's first rows, in float32, with a leading axis for all examples."""
         return self.embedding[...][None, :count].astype(jnp.float32)

@@ -1,11 +1,12 @@
 """A module as a static definition and a flat dict of its arrays, by `/`-joined path.
 
-Plain dicts are what `jax.jit` carries, what a checkpoint stores, what regexes select from: an
-`nnx.jit` of 150 leaves costs 16 ms per dispatch, a dict of as many arrays 1.3 ms.
+`jax.jit` carries plain dicts, checkpoints store them, and regexes select from them. Calling an
+`nnx.jit` with 150 leaves costs 16 ms per dispatch, a dict of as many arrays 1.3 ms.
 
-What a module holds is told apart by type. `nnx.Param` can be trained. `nnx.BatchStat` (running
-means and variances) is carried through the step and changes without a gradient. Arrays in
-`nnx.data` are constants. Random state (of `nnx.Dropout`) is no leaf: `merge` makes it from a key.
+The contents of a module are distinguished by type. `nnx.Param` can be trained. `nnx.BatchStat`
+(running means and variances) is carried through the step and changes without a gradient. Arrays in
+`nnx.data` are constants. Random state (of `nnx.Dropout`) is not a leaf: `merge` creates it from a
+key.
 """
 
 import dataclasses
@@ -28,12 +29,12 @@ class ModelDef:
 
     Attributes:
       graphdef: the structure.
-      keys: of the leaves, in order.
+      keys: keys of the leaves, in order.
       statistics: paths of the leaves that are running statistics.
-      constants: paths of the leaves that nothing ever changes.
+      constants: paths of the leaves that never change.
       random: keys of the random state, and whether each is a key (else a count).
-      adapters: low-rank additions to kernels; their leaves are leaves of the model, but the module
-        gets the sums.
+      adapters: low-rank additions to kernels. Their leaves are leaves of the model, but the module
+          gets the sums.
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -51,7 +52,7 @@ class ModelDef:
 
     @property
     def plain(self) -> "ModelDef":
-        """The model without adapters."""
+        """The definition without adapters."""
         return dataclasses.replace(self, adapters=())
 
     def merge(self, leaves: Mapping[str, Any], key: jax.Array | None = None) -> Any:
@@ -59,10 +60,10 @@ class ModelDef:
 
         Args:
           leaves: every leaf by path.
-          key: makes the module's random state; without one it is the same every time.
+          key: initialises the module's random state; without it, the state is always the same.
 
         Raises:
-          ValueError: leaves are missing, or unknown.
+          ValueError: leaves are missing or unknown.
         """
         missing = [path for path in self.paths if path not in leaves]
         unexpected = sorted(set(leaves) - set(self.paths))
@@ -82,7 +83,7 @@ class ModelDef:
         return nnx.merge(self.graphdef, nnx.from_flat_state(state))
 
     def statistics_of(self, module: nnx.Module) -> dict[str, Any]:
-        """Returns the running statistics that a merged module holds now, by path."""
+        """Returns the current running statistics of a merged module, by path."""
         if not self.statistics:
             return {}
         flat = nnx.to_flat_state(nnx.state(module, nnx.BatchStat))
@@ -93,7 +94,7 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
     """Returns the static definition of a module and its leaves: arrays, or shapes.
 
     Raises:
-      ValueError: the module holds a kind of variable that training knows nothing of.
+      ValueError: the module holds a kind of variable that training does not support.
     """
     graphdef, state = nnx.split(module)
     _refuse_hidden_arrays(graphdef)
@@ -125,7 +126,7 @@ def split(module: nnx.Module) -> tuple[ModelDef, dict[str, Any]]:
 
 
 def _refuse_hidden_arrays(graphdef: Any) -> None:
-    """Raises ValueError for an array that nnx took for a setting: one set while it is traced."""
+    """Raises ValueError for an array that nnx took for a setting: one set during tracing."""
     for name, attribute in getattr(graphdef, "attributes", ()):
         if isinstance(getattr(attribute, "value", None), Tracer):
             raise ValueError(
@@ -135,7 +136,7 @@ def _refuse_hidden_arrays(graphdef: Any) -> None:
 
 
 def abstract_split(build: Callable[[], nnx.Module]) -> tuple[ModelDef, dict[str, Any]]:
-    """Returns the definition of what `build` makes and the shapes of its leaves.
+    """Returns the definition of the module that `build` returns, and the shapes of its leaves.
 
     Nothing is allocated.
     """

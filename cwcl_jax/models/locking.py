@@ -2,15 +2,15 @@
 
 Every leaf gets exactly one decision from its tower's `tune`:
 
-    all      the encoder and the head, but for tables that the encoder's family has fixed
+    all      the encoder and the head, except tables that the encoder's family has fixed
     none     nothing: a locked tower
     head     the head; the encoder is locked
     last:K   the top K blocks, everything after them (final norm, pooling), and the head
     regexes  separated by commas; full matches on paths below the tower, such as
              `encoder/blocks/1[01]/.*,head/.*`
 
-`lora:R` behind one of these and a plus, or alone (for `none+lora:R`), changes nothing here: it adds
-leaves beside kernels that do not train, see `lora`.
+`lora:R`, appended to one of these with a plus, or alone (for `none+lora:R`), changes nothing here:
+it adds leaves to kernels that do not train, see `lora`.
 """
 
 import re
@@ -28,7 +28,7 @@ LOGIT_PATHS = ("logit_scale", "logit_bias")
 
 
 def decide(paths: Iterable[str], towers: Mapping[str, TowerConfig]) -> dict[str, bool]:
-    """For every path whether it is trained. Logit scale and bias always are."""
+    """Returns for every path whether it is trained. Logit scale and bias always are."""
     decisions: dict[str, bool] = {}
     below: dict[str, list[str]] = {modality: [] for modality in towers}
     for path in paths:
@@ -51,7 +51,7 @@ def decide(paths: Iterable[str], towers: Mapping[str, TowerConfig]) -> dict[str,
 
 
 def _trained(names: list[str], tower: TowerConfig) -> set[str]:
-    """The trained ones among the paths of one tower."""
+    """Returns the trained ones among the paths of one tower."""
     tune, _ = split_tune(tower.tune)
     if tune == "all":
         return set(names) - set(fixed_leaves(tower.encoder))
@@ -77,7 +77,7 @@ def _trained(names: list[str], tower: TowerConfig) -> set[str]:
 
 
 def _top_blocks(names: list[str], tune: str) -> set[str]:
-    """The paths that `last:K` unlocks."""
+    """Returns the paths that `last:K` unlocks."""
     count = tune.removeprefix("last:")
     blocks = {name: int(m[1]) for name in names if (m := _BLOCK_PATH.fullmatch(name))}
     depth = 1 + max(blocks.values(), default=-1)

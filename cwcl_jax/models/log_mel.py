@@ -19,35 +19,35 @@ _PART = 80  # divides window and hop, so that frames are concatenated slices and
 
 @dataclasses.dataclass(frozen=True)
 class MelSpec:
-    """Which features are computed."""
+    """Settings of the features."""
 
     bins: int = 80
     low_hz: float = 0.0
     high_hz: float = 8000.0
     dynamic_range: float = 8.0
-    """Powers of ten below the maximum at which values are cut: 8 is 80 dB."""
+    """Powers of ten below the maximum at which values are clipped: 8 is 80 dB."""
 
 
 def frame_count(samples: int) -> int:
-    """Frames of so many samples: one starts every 10 ms, none at the very end."""
+    """Returns the number of frames: one starts every 10 ms, none at the very end."""
     return -(-samples // HOP)
 
 
 def to_float(waveform: Int[Array, "b n"] | Float[Array, "b n"]) -> Float[Array, "b n"]:
-    """Samples in [-1, 1)."""
+    """Returns samples in [-1, 1)."""
     scale = 32768.0 if jnp.issubdtype(waveform.dtype, jnp.integer) else 1.0
     return waveform.astype(jnp.float32) / scale
 
 
 def valid(length: Int[Array, " b"], size: int) -> Bool[Array, "b n"]:
-    """True at the first `length` of `size` places."""
+    """Returns True at the first `length` of `size` positions."""
     return jnp.arange(size)[None, :] < length[:, None]
 
 
 def log_mel(
     samples: Float[Array, "b n"], frames: Bool[Array, "b t"] | None, spec: MelSpec
 ) -> Float[Array, "b t f"]:
-    """Log10 mel powers, cut at the dynamic range below the maximum over the real `frames`.
+    """Returns log10 mel powers, clipped at the dynamic range below the maximum over real `frames`.
 
     Samples after an utterance's end must be zero. With `frames=None` the whole clip is real, and
     its end is reflected as its beginning is (Whisper's 30 s window).
@@ -71,7 +71,7 @@ def log_mel(
 
 
 def _windows(x: Float[Array, "b n"], count: int) -> Float[Array, "b t w"]:
-    """Overlapping windows, put together from parts of 5 ms."""
+    """Returns overlapping windows, concatenated from parts of 5 ms."""
     steps = HOP // _PART
     parts = WINDOW // _PART
     needed = count * steps + parts - steps
@@ -82,7 +82,10 @@ def _windows(x: Float[Array, "b n"], count: int) -> Float[Array, "b t w"]:
 
 @functools.cache
 def mel_filters(spec: MelSpec) -> Float[np.ndarray, "w f"]:
-    """Triangular filters of equal area on Slaney's scale: linear to 1 kHz, logarithmic above."""
+    """Returns triangular filters of equal area on Slaney's scale.
+
+    The scale is linear to 1 kHz and logarithmic above.
+    """
     step = np.log(6.4) / 27.0
 
     def to_mel(hz: float) -> float:

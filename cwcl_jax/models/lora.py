@@ -1,12 +1,12 @@
-"""LoRA: a locked kernel W and a trained addition of low rank, W + (alpha / R) A B.
+"""LoRA: a locked kernel W and a trained low-rank addition, W + (alpha / R) A B.
 
-Hu et al. 2021, arXiv 2106.09685. `A` is drawn as a kernel is, `B` is zero, so that a tower starts
-as what it was before. No encoder knows of it: `ModelDef.merge` puts the sums in the kernels' place
-before a module is made, and an exported model holds the sums.
+Hu et al. 2021, arXiv 2106.09685. `A` is drawn like a kernel and `B` is zero, so that a tower
+initially computes the same as before. Encoders do not know about it: `ModelDef.merge` replaces the
+kernels by the sums before a module is built, and an exported model holds the sums.
 
 A kernel `.../query/kernel` of shape (in, out) gets the leaves `.../query/lora_a/kernel`, (in, R),
-and `.../query/lora_b/kernel`, (R, out). All axes before the last count as inputs, but for the
-layers' axis of stacked blocks, which both leaves keep in front.
+and `.../query/lora_b/kernel`, (R, out). All axes before the last count as inputs, except the
+layers' axis of stacked blocks, which stays the first axis of both leaves.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Adapter:
         return math.prod(self.shape[bool(self.layers) : -1]), self.shape[-1]
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The leaves' shapes by path; float32."""
+        """Returns the leaves' shapes by path; float32."""
         inputs, outputs = self.sizes
         front = self.shape[: bool(self.layers)]
         sizes = ((*front, inputs, self.rank), (*front, self.rank, outputs))
@@ -66,7 +66,10 @@ class Adapter:
         }
 
     def initial(self, key: jax.Array) -> dict[str, jax.Array]:
-        """A normal with variance 1 / inputs, B zero. The key is folded with the kernel's path."""
+        """Returns initial leaves: A normal with variance 1 / inputs, B zero.
+
+        The key is folded with the kernel's path.
+        """
         (a, b), (shape, _) = self.paths, self.sizes
         shapes = self.shapes()
         own = jax.random.fold_in(key, zlib.crc32(self.kernel.encode()))
@@ -74,10 +77,10 @@ class Adapter:
         return {a: values, b: jnp.zeros(shapes[b].shape)}
 
     def applied(self, kernel: Any, a: Any, b: Any) -> Any:
-        """The kernel with the addition, in the kernel's type; of shapes alone, the kernel's shape.
+        """Returns the kernel with the addition, in its dtype; for shapes, the kernel's shape.
 
-        The product is float32 whatever the tower computes in: it costs little, and the sum is the
-        same number in training and in an export.
+        The product is float32, whatever dtype the tower computes in: it costs little, and the sum
+        is the same number in training and in an export.
         """
         if isinstance(kernel, jax.ShapeDtypeStruct):
             return kernel
@@ -87,7 +90,7 @@ class Adapter:
 
 
 def effective(leaves: Mapping[str, Any], adapters: Collection[Adapter]) -> dict[str, Any]:
-    """Leaves of the plain model: adapted kernels are the sums, low-rank leaves are gone."""
+    """Returns the leaves of the plain model: kernels are sums, low-rank leaves are gone."""
     result = dict(leaves)
     for adapter in adapters:
         a, b = (result.pop(path) for path in adapter.paths)
@@ -96,7 +99,7 @@ def effective(leaves: Mapping[str, Any], adapters: Collection[Adapter]) -> dict[
 
 
 def split_tune(tune: str) -> tuple[str, str]:
-    """What of `tune` decides about the tower's own leaves, and R; "" where there is no LoRA."""
+    """Returns the part of `tune` for the tower's own leaves, and R; "" without LoRA."""
     match = _TUNE.fullmatch(tune)
     return (match[1] or "none", match[2]) if match else (tune, "")
 
@@ -104,15 +107,15 @@ def split_tune(tune: str) -> tuple[str, str]:
 def find_adapters(
     leaves: Mapping[str, Any], trained: Collection[str], towers: Mapping[str, TowerConfig]
 ) -> tuple[Adapter, ...]:
-    """The adapters that the towers ask for.
+    """Returns the adapters that the towers' settings request.
 
     Args:
       leaves: shapes of the leaves that could train, by path.
-      trained: paths of those that do; a kernel among them gets no addition.
+      trained: paths of those that train; a kernel among them gets no addition.
 
     Raises:
-      ValueError: the rank is no number or too large, an expression matches no kernel, or only
-        such as train anyway; or a setting of LoRA stands where there is none.
+      ValueError: the rank is not a number or too large, an expression matches no kernel or only
+          trained ones, or a setting of LoRA is given without LoRA.
     """
     found = []
     for name, tower in towers.items():
@@ -136,7 +139,7 @@ def find_adapters(
 
 
 def _matched(kernels: list[str], tower: TowerConfig) -> list[str]:
-    """The kernels, by path below the tower, that its settings ask LoRA for."""
+    """Returns the kernels, by path below the tower, that the settings request LoRA for."""
     if not split_tune(tower.tune)[1]:
         if _TUNE.fullmatch(tower.tune):
             raise ValueError(f"tune={tower.tune!r}: the R of lora:R is missing")

@@ -1,7 +1,8 @@
 """ModernBERT (Warner et al. 2024, arXiv 2412.13663): a BERT with rotary positions and gated MLPs.
 
-Pre-norm blocks without biases; every third layer sees all tokens, the others a window, each kind
-with a theta of its own. The first block's input has just been normed and is not normed again.
+Pre-norm blocks without biases; every third layer attends to all tokens, the others to a window,
+each kind with its own theta. The first block's input is already normalised and not normalised
+again.
 """
 
 import dataclasses
@@ -42,18 +43,18 @@ class ModernBertConfig:
     depth: int = 22
     heads: int = 12
     mlp_width: int = 1152
-    """Of either half of the gated layer."""
+    """Of each half of the gated layer."""
     activation: str = "gelu_erf"
     epsilon: float = 1e-5
     dropout: float = 0.0
     pooling: str = "mean"
     """"mean", "cls" and the others of `models.pooling`."""
     dense: str = ""
-    """Layers behind the pooling; see `models.dense`."""
+    """Dense layers after the pooling; see `models.dense`."""
     global_every: int = 3
-    """The first layer and every so many after it see all tokens."""
+    """The first layer and every this many after it attend to all tokens."""
     local_window: int = 128
-    """Tokens that the other layers see, half of them on either side."""
+    """Number of tokens that the other layers attend to, half of them on each side."""
     global_theta: float = 160_000.0
     local_theta: float = 10_000.0
 
@@ -81,7 +82,7 @@ PRESETS: dict[str, ModernBertConfig] = {
 
 
 def token_angles(places: int, size: int, theta: float) -> Float[Array, "s k"]:
-    """Angles of rotary positions 0, 1, ... for heads of `size`, the same for both halves."""
+    """Returns angles of rotary positions 0, 1, ... for heads of `size`, equal for both halves."""
     frequencies = 1.0 / theta ** (np.arange(size // 2, dtype=np.float32) / (size // 2))
     half = np.arange(places, dtype=np.float32)[:, None] * frequencies[None, :]
     return jnp.asarray(np.concatenate([half, half], axis=1), jnp.float32)
@@ -116,7 +117,7 @@ class RotaryAttention(nnx.Module):
 
 
 class ModernBertBlock(nnx.Module):
-    """Attention and gated MLP, each behind a norm, but for the first block's attention."""
+    """Attention and gated MLP, each after a norm, except the first block's attention."""
 
     def __init__(
         self,
@@ -181,17 +182,17 @@ class ModernBert(TextEncoder):
         mask: Bool[Array, "b s"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
-        """The tokens' embeddings, normalised; positions come in with attention."""
+        """Returns the tokens' embeddings, normalised; positions enter in the attention."""
         del mask
         check_length(tokens.shape[1], self.config.max_tokens)
         return dropout(self.embedding_norm(self.token_embedding(tokens)), self.config.dropout, key)
 
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """The final norm of pre-norm blocks."""
+        """Returns the result of the final norm of pre-norm blocks."""
         return self.norm(x)
 
 
-# Names of ModernBERT files, as transformers writes them.
+# Names in ModernBERT files, as transformers writes them.
 _OURS = r"encoder/blocks/\1"
 _L = r"layers/(\d+)"
 
@@ -259,7 +260,7 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_rope(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The thetas of newer files, which name them by kind of layer."""
+    """Returns the thetas of newer files, which name them by kind of layer."""
     if content.get("rope_scaling"):
         raise ValueError("rope_scaling: only plain rotary positions are supported")
     thetas: dict[str, Any] = {}
@@ -275,7 +276,7 @@ def _of_rope(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_layers(content: Mapping[str, Any]) -> dict[str, Any]:
-    """How often a layer sees everything, from newer files' list of layers."""
+    """Returns how often a layer attends to everything, from newer files' list of layers."""
     kinds = content.get("layer_types")
     if not kinds:
         return {}

@@ -1,7 +1,7 @@
 """MPNet (Song et al. 2020, arXiv 2004.09297), the base of all-mpnet-base-v2.
 
-BERT's post-norm blocks, without token types. Positions count the real tokens from 2 on, and a
-table of biases by distance, one for all layers, enters every attention.
+BERT's post-norm blocks, without token types. Positions count the real tokens from 2, and one table
+of biases by distance, shared by all layers, enters every attention.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from cwcl_jax.weights.readers import Weights
 from cwcl_jax.weights.rules import Layout, Rule
 from cwcl_jax.weights.views import flax_names, without_prefix
 
-# Distances from here on share the last bucket; the files do not name it.
+# Larger distances share the last bucket; the files do not store this number.
 _FARTHEST = 128
 
 
@@ -52,15 +52,15 @@ class MpnetConfig:
     pooling: str = "mean"
     """"mean", "cls" and the others of `models.pooling`."""
     dense: str = ""
-    """Layers behind the pooling; see `models.dense`."""
+    """Dense layers after the pooling; see `models.dense`."""
     position_offset: int = 2
-    """Rows of the position table before the first real token's."""
+    """Number of rows of the position table before that of the first real token."""
     buckets: int = 32
-    """Rows of the table of biases: half for either direction."""
+    """Number of rows of the table of biases: half for each direction."""
 
     @property
     def position_rows(self) -> int:
-        """Rows of the position table."""
+        """Number of rows of the position table."""
         return self.max_tokens + self.position_offset
 
 
@@ -74,7 +74,7 @@ PRESETS: dict[str, MpnetConfig] = {
 
 
 class BiasedAttention(Attention):
-    """Self-attention with a bias for each pair of places; reads (mask, bias) for a mask."""
+    """Self-attention with a bias for each pair of positions; its mask is the pair (mask, bias)."""
 
     def __call__(self, x: Float[Array, "b s d"], mask: Any) -> Float[Array, "b s d"]:
         real, bias = mask
@@ -86,7 +86,7 @@ class BiasedAttention(Attention):
 
 
 class MpnetBlock(Block):
-    """BERT's block with such attention."""
+    """BERT's block with biased attention."""
 
     def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, execution, rngs=rngs)
@@ -116,7 +116,7 @@ class Mpnet(TextEncoder):
         mask: Bool[Array, "b s"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
-        """Sum of token and position embeddings, normalised."""
+        """Returns the sum of token and position embeddings, normalised."""
         check_length(tokens.shape[1], self.config.max_tokens)
         places = counted_positions(mask, self.config.position_offset)
         x = self.token_embedding(tokens) + self.position_embedding(places)
@@ -125,13 +125,13 @@ class Mpnet(TextEncoder):
     def run(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The blocks, all with the same biases."""
+        """Returns the result of the blocks, all with the same biases."""
         rows = distance_buckets(x.shape[1], self.config.buckets, _FARTHEST)
         bias = self.distance_bias(jnp.asarray(rows)).transpose(2, 0, 1)[None]
         return self.run_with((mask, bias), x, key)
 
 
-# Names of MPNet files, as transformers writes them.
+# Names in MPNet files, as transformers writes them.
 _OURS = r"encoder/blocks/\1"
 _B = r"encoder/layer/(\d+)"
 _PARTS = {"q": "query", "k": "key", "v": "value", "o": "out"}
@@ -149,7 +149,7 @@ _FILES = Layout(
         Rule(r"embeddings/word_embeddings/embedding", "encoder/token_embedding/embedding"),
         Rule(r"embeddings/position_embeddings/embedding", "encoder/position_embedding/embedding"),
         Rule(r"embeddings/LayerNorm/(scale|bias)", r"encoder/embedding_norm/\1"),
-        # A table under a name that does not say so: its axes come turned.
+        # A table whose name does not show that it is one, so its axes arrive transposed.
         Rule(
             r"encoder/relative_attention_bias/kernel", "encoder/distance_bias/embedding", "turned"
         ),
@@ -162,7 +162,7 @@ _FILES = Layout(
         Rule(rf"{_B}/output/dense/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
         Rule(rf"{_B}/output/LayerNorm/(scale|bias)", rf"{_OURS}/norm2/\2"),
     ],
-    # A pooler that its sentence encoders leave out, a buffer of older files, and other heads.
+    # A pooler that its sentence encoders do not use, a buffer of older files, and other heads.
     ignore=[r"embeddings/position_ids", r"(pooler|lm_head|classifier|qa_outputs)/.*"],
 )
 
@@ -179,12 +179,12 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     settings = named(content, _NAMES)
     if settings.get("buckets", 32) != 32:
-        # transformers makes the table as long as this and looks into 32 rows of it.
+        # transformers creates a table of this length but uses only 32 of its rows.
         raise ValueError(
             f"relative_attention_num_buckets is {settings['buckets']}: only 32 is supported"
         )
     if "max_tokens" in settings:
-        # The padding id of positions is 1 for every MPNet, whatever pad_token_id says.
+        # The padding id of positions is 1 for every MPNet, whatever pad_token_id is.
         settings["max_tokens"] -= MpnetConfig.position_offset
     return settings
 

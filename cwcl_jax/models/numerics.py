@@ -1,7 +1,7 @@
-"""Small numerical pieces that every encoder shares, with the numerics said aloud.
+"""Small numerical functions that every encoder shares, with explicit numerics.
 
-GELU exists in two forms that differ by up to 4.7e-4, which is enough to spoil an imported tower, so
-an activation is always named by its exact form.
+GELU exists in two forms that differ by up to 4.7e-4, which is enough to spoil an imported tower.
+Activations are therefore always named by their exact form.
 """
 
 import jax
@@ -12,7 +12,7 @@ ACTIVATIONS = ("gelu_erf", "gelu_tanh", "quick_gelu", "relu", "silu")
 
 
 def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
-    """Apply the activation `name`: one of `ACTIVATIONS`."""
+    """Returns x after the activation `name`, one of `ACTIVATIONS`."""
     if name == "gelu_erf":
         return jax.nn.gelu(x, approximate=False)
     if name == "gelu_tanh":
@@ -27,7 +27,7 @@ def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
 
 
 def l2_normalize(x: Float[Array, "... d"], *, epsilon: float = 1e-12) -> Float[Array, "... d"]:
-    """Unit vectors in float32. A zero vector stays zero and has a finite gradient."""
+    """Returns unit vectors in float32. A zero vector stays zero and has a finite gradient."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, epsilon**2))
@@ -36,7 +36,7 @@ def l2_normalize(x: Float[Array, "... d"], *, epsilon: float = 1e-12) -> Float[A
 def dropout(
     x: Float[Array, "*shape"], rate: float, key: jax.Array | None
 ) -> Float[Array, "*shape"]:
-    """Inverted dropout; the identity without a key or with rate 0."""
+    """Returns x after inverted dropout; x itself without a key or with rate 0."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

@@ -1,6 +1,6 @@
-"""OpenCLIP's own files: names of `open_clip_pytorch_model` and settings of `open_clip_config.json`.
+"""OpenCLIP's own files: names in `open_clip_pytorch_model`, settings in `open_clip_config.json`.
 
-The towers are CLIP's; queries, keys and values of a layer stand in one array.
+The towers are CLIP's; query, key and value of a layer are in one array.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from cwcl_jax.weights.views import apart, flax_names
 
 
 def _view(weights: Weights) -> Weights:
-    """Names as Flax's; queries, keys and values each for itself."""
+    """Returns a view with Flax's names, and separate query, key and value."""
     return apart(flax_names(weights), in_projection, turned=True)
 
 
@@ -63,7 +63,7 @@ TEXT = Layout(
 
 _USUAL_VISION = {"head_width": 64, "mlp_ratio": 4.0, "image_size": 224}
 _USUAL_TEXT = {"mlp_ratio": 4.0, "context_length": 77, "vocab_size": 49408}
-# What does not change the function, or is another name for the usual.
+# Values that do not change the function, or that are another name for the default.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "patch_dropout": (0, 0.0), "pool_type": ("tok", "argmax"), "ls_init_value": (None,),
     "hf_model_name": (None,), "timm_model_name": (None,), "attentional_pool": (False,),
@@ -72,15 +72,15 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def _part(content: Mapping[str, Any], part: str, usual: Mapping[str, Any]) -> dict[str, Any]:
-    """One tower's settings in OpenCLIP's words.
+    """Returns one tower's settings, in OpenCLIP's names.
 
     Raises:
-      ValueError: it is another model than CLIP's, or has parts that a tower does not have.
+      ValueError: it is not a CLIP model, or has parts that a tower does not have.
     """
     given = content["model_cfg"].get(f"{part}_cfg") or {}
     known = {*usual, "layers", "width", "patch_size", "heads"}
     for name, value in given.items():
-        # Names of tokenizers are a matter of the text, not of the tower.
+        # Names of tokenizers concern the text, not the tower.
         fine = name in known or name.endswith(("tokenizer_name", "tokenizer_kwargs"))
         if not fine and value not in _PLAIN.get(name, ()):
             raise ValueError(f"model_cfg.{part}_cfg.{name}={value!r} is not supported")
@@ -102,12 +102,12 @@ def _stack(content: Mapping[str, Any], part: Mapping[str, Any], heads: int) -> d
 
 
 def read_image(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `vit` for an open_clip_config.json."""
+    """Returns the settings of `vit` for an open_clip_config.json."""
     part = _part(content, "vision", _USUAL_VISION)
     settings = _stack(content, part, part["width"] // part["head_width"])
     settings |= {"image_size": part["image_size"], "patch_size": part["patch_size"]}
     settings |= {"patch_bias": False, "embedding_norm": True}
-    # CLIP's own range where nothing else is said.
+    # CLIP's own range is the default.
     usual = {
         "mean": (0.48145466, 0.4578275, 0.40821073),
         "std": (0.26862954, 0.26130258, 0.27577711),
@@ -120,7 +120,10 @@ def read_image(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_text(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `text` for an open_clip_config.json: a text ends at its highest id."""
+    """Returns the settings of `text` for an open_clip_config.json.
+
+    A text ends at its highest id.
+    """
     part = _part(content, "text", _USUAL_TEXT)
     if "heads" not in part:
         raise ValueError("model_cfg.text_cfg names no heads: not supported")

@@ -1,17 +1,17 @@
-"""An encoder of the user's: `encoder="my_module:MyEncoder"`.
+"""A user's encoder: `encoder="my_module:MyEncoder"`.
 
 A class of flax.nnx, or of flax.linen:
 
     class MyEncoder(nnx.Module):
         def __init__(self, width: int = 64, *, rngs: nnx.Rngs): ...
-        def __call__(self, inputs):             # name -> (b, ...), as the modality says
+        def __call__(self, inputs):             # name -> (b, ...), as the modality declares
             return ...                          # features (b, f)
 
-The config's `overrides` are its arguments. Where it has arguments of these names, it also gets
-`dtype`, the compute type, and `arrays`, name -> (shape, dtype) of one example's inputs. BatchNorm's
-running statistics and Dropout are the run's business; see `models.leaves`. A module of flax.nnx is
-switched by its `train()` and `eval()`; where `__call__` takes `train` or `deterministic` (or
-another name of `_MODES`), as is usual in flax.linen, it is told so.
+The config's `overrides` are its arguments. If it has arguments of these names, it also gets
+`dtype`, the compute dtype, and `arrays`, name -> (shape, dtype) of one example's inputs. The run
+handles BatchNorm's running statistics and Dropout; see `models.leaves`. A module of flax.nnx is
+switched by its `train()` and `eval()`. If `__call__` takes `train` or `deterministic` (or another
+name of `_MODES`), as is usual in flax.linen, it receives the mode as that argument.
 """
 
 import difflib
@@ -29,7 +29,7 @@ from cwcl_jax.extension import import_named
 from cwcl_jax.models.transformer import Execution
 
 _GIVEN = ("rngs", "dtype", "arrays")
-# Arguments of `__call__` that say whether this is training, and what they are when it is.
+# Arguments of `__call__` that state the mode, and their values in training.
 _MODES = {
     "train": True,
     "training": True,
@@ -40,10 +40,10 @@ _MODES = {
 
 
 def settings_of(encoder: str, preset: str, overrides: Mapping[str, Any], pooling: str) -> Any:
-    """The overrides as attributes, after checking that the class takes them.
+    """Returns the overrides as attributes, after checking that the class accepts them.
 
     Raises:
-      ValueError: the class cannot be imported or is no module, or takes no such argument.
+      ValueError: the class cannot be imported, is not a module, or has no such argument.
     """
     kind = _class_of(encoder)
     for name, value in (("preset", preset), ("pooling", pooling)):
@@ -65,7 +65,7 @@ def settings_of(encoder: str, preset: str, overrides: Mapping[str, Any], pooling
 
 
 def _arguments(kind: Any) -> dict[str, inspect.Parameter]:
-    """Of `__init__`: nnx hides a class's own signature behind that of its metaclass."""
+    """Returns the arguments of `__init__`: nnx hides a class's signature behind its metaclass."""
     arguments = dict(inspect.signature(kind.__init__).parameters)
     arguments.pop("self", None)
     return arguments
@@ -79,7 +79,7 @@ def _class_of(encoder: str) -> Any:
 
 
 class OwnEncoder(nnx.Module):
-    """Holds the user's module, and checks what it gives."""
+    """Holds the user's module, and checks its output."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class OwnEncoder(nnx.Module):
 
     def __call__(self, inputs: Mapping[str, Any], key: jax.Array | None = None) -> Any:
         """Returns features (b, f); `_width` has checked their shape."""
-        # Without a key nothing is random, and BatchNorm uses what it has averaged.
+        # Without a key nothing is random, and BatchNorm uses its running averages.
         if key is None:
             self.module.eval()
         else:
@@ -134,19 +134,19 @@ class OwnEncoder(nnx.Module):
         return call(inputs, **named)
 
     def _mode(self, *, training: bool) -> dict[str, Any]:
-        """What `__call__` is told of training, by the names that it has."""
+        """Returns the mode for `__call__`, by the arguments that it has."""
         return {name: _MODES[name] is training for name in self.modes}
 
 
 def _hint(error: Exception) -> str:
-    """What to do about a module that does not know whether it trains."""
+    """Returns the remedy for a module that does not know whether it is training."""
     if "use_running_average" in str(error) or "deterministic" in str(error):
         return "; give __call__ an argument train or deterministic, and pass it on"
     return ""
 
 
 def _width(encoder: str, module: OwnEncoder, sample: Mapping[str, Any]) -> int:
-    """Width of the features, found from shapes alone."""
+    """Returns the width of the features, from shapes alone."""
     graphdef, state = nnx.split(module)
     try:
         made = jax.eval_shape(lambda s, x: nnx.merge(graphdef, s)(x), state, sample)

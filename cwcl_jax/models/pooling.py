@@ -1,4 +1,4 @@
-"""From a sequence of tokens to one vector, without any influence of padding."""
+"""Pooling of a sequence of tokens to one vector, independent of padding."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weightedmean")
 def pool(
     tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"] | None, kind: str
 ) -> Float[Array, "b d"]:
-    """Pools over the real tokens, in one of the ways that sentence-transformers has.
+    """Returns one vector per row, pooled over the real tokens as in sentence-transformers.
 
-    The first token ("cls"), the last one, the mean, the largest value of each feature ("max"),
-    the sum over the square root of the count ("mean_sqrt_len"), or a mean in which the n-th token
-    weighs n ("weightedmean"). A row without any real token gives zeros or, by "cls" and "last",
-    its first token, and finite gradients.
+    Kinds: the first token ("cls"), the last one ("last"), the mean, the largest value of each
+    feature ("max"), the sum divided by the square root of the count ("mean_sqrt_len"), or a mean in
+    which the n-th token has weight n ("weightedmean"). A row without any real token gives zeros
+    (for "cls" and "last" its first token) and finite gradients.
     """
     if kind == "cls":
         return tokens[:, 0]
@@ -39,7 +39,7 @@ def pool(
     weights = mask.astype(jnp.float32)[:, :, None]
     if kind == "weightedmean":
         weights = weights * jnp.arange(1, mask.shape[1] + 1, dtype=jnp.float32)[None, :, None]
-    # `where` and not a product: a non-finite value at a masked place must not leak in.
+    # `where` instead of a product, so that a non-finite value at a masked position cannot leak in.
     seen = jnp.where(weights > 0, tokens.astype(jnp.float32), 0.0)
     total = jnp.sum(seen * weights if kind == "weightedmean" else seen, axis=1)
     count = jnp.maximum(jnp.sum(weights, axis=1), 1.0)
@@ -50,9 +50,10 @@ def pool(
 def up_to_end(
     tokens: Int[Array, "b s"], mask: Bool[Array, "b s"], end_token: int
 ) -> Bool[Array, "b s"]:
-    """The mask of each row up to its first `end_token` (-1: its highest real id), all without one.
+    """Returns the mask of each row up to its first `end_token` (-1: its highest real id).
 
-    CLIP's tokenizers pad with the end token itself, so that only its first place counts.
+    A row without that token is kept whole. CLIP's tokenizers pad with the end token itself, so only
+    its first position counts.
     """
     highest = jnp.max(jnp.where(mask, tokens, -1), axis=1, keepdims=True)
     ends = (tokens == (highest if end_token < 0 else end_token)).astype(jnp.int32)
@@ -60,7 +61,7 @@ def up_to_end(
 
 
 class AttentionPool(nnx.Module):
-    """Each head has a learned score per token and averages its own slice of the values."""
+    """Attention pooling: each head scores the tokens and averages its own slice of the values."""
 
     def __init__(self, width: int, heads: int, execution: Execution, *, rngs: nnx.Rngs) -> None:
         if width % heads:

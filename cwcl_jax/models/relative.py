@@ -1,4 +1,4 @@
-"""Attention that knows where tokens stand: rotary turns, biases by distance, windows."""
+"""Attention that depends on positions: rotary positions, biases by distance, windows."""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,18 @@ from cwcl_jax.models.transformer import Execution
 
 
 def refuse_scan(family: str, execution: Execution) -> None:
-    """Raises ValueError where layers are to be scanned, which takes equal ones."""
+    """Raises ValueError if layers are to be scanned, which requires equal layers."""
     if execution.scan_layers:
         raise ValueError(f"the layers of {family} cannot be scanned: set scan_layers=False for it")
 
 
 def turned(x: Float[Array, "b s h k"], angles: Float[Array, "p k"]) -> Float[Array, "b s h k"]:
-    """Turns the two halves of every head against each other: rotary positions, in float32.
+    """Returns x with rotary positions: the halves of every head are rotated, in float32.
 
     Su et al. 2021, arXiv 2104.09864.
 
     Args:
-      angles: of the last p tokens; those before them stay. Both halves have the same.
+      angles: angles of the last p tokens, equal for both halves; earlier tokens are unchanged.
     """
     before = x.shape[1] - angles.shape[0]
     placed = x[:, before:].astype(jnp.float32)
@@ -31,11 +31,11 @@ def turned(x: Float[Array, "b s h k"], angles: Float[Array, "p k"]) -> Float[Arr
 
 
 def distance_buckets(places: int, buckets: int, farthest: int) -> np.ndarray:
-    """Rows of a table of biases for every pair of places, int32 (places, places): query, key.
+    """Returns the row of a bias table for every pair of positions, int32: (query, key).
 
-    Half of the rows are for keys behind the query. Short distances have a row each, longer ones
-    share rows by their logarithm, and all from `farthest` on share the last (as in T5, Raffel et
-    al. 2020, arXiv 1910.10683).
+    Half of the rows are for keys after the query. Short distances have one row each, longer ones
+    share rows by their logarithm, and all distances from `farthest` share the last row (as in T5,
+    Raffel et al. 2020, arXiv 1910.10683).
     """
     half = buckets // 2
     exact = half // 2
@@ -57,18 +57,18 @@ def attend_pairs(
     bias: Float[Array, "#b h s s"] | None = None,
     window: int = 0,
 ) -> Float[Array, "b s h k"]:
-    """Self-attention with a bias for each pair of places, or within a window; XLA's kernel.
+    """Returns self-attention with a bias for each pair of positions, or in a window; XLA's kernel.
 
     Args:
       mask: True where a key is real.
       bias: added to the scores, in their scale.
-      window: how far a token sees on either side; 0 sees everything.
+      window: how many tokens on each side are attended to; 0 means all.
     """
     places = jnp.arange(query.shape[1])
     near = jnp.abs(places[:, None] - places[None, :]) <= window if window else None
     seen = mask[:, None, None, :]
     seen = seen if near is None else seen & near[None, None]
-    # A row without any key to look at would be NaN; it may look at everything, pooling drops it.
+    # A row without any key would be NaN; it may attend to everything, because pooling drops it.
     seen = seen | ~jnp.any(seen, axis=-1, keepdims=True)
     return jax.nn.dot_product_attention(
         query, key, value, bias=bias, mask=seen, implementation="xla"

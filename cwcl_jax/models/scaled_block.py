@@ -1,4 +1,4 @@
-"""The block of DINOv2 and DINOv3: each branch times a learned vector, and perhaps a gated MLP.
+"""The block of DINOv2 and DINOv3: branches scaled by learned vectors, optionally a gated MLP.
 
 LayerScale: Touvron et al. 2021, arXiv 2103.17239.
 """
@@ -28,18 +28,19 @@ from cwcl_jax.models.transformer import (
 
 @dataclasses.dataclass(frozen=True)
 class ScaledStack(TransformerConfig):
-    """What a stack of such blocks computes."""
+    """The settings of a stack of such blocks."""
 
     gated: bool = False
-    """down(activation(gate(x)) * up(x)) in place of down(activation(up(x)))."""
+    """Use down(activation(gate(x)) * up(x)) instead of down(activation(up(x)))."""
     turn: tuple[int, float] | None = None
-    """Patches per side and base of rotary positions; None where positions are added before."""
+    """Patches per side and base of rotary positions; None if positions are added before."""
 
 
 def patch_angles(side: int, size: int, base: float) -> Float[Array, "s k"]:
-    """Angles of `side`^2 patches for heads of `size`: a quarter each for rows and columns, twice.
+    """Returns angles of `side`^2 patches for heads of `size`.
 
-    Centres of patches run from -1 to 1 whatever the picture's size (DINOv3, arXiv 2508.10104).
+    A quarter each is for rows and columns, and this half is repeated. Centres of patches run from
+    -1 to 1 for any picture size (DINOv3, arXiv 2508.10104).
     """
     periods = base ** (jnp.arange(size // 4, dtype=jnp.float32) * 4 / size)
     centres = 2 * (jnp.arange(side, dtype=jnp.float32) + 0.5) / side - 1
@@ -52,7 +53,7 @@ def patch_angles(side: int, size: int, base: float) -> Float[Array, "s k"]:
 
 
 class TurnedAttention(Attention):
-    """Self-attention whose queries and keys of patches are turned by their positions."""
+    """Self-attention with rotary positions for the queries and keys of patches."""
 
     def __init__(self, config: ScaledStack, execution: Execution, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, execution, rngs=rngs)
@@ -79,7 +80,7 @@ class TurnedAttention(Attention):
 
 
 class ScaledBlock(Block):
-    """x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x))."""
+    """Computes x + scale1 * attention(norm1(x)), then x + scale2 * mlp(norm2(x))."""
 
     def __init__(self, config: ScaledStack, execution: Execution, *, rngs: nnx.Rngs) -> None:
         ones = jnp.ones((config.width,), execution.param_dtype)

@@ -1,8 +1,8 @@
-"""SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786) of fixed resolution.
+"""SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786), fixed resolution.
 
-The image tower is a ViT without a class token whose patches are pooled by one learned query with
-an MLP behind it. The text tower sees its padding too, reads its last place, padding or not, and
-ends with a dense layer. SigLIP 2 differs in its table of words only.
+The image tower is a ViT without a class token whose patches are pooled by one learned query,
+followed by an MLP. The text tower also attends to its padding, reads its last position, padding or
+not, and ends with a dense layer. SigLIP 2 differs only in its vocabulary.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class SiglipConfig(VitConfig):
     """"attention" is SigLIP's own: one learned query, and an MLP; or "mean" over the patches."""
 
     def __post_init__(self) -> None:
-        # 384 pixels are 27 patches of 14 and, as published, a border of 6 that nothing reads.
+        # 384 pixels are 27 patches of 14 and, as published, a border of 6 pixels that is not read.
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is smaller than patch_size {self.patch_size}"
@@ -66,9 +66,9 @@ class SiglipTextConfig(TextConfig):
     """"padded" is SigLIP's own: the last of `max_tokens` places, all of which see each other, and a
     dense layer; or "mean", "last" and "cls" over the real tokens, which see no padding."""
     pad_token: int = 1
-    """The id behind a text, up to `max_tokens`: the tower reads it."""
+    """The id after a text, up to `max_tokens`: the tower reads it."""
     projection: int = 0
-    """Width of the dense layer behind "padded"; 0 is `width`."""
+    """Width of the dense layer of "padded"; 0 is `width`."""
 
     def __post_init__(self) -> None:
         if self.pooling not in ("padded", "mean", "last", "cls"):
@@ -107,7 +107,7 @@ PRESETS = {
     for size, patch, pixels in _PUBLISHED
 }
 TEXT_PRESETS = {f"SigLIP-{size}": SiglipTextConfig(**_sized(size)) for size in ("B", "L", "So400m")}
-# Words of Gemma's tokenizer, whose padding is 0; the giant picture tower has So400m's text tower.
+# Gemma's vocabulary, whose padding id is 0; the giant image tower has So400m's text tower.
 TEXT_PRESETS |= {
     name.replace("SigLIP", "SigLIP2"): dataclasses.replace(config, vocab_size=256000, pad_token=0)
     for name, config in TEXT_PRESETS.items()
@@ -116,7 +116,7 @@ TEXT_PRESETS["SigLIP2-g"] = dataclasses.replace(TEXT_PRESETS["SigLIP2-So400m"], 
 
 
 class QueryPool(nnx.Module):
-    """One learned query that attends to all tokens, then an MLP beside a residual connection."""
+    """One learned query that attends to all tokens, then an MLP with a residual connection."""
 
     def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         width = config.width
@@ -176,7 +176,7 @@ class SiglipText(TextTransformer):
     def padded(
         self, tokens: Int[Array, "b s"], mask: Bool[Array, "b s"]
     ) -> tuple[Int[Array, "b n"], Bool[Array, "b n"]]:
-        """All places that the tower reads: a batch may be cut to its longest text."""
+        """Returns all positions that the tower reads: a batch may be cut to its longest text."""
         config: Any = self.config
         tokens = jnp.where(mask, tokens, config.pad_token)
         missing = max(0, config.max_tokens - tokens.shape[1])
@@ -192,7 +192,7 @@ class SiglipText(TextTransformer):
         return self.pooler(self.tokens({"tokens": tokens, "mask": mask}, key)[:, -1])
 
 
-# Names of SigLIP files, as transformers writes them.
+# Names in SigLIP files, as transformers writes them.
 _LAYERS = layer_rules(
     r"encoder/layers/(\d+)", norm1="layer_norm1", norm2="layer_norm2", mlp=r"mlp/"
 )
@@ -200,7 +200,7 @@ _IGNORE = [r"logit_(scale|bias)", r"embeddings/position_ids", r"classifier/.*"]
 
 
 def _view(part: str) -> Callable[[Weights], Weights]:
-    """One tower's names; the other's keep their prefix, by which they are left out."""
+    """Returns a view of one tower's names; the other's keep their prefix, which excludes them."""
     prefix = f"(?:siglip/)?{part}/"
     return lambda weights: apart(
         without_prefix(flax_names(weights), prefix), in_projection, turned=True
@@ -209,7 +209,7 @@ def _view(part: str) -> Callable[[Weights], Weights]:
 
 VISION = Layout(
     name="SigLIP image",
-    # CLIP's tower has a class embedding and no such pooling; one without it is told by config.json.
+    # CLIP's tower has a class embedding but no such pooling; files without it need config.json.
     signature=r"(siglip[./])?(vision_model[./])?head[./]probe",
     view=_view("vision_model"),
     rules=[
@@ -263,7 +263,7 @@ def _read_image(content: Mapping[str, Any]) -> dict[str, Any]:
     if part is None:
         return {}
     settings = named(part, {**STACK, "image_size": "image_size", "patch_size": "patch_size"})
-    # transformers takes B/16 for granted.
+    # transformers' default is B/16.
     settings = dataclasses.asdict(PRESETS["SigLIP-B/16-224"]) | settings
     return settings if part.get("vision_use_head", True) else settings | {"pooling": "mean"}
 
@@ -282,7 +282,7 @@ def _read_text(content: Mapping[str, Any]) -> dict[str, Any]:
     settings = dataclasses.asdict(TEXT_PRESETS["SigLIP-B"]) | named(part, names)
     projection = part.get("projection_size") or settings["width"]
     if "pad_token_id" not in part and settings["vocab_size"] == 256000:
-        settings["pad_token"] = 0  # Gemma's, which SigLIP 2's files do not write down
+        settings["pad_token"] = 0  # Gemma's, which SigLIP 2's files do not store
     return settings | {"projection": 0 if projection == settings["width"] else projection}
 
 

@@ -1,4 +1,4 @@
-"""From a waveform to masked feature frames, and convolutions over frames that ignore padding."""
+"""Turns a waveform into masked feature frames; convolutions over frames that ignore padding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,10 +22,10 @@ def masked_frames(
     *,
     hear_silence: bool = False,
 ) -> tuple[Float[Array, "b t f"], Bool[Array, "b t"]]:
-    """Log-mel frames of {"waveform": (b, n), "length": (b,)}, and which of them are real.
+    """Returns log-mel frames of {"waveform": (b, n), "length": (b,)}, and which are real.
 
-    They depend on the samples before `length` only, whatever follows and however long the buffer.
-    With `hear_silence` the buffer is one clip to its end, as Whisper takes it: see `log_mel`.
+    They depend only on the samples before `length`, not on what follows or on the buffer's length.
+    With `hear_silence` the whole buffer is one clip, as Whisper reads it: see `log_mel`.
     """
     keys = (None, None) if key is None else jax.random.split(key, 2)
     waveform = inputs["waveform"]
@@ -38,15 +38,15 @@ def masked_frames(
 
 
 def only(x: Float[Array, "b t d"], frames: Bool[Array, "b t"]) -> Float[Array, "b t d"]:
-    """Zeros at padded frames."""
+    """Returns x with zeros at padded frames."""
     return jnp.where(frames[:, :, None], x, jnp.zeros_like(x))
 
 
 class FrameConv(nnx.Module):
     """A convolution over frames, written as one matmul of shifted copies.
 
-    Padded frames read as zeros and give zeros, so that the result at real frames does not
-    depend on how many follow. Kernel: (size, in, out).
+    Padded frames are read as zeros and give zeros, so that the result at real frames does not
+    depend on how many padded frames follow. Kernel: (size, in, out).
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Text transformer from scratch: pre-norm, learned positions (CLIP's text tower when causal).
 
-Radford et al. 2021, arXiv 2103.00020, section 2.4. By default every token sees every other and the
-features are the mean over the real tokens, which needs no special token from the tokenizer.
+Radford et al. 2021, arXiv 2103.00020, section 2.4. By default every token attends to every other,
+and features are the mean over the real tokens, which needs no special token of the tokenizer.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class TextConfig:
     the first `end_token`, whatever the mask says of what follows it, as in CLIP's files."""
     causal: bool = False
     end_token: int = -1
-    """The id that pooling="end" looks for; -1 is the highest id of each text, as CLIP had it."""
+    """The id that pooling="end" looks for; -1 is the highest id of each text, as in CLIP."""
 
 
 PRESETS: dict[str, TextConfig] = {
@@ -49,7 +49,7 @@ PRESETS: dict[str, TextConfig] = {
     "S": TextConfig(width=384, depth=12, heads=6, mlp_width=1536),
     "B": TextConfig(width=768, depth=12, heads=12, mlp_width=3072),
 }
-# CLIP's text towers beside ViT-B and ViT-L (arXiv 2103.00020, section 2.4 and table 20).
+# CLIP's text towers for ViT-B and ViT-L (arXiv 2103.00020, section 2.4 and table 20).
 PRESETS["CLIP-B"] = TextConfig(
     vocab_size=49408, causal=True, pooling="last", activation="quick_gelu", epsilon=1e-5
 )
@@ -72,13 +72,13 @@ class TextTransformer(TextEncoder):
         mask: Bool[Array, "b s"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
-        """Token and position embeddings."""
+        """Returns the sum of token and position embeddings."""
         check_length(tokens.shape[1], self.config.max_tokens)
         x = self.token_embedding(tokens) + self.position_embedding.first(tokens.shape[1])
         return dropout(x.astype(self.execution.dtype), self.config.dropout, key)
 
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """The final norm of pre-norm blocks."""
+        """Returns the result of the final norm of pre-norm blocks."""
         return self.norm(x)
 
     def __call__(
@@ -104,11 +104,11 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     part = clip_part(content, "text")
     if part is None:
         return named(content, _NAMES) if content.get("model_type", "text") == "text" else {}
-    usual = dataclasses.asdict(PRESETS["CLIP-B"])  # transformers takes this size for granted
+    usual = dataclasses.asdict(PRESETS["CLIP-B"])  # transformers' default size
     settings = usual | {"pooling": "end", "end_token": usual["vocab_size"] - 1}
     settings |= named(part, _NAMES)
     if settings["end_token"] == 2:
-        # The mark of files from before the id was written down: CLIP's end token is the highest.
+        # Marks files from before the id was stored: CLIP's end token is the highest id.
         settings["end_token"] = -1
     return settings
 

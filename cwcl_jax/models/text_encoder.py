@@ -1,6 +1,6 @@
-"""What text encoders share: embed, contextualise, norm, pool, and perhaps dense layers.
+"""What text encoders share: embed, contextualise, norm, pool, and optional dense layers.
 
-Padding is never seen.
+Padding never affects the result.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class TextEncoder(nnx.Module):
         self.dense, self._width = dense_layers(layers, config.width, execution, rngs=rngs)
 
     def make_blocks(self, rngs: nnx.Rngs) -> nnx.Pytree:
-        """The stack's blocks; a family may bring a kind of its own."""
+        """Returns the stack's blocks; a family may use its own kind."""
         return make_blocks(self.stack, self.execution, rngs=rngs)
 
     @property
@@ -48,41 +48,41 @@ class TextEncoder(nnx.Module):
         mask: Bool[Array, "b s"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b s d"]:
-        """The blocks' input."""
+        """Returns the input of the blocks."""
         raise NotImplementedError
 
     def contextualise(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The blocks and, where the family has one, the final norm."""
+        """Returns the result of the blocks and, if the family has one, of the final norm."""
         return self.finish(self.run(x, mask, key))
 
     def run(
         self, x: Float[Array, "b s d"], mask: Bool[Array, "b s"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The blocks."""
+        """Returns the result of the blocks."""
         return self.run_with(mask, x, key)
 
     def run_with(self, seen: Any, x: Float[Array, "b s d"], key: jax.Array | None) -> jax.Array:
-        """The blocks, whose kind reads `seen` in the place of a mask."""
+        """Returns the result of the blocks, which read `seen` instead of a mask."""
         return apply_blocks(
             self.blocks, x, seen, config=self.stack, execution=self.execution, key=key
         )
 
     def finish(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """What follows the last block: nothing after post-norm blocks."""
+        """Returns the result of what follows the last block: nothing for post-norm blocks."""
         return x
 
     def tokens(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The sequence that pooling reads."""
+        """Returns the sequence that pooling reads."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         x = self.embed(inputs["tokens"], inputs["mask"], keys[0])
         return self.contextualise(x, inputs["mask"], keys[1])
 
     def pool(self, tokens: Float[Array, "b s d"], mask: Bool[Array, "b s"]) -> Float[Array, "b f"]:
-        """One vector per text."""
+        """Returns one vector per text."""
         return pool(tokens, mask, self.config.pooling)
 
     def __call__(
@@ -91,7 +91,7 @@ class TextEncoder(nnx.Module):
         return self.densely(self.pool(self.tokens(inputs, key), inputs["mask"]))
 
     def densely(self, pooled: Float[Array, "b d"]) -> Float[Array, "b f"]:
-        """The dense layers behind the pooling; the identity where there is none."""
+        """Returns the result of the dense layers after the pooling; the input if there are none."""
         layers: Any = self.dense
         for layer in layers:
             pooled = layer(pooled)
@@ -99,7 +99,10 @@ class TextEncoder(nnx.Module):
 
 
 def check_length(length: int, limit: int) -> None:
-    """A sequence longer than the position table would silently repeat its last row."""
+    """Raises ValueError if a sequence is longer than the position table.
+
+    Otherwise its last row would silently be repeated.
+    """
     if length > limit:
         raise ValueError(
             f"sequences have {length} tokens, the text tower has {limit} positions: lower the "

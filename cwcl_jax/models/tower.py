@@ -1,4 +1,4 @@
-"""A tower: an encoder and a head over one kind of input. Its embeds are always L2-normalised."""
+"""A tower: an encoder and a head for one kind of input. Its embeddings are always L2-normalised."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from cwcl_jax.precision import products_at, require_precision
 
 @dataclasses.dataclass(frozen=True)
 class TowerConfig:
-    """One tower, as an experiment describes it."""
+    """The settings of one tower in an experiment."""
 
     encoder: str
     """"vit", "siglip", "dinov2", "dinov3"; "bert", "roberta", "modernbert", "mpnet", "bart",
@@ -34,8 +34,9 @@ class TowerConfig:
     """"all", "none" (locked), "head", "last:K", or regexes of paths separated by commas; "lora:R"
     adds LoRA of rank R to locked kernels, also beside one of these: "head+lora:R"."""
     lora_kernels: str = "encoder/.*"
-    """Which kernels "lora:R" adds to: regexes, separated by commas, full matches on paths below the
-    tower, such as `encoder/blocks/.*/(query|value)/kernel`. Those that train get none."""
+    """Kernels that "lora:R" adds to: regexes, separated by commas, full matches on paths below the
+    tower, such as `encoder/blocks/.*/(query|value)/kernel`. Trained kernels get no addition.
+    """
     lora_alpha: float = 0.0
     """The addition is alpha / R times the low-rank product; 0 stands for R, the factor 1."""
     head: str = "linear"
@@ -43,20 +44,22 @@ class TowerConfig:
     pooling: str = ""
     """"" is the encoder's default."""
     dtype: str = ""
-    """Compute type; "" is the experiment's."""
+    """Compute dtype; "" is the experiment's."""
     precision: str = ""
     """Of float32 products, "highest", "high" or "default"; "" is the experiment's."""
     scan_layers: bool = False
     remat: str = "auto"
-    """What a block keeps for the backward pass: "none", "dots", "dots_no_batch" or "full";
-    "auto" is "dots" on a GPU, else "none". See `models.transformer.Execution`."""
+    """What a block keeps for the backward pass: "none", "dots", "dots_no_batch" or "full"; "auto"
+    is "dots" on a GPU, else "none". See `models.transformer.Execution`.
+    """
     attention: str = "auto"
     modality: str = ""
-    """What it reads: "image", "text", "speech", "features", or "module:Name" of your own; "" is
-    what the encoder reads."""
+    """What it reads: "image", "text", "speech", "features", or "module:Name" of your own; "" is the
+    encoder's modality.
+    """
 
     def encoder_settings(self) -> Any:
-        """The encoder's own settings: those of the preset, with what is overridden.
+        """Returns the encoder's own settings: those of the preset, with the overrides applied.
 
         Raises:
           ValueError: there is no such encoder, preset, field or pooling.
@@ -65,7 +68,7 @@ class TowerConfig:
 
 
 class Tower(nnx.Module):
-    """Encoder, pooling and head over one kind of input."""
+    """Encoder, pooling and head for one kind of input."""
 
     def __init__(
         self,
@@ -81,8 +84,8 @@ class Tower(nnx.Module):
 
         Args:
           config: the tower's settings.
-          arrays: name -> (shape, dtype) of one example's inputs, as the tower's modality says.
-          dtype, precision: of the experiment, where the tower's settings name none.
+          arrays: name -> (shape, dtype) of one example's inputs, as the tower's modality declares.
+          dtype, precision: the experiment's, used if the tower's settings name none.
         """
         self.precision = config.precision or precision
         require_precision(self.precision)
@@ -101,16 +104,18 @@ class Tower(nnx.Module):
 
     @property
     def feature_width(self) -> int:
-        """Width of `features`' rows."""
+        """Width of the rows of `features`."""
         return self.encoder.feature_width
 
     def features(
         self, inputs: Mapping[str, Any], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b f"]:
-        """Pooled encoder output. Dropout is active only with `rngs`, whose stream is `dropout`.
+        """Returns the pooled encoder output, (b, f).
 
-        Inputs {"features": (b, f)} are what this encoder gave before and stand for it, unless
-        features are what the encoder reads.
+        Dropout is active only with `rngs`, whose stream is `dropout`.
+
+        Inputs {"features": (b, f)} are earlier outputs of this encoder and are returned unchanged,
+        unless features are what the encoder reads.
         """
         if "features" in inputs and not self.reads_features:
             return inputs["features"]
@@ -119,13 +124,13 @@ class Tower(nnx.Module):
             return self.encoder(inputs, key)
 
     def project(self, features: Float[Array, "b f"]) -> Float[Array, "b d"]:
-        """The head, then unit length in float32."""
+        """Returns the head's output with unit norm, in float32."""
         with self._products():
             embeds = features if self.head is None else self.head(features)
         return l2_normalize(embeds)
 
     def _products(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it float32 products are as the settings say, in an encoder of the user's too."""
+        """Sets the precision of float32 products, also inside a user's encoder."""
         if self.dtype != jnp.float32:
             return contextlib.nullcontext()
         return products_at(self.precision)

@@ -1,11 +1,11 @@
 """The transformer core of every encoder: one block, a stack of blocks, and how a stack is run.
 
 Vaswani et al. 2017, arXiv 1706.03762. `norm_order="pre"` is x + f(norm(x)) (ViT, Whisper, CLIP),
-`"post"` is norm(x + f(x)) (BERT, BART). The families differ in GELU, epsilon and biases only.
+`"post"` is norm(x + f(x)) (BERT, BART). The families differ only in GELU, epsilon and biases.
 
-A stack is either unrolled (`blocks/0/...`, `blocks/1/...`) or scanned: one block whose leaves carry
-a leading layer axis (`blocks/attention/query/kernel` of shape (layers, d, d)), which compiles in
-a time that does not grow with the depth.
+A stack is either unrolled (`blocks/0/...`, `blocks/1/...`) or scanned: one block whose leaves have
+a leading layer axis (`blocks/attention/query/kernel` of shape (layers, d, d)), whose compile time
+does not grow with the depth.
 """
 
 import dataclasses
@@ -25,13 +25,16 @@ from cwcl_jax.models.numerics import activate, dropout
 
 
 def _fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """cuDNN's forward kernel: a product too, under a name that JAX's own policies do not know."""
+    """Returns whether a primitive is cuDNN's forward kernel.
+
+    It is a product under a name that JAX's own policies do not know.
+    """
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
 _either = jax.checkpoint_policies.save_from_both_policies
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "full": None,  # keep a block's input only
+    "full": None,  # keep only a block's input
     "dots": _either(jax.checkpoint_policies.dots_saveable, _fused_attention),
     "dots_no_batch": _either(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _fused_attention
@@ -44,15 +47,16 @@ class Execution:
     """How an encoder is run, as opposed to what it computes."""
 
     dtype: DTypeLike = jnp.float32
-    """Compute type; parameters stay in `param_dtype`, softmax and norms in float32."""
+    """Compute dtype; parameters stay in `param_dtype`, softmax and norms in float32."""
     param_dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: str = "auto"
-    """What a block keeps for the backward pass: "none" leaves it to the compiler, "dots" keeps the
-    results of products and computes what is elementwise again, "dots_no_batch" not those of
-    attention's scores either, "full" keeps its input only. "auto" is "dots" on a GPU, where XLA
-    left to itself keeps GELUs and norms in float32 (2.3 times the memory), else "none": XLA for
-    TPUs does as well alone, on CPUs it costs 5 % of the time and saves nothing (BUILD_NOTES.md)."""
+    """What a block keeps for the backward pass: "none" leaves it to the compiler; "dots" keeps the
+    results of products and recomputes elementwise operations; "dots_no_batch" does not keep
+    attention scores either; "full" keeps only the input. "auto" is "dots" on a GPU, where XLA by
+    itself keeps GELUs and norms in float32 (2.3 times the memory), else "none": XLA for TPUs does
+    as well by itself, and on CPUs it costs 5 % of the time and saves nothing (BUILD_NOTES.md).
+    """
     attention: str = "auto"
     """"xla", "cudnn", or "auto": cuDNN's fused kernel where the device and the types allow it."""
 
@@ -68,7 +72,7 @@ class Execution:
 
     @property
     def policy(self) -> str:
-        """`remat` with "auto" decided."""
+        """The value of `remat` with "auto" resolved."""
         if self.remat == "auto":
             return "dots" if jax.default_backend() == "gpu" else "none"
         return self.remat
@@ -76,7 +80,7 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """What a stack of blocks computes."""
+    """The settings of a stack of blocks."""
 
     depth: int
     width: int
@@ -106,7 +110,7 @@ class TransformerConfig:
         key_bias: bool = True,
         causal: bool = False,
     ) -> Any:
-        """The stack of an encoder whose settings name the sizes and numerics as they do here."""
+        """Returns the stack of an encoder whose settings have the same field names."""
         return cls(
             depth=settings.depth,
             width=settings.width,
@@ -125,7 +129,7 @@ class TransformerConfig:
 def linear(
     fan_in: int, fan_out: int, execution: Execution, rngs: nnx.Rngs, *, bias: bool = True
 ) -> Linear:
-    """A dense layer with the package's initialisation and types."""
+    """Returns a dense layer with the package's initialisation and dtypes."""
     return Linear(
         fan_in,
         fan_out,
@@ -138,7 +142,7 @@ def linear(
 
 
 def layer_norm(width: int, epsilon: float, execution: Execution, rngs: nnx.Rngs) -> LayerNorm:
-    """LayerNorm with two-pass variance: the fast form errs by 4e-4 on data with a large mean."""
+    """Returns a LayerNorm with two-pass variance; the fast form is off by 4e-4 for large means."""
     return LayerNorm(
         width,
         narrow=jnp.dtype(execution.dtype),
@@ -150,7 +154,7 @@ def layer_norm(width: int, epsilon: float, execution: Execution, rngs: nnx.Rngs)
 
 
 def embedding(count: int, width: int, execution: Execution, rngs: nnx.Rngs) -> Embed:
-    """A table of `count` vectors, drawn with standard deviation 0.02; its rows are float32."""
+    """Returns a table of `count` vectors with standard deviation 0.02; its rows are float32."""
     return Embed(
         count,
         width,
@@ -207,7 +211,7 @@ class Mlp(nnx.Module):
 
 
 class GatedMlp(nnx.Module):
-    """down(activation(gate(x)) * up(x)): Shazeer 2020, arXiv 2002.05202."""
+    """Computes down(activation(gate(x)) * up(x)): Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(
         self,
@@ -230,7 +234,7 @@ class GatedMlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each with a residual connection and a norm.
 
-    A subclass may read something else in the place of `mask` (see `apply_blocks`).
+    A subclass may read something else instead of `mask` (see `apply_blocks`).
     """
 
     def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
@@ -263,7 +267,7 @@ def make_blocks(
     rngs: nnx.Rngs,
     kind: type[Block] = Block,
 ) -> nnx.Pytree:
-    """The blocks of a stack: a list, or with `scan_layers` one block with a leading layer axis."""
+    """Returns the blocks of a stack: a list, or with `scan_layers` one block with a layer axis."""
     if not execution.scan_layers:
         return nnx.List([kind(config, execution, rngs=rngs) for _ in range(config.depth)])
 
@@ -284,11 +288,13 @@ def apply_blocks(
     execution: Execution,
     key: jax.Array | None = None,
 ) -> Float[Array, "b s d"]:
-    """Run `make_blocks`' result, with rematerialisation as `execution` says; no key, no dropout.
+    """Returns the output of the blocks of `make_blocks`; without a key there is no dropout.
+
+    `execution` determines the rematerialisation.
 
     Args:
-      mask: bool (b, s), True where a key is real, or None; a kind of block of its own may read
-        something else in its place.
+      mask: bool (b, s), True where a key is real, or None; a custom kind of block may read
+          something else instead.
     """
     keys = None if key is None else jax.random.split(key, config.depth)
     if isinstance(blocks, Block):
@@ -313,7 +319,7 @@ def apply_blocks(
 def _rematerialised(
     graphdef: nnx.GraphDef[Block], mask: Any, remat: str
 ) -> Callable[[Any, jax.Array, jax.Array | None], jax.Array]:
-    """A block as a pure function of (state, x, key), under the remat policy of that name."""
+    """Returns a block as a pure function of (state, x, key), under the named remat policy."""
 
     def run(state: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return nnx.merge(graphdef, state)(x, mask, key)

@@ -21,7 +21,7 @@ class TwoTowers(nnx.Module):
         logit_bias: float | None,
     ) -> None:
         self.towers = nnx.Dict(towers)
-        # Strongly typed float32 scalars: a weakly typed one would trace the step a second time.
+        # Strongly typed float32 scalars: a weakly typed one would retrace the step.
         self.logit_scale = nnx.Param(jnp.full((), math.log(inverse_temperature), jnp.float32))
         if logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.full((), logit_bias, jnp.float32))
@@ -38,7 +38,7 @@ def build_two_towers(
     precision: str = "highest",
     rngs: nnx.Rngs,
 ) -> TwoTowers:
-    """Builds the towers. Under `nnx.eval_shape` nothing is allocated.
+    """Builds and returns the towers. Under `nnx.eval_shape` nothing is allocated.
 
     Args:
       towers: settings by the tower's name.

@@ -1,9 +1,9 @@
-"""Vision transformer: Dosovitskiy et al. 2021, arXiv 2010.11929; AugReg: Steiner et al. 2022,
-arXiv 2106.10270.
+"""Vision transformer: Dosovitskiy et al. 2021, arXiv 2010.11929.
 
-Defaults are AugReg's: tanh GELU, epsilon 1e-6, pixels (x - 127.5) / 127.5. The transformers
-library's ViT differs in two numbers only: erf GELU and epsilon 1e-12. CLIP's image tower (Radford
-et al. 2021, arXiv 2103.00020) has a norm before the blocks, and patches without a bias.
+AugReg: Steiner et al. 2022, arXiv 2106.10270. Defaults are AugReg's: tanh GELU, epsilon 1e-6,
+pixels (x - 127.5) / 127.5. The transformers library's ViT differs in two settings only: erf GELU
+and epsilon 1e-12. CLIP's image tower (Radford et al. 2021, arXiv 2103.00020) has a norm before the
+blocks, and patches without a bias.
 """
 
 import dataclasses
@@ -48,9 +48,10 @@ class VitConfig:
     epsilon: float = 1e-6
     dropout: float = 0.0
     patch_dropout: float = 0.0
-    """Share of the patches that a training step leaves out, others for every picture (FLIP, Li et
-    al. 2023, arXiv 2212.00794). The class token stays; nothing is left out in evaluation, nor where
-    the encoder is locked."""
+    """Share of the patches that a training step drops, drawn for every picture (FLIP, Li et al.
+    2023, arXiv 2212.00794). The class token is kept; nothing is dropped in evaluation or in a
+    locked encoder.
+    """
     pooling: str = "cls"
     """"cls", or "mean" over the patches."""
     class_token: bool = True
@@ -84,8 +85,8 @@ class VitConfig:
         return self.grid**2 + int(self.class_token)
 
 
-# Width, depth, heads, MLP width. Ti, S: DeiT (arXiv 2012.12877) table 1, S as in AugReg table 2;
-# B, L, H: arXiv 2010.11929 table 1.
+# Width, depth, heads, MLP width. Ti, S: DeiT (arXiv 2012.12877) table 1, S as in AugReg table 2; B,
+# L, H: arXiv 2010.11929 table 1.
 _SIZES = {
     "Ti": (192, 12, 3, 768),
     "S": (384, 12, 6, 1536),
@@ -101,7 +102,8 @@ PRESETS: dict[str, VitConfig] = {
     for size, (width, depth, heads, mlp_width) in _SIZES.items()
     for patch in (8, 14, 16, 32)
 }
-# CLIP's image towers (arXiv 2103.00020, table 20); mean and spread of its training pictures.
+# CLIP's image towers (arXiv 2103.00020, table 20); mean and standard deviation of its training
+# pictures.
 PRESETS |= {
     f"CLIP-{name}": dataclasses.replace(
         PRESETS[name],
@@ -136,7 +138,7 @@ class PatchEmbed(nnx.Module):
         b, height, width, _ = x.shape
         p = self.patch
         rows, columns = height // p, width // p
-        x = x[:, : rows * p, : columns * p]  # no family but SigLIP's has a border that is left
+        x = x[:, : rows * p, : columns * p]  # drops a border, which only SigLIP's family has
         x = x.reshape(b, rows, p, columns, p, 3).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, rows * columns, p * p * 3).astype(self.dtype)
         kernel = self.kernel[...].reshape(p * p * 3, -1)
@@ -146,9 +148,9 @@ class PatchEmbed(nnx.Module):
 def drop_patches(
     x: Float[Array, "b s d"], share: float, key: jax.Array, *, first: int
 ) -> Float[Array, "b t d"]:
-    """Leaves out a share of the tokens behind the `first` ones, drawn for each example.
+    """Returns the `first` tokens and a random part of the others, without a `share` of these.
 
-    At least one is kept. What is drawn depends on the key and the example's place in the batch.
+    At least one is kept. The draw depends on the key and the example's position in the batch.
     """
     patches = x.shape[1] - first
     count = max(1, round(patches * (1 - share)))
@@ -158,7 +160,7 @@ def drop_patches(
 
 
 class Vit(nnx.Module):
-    """Encoder of images {"pixels": uint8 (b, y, x, 3)}; the range is normalised inside.
+    """Encoder of images {"pixels": uint8 (b, y, x, 3)}; it normalises the pixels' range itself.
 
     Attributes:
       block: the kind of its blocks.
@@ -190,7 +192,7 @@ class Vit(nnx.Module):
         return self.config.width
 
     def stack(self) -> TransformerConfig:
-        """What the blocks compute."""
+        """Returns the settings of the blocks."""
         config = self.config
         return TransformerConfig.of(
             config, norm_order="pre", query_value_bias=config.qkv_bias, key_bias=config.qkv_bias
@@ -199,9 +201,9 @@ class Vit(nnx.Module):
     def embed(
         self, pixels: UInt8[Array, "b y x 3"], key: jax.Array | None = None
     ) -> Float[Array, "b t d"]:
-        """Patches and class token with their positions added, normalised where the family does.
+        """Returns patches and class token with positions added, normalised if the family does so.
 
-        With a key and `patch_dropout` some of the patches only.
+        With a key and `patch_dropout`, only some of the patches are returned.
         """
         side = self.config.image_size
         if pixels.shape[1:3] != (side, side):
@@ -212,7 +214,7 @@ class Vit(nnx.Module):
             )
         mean = jnp.asarray(self.config.pixel_mean, jnp.float32)[None, None, None, :]
         std = jnp.asarray(self.config.pixel_std, jnp.float32)[None, None, None, :]
-        # Sums and repeats in float32, so that the gradients over the batch are summed in it too.
+        # Sums and broadcasts are in float32, so that gradients over the batch are summed in it too.
         x = self.patch_embed((pixels.astype(jnp.float32) - mean) / std).astype(jnp.float32)
         if self.config.class_token:
             token = self.class_token[...].astype(x.dtype)
@@ -220,7 +222,7 @@ class Vit(nnx.Module):
         if self.adds_positions:
             x = x + self.position_embedding[...].astype(x.dtype)
         if key is not None and self.config.patch_dropout:
-            # A key of its own: `dropout` below draws from the key itself.
+            # A separate key: `dropout` below uses the key itself.
             own = jax.random.fold_in(key, 1)
             x = drop_patches(x, self.config.patch_dropout, own, first=int(self.config.class_token))
         if self.config.embedding_norm:
@@ -230,7 +232,7 @@ class Vit(nnx.Module):
     def tokens(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The sequence after the final norm."""
+        """Returns the sequence after the final norm."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         x = apply_blocks(
             self.blocks,
@@ -251,16 +253,16 @@ class Vit(nnx.Module):
         return pool(tokens, None, self.config.pooling)
 
 
-# Names of AugReg and big_vision `.npz` files, and of transformers' ViT. big_vision renamed its
-# modules once (`MultiHeadDotProductAttention_1` to `..._0`, `MlpBlock_3` to `..._0`, `LayerNorm_2`
-# to `..._1`) and can store all layers in one array; both forms are read.
+# Names in AugReg and big_vision `.npz` files, and in transformers' ViT files. big_vision renamed
+# its modules once (`MultiHeadDotProductAttention_1` to `..._0`, `MlpBlock_3` to `..._0`,
+# `LayerNorm_2` to `..._1`) and can store all layers in one array; both forms are supported.
 _B = r"Transformer/encoderblock_(\d+)"
 _ATTENTION = rf"{_B}/MultiHeadDotProductAttention_[01]"
 _OURS = r"encoder/blocks/\1"
 
 
 def _augreg_view(weights: Weights) -> Weights:
-    """Without the prefixes of train states and of two-tower models, one array per layer."""
+    """Returns a view without prefixes of train states and two-tower models, one array per layer."""
     plain = without_prefix(weights, r"(?:opt/target/|params/)?(?:img/)?")
     return unstacked(plain, r"(Transformer/encoderblock)(/.+)")
 
@@ -335,7 +337,7 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     if "model_cfg" in content:
         return open_clip.read_image(content)
     part = clip_part(content, "vision")
-    if part is not None:  # transformers takes this size for granted
+    if part is not None:  # transformers' default size
         return dataclasses.asdict(PRESETS["CLIP-ViT-B/32"]) | named(part, _NAMES)
     return named(content, _NAMES) if content.get("model_type", "vit") == "vit" else {}
 

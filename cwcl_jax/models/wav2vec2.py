@@ -1,12 +1,12 @@
 """wav2vec 2.0 (Baevski et al. 2020, arXiv 2006.11477) and HuBERT (Hsu et al. 2021, 2106.07447).
 
-Strided convolutions read the samples themselves, 20 ms a frame; a wide convolution of groups adds
-positions; a transformer follows. HuBERT computes the same and was trained otherwise.
+Strided convolutions read the samples, 20 ms per frame; a wide grouped convolution adds positions; a
+transformer follows. HuBERT is the same function with other training.
 
-A recording gives here what transformers gives for it alone, whatever is padded behind it in a
-batch. transformers' own batches do so with an attention mask where the convolutions have layer
-norms; where the first one has a group norm, its statistics take in the padding of a batch there,
-and here they do not.
+The result for a recording equals that of transformers for the recording alone, whatever padding
+follows in a batch. transformers' own batches do the same with an attention mask if the convolutions
+have layer norms. If the first one has a group norm, its statistics include the padding there, but
+not here.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Wav2Vec2Config(SpeechAugment):
     """"group": one norm over time behind the first convolution; "layer": one behind each."""
     conv_activation: str = "gelu_erf"
     projection_norm: bool = True
-    """A norm between the convolutions and the dense layer behind them."""
+    """A norm between the convolutions and the dense layer after them."""
     position_kernel: int = 128
     position_groups: int = 16
     width: int = 768
@@ -63,9 +63,11 @@ class Wav2Vec2Config(SpeechAugment):
     activation: str = "gelu_erf"
     epsilon: float = 1e-5
     stable_norm: bool = False
-    """Norms before each branch and at the end, in place of norms behind each branch."""
+    """Norms before each branch and at the end, instead of norms after each branch."""
     normalize_waveform: bool = True
-    """Samples get mean 0 and variance 1 over the recording, where the weights were trained so."""
+    """Normalise samples to mean 0 and variance 1 over the recording, if the weights were trained
+    so.
+    """
     dropout: float = 0.0
     pooling: str = "mean"
     """"mean" over the recording's frames, or "cls", the first one."""
@@ -87,7 +89,7 @@ class Wav2Vec2Config(SpeechAugment):
 
     @property
     def least_samples(self) -> int:
-        """Samples that one frame reads."""
+        """Number of samples that one frame reads."""
         size = 1
         for kernel, stride in zip(self.kernels[::-1], self.strides[::-1], strict=True):
             size = (size - 1) * stride + kernel
@@ -119,7 +121,7 @@ HUBERT_PRESETS = {
 
 
 class WaveConv(nnx.Module):
-    """A strided convolution that never looks beyond the ends, as one matmul of shifted copies.
+    """A strided convolution without padding, written as one matmul of shifted copies.
 
     Kernel: (size, in, out).
     """
@@ -147,7 +149,7 @@ class WaveConv(nnx.Module):
 
 
 class TimeNorm(nnx.Module):
-    """Each channel to mean 0 and variance 1 over a recording's own frames, in float32."""
+    """Normalises channels to mean 0 and variance 1 over a recording's real frames, in float32."""
 
     def __init__(self, width: int, execution: Execution) -> None:
         self.scale = nnx.Param(jnp.ones((width,), execution.param_dtype))
@@ -167,9 +169,9 @@ class TimeNorm(nnx.Module):
 
 
 class PositionConv(nnx.Module):
-    """A convolution over frames in groups of channels, whose kernel has a length of its own.
+    """A grouped convolution over frames, whose kernel has a learned norm.
 
-    gain (size,) is the length at each place of direction (size, in / groups, out): the weight
+    gain (size,) is the norm at each position of direction (size, in / groups, out): the weight
     normalisation of Salimans and Kingma 2016, arXiv 1602.07868.
     """
 
@@ -189,7 +191,7 @@ class PositionConv(nnx.Module):
         gain = self.gain[...].astype(jnp.float32)[:, None, None]
         kernel = direction * gain * lax.rsqrt(square)
         size = kernel.shape[0]
-        # An even kernel reads one frame more before a frame than behind it.
+        # An even kernel reads one frame more before a frame than after it.
         y = lax.conv_general_dilated(
             x,
             kernel.astype(x.dtype),
@@ -220,7 +222,7 @@ class Wav2Vec2(nnx.Module):
         if config.conv_norm == "group":
             self.conv_norms = nnx.List([TimeNorm(widths[1], execution)])
         else:
-            # These norms have an epsilon of their own.
+            # These norms have their own epsilon.
             self.conv_norms = nnx.List(
                 [layer_norm(width, 1e-5, execution, rngs) for width in config.conv_widths]
             )
@@ -239,7 +241,7 @@ class Wav2Vec2(nnx.Module):
         self.blocks = self.make_blocks(rngs)
 
     def make_blocks(self, rngs: nnx.Rngs) -> nnx.Pytree:
-        """The transformer's layers."""
+        """Returns the transformer's layers."""
         return make_blocks(self.stack, self.execution, rngs=rngs, kind=Block)
 
     @property
@@ -250,7 +252,7 @@ class Wav2Vec2(nnx.Module):
     def samples(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> tuple[Float[Array, "b n"], Int[Array, " b"]]:
-        """The samples as the weights were trained on them, zero behind each end, and the ends."""
+        """Returns the samples as in the weights' training, zero after each end, and the ends."""
         config = self.config
         waveform = inputs["waveform"]
         missing = max(0, config.least_samples - waveform.shape[1])
@@ -269,9 +271,9 @@ class Wav2Vec2(nnx.Module):
     def frames(
         self, samples: Float[Array, "b n"], length: Int[Array, " b"]
     ) -> tuple[Float[Array, "b t d"], Bool[Array, "b t"]]:
-        """What the convolutions make of samples, and which frames read real ones only.
+        """Returns the output of the convolutions, and which frames read only real samples.
 
-        A recording shorter than one frame has one, which reads silence too.
+        A recording shorter than one frame has one frame, which also reads silence.
         """
         config = self.config
         x = samples[:, :, None]
@@ -293,7 +295,7 @@ class Wav2Vec2(nnx.Module):
         frames: Bool[Array, "b t"],
         key: jax.Array | None = None,
     ) -> Float[Array, "b t d"]:
-        """The blocks' input: frames in the transformer's width, with their positions."""
+        """Returns the blocks' input: frames in the transformer's width, with their positions."""
         if self.config.projection_norm:
             x = self.projection_norm(x)
         x = only(self.projection(x), frames)
@@ -305,7 +307,7 @@ class Wav2Vec2(nnx.Module):
     def contextualise(
         self, x: Float[Array, "b t d"], frames: Bool[Array, "b t"], key: jax.Array | None
     ) -> Float[Array, "b t d"]:
-        """The blocks."""
+        """Returns the result of the blocks."""
         return apply_blocks(
             self.blocks, x, frames, config=self.stack, execution=self.execution, key=key
         )
@@ -313,7 +315,7 @@ class Wav2Vec2(nnx.Module):
     def tokens(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> tuple[Float[Array, "b t d"], Bool[Array, "b t"]]:
-        """The sequence that pooling reads, and which of it is real."""
+        """Returns the sequence that pooling reads, and which of it is real."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         x, frames = self.frames(*self.samples(inputs, keys[0]))
         x = self.contextualise(self.embed(x, frames, keys[1]), frames, keys[2])
@@ -326,7 +328,7 @@ class Wav2Vec2(nnx.Module):
         return pool(tokens, frames, self.config.pooling)
 
 
-# Names of these files, as transformers writes them. Weight normalisation was renamed once.
+# Names in these files, as transformers writes them. Weight normalisation was renamed once.
 LAYER = r"encoder/layers/(\d+)"
 OURS = r"encoder/blocks/\1"
 _WEIGHT_NORM = r"encoder/pos_conv_embed/conv/(?:parametrizations/weight/)?"
@@ -340,7 +342,7 @@ RULES = [
     Rule(rf"{_WEIGHT_NORM}(weight_g|original0)", "encoder/position_conv/gain", "flat"),
     Rule(rf"{_WEIGHT_NORM}(weight_v|original1)", "encoder/position_conv/direction", "reversed"),
     Rule(r"encoder/pos_conv_embed/conv/bias", "encoder/position_conv/bias"),
-    # One name for the norm behind the blocks and for the one before them.
+    # The norm after the blocks and the one before them have the same name.
     Rule(r"encoder/layer_norm/(scale|bias)", r"encoder/norm/\1"),
     Rule(r"encoder/layer_norm/(scale|bias)", r"encoder/embedding_norm/\1"),
     *(
@@ -352,7 +354,7 @@ RULES = [
     Rule(rf"{LAYER}/feed_forward/output_dense/(kernel|bias)", rf"{OURS}/mlp/down/\2"),
     Rule(rf"{LAYER}/final_layer_norm/(scale|bias)", rf"{OURS}/norm2/\2"),
 ]
-# The vector in place of masked frames, and what pretraining, CTC and classifiers add.
+# The vector for masked frames, and the additions of pretraining, CTC and classifiers.
 IGNORE = [
     "masked_spec_embed", r"quantizer/.*", r"project_(hid|q)/.*", r"lm_head/.*", r"projector/.*",
     r"classifier/.*", "layer_weights", r"tdnn/.*", r"objective/.*",
@@ -371,7 +373,7 @@ _TUPLES = {"conv_widths": "conv_dim", "kernels": "conv_kernel", "strides": "conv
 
 
 def read_waves(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of a config.json of this kind.
+    """Returns the settings of a config.json of this kind.
 
     Raises:
       ValueError: the model has parts that are not supported.
@@ -388,10 +390,10 @@ def read_waves(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
 
 
 def read_extractor(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a preprocessor_config.json of this kind.
+    """Returns the settings of a preprocessor_config.json of this kind.
 
     Raises:
-      ValueError: it asks for another rate than recordings are resampled to.
+      ValueError: it requires another sampling rate than the one recordings are resampled to.
     """
     rate = content.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:
@@ -400,7 +402,7 @@ def read_extractor(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layout(name: str, prefix: str) -> Layout:
-    """The files of a model whose tasks' classes put `prefix` before its names."""
+    """Returns the layout of a model whose task classes put `prefix` before its names."""
 
     def view(weights: Weights) -> Weights:
         return without_prefix(flax_names(weights), f"{prefix}/")
@@ -415,7 +417,7 @@ def layout(name: str, prefix: str) -> Layout:
 
 
 def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    # Both compute the same, so that either name opens either folder.
+    # Both compute the same, so either name may open either folder.
     kinds = ("wav2vec2", "hubert")
     return read_waves(content, NAMES) if content.get("model_type") in kinds else {}
 

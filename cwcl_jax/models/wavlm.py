@@ -1,7 +1,7 @@
 """WavLM: Chen et al. 2021, arXiv 2110.13900. A wav2vec 2.0 with gated relative positions.
 
-Scores of attention get a bias for the distance of two frames, from one table for all layers, which
-every layer gates by what it attends from (section 3.2).
+Attention scores get a bias for the distance of two frames, from one table for all layers; every
+layer gates it by the query's input (section 3.2).
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ class WavLmConfig(Wav2Vec2Config):
     """Sizes and numerics of a WavLM."""
 
     buckets: int = 320
-    """Rows of the table of distances, half of them for frames before."""
+    """Number of rows of the table of distances, half of them for earlier frames."""
     max_distance: int = 800
-    """Frames beyond which all distances are one."""
+    """Distance in frames from which all distances share a row."""
 
 
-# arXiv 2110.13900, section 4.1. The base models heard samples as they are.
+# arXiv 2110.13900, section 4.1. The base models were trained on unnormalised samples.
 PRESETS = {
     "WavLM-base": WavLmConfig(normalize_waveform=False),
     "WavLM-large": WavLmConfig(conv_norm="layer", stable_norm=True, **LARGE),
@@ -83,7 +83,7 @@ class GatedAttention(Attention):
 
 
 class GatedBlock(Block):
-    """A block with such attention; its mask is the real frames and the bias (h, s, s)."""
+    """A block with gated attention; its mask is the real frames and the bias (h, s, s)."""
 
     def __init__(self, config: TransformerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, execution, rngs=rngs)
@@ -94,7 +94,7 @@ class WavLm(Wav2Vec2):
     """Encoder of {"waveform": int16 (b, n) at 16 kHz, "length": int32 (b,)}."""
 
     def make_blocks(self, rngs: nnx.Rngs) -> nnx.Pytree:
-        """The transformer's layers, and the table that they share."""
+        """Returns the transformer's layers, and creates the table that they share."""
         config = self.config
         if self.execution.attention == "cudnn":
             raise ValueError("WavLM's attention has a bias, which attention='cudnn' does not take")
@@ -104,7 +104,7 @@ class WavLm(Wav2Vec2):
     def contextualise(
         self, x: Float[Array, "b t d"], frames: Bool[Array, "b t"], key: jax.Array | None
     ) -> Float[Array, "b t d"]:
-        """The blocks."""
+        """Returns the result of the blocks."""
         config = self.config
         rows = distance_buckets(x.shape[1], config.buckets, config.max_distance)
         bias = jnp.transpose(self.distances(jnp.asarray(rows)), (2, 0, 1))

@@ -1,8 +1,9 @@
 """The encoder of Whisper: Radford et al. 2022, arXiv 2212.04356, section 2.2 and table 1.
 
-Whisper always hears 30 s, silence included. Here an utterance may have any length up to 30 s: its
-padding is masked in the convolutions, the attention and the pooling, so that it costs nothing and
-changes nothing. `attend_padding=True` is Whisper's own way, at the price of 30 s for every clip.
+Whisper always processes 30 s, silence included. Here an utterance may have any length up to 30 s:
+its padding is masked in the convolutions, the attention and the pooling, so that it neither costs
+nor changes anything. `attend_padding=True` does the same as Whisper, at the cost of 30 s for every
+clip.
 """
 
 import dataclasses
@@ -96,7 +97,7 @@ class WhisperEncoder(nnx.Module):
     def frames(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> tuple[Float[Array, "b t f"], Bool[Array, "b t"]]:
-        """Normalised log-mel frames, and which of them are real."""
+        """Returns normalised log-mel frames, and which of them are real."""
         samples, limit = inputs["waveform"].shape[1], 2 * self.config.max_positions * HOP
         if samples > limit:
             raise ValueError(
@@ -117,7 +118,7 @@ class WhisperEncoder(nnx.Module):
         frames: Bool[Array, "b t"],
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "b u d"], Bool[Array, "b u"]]:
-        """Two convolutions, the second of stride 2, and the positions."""
+        """Returns the result of two convolutions, the second of stride 2, plus the positions."""
         x, frames = self.conv1(features, frames)
         x, frames = self.conv2(activate(x, self.config.activation), frames)
         x = activate(x, self.config.activation)
@@ -131,7 +132,7 @@ class WhisperEncoder(nnx.Module):
         frames: Bool[Array, "b t"],
         key: jax.Array | None = None,
     ) -> tuple[Float[Array, "b u d"], Bool[Array, "b u"]]:
-        """The sequence after the final norm, from log-mel frames."""
+        """Returns the sequence after the final norm, from log-mel frames."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         x, frames = self.embed(features, frames, keys[0])
         x = apply_blocks(
@@ -149,14 +150,14 @@ class WhisperEncoder(nnx.Module):
     ) -> Float[Array, "b f"]:
         keys = (None, None) if key is None else jax.random.split(key, 2)
         features, real = self.frames(inputs, keys[0])
-        # With `attend_padding` silence is heard, but not averaged.
+        # With `attend_padding` silence is attended to, but not averaged.
         heard = jnp.ones_like(real) if self.config.attend_padding else real
         tokens, _ = self.tokens(features, heard, keys[1])
         return pool(tokens, real[:, ::2], self.config.pooling)
 
 
 def sinusoids(length: int, width: int) -> Float[np.ndarray, "t d"]:
-    """Whisper's position table: sines, then cosines, of wavelengths up to 10000."""
+    """Returns Whisper's position table: sines, then cosines, of wavelengths up to 10000."""
     steps = np.log(10000.0) / (width // 2 - 1)
     angles = np.arange(length)[:, None] * np.exp(-steps * np.arange(width // 2))[None, :]
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -166,7 +167,7 @@ def _view(weights: Weights) -> Weights:
     return without_prefix(flax_names(weights), "(?:model/)?(?=encoder/|decoder/)")
 
 
-# Names of Whisper files, as transformers writes them; the decoder stays out.
+# Names in Whisper files, as transformers writes them; the decoder is ignored.
 _FILES = Layout(
     name="Whisper",
     signature=r"((model[./])?encoder[./])?conv1[./](weight|kernel)",
@@ -198,8 +199,8 @@ WHISPER = EncoderFamily(
     PRESETS,
     [_FILES],
     _read_config,
-    # A fixed table of sines: no setting but a regex that names it trains it.
+    # A fixed table of sines, trained only if a regex names it.
     fixed=("encoder/position_embedding",),
-    # It was trained on windows of 30 s, with silence behind shorter recordings.
+    # It was trained on windows of 30 s, with silence after shorter recordings.
     as_published={"attend_padding": True},
 )

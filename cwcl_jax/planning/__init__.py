@@ -1,1 +1,1 @@
-"""What a run needs and how long it takes, before there is any device: see `cwcl_jax.plan`."""
+"""Estimates what a run needs and how long it takes, without any device: see `cwcl_jax.plan`."""

@@ -1,7 +1,7 @@
-"""Accelerators as data sheets describe them, and meshes of them by name.
+"""Accelerators as their data sheets describe them, and meshes of them by name.
 
-Peaks are those of dense matrix products. Every row names where its numbers are published; what a
-program reaches of them is another matter.
+Peaks are those of dense matrix products. Every row names the source of its numbers. A program
+usually reaches only part of these peaks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Chip:
 
     Attributes:
       memory: bytes.
-      half: flops of bfloat16 products.
-      single: flops of float32 products at JAX's default precision (TF32; one bfloat16 pass).
-      high: flops of float32 products at precision "high" (three of these passes).
-      highest: flops of float32 products at precision "highest" (no tensor cores; six passes).
+      half: flop/s of bfloat16 products.
+      single: flop/s of float32 products at JAX's default precision (TF32; one bfloat16 pass).
+      high: flop/s of float32 products at precision "high" (three of these passes).
+      highest: flop/s of float32 products at precision "highest" (no tensor cores; six passes).
       bandwidth: bytes/s between memory and chip.
       link: bytes/s that one chip sends to the others of its island.
-      island: chips joined by such links: an NVLink node, a pod.
+      island: number of chips that are joined by such links: an NVLink node, a pod.
       network: bytes/s that one chip sends out of its island.
-      is_gpu: whether it is NVIDIA's: cuDNN's attention keeps no tokens x tokens array, and XLA has
-        its own habits.
+      is_gpu: whether it is an NVIDIA GPU: cuDNN's attention stores no tokens x tokens array, and
+          XLA compiles differently.
       source: where the numbers are published.
     """
 
@@ -48,12 +48,12 @@ class Chip:
     source: str
 
     def sends(self, devices: int) -> float:
-        """Bytes/s that each of `devices` chips can send at once."""
+        """Returns the bytes/s that each of `devices` chips can send at once."""
         return self.link if devices <= self.island else min(self.link, self.network)
 
 
 def _gpu(name, memory, half, single, highest, bandwidth, link, network, source) -> Chip:
-    """Nodes of eight with one network card for each GPU, as NVIDIA's DGX machines have them."""
+    """Returns a GPU in nodes of eight with one network card per GPU, as in NVIDIA's DGX."""
     return Chip(
         name, memory * _GB, half * _TERA, single * _TERA, single * _TERA / 3, highest * _TERA,
         bandwidth * _GB, link * _GB, 8, network * _GB, True, source,
@@ -61,7 +61,7 @@ def _gpu(name, memory, half, single, highest, bandwidth, link, network, source) 
 
 
 def _tpu(name, memory, half, bandwidth, link, pod, network, source) -> Chip:
-    """A TPU multiplies float32 in bfloat16 passes: one by default, three or six where asked."""
+    """Returns a TPU, which multiplies float32 in one, three or six bfloat16 passes."""
     return Chip(
         name, memory * _GIB, half * _TERA, half * _TERA, half * _TERA / 3, half * _TERA / 6,
         bandwidth * _GB, link * _GB, pod, network * _GB, False, source,
@@ -80,7 +80,7 @@ CHIPS: dict[str, Chip] = {
         _gpu("a100-80", 80, 312, 156, 19.5, 2039, 300, 25, _A100),
         _gpu("h100", 80, 989, 495, 67, 3350, 450, 50, _H100),
         _gpu("h200", 141, 989, 495, 67, 4800, 450, 50, _H200),
-        # Out of a pod: the host's network cards divided by its chips.
+        # Network of TPUs: the bandwidth of the host's network cards divided by its chips.
         _tpu("v4", 32, 275, 1200, 300, 4096, 6.25, _TPU + "v4; network as v5p (not published)"),
         _tpu("v5e", 16, 197, 819, 200, 256, 3.125, _TPU + "v5e, v6e"),
         _tpu("v5p", 95, 459, 2765, 600, 8960, 6.25, _TPU + "v5p"),
@@ -88,14 +88,15 @@ CHIPS: dict[str, Chip] = {
     )
 }
 _ALIASES = {"a100": "a100-80", "tpu-v4": "v4", "tpu-v5e": "v5e", "tpu-v5p": "v5p", "tpu-v6e": "v6e"}
-# Names of Google's slices count TensorCores for these, of which a chip has two, and chips for v5e
-# and v6e (cloud.google.com/tpu/docs).
+# For these, names of Google's slices count TensorCores, of which a chip has two; for v5e and v6e
+# they count chips (cloud.google.com/tpu/docs).
 _NAMED_BY_CORES = ("v4", "v5p")
-# As many as the largest pods have: the planner makes them all, and more take it minutes.
+# The size of the largest pods. The planner creates all devices; more would take it minutes.
 _MOST_DEVICES = 10_000
 
 
-# What drivers call them. GPUs of smaller boards (PCIe, NVL) have other peaks and are left out.
+# Names of chips in their drivers. GPUs of smaller boards (PCIe, NVL) have other peaks and are left
+# out.
 _KINDS = {
     "nvidia a100-sxm4-40gb": "a100-40", "nvidia a100-sxm4-80gb": "a100-80",
     "nvidia h100 80gb hbm3": "h100", "nvidia h200": "h200", "tpu v4": "v4", "tpu v5 lite": "v5e",
@@ -104,16 +105,17 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX's `device_kind` names; None for one whose peaks are not in the table."""
+    """Returns the chip of JAX's `device_kind`, or None if its peaks are not in the table."""
     name = _KINDS.get(device_kind.lower())
     return None if name is None else CHIPS[name]
 
 
 def parse_mesh(text: str) -> tuple[Chip, int]:
-    """The chip and the number of devices of `a100x4`, `a100 x4`, `v5e:256` or `h100`.
+    """Returns chip and number of devices of `a100x4`, `a100 x4`, `v5e:256` or `h100`.
 
     Raises:
-      ConfigError: no such chip (names the nearest), or no number of devices that can be planned.
+      ConfigError: there is no such chip (names the nearest), or the number of devices is out of
+          range.
     """
     match = re.fullmatch(r"([a-z0-9\-]+?)(?:\s*[x:]\s*(\d+))?", text.strip().lower())
     name = match[1] if match else text
@@ -138,7 +140,7 @@ def _known() -> list[str]:
 
 
 def _hint(name: str) -> str:
-    """What may have been meant: a slice as Google writes it, v5e-64, or the nearest name."""
+    """Returns a suggestion: a slice as Google writes it (v5e-64), or the nearest name."""
     start, _, number = name.rpartition("-")
     if number.isdecimal() and (chip := _chip(start)) is not None:
         if chip.name in _NAMED_BY_CORES:

@@ -1,9 +1,9 @@
-"""What a compiled program sends between devices: its collectives, read from the optimised HLO text.
+"""Communication of a compiled program: its collectives, read from the optimised HLO text.
 
-A collective inside of a loop counts as often as the loop runs. Bytes sent are those of the
-bandwidth-optimal ring algorithms (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce
-algorithms for clusters of workstations"), per device: (g - 1)/g of the gathered or scattered
-array in a group of g, twice that for an all-reduce, the whole of it for a permutation.
+A collective inside a loop counts as often as the loop runs. The bytes sent are those of the
+bandwidth-optimal ring algorithms (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms
+for clusters of workstations"), per device: (g - 1)/g of the gathered or scattered array in a group
+of g, twice that for an all-reduce, and the whole array for a permutation.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Collective:
 
     Attributes:
       kind: "all-gather", "all-reduce", "reduce-scatter", "collective-permute", ...
-      executions: how often one run of the program executes it.
-      payload_bytes: of one execution on one device: the array after a gather, before a scatter.
-      group_size: devices that take part in one group.
-      name: the operation in the traced function, "" where the compiler made it up.
+      executions: number of executions in one run of the program.
+      payload_bytes: bytes of one execution on one device: of the array after a gather or before a
+          scatter.
+      group_size: number of devices in one group.
+      name: the operation in the traced function, or "" if the compiler added it.
     """
 
     kind: str
@@ -52,7 +53,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """What one device sends in all executions."""
+        """Bytes that one device sends in all executions."""
         share = (self.group_size - 1) / self.group_size
         factor = {"all-reduce": 2 * share, "collective-permute": min(self.group_size - 1, 1)}
         return self.executions * self.payload_bytes * factor.get(self.kind, share)
@@ -60,7 +61,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of one kind: executions, bytes before and bytes on the wire, per device."""
+    """All collectives of one kind: executions, payload bytes and bytes sent, per device."""
 
     count: int
     payload_bytes: int
@@ -68,13 +69,13 @@ class Traffic:
 
 
 def traffic(hlo: str) -> dict[str, Traffic]:
-    """Kind of collective -> its traffic in one run of the program.
+    """Returns, by kind of collective, the traffic in one run of the program.
 
     Args:
       hlo: text of a compiled program, `jitted.lower(...).compile().as_text()`.
 
     Raises:
-      ValueError: the text is no HLO module, or has a collective that cannot be understood.
+      ValueError: the text is not an HLO module, or has a collective that cannot be parsed.
     """
     found = collectives(hlo)
     return {
@@ -92,16 +93,16 @@ def _sum(found: Iterable[Collective]) -> Traffic:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Every collective that one run of the program executes; see `traffic`."""
+    """Returns every collective that one run of the program executes; see `traffic`."""
     entry, computations = _computations(hlo)
     devices = _device_count(hlo)
     return list(_executed(entry, computations, devices, 1))
 
 
 def executions(hlo: str) -> Iterator[tuple[list[str], int]]:
-    """The instructions of the entry and of each loop's body, with how often one run executes them.
+    """Yields the instructions of the entry and of each loop's body, with their execution counts.
 
-    Bodies of fusions and of reductions are no computations of their own on a device and left out.
+    Bodies of fusions and reductions are left out: a device does not run them separately.
     """
     entry, computations = _computations(hlo)
     yield from _loops(entry, computations, 1)
@@ -120,17 +121,17 @@ def _loops(
 
 
 def shapes_of(types: str) -> list[tuple[str, int]]:
-    """(dtype, bytes) of each array in an instruction's result."""
+    """Returns (dtype, bytes) of each array in an instruction's result."""
     return [(dtype, _bytes(dtype, dimensions)) for dtype, dimensions in _SHAPE.findall(types)]
 
 
 def computations_of(hlo: str) -> dict[str, list[str]]:
-    """The instructions of every computation of a module, by name."""
+    """Returns the instructions of every computation of a module, by name."""
     return _computations(hlo)[1]
 
 
 def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
-    """The entry's name, and the instructions of each computation by name."""
+    """Returns the entry's name, and the instructions of each computation by name."""
     entry, current = "", None
     computations: dict[str, list[str]] = {}
     for line in hlo.splitlines():
@@ -157,7 +158,7 @@ def _device_count(hlo: str) -> int:
 def _executed(
     computation: str, computations: dict[str, list[str]], devices: int, times: int
 ) -> Iterator[Collective]:
-    """The collectives of a computation and of those that it calls."""
+    """Yields the collectives of a computation and of the computations that it calls."""
     for line in computations.get(computation, ()):
         match = _COLLECTIVE.search(line)
         if match and " = " in line[: match.start() + 1]:
@@ -175,7 +176,7 @@ def _executed(
 
 
 def _branches(line: str) -> list[str]:
-    """The computations of which a conditional executes one."""
+    """Returns the computations of a conditional, one of which is executed."""
     listed = [first or second for first, second in _BRANCHES.findall(line)]
     return [name.strip().lstrip("%") for names in listed for name in names.split(",")]
 
@@ -192,7 +193,10 @@ def _parsed(line: str, match: re.Match[str], devices: int, times: int) -> Collec
 
 
 def _result_bytes(types: str, kind: str, started: bool, group_size: int) -> int:
-    """Bytes of the result, of which an asynchronous start also lists the operand and contexts."""
+    """Returns the bytes of the result.
+
+    The types of an asynchronous start also list the operand and contexts; they are not counted.
+    """
     shapes = _SHAPE.findall(types)
     if started and kind == "collective-permute":
         return sum(_bytes(*s) for s in shapes if s != ("u32", "")) // 2
@@ -213,7 +217,7 @@ def _bytes(dtype: str, dimensions: str) -> int:
 
 
 def _group_size(line: str, kind: str, devices: int) -> int:
-    """Devices in one group, from any of the ways in which XLA writes groups."""
+    """Returns the number of devices in one group, from any notation that XLA uses for groups."""
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", line[line.index("source_target_pairs=") :])
         return len(pairs) if any(a != b for a, b in pairs) else 1

@@ -1,4 +1,4 @@
-"""The real train step, compiled and never run: what XLA says of it, and the largest batch."""
+"""The real train step, compiled but not run: XLA's memory and traffic, and the largest batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cwcl_jax.planning.inputs import AbstractBatch
 from cwcl_jax.training.state import Blueprint
 from cwcl_jax.training.step import TrainStep
 
-# Points that a search for the largest batch may compile beside the config's own.
+# Number of batches that a search for the largest one may compile besides the config's own.
 _MOST_TRIES = 4
-# A batch that needs this share of what is there is large enough.
+# A batch that needs this share of the limit is large enough.
 _ENOUGH = 0.98
-# No batch of more times the one that fits is tried.
+# Largest factor of a fitting batch that is tried.
 _MOST = 64
 
 
@@ -27,9 +27,9 @@ class Compiled:
 
     Attributes:
       arguments: bytes of state, locked leaves and one batch.
-      temporary: the most bytes that are allocated besides, during a step.
+      temporary: largest number of bytes that a step allocates in addition.
       traffic: collectives by kind.
-      seconds: that lowering and compiling took.
+      seconds: duration of lowering and compiling.
     """
 
     arguments: int
@@ -46,7 +46,7 @@ class Compiled:
 def compile_step(
     blueprint: Blueprint, batch: AbstractBatch, options: Mapping[str, Any] | None = None
 ) -> Compiled:
-    """Compiles the step for the blueprint's mesh, with options of the compiler."""
+    """Compiles the step for the blueprint's mesh with compiler options; returns XLA's figures."""
     start = time.perf_counter()
     compiled = TrainStep(blueprint).lower(batch).compile(dict(options or {}))
     seconds = time.perf_counter() - start
@@ -62,14 +62,15 @@ def compile_step(
 def largest_batch(
     bytes_of: Callable[[int], float], start: int, need: float, *, step: int, limit: float
 ) -> int:
-    """The largest multiple of `step` that was found to fit, 0 if none was.
+    """Returns the largest multiple of `step` that was found to fit, or 0 if none was.
 
-    Memory is nearly linear in the batch: a line through two batches names a third, which is tried
-    too, until one uses 98 % of the limit.
+    Memory is nearly linear in the batch: a line through two batches predicts a third, which is
+    tried in turn, until one uses 98 % of the limit.
 
     Args:
-      bytes_of: compiles a batch and says what it needs; infinite where the compiler refuses it.
-      start: a batch of which it is known: it needs `need`.
+      bytes_of: compiles a batch and returns the bytes it needs; infinite if the compiler refuses
+          it.
+      start: a batch size that is known to need `need` bytes.
       limit: bytes.
     """
     needs = {start: need}
@@ -87,7 +88,7 @@ def largest_batch(
 
 
 def _on_line(needs: Mapping[int, float], step: int, limit: float) -> int:
-    """Where a line through the two batches nearest the limit meets it, a little below."""
+    """Returns where a line through the two batches nearest the limit meets it, slightly below."""
     finite = [size for size in needs if math.isfinite(needs[size])]
     if len(finite) < 2:
         return min(needs) // 2 // step * step

@@ -1,4 +1,4 @@
-"""One config on one mesh of chips: counted work, state, and what the chip's compiler says."""
+"""Estimates one config on one mesh of chips: counted work, state, and the compiler's figures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint, make_blueprint
 from cwcl_jax.training.step import GradientFunction
 
-# Of a chip's memory, what a program may use; the rest is the runtime's and fragmentation.
+# Share of a chip's memory that a program may use; the rest is for the runtime and fragmentation.
 USABLE_MEMORY = 0.9
 # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
 _OPTIMIZER_TRAFFIC = 7
-# Batches on a device besides the step's own and those of `data.prefetch`: of a step that was
+# Batches on a device besides the step's own and those of `data.prefetch`: that of a step that was
 # dispatched ahead.
 _BATCHES_AHEAD = 1
 CUDNN_WANTS = (
@@ -41,12 +41,12 @@ class Times:
 
     @property
     def roofline(self) -> float:
-        """The least time: all three overlap perfectly."""
+        """The lower bound of the time: all three overlap perfectly."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def limit(self) -> str:
-        """The resource that decides."""
+        """The resource that limits the step."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
@@ -55,10 +55,10 @@ class Estimate:
     """What a step of a config needs on each device.
 
     Attributes:
-      embedded: modalities of which the data gives features.
-      work: counted, of the whole step.
-      compiled: by the chip's own compiler; None where it was not asked, or refused.
-      refused: what it says where it does not take the step.
+      embedded: modalities whose features come with the data.
+      work: counted work of the whole step.
+      compiled: figures of the chip's own compiler; None if it was not asked, or refused.
+      refused: the compiler's message if it refuses the step.
     """
 
     blueprint: Blueprint
@@ -75,7 +75,7 @@ class Estimate:
 
     @property
     def state(self) -> dict[str, int]:
-        """Bytes that lie on a device between steps, by what they are; exact."""
+        """Bytes that are on a device between steps, by content; exact."""
         averages = device_bytes(self.blueprint.abstract_state().ema.values())
         more = {"averages of trained parameters": averages} if averages else {}
         return more | {
@@ -88,13 +88,13 @@ class Estimate:
 
     @property
     def sent_ahead(self) -> int:
-        """Bytes of the batches that wait on a device beside the step's own."""
+        """Bytes of the batches that wait on a device in addition to the step's own."""
         batches = self.blueprint.config.data.prefetch + _BATCHES_AHEAD
         return batches * device_bytes(jax.tree.leaves(self.batch))
 
     @property
     def bytes(self) -> float:
-        """What a device needs at the peak of a step; infinite where the compiler says too much."""
+        """Bytes that a device needs at the peak of a step; infinite if the compiler refuses it."""
         if self.compiled is None:
             return float("inf")
         return self.compiled.arguments + self.compiled.temporary + self.sent_ahead
@@ -118,10 +118,10 @@ class Estimate:
 
 
 class Planner:
-    """Estimates of configs on one mesh.
+    """Makes estimates of configs on one mesh.
 
     Attributes:
-      missing: why nothing can be compiled for it, "" where it can.
+      missing: why nothing can be compiled for the mesh, or "".
     """
 
     def __init__(self, chip: Chip, count: int, *, compile_step: bool = True):
@@ -137,11 +137,11 @@ class Planner:
             raise ConfigError(f"this process has {len(self._devices)} devices, not {count}")
 
     def blueprint(self, config: ExperimentConfig) -> Blueprint:
-        """The static side of a run on this mesh."""
+        """Returns the static description of a run on this mesh."""
         return make_blueprint(config, sharding.make_mesh(config.mesh, self._devices))
 
     def estimate(self, config: ExperimentConfig, embedded: Collection[str] = ()) -> Estimate:
-        """The estimate of a config.
+        """Returns the estimate of a config.
 
         Raises:
           ConfigError: the config cannot run on such a mesh.
@@ -154,7 +154,8 @@ class Planner:
             if not self.missing:
                 try:
                     compiled = compile_step(blueprint, batch, compiler_options(self.chip))
-                except jax.errors.JaxRuntimeError as error:  # a TPU's refuses what has no room
+                # a TPU compiler refuses steps that do not fit
+                except jax.errors.JaxRuntimeError as error:
                     refused = str(error).splitlines()[0]
         return Estimate(blueprint, self.chip, tuple(embedded), batch, work, compiled, refused)
 
@@ -163,7 +164,8 @@ class Planner:
         asked = any(tower.attention == "cudnn" for tower in config.towers.values())
         try:
             work = step_work(blueprint, batch)
-        except (NotImplementedError, ValueError) as error:  # JAX's, about what cuDNN takes
+        # raised by JAX if cuDNN does not support the arguments
+        except (NotImplementedError, ValueError) as error:
             if not asked:
                 raise
             reason = error
@@ -176,7 +178,7 @@ class Planner:
         ) from reason
 
     def largest_batch(self, base: Estimate) -> int:
-        """The largest global batch that fits, all else equal, from a few compilations."""
+        """Returns the largest global batch that fits, all else equal, from a few compilations."""
         config = base.blueprint.config
 
         def bytes_of(size: int) -> float:
@@ -190,7 +192,7 @@ class Planner:
 
 
 def step_work(blueprint: Blueprint, batch: AbstractBatch) -> Work:
-    """Work of one device: gradients of its share of the batch, and the optimizer's products."""
+    """Returns one device's work: gradients of its part of the batch, and the optimizer's."""
     arguments = (
         blueprint.abstract_params,
         {**blueprint.abstract_locked, **blueprint.abstract_statistics},

@@ -1,4 +1,4 @@
-"""A config without its files, and its abstract batch: shapes that its pipeline would give."""
+"""A config without its files, and its abstract batch: the shapes that its pipeline would give."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cwcl_jax.pretrained import complete
 from cwcl_jax.training import sharding
 from cwcl_jax.training.state import Blueprint
 
-# By tower its inputs by name; "label" is one array.
+# Inputs by tower and name; "label" is one array.
 AbstractBatch = dict[str, Any]
 
 
 def without_files(config: ExperimentConfig) -> ExperimentConfig:
-    """The config without weights; a tower without preset has the sizes of its weights' folder.
+    """Returns the config without weights; towers without preset get the sizes of their weights.
 
     Raises:
-      ConfigError: such a folder is not here.
+      ConfigError: the folder of such weights is not on this machine.
     """
     return dataclasses.replace(
         config,
@@ -52,10 +52,10 @@ def _without_file(modality: str, tower: TowerConfig) -> TowerConfig:
 
 
 def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> AbstractBatch:
-    """The global batch, split over the mesh.
+    """Returns the shapes of the global batch, split over the mesh.
 
     Args:
-      embedded: towers for which the data gives features in place of raw inputs.
+      embedded: towers for which the data has features instead of raw inputs.
     """
     config = blueprint.config
     examples, split = config.global_batch_size, sharding.batch_sharding(blueprint.mesh)
@@ -71,18 +71,18 @@ def abstract_batch(blueprint: Blueprint, embedded: Collection[str] = ()) -> Abst
         batch[tower] = {name: array(spec.shape, spec.dtype) for name, spec in arrays.items()}
     if config.data.labels:
         batch["label"] = array(label_shape(config.data), "int32")
-    if config.data.guide:  # its width stands in the data: as if it were U's
+    if config.data.guide:  # the data has its width; assumed to be that of U's features
         batch["guide"] = array((feature_width(blueprint, config.tower_names[0]),), "float32")
     return batch
 
 
 def feature_width(blueprint: Blueprint, modality: str) -> int:
-    """Width of a tower's features, before its head."""
+    """Returns the width of a tower's features, before its head."""
     return blueprint.model_def.merge(blueprint.abstract).towers[modality].feature_width
 
 
 def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
-    """Towers whose features the training data already holds: `features_from=` in its line."""
+    """Returns the towers whose features the training data holds (`features_from=` in its line)."""
     config = blueprint.config
     if "features_from=" not in config.data.train:
         return ()
@@ -91,14 +91,14 @@ def embedded_modalities(blueprint: Blueprint) -> tuple[str, ...]:
         for part in parse_source_line(config.data.train)
         for place in part.options.get("features_from", "").split(",")
     ]
-    # A folder without a name may be of any locked tower.
+    # A folder without a name may belong to any locked tower.
     names = {named_place(place)[0] for place in places if place}
     locked = (m for m in config.tower_names if blueprint.features_are_locked(m))
     return tuple(m for m in locked if "" in names or m in names)
 
 
 def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
-    """Modalities whose locked tower could run once, ahead of the training."""
+    """Returns modalities whose locked tower could run once, before the training."""
     given = embedded_modalities(blueprint)
     return tuple(
         modality
@@ -110,7 +110,7 @@ def can_be_embedded(blueprint: Blueprint) -> tuple[str, ...]:
 
 
 def device_bytes(leaves: Iterable[Any]) -> int:
-    """Bytes of one device's shards of abstract leaves."""
+    """Returns the bytes of one device's shards of abstract leaves."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
     )

@@ -1,4 +1,4 @@
-"""The plan as text for a terminal and for a README."""
+"""The plan as text for a terminal or a README."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PRECISIONS = {
 
 
 def report(base: Estimate, *, efficiency: float, missing: str = "") -> str:
-    """What is known of one config; `missing` says why nothing was compiled."""
+    """Returns the report of one config; `missing` says why nothing was compiled."""
     parts = [_heading(base), _towers(base), _memory(base, missing), _work(base), _traffic(base)]
     parts += [_time(base, efficiency), _input(base, efficiency), _notes(base)]
     return "\n\n".join(part for part in parts if part)
@@ -110,7 +110,7 @@ def _traffic(base: Estimate) -> str:
 
 
 def _input(base: Estimate, efficiency: float) -> str:
-    """Cores that make examples as fast as the devices take them."""
+    """Returns a line on the cores that decode examples as fast as the devices need them."""
     config = base.blueprint.config
     read = [config.data.inputs_of(m) for m in config.towers if m not in base.embedded]
     seconds = sum(modality.core_seconds for modality in read)
@@ -151,7 +151,7 @@ def _time(base: Estimate, efficiency: float) -> str:
 
 
 def variants_table(rows: Iterable[tuple[str, Estimate | ConfigError]]) -> str:
-    """What other settings would change."""
+    """Returns a table of the effect of other settings."""
     cells = []
     for name, found in rows:
         if isinstance(found, ConfigError):

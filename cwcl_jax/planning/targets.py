@@ -1,8 +1,8 @@
-"""Chips that this machine does not have, for XLA's own compilers of them.
+"""Chips that this machine does not have, as targets for XLA's own compilers.
 
-XLA compiles for an NVIDIA GPU or a TPU that is described but not there, where its plugin is
-installed (extra `plan`): jax-cuda12-plugin and jax-cuda12-pjrt, without driver and CUDA libraries,
-and libtpu. What such a compiler says of memory and collectives is what it says on the machine.
+XLA compiles for an NVIDIA GPU or a TPU that is described but absent, if its plugin is installed
+(extra `plan`): jax-cuda12-plugin and jax-cuda12-pjrt, without driver and CUDA libraries, and
+libtpu. Such a compiler reports the same memory and collectives as on the real machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 
 from cwcl_jax.planning.chips import Chip
 
-# What XLA's cost model asks of a GPU (NVIDIA's architecture white papers): multiprocessors,
+# Parameters of XLA's cost model for a GPU (NVIDIA's architecture white papers): multiprocessors,
 # float32 units and bytes of shared memory in each, bytes of it for one block, bytes of L2, GHz,
 # compute capability.
 _AMPERE = (108, 64, 167936, 166912, 40 * 2**20, 1.41, 8)
@@ -31,21 +31,21 @@ _CUBIC = {
 }  # fmt: skip
 _TPUS = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
 
-# Without the device nothing can be tried out: products go to cuBLAS, none to a tuned kernel.
+# Kernels cannot be tuned without the device: products go to cuBLAS, none to a tuned kernel.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 
 
 class NoCompiler(Exception):
-    """Why nothing can be compiled for a chip here: its plugin is missing, or has no such shape."""
+    """Why nothing can be compiled for a chip: its plugin is missing, or has no such shape."""
 
 
 def compiler_options(chip: Chip) -> dict[str, Any]:
-    """Of `compile`, for a chip that is not there."""
+    """Returns the options of `compile` for an absent chip."""
     return dict(_GPU_OPTIONS) if chip.is_gpu else {}
 
 
 def chip_devices(chip: Chip, count: int) -> list[Any]:
-    """So many devices to compile for.
+    """Returns `count` devices to compile for.
 
     Raises:
       NoCompiler: the plugin is not installed, or has no such shape.
@@ -74,7 +74,7 @@ def chip_devices(chip: Chip, count: int) -> list[Any]:
 
 
 def _prepare_libtpu(chip: Chip, count: int) -> None:
-    """No question to a metadata server that is not there, no lock on a chip that is not used."""
+    """Stops libtpu from asking an absent metadata server, and from locking an unused chip."""
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{chip.name}-{count}")
@@ -82,7 +82,7 @@ def _prepare_libtpu(chip: Chip, count: int) -> None:
 
 
 def _gpu_description(chip: Chip) -> str:
-    """XLA's GpuTargetConfigProto as text."""
+    """Returns XLA's GpuTargetConfigProto as text."""
     cores, units, shared, block_shared, cache, clock, capability = _GPUS[chip.name]
     return f"""
 gpu_device_info {{
@@ -114,10 +114,10 @@ device_description_str: "{chip.name}"
 
 @contextlib.contextmanager
 def as_on(chip: Chip) -> Iterator[None]:
-    """Lets the model decide as it would there: attention, rematerialisation, tiles of the loss.
+    """Lets the model decide as on the chip: attention, rematerialisation, tiles of the loss.
 
-    It asks JAX for the backend's name, JAX asks cuDNN for its version, and the model tries whether
-    the kernel compiles.
+    The model asks JAX for the backend's name, JAX asks cuDNN for its version, and the model tests
+    whether the kernel compiles. All three get the chip's answers.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 

@@ -1,4 +1,4 @@
-"""What would change: the same config with one thing different."""
+"""Variants of a config, each with one setting changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_FSDP = 8
 
 
 def variants(base: Estimate, planner: Planner) -> Iterator[tuple[str, Estimate | ConfigError]]:
-    """(what differs, the estimate or why it cannot be), the config itself first."""
+    """Yields (what differs, the estimate or its error), the config itself first."""
     yield "as configured", base
     for name, config, embedded in _changes(base):
         try:
@@ -54,7 +54,7 @@ def _changes(base: Estimate) -> Iterator[tuple[str, ExperimentConfig, tuple[str,
 
 
 def _tuned_towers(base: Estimate) -> list[str]:
-    """Towers whose blocks train and keep more than their inputs."""
+    """Returns the towers whose blocks train and keep more than their inputs."""
     return [
         modality
         for modality, tower in base.blueprint.config.towers.items()

@@ -1,8 +1,8 @@
-"""Work of a traced step: flops by precision, bytes that its products touch, operations it uses.
+"""Counts the work of a traced step: flops by precision, bytes touched by products, operations.
 
-Counted in the jaxpr, so exact for matrix products and for loops: XLA's own cost analysis counts
-the body of a loop once, whatever its length, and the loss, an accumulated batch and scanned layers
-are loops.
+It is counted in the jaxpr, so it is exact for matrix products and loops. XLA's own cost analysis
+counts the body of a loop once, whatever its length; the loss, an accumulated batch and scanned
+layers are loops.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Work:
     """What one device does in one step, if the devices share the work evenly.
 
     Attributes:
-      flops: of products, by precision: "half", "single" (float32, default), "high", "highest"
-        (float32 too).
+      flops: flops of products, by precision: "half", "single" (float32, default), "high", "highest"
+          (float32 too).
       touched: bytes of the operands and results of products.
-      operations: how often each operation is written in the program, bodies of loops once.
+      operations: how often each operation occurs in the program; bodies of loops count once.
     """
 
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -38,22 +38,22 @@ class Work:
 
     @property
     def total_flops(self) -> float:
-        """Of all products."""
+        """Flops of all products."""
         return float(sum(self.flops.values()))
 
     @property
     def fused_attentions(self) -> int:
-        """Calls of cuDNN's attention in a forward pass."""
+        """Number of calls of cuDNN's attention in a forward pass."""
         return sum(n for name, n in self.operations.items() if _attention(name) == 2)
 
     def add_product(self, flops: float, precision: str, touched: float) -> None:
-        """Counts one product."""
+        """Adds one product."""
         self.flops[precision] = self.flops.get(precision, 0.0) + flops
         self.touched += touched
 
 
 def count_work(function: Callable[..., Any], *arguments: Any, devices: int) -> Work:
-    """The work of `function` for abstract global arguments, per device."""
+    """Returns the work of `function` for abstract global arguments, per device."""
     work = Work()
     _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1 / devices, devices, work)
     return work
@@ -70,7 +70,8 @@ def _count(jaxpr: Any, times: float, devices: int, work: Work) -> None:
         elif _attention(name):
             _count_attention(equation, times, work)
         else:
-            # Shapes in a shard_map are those of one device. Branches are taken as the first.
+            # Shapes in a shard_map are those of one device. Of the branches of a cond, the first is
+            # counted.
             scale = {"scan": equation.params.get("length"), "shard_map": devices}.get(name) or 1
             bodies = list(_subjaxprs(equation))
             for body in bodies[:1] if name == "cond" else bodies:
@@ -78,7 +79,7 @@ def _count(jaxpr: Any, times: float, devices: int, work: Work) -> None:
 
 
 def _subjaxprs(equation: Any) -> Iterator[Any]:
-    """All jaxprs among an operation's parameters."""
+    """Yields all jaxprs among an operation's parameters."""
     for parameter in equation.params.values():
         for item in parameter if isinstance(parameter, tuple | list) else (parameter,):
             if isinstance(item, core.ClosedJaxpr):
@@ -88,12 +89,15 @@ def _subjaxprs(equation: Any) -> Iterator[Any]:
 
 
 def _attention(name: str) -> int:
-    """Products in cuDNN's kernel of that name, 0 for any other operation."""
+    """Returns the number of products in cuDNN's kernel of that name, 0 for other operations."""
     return _ATTENTION_PRODUCTS.get(name.removesuffix("_wrapper"), 0)
 
 
 def _count_attention(equation: Any, times: float, work: Work) -> None:
-    """Operands begin with query, key and value, (batch, tokens, heads, head size)."""
+    """Adds the products of an attention kernel.
+
+    Its operands begin with query, key and value, (batch, tokens, heads, head size).
+    """
     query, key = (atom.aval.shape for atom in equation.invars[:2])
     flops = _attention(equation.primitive.name) * 2 * math.prod(query) * key[1]
     work.add_product(times * flops, "half", times * _bytes(equation))

@@ -1,4 +1,4 @@
-"""Import of foreign checkpoints: readers of files and rules that map their names."""
+"""Import of external checkpoints: readers of files and rules that map their names."""
 
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.folder_config import PAIRS, complete

@@ -1,7 +1,7 @@
-"""Write a ViT tower as an `.npz` in AugReg's layout, the one that ViT-L/16 is published in.
+"""Writes a ViT tower as an `.npz` in AugReg's layout, in which ViT-L/16 is published.
 
-The importer reads it back, and so does any program for AugReg files. The layout has every bias: one
-that a tower does without is written as zeros, which is the same function.
+The importer and all programs for AugReg files can read it. The layout has every bias: one that a
+tower lacks is written as zeros, which is the same function.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 from cwcl_jax.models.vit import VitConfig
 
-# Ours below a block -> AugReg's below an encoder block.
+# Our names below a block -> AugReg's names below an encoder block.
 _BLOCK = {
     "norm1": "LayerNorm_0",
     "norm2": "LayerNorm_2",
@@ -24,10 +24,10 @@ _BLOCK = {
 
 
 def augreg_arrays(config: VitConfig, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of an AugReg file, from a ViT tower's leaves by path below the tower.
+    """Returns the arrays of an AugReg file, from a ViT tower's leaves by path below the tower.
 
     Args:
-      leaves: with each layer for itself, as `folder.below` gives them.
+      leaves: leaves with separate layers, as returned by `folder.below`.
 
     Raises:
       ValueError: the tower has parts that the layout does not have.
@@ -46,7 +46,7 @@ def augreg_arrays(config: VitConfig, leaves: Mapping[str, Any]) -> dict[str, np.
         arrays |= _block_arrays(config, leaves, layer)
     kernel = leaves.get("head/projection/kernel")
     if kernel is not None:
-        # Programs for AugReg files expect a bias beside the head's kernel; ours has none.
+        # Programs for AugReg files expect a bias with the head's kernel; ours has none.
         arrays |= {"head/kernel": kernel, "head/bias": _zeros(kernel.shape[-1])}
     return {name: np.asarray(array) for name, array in arrays.items()}
 
@@ -69,7 +69,7 @@ def _zeros(*shape: int) -> np.ndarray:
 
 
 def _block_arrays(config: VitConfig, leaves: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """The sixteen arrays of one layer."""
+    """Returns the sixteen arrays of one layer."""
     ours = f"encoder/blocks/{layer}"
     heads, size = config.heads, config.width // config.heads
     theirs = f"Transformer/encoderblock_{layer}"
@@ -102,7 +102,8 @@ def write_augreg_npz(
     *,
     dtype: DTypeLike = np.float32,
 ) -> None:
-    """Write the tower's leaves (by path below the tower) to `path`; float16 halves the file."""
+    """Writes the tower's leaves (by path below the tower) to `path`; float16 halves the file."""
     arrays = augreg_arrays(config, leaves)
-    with Path(path).open("wb") as file:  # a handle: savez would append .npz to another ending
+    # a handle, because savez would append .npz to another ending
+    with Path(path).open("wb") as file:
         np.savez(file, allow_pickle=False, **{k: x.astype(dtype) for k, x in arrays.items()})

@@ -1,8 +1,9 @@
-"""A folder that `transformers.CLIPModel` and `CLIPProcessor` open, of a pair of CLIP's kind.
+"""Writes a folder that `transformers.CLIPModel` and `CLIPProcessor` open, for pairs like CLIP.
 
-That is a ViT with a norm before its blocks and its class token as features, and a causal text
-transformer read at its end token, both with linear heads: what `load_model` makes of a CLIP, and
-what a run tunes that began with one. Others compute something that CLIPModel cannot.
+Such a pair is a ViT with a norm before its blocks and its class token as features, and a causal
+text transformer read at its end token, both with linear heads. `load_model` builds such a pair from
+a CLIP file, and runs that start from it keep it. Other towers compute something that CLIPModel
+cannot.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ _BLOCK = {
     "mlp/up": "mlp.fc1",
     "mlp/down": "mlp.fc2",
 }
-# An end token of this id marks files from before the id was written down (see `models.text`).
+# An end token of this id marks files from before the id was stored (see `models.text`).
 _MARK = 2
 
 
@@ -44,7 +45,7 @@ def write_clip_folder(
     """Writes config, weights, image processor and tokenizer; config.json comes last.
 
     Raises:
-      ValueError: the towers are not of CLIP's kind, with what differs.
+      ValueError: the towers are not like CLIP's; the message says what differs.
     """
     image, text = _towers(description)
     vision, words = _settings(description, image), _settings(description, text)
@@ -80,7 +81,7 @@ def _settings(description: ModelDescription, tower: str) -> Any:
 
 
 def _towers(description: ModelDescription) -> tuple[str, str]:
-    """Names of the image and the text tower, both of CLIP's kind."""
+    """Returns the names of the image and the text tower, both like CLIP's."""
     text = text_tower_of(description)
     images = [name for name, inputs in description.inputs.items() if inputs.name == "image"]
     if len(images) != 1:
@@ -115,12 +116,12 @@ def _towers(description: ModelDescription) -> tuple[str, str]:
 
 
 def _end_token(description: ModelDescription, text: str, tokenizer: Any) -> int:
-    """The id at whose first place CLIPModel reads a text."""
+    """Returns the token id at whose first position CLIPModel reads a text."""
     settings = _settings(description, text)
     if tokenizer.prompt:
         raise ValueError(f"a CLIPModel has no prompt {tokenizer.prompt!r}: export as safetensors")
     if settings.pooling == "end":
-        # -1 is the highest id of a text, which their mark stands for.
+        # -1 is the highest id of a text, which CLIP's mark stands for
         return _MARK if settings.end_token < 0 else settings.end_token
     if settings.pooling != "last":
         raise ValueError(
@@ -137,7 +138,7 @@ def _end_token(description: ModelDescription, text: str, tokenizer: Any) -> int:
 
 
 def _ends_with(tokenizer: Any, end: int) -> bool:
-    """Whether the tokenizer puts `end` behind every text."""
+    """Returns whether the tokenizer appends `end` to every text."""
     made = tokenizer(["a"])
     return int(made["tokens"][0][made["mask"][0]][-1]) == end
 

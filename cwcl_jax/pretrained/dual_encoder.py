@@ -1,9 +1,10 @@
-"""A folder that `transformers.VisionTextDualEncoderModel.from_pretrained` opens.
+"""Writes a folder that `transformers.VisionTextDualEncoderModel.from_pretrained` opens.
 
-That class reads each tower's `pooler_output` through a bias-free projection. Ours fits as follows:
+That class reads each tower's `pooler_output` through a bias-free projection. Our towers fit as
+follows:
 
 - ViT, class token: `ViTModel`, whose pooler is set to the identity without an activation.
-- BERT and RoBERTa: their own classes. BERT's pooler always applies tanh; where our tower takes the
+- BERT and RoBERTa: their own classes. BERT's pooler always applies tanh. If our tower uses the
   plain first token, the pooler is a tiny multiple of the identity, on which tanh is linear to
   float32's precision, and the projection undoes the factor.
 - Text from scratch with pooling "cls": Megatron-BERT, the pre-norm BERT, in the same way.
@@ -48,7 +49,11 @@ _VIT_BLOCK = {
 def write_dual_encoder(
     folder: Path, description: ModelDescription, leaves: Mapping[str, Any]
 ) -> None:
-    """Write the folder: config, weights, image processor and the tokenizer's files."""
+    """Writes the folder: config, weights, image processor and the tokenizer's files.
+
+    Raises:
+      ValueError: the towers do not fit these classes.
+    """
     if set(description.towers) != {"image", "text"}:
         raise ValueError(
             f"a VisionTextDualEncoder has an image and a text tower; this model has "

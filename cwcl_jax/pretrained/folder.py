@@ -1,7 +1,7 @@
-"""An exported model: a folder with `cwcl_jax.json`, `model.safetensors` and perhaps a tokenizer.
+"""An exported model: a folder with `cwcl_jax.json`, `model.safetensors` and maybe a tokenizer.
 
-It holds everything that encoding needs and nothing of the training; its `model.safetensors` is also
-a source of weights for a tower of another run.
+It holds everything that encoding needs and nothing of the training. Its `model.safetensors` can
+also initialise a tower of another run.
 """
 
 import dataclasses
@@ -34,19 +34,19 @@ _FORMAT = 2
 
 @dataclasses.dataclass(frozen=True)
 class ModelDescription:
-    """What a model is, apart from its numbers."""
+    """A model without its weights."""
 
     towers: Mapping[str, TowerConfig]
     embed_dim: int
     dtype: str = "float32"
     logit_bias: bool = False
     inputs: Mapping[str, Modality] = dataclasses.field(default_factory=dict)
-    """How the inputs of each tower are made."""
+    """How the inputs of each tower are prepared."""
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Where it came from: the run, its step, the sources of its towers."""
+    """Where the model came from: the run, its step, the sources of its towers."""
 
     def abstract(self) -> tuple[ModelDef, dict[str, Any]]:
-        """The model's definition and the shapes of its leaves."""
+        """Returns the model's definition and the shapes of its leaves."""
         return abstract_split(
             lambda: build_two_towers(
                 self.towers,
@@ -61,10 +61,10 @@ class ModelDescription:
 
 
 def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str, Any]) -> None:
-    """Write a model; the description comes last, so that a folder with one is whole.
+    """Writes a model; the description comes last, so a folder that has one is complete.
 
-    Files that the inputs need, such as a tokenizer, are written with it. What belongs to the
-    machine of the training, the kernel of attention, is left to the machine that loads.
+    Files that the inputs need, such as a tokenizer, are written too. The attention kernel depends
+    on the machine and is left to the machine that loads the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     inputs = {name: x.packed(folder, name) for name, x in description.inputs.items()}
@@ -82,10 +82,11 @@ def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str
 def load_folder(
     folder: Path, *, allow_code: bool = False
 ) -> tuple[ModelDescription, dict[str, jax.Array]]:
-    """Read what `save_folder` wrote: description and leaves, on the default device.
+    """Reads the files of `save_folder`; returns description and leaves, on the default device.
 
     Raises:
-      PermissionError: the model names modules of a user's, and `allow_code` is False.
+      PermissionError: the model names a user's modules, and `allow_code` is False.
+      WeightsMismatch: the weights do not fit the description.
     """
     description = read_description(folder, allow_code=allow_code)
     _, abstract = description.abstract()
@@ -110,15 +111,16 @@ def load_folder(
 
 
 def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples, and the settings hold no lists."""
+    """Returns fields with tuples for lists: JSON has no tuples, and the settings have no lists."""
     return {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
 
 
 def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescription:
-    """The description of an exported folder, with the whole paths of its files.
+    """Returns the description of an exported folder, with the full paths of its files.
 
     Raises:
-      PermissionError: the model names modules of a user's, and `allow_code` is False.
+      PermissionError: the model names a user's modules, and `allow_code` is False.
+      ValueError: the file is not a description of a model.
     """
     path = folder / DESCRIPTION
     try:
@@ -153,7 +155,7 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
 
 
 def _check_same_code(file: Path, description: ModelDescription) -> None:
-    """Raises CodeError where the user's code is not the one that the model was exported with."""
+    """Raises CodeError if the user's code changed since the model was exported."""
     for name, then in description.origin.get("code", {}).items():
         if code_hash(name) != then:
             raise CodeError(
@@ -163,7 +165,7 @@ def _check_same_code(file: Path, description: ModelDescription) -> None:
 
 
 def check_code_is_allowed(file: Path, allow_code: bool) -> None:
-    """Raises PermissionError where a file names modules that would be imported."""
+    """Raises PermissionError if a file names modules that would be imported."""
     content = parse_json(file.read_bytes())
     tasks = content.get("evaluation", {}).get("tasks", {})
     named = [
@@ -181,7 +183,7 @@ def check_code_is_allowed(file: Path, allow_code: bool) -> None:
 
 
 def below(leaves: Mapping[str, Any], modality: str) -> dict[str, np.ndarray]:
-    """The leaves of one tower by path below it, layers apart from each other, in float32."""
+    """Returns one tower's leaves by path below it, with separate layers, in float32."""
     prefix = f"towers/{modality}/"
     stack = "encoder/blocks/"
     result: dict[str, np.ndarray] = {}

@@ -1,9 +1,9 @@
-"""Settings of a tower from the files beside its weights.
+"""Reads the settings of a tower from the files next to its weights.
 
-Those are an own export's `cwcl_jax.json`, or transformers' `config.json` (of a joint CLIP file the
-part that belongs to the tower), the pixels' range in `preprocessor_config.json`, and the pooling
-and dense layers of sentence-transformers. With them a folder can be used without a preset, a wrong
-preset is named as such, and so is a setting that changes the numbers but no shape.
+These files are `cwcl_jax.json` of our own exports, or transformers' `config.json` (of a joint CLIP
+file the part that belongs to the tower), the pixels' range in `preprocessor_config.json`, and the
+pooling and dense layers of sentence-transformers. With them a folder can be used without a preset;
+a wrong preset is reported as such, and so is a setting that changes the numbers but no shape.
 """
 
 import dataclasses
@@ -26,29 +26,29 @@ from cwcl_jax.weights.sentence_folder import (
     read_sentence_folder,
 )
 
-# Encoders of the pairs that transformers saves in one folder, by what config.json calls it.
+# Encoders of the pairs that transformers saves in one folder, by model_type in config.json.
 PAIRS = {
     "clip": {"image": "vit", "text": "text"},
     "siglip": {"image": "siglip", "text": "siglip_text"},
 }
-# Only of use in training, and a choice of each run.
+# Settings that only affect training and are a choice of each run.
 _OF_TRAINING = {
     "dropout",
     "patch_dropout",
     *(field.name for field in dataclasses.fields(SpeechAugment)),
 }
-# What changes the numbers and no shape: a difference is an error,
+# Settings that change the numbers but no shape. A difference is an error,
 _UNSEEN = (
     "heads", "activation", "scale_embedding", "causal", "dilations", "position_offset",
     "pad_token", "rope_theta", "strides", "conv_activation", "stable_norm", "normalize_waveform",
     "max_distance", "global_every", "local_window", "global_theta", "local_theta",
 )  # fmt: skip
-# here unless it was asked for by name.
+# and for these an error unless overridden by name.
 _FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
 
 
 def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
-    """The encoder's settings that the files beside weights name; empty without such files."""
+    """Returns the encoder settings in the files next to weights; empty without such files."""
     folder = _folder(path)
     if encoder not in ENCODERS:
         return {}
@@ -62,7 +62,7 @@ def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
 
 
 def _config_file(folder: Path) -> Path:
-    """transformers' file; OpenCLIP's where there is none."""
+    """Returns transformers' file, or OpenCLIP's if there is none."""
     own = folder / "open_clip_config.json"
     return own if own.exists() and not (folder / "config.json").exists() else folder / "config.json"
 
@@ -72,7 +72,7 @@ def _folder(path: Path) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
+    """Returns the object in a JSON file; empty if there is no such file."""
     if not file.exists():
         return {}
     try:
@@ -96,7 +96,7 @@ def _of_own_export(folder: Path, encoder: str) -> dict[str, Any]:
 
 
 def _lasting(settings: Any) -> dict[str, Any]:
-    """The fields that belong to the weights."""
+    """Returns the fields that belong to the weights."""
     fields = dataclasses.asdict(settings)
     return {name: value for name, value in fields.items() if name not in _OF_TRAINING}
 
@@ -111,7 +111,7 @@ def _of_transformers(file: Path, encoder: str) -> dict[str, Any]:
 
 
 def _processor(folder: Path) -> tuple[Path, Any]:
-    """The file beside weights that says how inputs are prepared, and what it says."""
+    """Returns the file next to weights that describes the inputs' preparation, and its content."""
     file = folder / "preprocessor_config.json"
     if not file.exists():
         file = folder / "processor_config.json"
@@ -120,7 +120,7 @@ def _processor(folder: Path) -> tuple[Path, Any]:
 
 
 def _of_processor(folder: Path, encoder: str) -> dict[str, Any]:
-    """What the family itself reads of that file."""
+    """Returns the settings that the encoder family itself reads from that file."""
     file, content = _processor(folder)
     try:
         return ENCODERS[encoder].read_processor(content) if content else {}
@@ -129,7 +129,7 @@ def _of_processor(folder: Path, encoder: str) -> dict[str, Any]:
 
 
 def _pixel_range(folder: Path) -> dict[str, Any]:
-    """Mean and spread of 0..255 pixels, from those of an image processor's rescaled ones."""
+    """Returns mean and spread of 0..255 pixels, from an image processor's rescaled ones."""
     file, content = _processor(folder)
     if not isinstance(content, dict) or not {"image_mean", "image_std"} <= set(content):
         return {}
@@ -151,7 +151,7 @@ def _pixel_range(folder: Path) -> dict[str, Any]:
 
 
 def sentence_parts(path: Path, config: TowerConfig) -> SentenceFolder:
-    """What sentence-transformers noted around a text encoder; empty for any other tower."""
+    """Returns what sentence-transformers stored with a text encoder; empty for other towers."""
     family, folder = ENCODERS.get(config.encoder), _folder(path)
     if family is None or family.modality != "text" or (folder / DESCRIPTION).exists():
         return SentenceFolder(folder)
@@ -163,7 +163,7 @@ def _pooling_is_chosen(config: TowerConfig) -> bool:
 
 
 def _sentence_settings(path: Path, config: TowerConfig) -> dict[str, Any]:
-    """Pooling and dense layers of the folder, but for those that the tower's settings name."""
+    """Returns pooling and dense layers of the folder, without those that the tower overrides."""
     parts = sentence_parts(path, config)
     found = {"dense": parts.dense, "pooling": parts.pooling}
     if _pooling_is_chosen(config):
@@ -178,9 +178,9 @@ def _sentence_settings(path: Path, config: TowerConfig) -> dict[str, Any]:
 
 
 def complete(config: TowerConfig) -> TowerConfig:
-    """A tower without preset gets the settings of its weights' folder; overrides stay on top.
+    """Returns a tower with its weights' settings if it has no preset; overrides take precedence.
 
-    With a preset or without, weights of others run as their authors published them.
+    With or without a preset, external weights run as their authors published them.
     """
     if not config.weights or config.encoder not in ENCODERS:
         return config
@@ -198,7 +198,7 @@ def complete(config: TowerConfig) -> TowerConfig:
 
 
 def explain_sizes(path: Path, config: TowerConfig) -> str:
-    """Where a folder's settings differ from the tower, and the presets that would fit it."""
+    """Returns where a folder's settings differ from the tower, and the presets that would fit."""
     choices = {"pooling", "end_token", *_FRONT_END}
     sizes = {
         name: value
@@ -219,10 +219,10 @@ def explain_sizes(path: Path, config: TowerConfig) -> str:
 
 
 def check_settings(path: Path, config: TowerConfig) -> None:
-    """Compare what no shape shows with the folder's files.
+    """Compares settings that no shape shows with the folder's files.
 
     Raises:
-      WeightsMismatch: the tower would compute something else than the weights' own model.
+      WeightsMismatch: the tower would compute something other than the weights' own model.
     """
     _check_sentence_parts(path, config)
     found = settings_of_folder(path, config.encoder)
@@ -237,7 +237,7 @@ def check_settings(path: Path, config: TowerConfig) -> None:
 
 
 def check_kind(path: Path, encoder: str) -> None:
-    """Compare what config.json calls its model with the tower's encoder.
+    """Compares the model_type of config.json with the tower's encoder.
 
     Raises:
       WeightsMismatch: it is another model, whose arrays may have the same names and shapes.
@@ -249,7 +249,7 @@ def check_kind(path: Path, encoder: str) -> None:
     if kind is None or kind in family.model_types:
         return
     if kind in PAIRS:
-        return  # the names in the file tell more: which tower they are of
+        return  # the names in the file identify the tower
     readers = [name for name, other in ENCODERS.items() if kind in other.model_types]
     raise WeightsMismatch(
         str(path),
@@ -260,7 +260,11 @@ def check_kind(path: Path, encoder: str) -> None:
 
 
 def _check_sentence_parts(path: Path, config: TowerConfig) -> None:
-    """Compares a text tower with the other parts of the sentence-transformers model around it."""
+    """Compares a text tower with the other parts of the sentence-transformers model around it.
+
+    Raises:
+      WeightsMismatch: pooling or dense layers differ.
+    """
     if config.encoder not in ENCODERS:
         return
     theirs, ours = sentence_parts(path, config), config.encoder_settings()

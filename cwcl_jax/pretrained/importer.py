@@ -1,4 +1,4 @@
-"""Import of a tower's weights: locate, recognise, plan, check, and only then read and place."""
+"""Imports a tower's weights: locate, recognise, plan, check, and only then read and place."""
 
 import dataclasses
 import re
@@ -29,16 +29,16 @@ from cwcl_jax.weights.views import unstacked, without_prefix
 
 @dataclasses.dataclass(frozen=True)
 class ImportedTower:
-    """The leaves of a tower that came from a file, and where they came from."""
+    """The leaves of a tower that came from a file, and their origin."""
 
     leaves: dict[str, jax.Array]
-    """By full path, `towers/<modality>/...`, in the types that the tower asked for."""
+    """By full path, `towers/<modality>/...`, in the dtypes that the tower requested."""
     source: str
     sha256: str
     initialised: tuple[str, ...]
     """Full paths of leaves that the file does not hold: they keep their initial values."""
     ignored: tuple[str, ...]
-    """Names of the file that were left out by rule: a classifier, a decoder."""
+    """Names in the file that were left out by rule: a classifier, a decoder."""
 
 
 def import_tower(
@@ -48,14 +48,17 @@ def import_tower(
     *,
     put: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> ImportedTower:
-    """Read `config.weights` into the leaves of one tower.
+    """Returns the leaves of one tower, read from `config.weights`.
 
     Args:
       config: the tower, whose `weights` names a file, a folder or a hub id.
       modality: the tower's name, which starts its paths.
-      abstract: shapes and types of the model's leaves by full path; other towers' are skipped.
-      put: places one array at its path, for example with its sharding; by default on the
-        default device. It is called leaf by leaf, so that only one array is twice in memory.
+      abstract: shapes and dtypes of the model's leaves by full path; other towers' are skipped.
+      put: places one array at its path, for example with its sharding; by default on the default
+          device. It is called leaf by leaf, so that only one array is in memory twice.
+
+    Raises:
+      WeightsMismatch: the file does not fit the tower.
     """
     path = encoder_files(locate(config.weights))
     check_kind(path, config.encoder)
@@ -79,7 +82,7 @@ def import_tower(
     digest = sha256_of(path, *dense)
     place = put if put is not None else _on_default_device
     result = {}
-    # All layers of one kind after each other, so that an array of stacked layers is read once.
+    # All layers of one kind in sequence, so that an array of stacked layers is read once.
     for assignment in sorted(plan.assignments, key=lambda item: _any_layer(item.target)):
         array = fill(view, assignment, leaves[assignment.target])
         result[prefix + assignment.target] = place(prefix + assignment.target, array)
@@ -92,30 +95,30 @@ def import_tower(
     )
 
 
-# The dense layers of a sentence-transformers model, beside the encoder's own names.
+# The dense layers of a sentence-transformers model, in addition to the encoder's own names.
 _DENSE = Rule(r"dense/(\d+)/linear/(kernel|bias)", r"encoder/dense/\1/linear/\2")
 
 
 def encoder_files(path: Path) -> Path:
-    """Where the encoder's own files are: older sentence encoders keep them in a folder below."""
+    """Returns the folder of the encoder's files: a subfolder in older sentence encoders."""
     return encoder_folder(path) if path.is_dir() else path
 
 
 def _dense_folders(path: Path, config: TowerConfig) -> tuple[Path, ...]:
-    """Where the weights of the tower's dense layers are, where it takes the folder's own."""
+    """Returns the folders with the weights of the tower's dense layers, if it uses the folder's."""
     if config.encoder not in ENCODERS or not getattr(config.encoder_settings(), "dense", ""):
         return ()
     return sentence_parts(path, config).dense_folders
 
 
 def folder_of(weights: str) -> Path:
-    """The folder in which the `weights` of a tower lie."""
+    """Returns the folder that contains the `weights` of a tower."""
     path = locate(weights)
     return path if path.is_dir() else path.parent
 
 
 def logits_of(weights: str) -> dict[str, np.ndarray]:
-    """Logit scale and bias (float32 scalars) that a file of both towers holds."""
+    """Returns logit scale and bias (float32 scalars) of a file that holds both towers."""
     opened = open_weights(locate(weights))
     return {
         name: np.asarray(opened.read(name), np.float32).reshape(())
@@ -134,7 +137,7 @@ def _on_default_device(path: str, array: np.ndarray) -> jax.Array:
 
 
 def own_layout(modality: str) -> Layout:
-    """A file that this package exported: its names are the paths, scanned layers one by one."""
+    """Returns the layout of our own exports: names are the paths, scanned layers are separate."""
 
     def view(weights: Weights) -> Weights:
         plain = without_prefix(weights, f"towers/{modality}/")
@@ -154,7 +157,7 @@ def own_layout(modality: str) -> Layout:
 
 
 def _layout_of_paths() -> Layout:
-    """A file of the user's own, whose names are the paths of the leaves of the user's module."""
+    """Returns the layout of a user's file, whose names are the paths of the user's module."""
     return Layout(
         name="paths of the module's leaves",
         signature=r"(?!towers/).+",
@@ -163,10 +166,10 @@ def _layout_of_paths() -> Layout:
 
 
 def recognise(weights: Weights, encoder: str, tower: str) -> Layout:
-    """Returns the layout whose signature the file's names show.
+    """Returns the layout whose signature matches the file's names.
 
     Raises:
-      WeightsMismatch: it is no file for this encoder; says what was found.
+      WeightsMismatch: it is not a file for this encoder; the message says what was found.
     """
     if is_reference(encoder):
         exported = own_layout(tower)
@@ -178,7 +181,7 @@ def recognise(weights: Weights, encoder: str, tower: str) -> Layout:
             return layout
     others = {
         layout.name: name
-        # A joint file signs for two encoders: the one of this tower's modality comes first.
+        # A joint file matches two encoders; that of this tower's modality comes first.
         for name in sorted(ENCODERS, key=lambda name: ENCODERS[name].modality != family.modality)
         for layout in ENCODERS[name].layouts
         if name != encoder and _signed(layout, weights)

@@ -1,8 +1,8 @@
-"""A model card: README.md beside an export, with the front matter that the hub reads.
+"""Writes a model card: README.md next to an export, with the hub's front matter.
 
-It says only what the run's own files say: sources of the towers, data, command, results with
-their intervals where the evaluation belongs to the exported step. What nobody wrote down (the
-licence) is "unknown" until it is named.
+It states only what the run's own files record: sources of the towers, data, command, and results
+with intervals if the evaluation belongs to the exported step. Anything that was not recorded (the
+licence) is "unknown" unless it is given.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from cwcl_jax.files import parse_json, write_text
 from cwcl_jax.pretrained.folder import ModelDescription
 
-# The hub's words: which library opens an export, and which widget shows it.
+# The hub's terms: which library opens an export, and which widget shows it.
 _LIBRARIES = {
     "sentence-transformers": ("sentence-transformers", "sentence-similarity"),
     "clip": ("transformers", "zero-shot-image-classification"),
@@ -57,12 +57,12 @@ def write_card(
     """Writes the card of an export.
 
     Args:
-      path: README.md beside it.
-      description: of the exported model.
+      path: README.md next to it.
+      description: description of the exported model.
       form: the format of the export.
-      source: workdir of the run, whose records it tells; without them it tells the description.
-      licence: as the hub names it, such as "apache-2.0".
-      name: of the export.
+      source: workdir of the run, whose records are reported; without it only the description is.
+      licence: the hub's name of the licence, such as "apache-2.0".
+      name: name of the export.
     """
     name = name or path.parent.name
     bases = _base_models(description)
@@ -80,7 +80,7 @@ def write_card(
 
 
 def _base_models(description: ModelDescription) -> list[str]:
-    """Hub ids of the weights that the towers began with."""
+    """Returns the hub ids of the weights that the towers were initialised from."""
     found = [tower.weights.partition("@")[0] for tower in description.towers.values()]
     names = [weights for weights in found if _HUB_ID.fullmatch(weights)]
     return list(dict.fromkeys(name for name in names if not Path(name).exists()))
@@ -96,7 +96,7 @@ def _front(form: str, licence: str, bases: Sequence[str]) -> str:
 
 
 def _yaml(text: str) -> str:
-    """A string that YAML reads as that string: JSON's form of it, where it is not a plain word."""
+    """Returns a string as YAML reads it: in JSON's form unless it is a plain word."""
     return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text)
 
 
@@ -125,7 +125,7 @@ def _about(description: ModelDescription, form: str) -> str:
 
 
 def _shown(weights: str) -> str:
-    """A source without the folders of the machine that it lay on."""
+    """Returns a source without the folders of the machine that it was on."""
     return f"`{weights if _HUB_ID.fullmatch(weights) or ':' in weights else Path(weights).name}`"
 
 
@@ -136,7 +136,7 @@ def _use(form: str, name: str) -> str:
 
 
 def _record(source: Path | None, name: str) -> Any:
-    """What a file of a run holds; empty where there is none."""
+    """Returns the content of a file of a run; empty if there is none."""
     file = None if source is None else source / name
     return parse_json(file.read_bytes()) if file is not None and file.exists() else {}
 
@@ -164,7 +164,7 @@ def _quoted(option: str) -> str:
 
 
 def _results(description: ModelDescription, source: Path | None) -> str:
-    """The results of the exported step, with intervals and chance where they have them."""
+    """Returns the results of the exported step, with their intervals and chance levels."""
     records = _record(source, "results.json")
     step = description.origin.get("step")
     if not records:

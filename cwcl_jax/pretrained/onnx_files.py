@@ -1,7 +1,7 @@
-"""One ONNX file per tower, from raw inputs to unit vectors, with a free batch size.
+"""Writes one ONNX file per tower, from raw inputs to unit vectors, with a free batch size.
 
 jax2onnx translates the traced computation. It pins an older orbax-checkpoint than training needs,
-so it is no extra of this package and must be installed without its dependencies.
+so it is not an extra of this package and must be installed without its dependencies.
 """
 
 import dataclasses
@@ -19,7 +19,11 @@ _INSTALL = "pip install --no-deps jax2onnx onnx onnx-ir onnxruntime ml_dtypes"
 
 
 def write_onnx(folder: Path, description: ModelDescription, leaves: Mapping[str, Any]) -> None:
-    """Write `<modality>.onnx` for each tower, and the description beside them."""
+    """Writes `<modality>.onnx` for each tower, and the description next to them.
+
+    Raises:
+      ValueError: jax2onnx is missing, or cannot translate a tower.
+    """
     try:
         from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -61,7 +65,7 @@ def write_onnx(folder: Path, description: ModelDescription, leaves: Mapping[str,
 
 
 def _inputs(description: ModelDescription, tower: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """A tower's inputs with a symbolic batch."""
+    """Returns a tower's inputs with a symbolic batch size."""
     from jax import export
 
     (batch,) = export.symbolic_shape("batch")

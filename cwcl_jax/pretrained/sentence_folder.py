@@ -1,8 +1,8 @@
-"""A folder that `sentence_transformers.SentenceTransformer` opens, of a model's text tower.
+"""Writes a model's text tower as a folder that `sentence_transformers.SentenceTransformer` opens.
 
-Its `encode` gives the tower's embeds: the encoder as transformers' own class, the pooling, dense
-layers (a trained linear head is one, without a bias), and unit length. The importer reads the
-folder back, with `head="none"`.
+Its `encode` returns the tower's embeddings: the encoder as transformers' own class, the pooling,
+dense layers (a trained linear head is one, without a bias), and normalisation. The importer can
+read the folder, with `head="none"`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from cwcl_jax.pretrained.transformers_parts import (
 from cwcl_jax.weights.sentence_folder import MODULES, PROMPTS, TEXT_SETTINGS
 from cwcl_jax.weights.writers import write_safetensors
 
-# Ours -> what their files of every version say.
+# Our poolings -> their names in files of every version.
 _POOLINGS = {
     "cls": "cls_token",
     "pooler": "cls_token",
@@ -47,7 +47,7 @@ _KIND = "sentence_transformers.models."
 def write_sentence_folder(
     folder: Path, description: ModelDescription, leaves: Mapping[str, Any]
 ) -> None:
-    """Writes the text tower; `modules.json` comes last, so that a folder with one is whole.
+    """Writes the text tower; `modules.json` comes last, so a folder that has one is complete.
 
     Raises:
       ValueError: sentence-transformers has no modules that compute the same.
@@ -69,7 +69,7 @@ def write_sentence_folder(
     layers = _layers(tower.head, settings, arrays)
     config, encoder = text_model(tower.encoder, settings, arrays, pad_id=tokenizer.pad_id)
     if config["model_type"] in ("bert", "roberta", "megatron-bert"):
-        # Their classes have a pooler, which nothing here reads.
+        # Their classes have a pooler, which is not used here.
         encoder["pooler.dense.weight"] = np.zeros((settings.width, settings.width), np.float32)
         encoder["pooler.dense.bias"] = np.zeros(settings.width, np.float32)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def write_sentence_folder(
 def _layers(
     head: str, settings: Any, leaves: Mapping[str, np.ndarray]
 ) -> list[tuple[DenseLayer, np.ndarray, np.ndarray | None]]:
-    """The dense layers behind the pooling: each with its kernel (in, out) and bias."""
+    """Returns the dense layers after the pooling, each with its kernel (in, out) and bias."""
     layers = []
     if settings.pooling == "pooler":
         place = "encoder/pooler"
@@ -113,7 +113,7 @@ def _layers(
 
 
 def _prompts(prompt: str) -> dict[str, Any]:
-    """The prompt under every name by which `encode` and its kin look for one."""
+    """Returns the prompt under every name that `encode` and related methods look up."""
     names = ("default", "query", "document") if prompt else ()
     return {
         "__version__": {},

@@ -55,7 +55,7 @@ _CLASSES = {
     "mpnet": "MPNetModel",
     "modernbert": "ModernBertModel",
 }
-# Positions of these count from the padding id on, whatever the attention mask says.
+# Positions of these start after the padding id, whatever the attention mask is.
 _COUNTED = ("roberta", "mpnet")
 
 
@@ -74,14 +74,14 @@ def blocks(
     names: Mapping[str, str],
     prefix: str = "encoder.layer",
 ) -> None:
-    """Adds all layers; `names` are ours below a block -> theirs below a layer."""
+    """Adds all layers; `names` maps our names below a block to theirs below a layer."""
     for i in range(depth):
         for ours, theirs in names.items():
             dense(arrays, leaves, f"encoder/blocks/{i}/{ours}", f"{prefix}.{i}.{theirs}")
 
 
 def stack_config(settings: Any) -> dict[str, Any]:
-    """The sizes and numerics that the families' config.json share."""
+    """Returns the sizes and numerics that the families' config.json files share."""
     return {
         "hidden_size": settings.width,
         "num_hidden_layers": settings.depth,
@@ -97,13 +97,13 @@ def stack_config(settings: Any) -> dict[str, Any]:
 def text_model(
     encoder: str, settings: Any, leaves: Mapping[str, Any], *, pad_id: int
 ) -> tuple[dict[str, Any], Arrays]:
-    """A text encoder without its pooling: config.json and arrays of transformers' own class.
+    """Returns config.json and arrays of a text encoder without pooling, in transformers' class.
 
     Args:
       encoder: one of bert, roberta, text (without causal attention), mpnet, modernbert.
-      settings: the encoder's.
-      leaves: by path below the tower, layers apart from each other.
-      pad_id: the padding token of the texts, from which some families count their positions.
+      settings: the encoder's settings.
+      leaves: leaves by path below the tower, with separate layers.
+      pad_id: the padding token of the texts, after which some families start their positions.
 
     Raises:
       ValueError: transformers has no class that computes the same.
@@ -158,7 +158,7 @@ def text_model(
 
 
 def _count_from(pad_id: int, config: dict[str, Any], arrays: Arrays, settings: Any) -> None:
-    """Moves the position table so that its first row in use follows the padding id."""
+    """Shifts the position table so that its first used row follows the padding id."""
     offset = settings.position_offset
     if not offset:
         raise ValueError(
@@ -183,9 +183,9 @@ def _modernbert(
         "embedding_dropout": rate,
         "mlp_dropout": rate,
         "attention_dropout": 0.0,
-        # Its usual ids are those of its own tokenizer, and no input here comes from them.
+        # Its default ids are those of its own tokenizer, which no input here uses.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
-        # Names of the published files, which older and newer versions of the library read.
+        # Names in the published files, which older and newer versions of the library read.
         "global_attn_every_n_layers": settings.global_every,
         "local_attention": settings.local_window,
         "global_rope_theta": settings.global_theta,
@@ -215,7 +215,7 @@ _GATED = ("gate", "up")
 
 
 def text_tower_of(description: ModelDescription) -> str:
-    """The name of the tower that reads text.
+    """Returns the name of the tower that reads text.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -228,7 +228,7 @@ def text_tower_of(description: ModelDescription) -> str:
 
 
 def image_processor(description: ModelDescription, tower: str) -> dict[str, Any]:
-    """As `eval_pixels`, but for parts of a pixel: the shorter side resized, then cut."""
+    """Returns an image processor that matches `eval_pixels` up to fractions of a pixel."""
     settings = description.towers[tower].encoder_settings()
     inputs: Any = description.inputs[tower]
     size = settings.image_size
@@ -251,10 +251,10 @@ def image_processor(description: ModelDescription, tower: str) -> dict[str, Any]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes settings, sorted, for people to read."""
+    """Writes settings as indented JSON, sorted by name."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def float32(arrays: Mapping[str, Any]) -> Arrays:
-    """The arrays as float32, scalars as such."""
+    """Returns the arrays as float32; scalars stay scalars."""
     return {name: np.asarray(x, np.float32) for name, x in arrays.items()}

@@ -1,1 +1,1 @@
-"""The paper's tables and figures from runs at the scale at hand: see `cwcl_jax.reproduce`."""
+"""Reproduces the paper's tables and figures with small runs: see `cwcl_jax.reproduce`."""

@@ -1,4 +1,4 @@
-"""Which runs each table, figure and ablation needs at embedded scale, and what is read there."""
+"""The runs of each table, figure and ablation at embedded scale, and the metrics read from them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A table of our own.
+    """One of our own tables.
 
     Attributes:
       title: what it shows.
-      paper: the number of the paper's table beside it, 0 for none.
-      columns: their names.
+      paper: number of the paper's corresponding table, 0 for none.
+      columns: names of the columns.
       rows: method -> its cells, the baseline first.
       about: how it differs from the paper's.
     """
@@ -47,17 +47,17 @@ class Experiment:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run once."""
+        """All runs, each once."""
         return list(dict.fromkeys(cell.run for row in self.rows.values() for cell in row))
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What the command line changes in every run.
+    """The changes that the command line makes to every run.
 
     Attributes:
-      steps: 0 leaves the config's.
-      scenes, speech: more entries for the configs' arguments, but for the loss.
+      steps: number of steps; 0 keeps the config's.
+      scenes, speech: additional entries for the configs' arguments, except for the loss.
     """
 
     steps: int = 0
@@ -69,33 +69,33 @@ class Scale:
             self.refuse(option, "loss", "every table compares CL with CWCL")
 
     def refuse(self, option: str, name: str, why: str) -> None:
-        """Raises ConfigError where the command line sets what an experiment sets in some rows."""
+        """Raises ConfigError if the command line sets what an experiment sets in some rows."""
         given = [entry for entry in getattr(self, option).split(",") if entry.split("=")[0] == name]
         if given:
             raise ConfigError(f"--{option}={given[0]}: {why}; leave {name} out")
 
     def run(self, file: str, name: str, argument: str = "", *options: str, **more) -> Run:
-        """A run of a config at this scale."""
+        """Returns a run of a config at this scale."""
         own = self.scenes if file == SCENES else self.speech
-        if METHODS["CL"] in argument.split(","):  # which has no weights to be set
+        if METHODS["CL"] in argument.split(","):  # CL has no weights to set
             own = _joined(*(e for e in own.split(",") if not e.startswith("weights=")))
         steps = (f"--config.total_steps={self.steps}",) if self.steps else ()
-        # What a table varies comes last: the last of two entries of one name holds.
+        # What a table varies comes last: of two entries with one name the last one applies.
         return Run(name, file, _joined(own, argument), (*options, *steps), **more)
 
 
 METHODS = {"CL": "loss=contrastive", "CWCL": ""}
-# Of the run whose speech encoder counts as pretrained: none of the others', so that no run starts
-# from its own random numbers.
+# Seed of the run whose speech encoder counts as pretrained. No other run has it, so that no run
+# starts from its own random numbers.
 PRETRAINING_SEED = 1000
-# What is read of a run: the task and the metric. Column -> these.
+# What is read from a run: column -> (task, metric).
 Read = Mapping[str, tuple[str, str]]
 
 
 def _by_run(
     title: str, runs: Mapping[str, Run], read: Read, about: str, paper: int = 0
 ) -> Experiment:
-    """Every row is a run; all are read alike."""
+    """Returns an experiment whose rows are runs, all with the same metrics."""
     rows = {name: tuple(Cell(run, *what) for what in read.values()) for name, run in runs.items()}
     return Experiment(title, paper, tuple(read), rows, about)
 
@@ -103,7 +103,7 @@ def _by_run(
 def _by_column(
     title: str, scale: Scale, columns: Mapping[str, Callable[[str], Run]], about: str, paper: int
 ) -> Experiment:
-    """Every column is a way to make a method's run, of which the intents are read."""
+    """Returns an experiment whose columns are ways to make a method's run; intents are read."""
     intent = speech_tasks(scale)[0]
     rows = {
         method: tuple(Cell(make(method), intent, "rank@1") for make in columns.values())
@@ -113,7 +113,7 @@ def _by_column(
 
 
 def scene_runs(scale: Scale) -> dict[str, Run]:
-    """CL and CWCL on scenes."""
+    """Returns CL and CWCL on scenes."""
     return {
         method: scale.run(SCENES, f"scenes-{method.lower()}", argument)
         for method, argument in METHODS.items()
@@ -125,7 +125,7 @@ def _speech(scale: Scale, name: str, *entries: str, after: Run | None = None) ->
 
 
 def speech_runs(scale: Scale) -> dict[str, Run]:
-    """CL and CWCL on spoken commands, from scratch."""
+    """Returns CL and CWCL on spoken commands, from scratch."""
     return {
         method: _speech(scale, f"scratch-{method.lower()}", argument)
         for method, argument in METHODS.items()
@@ -133,13 +133,13 @@ def speech_runs(scale: Scale) -> dict[str, Run]:
 
 
 def pretrained_speech(scale: Scale) -> Run:
-    """The run whose speech encoder counts as pretrained: plain contrastive, from scratch."""
+    """Returns the run whose speech encoder counts as pretrained: contrastive, from scratch."""
     run = _speech(scale, "pretraining", "loss=contrastive")
     return dataclasses.replace(run, seed=PRETRAINING_SEED)
 
 
 def speech_tasks(scale: Scale) -> list[str]:
-    """Names of the config's tasks with classes: intents first, then keywords."""
+    """Returns the names of the config's tasks with classes: intents first, then keywords."""
     tasks = load_experiment(SPEECH, scale.speech).evaluation.tasks
     kinds = (Intent, Keywords)
     names = [[name for name, task in tasks.items() if isinstance(task, kind)] for kind in kinds]
@@ -149,10 +149,10 @@ def speech_tasks(scale: Scale) -> list[str]:
 
 
 def _class_columns(scale: Scale, metric: str) -> dict[str, tuple[str, str]]:
-    """Each task with classes, with the data set's templates and with general ones (#).
+    """Returns each task with classes, with the data set's templates and with general ones (#).
 
     Args:
-      metric: with a place for the templates, such as "rank{}@1".
+      metric: with a placeholder for the templates' suffix, such as "rank{}@1".
     """
     return {
         task.replace("_", " ") + mark: (task, metric.format(suffix))
@@ -162,7 +162,7 @@ def _class_columns(scale: Scale, metric: str) -> dict[str, tuple[str, str]]:
 
 
 def _retrieval(first: str, second: str, ranks: tuple[int, ...]) -> dict[str, tuple[str, str]]:
-    """Recall both ways between two modalities, each named by its first letter."""
+    """Returns recall in both directions between two modalities, named by their first letters."""
     ways = ((first, second), (second, first))
     return {
         f"{a[0].upper()}->{b[0].upper()} R@{k}": ("retrieval", f"{a}_to_{b}_rank@{k}")
@@ -172,7 +172,7 @@ def _retrieval(first: str, second: str, ranks: tuple[int, ...]) -> dict[str, tup
 
 
 def table(number: int, scale: Scale) -> Experiment:
-    """The experiment that stands for one of the paper's tables."""
+    """Returns the experiment that corresponds to one of the paper's tables."""
     made = {4: _table4, 5: _table5, 6: _table6, 7: _table7, 8: _table8}
     if number not in made:
         raise ConfigError(f"--table={number}: choose one of {', '.join(map(str, made))}")
@@ -209,7 +209,8 @@ def _table5(scale: Scale) -> Experiment:
 
 def _table6(scale: Scale) -> Experiment:
     locks = {"none locked": "none", "speech": "speech", "text": "text", "both": "both"}
-    for lock in locks.values():  # now, and not hours later: some of them refuse other options
+    # checked now rather than hours later: some of them refuse other options
+    for lock in locks.values():
         load_experiment(SPEECH, _joined(scale.speech, f"lock={lock}"))
     steps = (scale.steps or load_experiment(SPEECH, scale.speech).total_steps) // 4
     short = dataclasses.replace(scale, steps=max(1, steps))
@@ -239,7 +240,8 @@ def _table7(scale: Scale) -> Experiment:
     def sized(size: int) -> Callable[[str], Run]:
         if size == base:
             return speech_runs(scale).__getitem__
-        # The config keeps the number of examples; a number of steps is one for its own batch.
+        # The config keeps the number of examples; a given number of steps is for the config's
+        # batch.
         steps = max(1, scale.steps * base // size) if scale.steps else 0
         fitting = dataclasses.replace(scale, steps=steps)
         return lambda method: _speech(
@@ -269,7 +271,7 @@ def _table8(scale: Scale) -> Experiment:
     return dataclasses.replace(made, rows={**made.rows, "text itself": bound})
 
 
-# Weight functions by their short names, see `losses.short_names`. uniform knows no similarities.
+# Weight functions by their short names, see `losses.short_names`. uniform uses no similarities.
 SCENE_WEIGHTS = {
     "exp0.05": "exp, temperature 0.05",
     "exp0.1": "exp, temperature 0.1",
@@ -288,7 +290,7 @@ _ABLATED = {
 
 
 def ablation(kind: str, scale: Scale) -> Experiment:
-    """Weight functions on scenes or spoken sentences, or batch sizes on scenes."""
+    """Returns weight functions on scenes or spoken sentences, or batch sizes on scenes."""
     made = {
         "weights": _ablate_weights,
         "speech_weights": _ablate_speech_weights,

@@ -1,4 +1,4 @@
-"""Pictures that need several runs: Figure 5 over seeds, Figure 6 from the locked tower."""
+"""Pictures from several runs: Figure 5 over seeds, Figure 6 from the locked tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cwcl_jax.losses.weights import affine, exponential, rectified_square
 from cwcl_jax.reproduction.measures import Spread
 
 _STYLE = {"CL": ("#0072B2", "o"), "CWCL": ("#D55E00", "s")}
-# Figure 6: the functions whose weights stand under each picture.
+# Figure 6: the functions whose weights are printed under each picture.
 WEIGHTS = {
     "paper": lambda cosine: affine(cosine, 0.0),
     "exp 0.1": lambda cosine: exponential(cosine, 10.0),
@@ -29,7 +29,9 @@ def plot_templates(
     chance: Mapping[str, float],
     path: Path,
 ) -> Path:
-    """Figure 5: one panel a task, top-1 over the number of templates, bars over seeds.
+    """Plots Figure 5, one panel per task: top-1 over the number of templates; returns the path.
+
+    Error bars are intervals over seeds.
 
     Args:
       curves: task -> method -> number of templates -> accuracy in per cent.
@@ -65,13 +67,15 @@ def plot_similarity(
     captions: Sequence[str],
     shown: int = 9,
 ) -> Path:
-    """Figure 6: anchors, each with other scenes from most to least similar, and their weights.
+    """Plots Figure 6: anchors with other scenes by decreasing similarity; returns the path.
+
+    The weights of each scene are printed below it.
 
     Args:
       anchors: rows of `embeds`.
-      previews: of all scenes, as their modality gives them.
-      embeds: of the locked tower, rows of length 1.
-      captions: of all scenes.
+      previews: previews of all scenes, from `Modality.preview`.
+      embeds: features of the locked tower, rows of unit norm.
+      captions: captions of all scenes.
     """
     figure = Figure(figsize=(1.55 * (shown + 1), 2.75 * len(anchors)), layout="constrained")
     grid = figure.subplots(len(anchors), shown + 1, squeeze=False)
@@ -99,7 +103,7 @@ def plot_similarity(
 
 
 def _spread_out(cosines: Float[np.ndarray, " n"], anchor: int, count: int) -> list[int]:
-    """Others sorted by similarity: the nearest three, then evenly down to the farthest."""
+    """Returns others sorted by similarity: the nearest three, then evenly down to the farthest."""
     order = [int(i) for i in np.argsort(-cosines, kind="stable") if i != anchor]
     rest = np.linspace(3, len(order) - 1, count - 3).round().astype(int)
     return [*order[:3], *(order[i] for i in rest)]

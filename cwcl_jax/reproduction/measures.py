@@ -1,4 +1,4 @@
-"""Numbers of a run from the values per item that its evaluation left, and over several seeds."""
+"""Metrics of a run, from the values per item that its evaluation saved, and over several seeds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cwcl_jax.evaluation.significance import seed_interval
 
 
 def measure(folder: Path, task: str, metric: str) -> float:
-    """A share of a run's items, in per cent.
+    """Returns a share of a run's items, in per cent.
 
     Args:
-      metric: an array of ranks in the task's items, and the rank that still counts:
-        "rank@1", "rank_general@5", "image_to_text_rank@10"; or "block_diagonality".
+      metric: an array of ranks among the task's items, and the largest rank that counts as correct:
+          "rank@1", "rank_general@5", "image_to_text_rank@10"; or "block_diagonality".
     """
     items = load_items(folder)
     if task not in items:
@@ -44,16 +44,16 @@ class Spread:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Student's 95 % interval of the mean; None for one seed, and where all seeds agree.
+        """Student's 95 % interval of the mean; None for one seed, or if all seeds agree.
 
         Shares come in steps of one item. Seeds that agree to the item vary by less than a step, not
-        by nothing: an interval of width zero would be beyond what they can tell.
+        by zero: an interval of width zero would claim more than they can show.
         """
         return None if len(set(self.values)) == 1 else seed_interval(self.values)[1]
 
     @property
     def half(self) -> float:
-        """Half the interval's width, 0 where there is none."""
+        """Half the interval's width; 0 without an interval."""
         return 0.0 if self.interval is None else (self.interval[1] - self.interval[0]) / 2
 
     def __str__(self) -> str:
@@ -61,13 +61,13 @@ class Spread:
 
 
 def difference(a: Spread, b: Spread) -> Spread:
-    """B minus A, seed by seed; rounded, so that as many items more are the same difference."""
+    """Returns B minus A, seed by seed, rounded so that equal item counts give equal differences."""
     pairs = zip(a.values, b.values, strict=True)
     return Spread(tuple(round(y - x, 9) for x, y in pairs))
 
 
 def verdict(change: Spread) -> str:
-    """What the seeds say about a difference."""
+    """Returns what the seeds say about a difference."""
     if len(change.values) == 1:
         return "one seed: nothing can be said"
     if change.interval is None:
@@ -79,5 +79,5 @@ def verdict(change: Spread) -> str:
 
 
 def spread(folders: Sequence[Path], task: str, metric: str) -> Spread:
-    """A number of the runs that differ in their seed only."""
+    """Returns a number over runs that differ only in their seed."""
     return Spread(tuple(measure(folder, task, metric) for folder in folders))

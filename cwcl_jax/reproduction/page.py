@@ -1,4 +1,4 @@
-"""The Markdown page: our numbers over seeds, the paper's beside them, and what may be concluded."""
+"""The Markdown page: our numbers over seeds, the paper's, and what can be concluded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Numbers = Mapping[str, Sequence[Spread]]
 
 
 def table_section(experiment: Experiment, numbers: Numbers, seeds: Sequence[int]) -> str:
-    """Our table, the paper's, the differences from the baseline, and a sentence about them."""
+    """Returns our table, the paper's, the differences from the baseline, and a conclusion."""
     parts = [f"## {experiment.title}", experiment.about]
     rows = tuple((name, *map(str, cells)) for name, cells in numbers.items())
     title = f"Ours, per cent ({_seeds(seeds)})"
@@ -42,9 +42,9 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _pairs(experiment: Experiment, numbers: Numbers) -> list[tuple[str, str, str, Spread]]:
-    """(method, baseline, column, difference) of every method with a baseline of its kind.
+    """Returns (method, baseline, column, difference) of every method that has a baseline.
 
-    The baseline of "CWCL, batch 64" is "CL, batch 64", that of all else is the first row.
+    The baseline of "CWCL, batch 64" is "CL, batch 64"; that of all others is the first row.
     """
     first = next(iter(numbers))
     found = []
@@ -81,7 +81,7 @@ def _interval(change: Spread) -> str:
 
 
 def conclusion(experiment: Experiment, numbers: Numbers) -> str:
-    """What the differences allow to say, also where CWCL does not win."""
+    """Returns what can be concluded from the differences, also if CWCL does not win."""
     pairs = [p for p in _pairs(experiment, numbers) if p[0].startswith(("CWCL", "affine"))]
     if not pairs:
         return ""
@@ -103,7 +103,7 @@ def conclusion(experiment: Experiment, numbers: Numbers) -> str:
 
 
 def closing_section(commands: Sequence[Sequence[str]], made_by: str, seconds: float) -> str:
-    """How the page came about: commands, versions, time."""
+    """Returns how the page was made: commands, versions, time."""
     versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     lines = ["## How this page was made", "", "    " + made_by, ""]
     if commands:
@@ -121,5 +121,5 @@ def _version(name: str) -> str:
 
 
 def picture(path: Path, folder: Path, text: str) -> str:
-    """A picture of the page's folder, with its caption."""
+    """Returns the Markdown of a picture in the page's folder, with its caption."""
     return f"![{text}]({path.relative_to(folder)})\n\n{text}"

@@ -1,4 +1,4 @@
-"""What the paper reports: arXiv 2309.14580, appendix, in per cent."""
+"""Results reported in the paper: arXiv 2309.14580, appendix, in per cent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A table as printed: method -> one value a column."""
+    """A table as printed: method -> one value per column."""
 
     columns: tuple[str, ...]
     rows: Mapping[str, tuple[float, ...]]

@@ -1,4 +1,4 @@
-"""A command in a process of its own, which a request to stop reaches so that it can save."""
+"""Runs a command in its own process and forwards stop signals to it, so that it can save."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run_process(command: Sequence[str], log: Path) -> int:
-    """The exit code of a `python ...` command; its output is added to `log`.
+    """Runs a `python ...` command, appends its output to `log`, and returns its exit code.
 
-    A first signal to stop reaches it as SIGTERM, at which a training run saves and ends; a further
-    one as it is. This process waits for it in either case: left alone, it would train on beside the
-    one that the next command starts.
+    The first stop signal is forwarded as SIGTERM, at which a training run saves and ends; further
+    signals are forwarded unchanged. This process waits for the command in both cases. Otherwise the
+    command would continue to train next to the one that the next command starts.
 
     Raises:
-      SystemExit: with exit code 75 when such a signal came, after the command has ended.
+      SystemExit: with exit code 75 if such a signal came, after the command has ended.
     """
     process: subprocess.Popen | None = None
     received: list[int] = []
@@ -34,11 +34,11 @@ def run_process(command: Sequence[str], log: Path) -> int:
             process.send_signal(signal.SIGTERM if len(received) == 1 else number)
 
     with log.open("ab") as output, _handled_by(forward):
-        # In a group of its own, since a terminal's Ctrl-C goes to the whole group.
+        # In its own process group, because a terminal's Ctrl-C goes to the whole group.
         process = subprocess.Popen(
             [sys.executable, *command[1:]], stdout=output, stderr=output, process_group=0
         )
-        if received:  # before there was a process to tell
+        if received:  # the signal came before the process existed
             process.terminate()
         code = process.wait()
     if received:
@@ -48,7 +48,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals to stop go to `handler`, but for those that are ignored (nohup)."""
+    """Routes stop signals to `handler`, except those that are ignored (nohup)."""
     taken = [number for number in _STOPPING if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in taken}
     try:

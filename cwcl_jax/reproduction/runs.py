@@ -1,4 +1,4 @@
-"""Training runs as processes: started, resumed after a kill, or reused when they are complete."""
+"""Training runs as processes: started, resumed after a kill, or reused if complete."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Run:
     """One training run of one seed.
 
     Attributes:
-      name: of its folder, without the seed.
+      name: name of its folder, without the seed.
       file: the config file.
-      argument: of the config file; `{init}` stands for the folder of the run `after`.
-      options: further options of the command line.
+      argument: argument of the config file; `{init}` stands for the folder of the run `after`.
+      options: further command-line options.
       after: a run whose speech encoder this one starts from.
     """
 
@@ -40,11 +40,11 @@ class Run:
     after: Run | None = None
 
     def folder(self, root: Path) -> Path:
-        """Where it trains."""
+        """Returns the folder that it trains in."""
         return root / f"{self.name}-seed{self.seed}"
 
     def command(self, root: Path) -> list[str]:
-        """The command that trains, resumes, or says that the run is complete."""
+        """Returns the command that trains, resumes, or reports that the run is complete."""
         argument = self.argument
         if self.after is not None:
             argument = argument.format(init=self.after.folder(root))
@@ -55,7 +55,7 @@ class Run:
         ]  # fmt: skip
 
     def export_command(self, root: Path) -> list[str]:
-        """The command that exports its model, for runs that start from it."""
+        """Returns the command that exports its model, for runs that start from it."""
         source = self.folder(root)
         return [
             "python", "-m", "cwcl_jax.export",
@@ -68,7 +68,7 @@ class RunMaker:
 
     Attributes:
       root: the folder of the runs' folders.
-      commands: of all that were needed, in order, also of those that had been made before.
+      commands: commands of all needed runs, in order, including those that were complete before.
     """
 
     def __init__(self, root: Path, say: Callable[[str], None] = print):
@@ -79,16 +79,16 @@ class RunMaker:
 
     @property
     def seconds(self) -> float:
-        """Of all runs that were needed."""
+        """Seconds of all needed runs."""
         return sum(self._done.values())
 
     def complete(self, run: Run) -> Path:
-        """The folder of the complete run.
+        """Runs a run unless it is complete; returns its folder.
 
         Raises:
-          ConfigError: the run's settings cannot work.
+          ConfigError: the run's settings are invalid.
           RuntimeError: it failed; the message names its log.
-          SystemExit: it was stopped, with its exit code; the same command goes on.
+          SystemExit: it was stopped, with its exit code; the same command continues it.
         """
         folder = run.folder(self.root)
         if folder in self._done:
@@ -122,7 +122,7 @@ class RunMaker:
             self._process(folder, record["command"])
             record["complete"] = True
         finally:
-            # Settings that were refused trained nothing: the folder holds another run, its record.
+            # Refused settings trained nothing: the folder and its record belong to another run.
             if not isinstance(sys.exception(), ConfigError):
                 record["seconds"] += time.perf_counter() - start
                 write_text(folder / _RECORD, json.dumps(record, indent=1) + "\n")
@@ -137,7 +137,7 @@ class RunMaker:
             raise SystemExit(code)
         if code:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
-            # A mistake in the settings is the last line; what ended another run may need more.
+            # An error in the settings is the last line; other failures may need more lines.
             told = " / ".join(lines[-1:] if code == cli.BAD_CONFIG else lines[-3:])
             if "--workdir" in told:
                 told += " (here that is another --runs)"
@@ -157,19 +157,19 @@ def _read(path: Path) -> dict:
 
 
 def _normalised(command: Sequence[str]) -> list[str]:
-    """A command with the entries of its config's argument in the order of their names."""
+    """Returns a command with the entries of its config's argument sorted by name."""
     return [_sorted_entries(part) if part.startswith("--config=") else part for part in command]
 
 
 def _sorted_entries(option: str) -> str:
     file, _, argument = option.partition(":")
-    # Entries of one name stay in order: the last of them holds.
+    # Entries of one name stay in order, because the last of them applies.
     entries = sorted(argument.split(","), key=lambda entry: entry.partition("=")[0])
     return f"{file}:{','.join(entries)}"
 
 
 def load_experiment(file: str, argument: str = "") -> ExperimentConfig:
-    """The settings that a config file gives for an argument."""
+    """Returns the settings of a config file for an argument."""
     if not Path(file).is_file():
         raise ConfigError(f"{file}: there is no such file; run this in the project's folder")
     return from_config_dict(runpy.run_path(file)["get_config"](argument))

@@ -25,10 +25,10 @@ class Maker:
     """Makes sections.
 
     Attributes:
-      runner: carries runs out.
+      runner: carries out runs.
       scale: changes of the configs.
-      seeds: of every run.
-      folder: of the page and its pictures.
+      seeds: seeds of every run.
+      folder: folder of the page and its pictures.
     """
 
     runner: RunMaker
@@ -37,12 +37,13 @@ class Maker:
     folder: Path
 
     def folders(self, run: Run) -> list[Path]:
-        """The complete folders of a run, one a seed."""
+        """Returns the complete folders of a run, one per seed."""
         return [self._complete(run, seed) for seed in self.seeds]
 
     def experiment(self, experiment: Experiment) -> str:
-        """The section of a table."""
-        for seed in self.seeds:  # seed by seed: a stopped command leaves whole comparisons
+        """Returns the section of a table."""
+        # seed by seed, so that an interrupted command leaves complete comparisons
+        for seed in self.seeds:
             for run in experiment.runs:
                 self._complete(run, seed)
         numbers = {
@@ -55,7 +56,7 @@ class Maker:
         return self.runner.complete(dataclasses.replace(run, seed=seed))
 
     def figure5(self) -> str:
-        """Accuracy over the number of templates."""
+        """Returns the section with accuracy over the number of templates."""
         curves: dict[str, dict[str, dict[int, Spread]]] = {}
         chance = {}
         for task in experiments.SCENE_TASKS:
@@ -75,7 +76,7 @@ class Maker:
         return "## Robustness to templates (Figure 5)\n\n" + page.picture(path, self.folder, text)
 
     def figure6(self) -> str:
-        """Scenes by their similarity to an anchor."""
+        """Returns the section with scenes by their similarity to an anchor."""
         path = similarity_picture(self.folder / "figure6.png", self.scale)
         text = (
             "Scenes sorted by their similarity to an anchor in the locked image tower, and their "
@@ -85,7 +86,7 @@ class Maker:
         return "## What the loss sees (Figure 6)\n\n" + page.picture(path, self.folder, text)
 
     def alignment_figure(self, number: int) -> str:
-        """Figures 7 and 8: speech against text, six classes, CL beside CWCL."""
+        """Returns the section of Figure 7 or 8: speech against text, six classes, CL and CWCL."""
         items, numbers = {}, {}
         for method, run in experiments.table(8, self.scale).rows.items():
             if method not in experiments.METHODS:
@@ -105,7 +106,7 @@ class Maker:
         return title + page.picture(path, self.folder, text)
 
     def _other_classes(self, folder: Path) -> Path:
-        """The alignment task again with other classes drawn, in a folder of its own."""
+        """Runs the alignment task again with other classes; returns its own folder."""
         target = folder / "figure8"
         tasks = target / "tasks.json"
         command = ["python", "-m", "cwcl_jax.evaluate", f"--workdir={folder}", f"--tasks={tasks}"]
@@ -125,7 +126,7 @@ class Maker:
 
 
 def _falls(curves: Mapping[str, Mapping[str, Mapping[int, Spread]]]) -> str:
-    """Change of accuracy from all templates to the first one, by task and method."""
+    """Returns the change of accuracy from all templates to the first one, by task and method."""
     return "; ".join(
         f"{task} "
         + ", ".join(
@@ -137,7 +138,7 @@ def _falls(curves: Mapping[str, Mapping[str, Mapping[int, Spread]]]) -> str:
 
 
 def similarity_picture(path: Path, scale: Scale, *, scenes: int = 300) -> Path:
-    """Figure 6, from the locked tower of the scenes' config as it is shipped."""
+    """Draws Figure 6 from the locked tower of the scenes' shipped config; returns the path."""
     from cwcl_jax.data.pipeline import eval_batches
     from cwcl_jax.data.sources import open_source
     from cwcl_jax.evaluation.zero_shot import normalise

@@ -1,1 +1,1 @@
-"""What the package makes itself: pictures, captions, sentences, voices; functions of integers."""
+"""Synthetic data: pictures, captions, sentences and voices, all functions of integers."""

@@ -1,8 +1,8 @@
-"""Captions of scenes: a small English grammar with paraphrases, and the tokenizer it needs.
+"""Captions of scenes: a small English grammar with paraphrases, and its tokenizer.
 
 Of the ten simple templates of the paper's Table 3, four frames appear word for word in training
-captions; the other six (`UNSEEN_FRAMES`) never do, although each of their words does. The number of
-templates then matters at evaluation, as it does in the paper's Figure 5.
+captions. The other six (`UNSEEN_FRAMES`) never do, although each of their words does. The number of
+templates therefore matters at evaluation, as it does in the paper's Figure 5.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ BACKGROUND_WORDS = {
     "paper": ("on paper", "on a sheet of paper", "with paper behind"),
     "slate": ("on slate", "on dark slate", "with slate behind"),
 }
-# "{}" is the object with its article; "{bare}" without one.
+# "{}" is the object with its article; "{bare}" is the object without one.
 FRAMES = (
     "{}",
     "{}",
@@ -81,7 +81,7 @@ UNSEEN_FRAMES = (
     "in this picture, we can see a ",
 )
 _GROUP_FRAMES = ("{}", "{}", "{}", "a picture of {}", "there are {}", "we see {}", "{} together")
-# Words that evaluation prompts use beside those of the grammar.
+# Words of evaluation prompts that the grammar does not have.
 _PROMPT_WORDS = (
     "a an the of in this that is it its photo image picture snap shot illustration example "
     "pictured here we can see drawing sketch painting rendering cropped close up bright dark clean "
@@ -95,14 +95,14 @@ _PROMPT_WORDS = (
 def caption(
     scene: scenes.Scene, *key: int, detail: float = 0.5, frames: tuple[str, ...] = FRAMES
 ) -> str:
-    """One caption of a scene, a function of the integers `key`.
+    """Returns one caption of a scene, a function of the integers `key`.
 
-    `detail` is the chance that each optional attribute (size, pattern, place, background) is named;
-    with 1.0 everything is named and nothing is left out.
+    `detail` is the probability that each optional attribute (size, pattern, place, background) is
+    named. With 1.0 everything is named and nothing is left out.
     """
     draws = Draws(7, *key)
     things = [_noun_phrase(draws, scene, k, detail) for k in range(len(scene.objects))]
-    # Captions of people often name only the main things.
+    # People often name only the main objects in captions.
     if len(things) == 3 and detail < 1 and draws.chance(0.25):
         things.pop()
     behind = ""
@@ -120,7 +120,7 @@ def caption(
 
 
 def with_article(noun_phrase: str) -> str:
-    """The phrase with "a" or "an" before it."""
+    """Returns the phrase with "a" or "an" before it."""
     return ("an " if noun_phrase[0] in "aeiou" else "a ") + noun_phrase
 
 
@@ -132,7 +132,7 @@ def _noun_phrase(draws: Draws, scene: scenes.Scene, number: int, detail: float) 
         words.append(draws.pick(SIZE_WORDS[SIZES[thing.size]]))
     if thing.pattern and draws.chance(detail):
         words.append(draws.pick(PATTERN_WORDS[PATTERNS[thing.pattern]]))
-    # One of the two names may stay out, so that each is also learned alone.
+    # Sometimes colour or shape is not named, so that each is also learned alone.
     left_out = draws.below(10) if detail < 1 else 9
     if left_out != 0:
         words.append(draws.pick(COLOUR_WORDS.get(colour, (colour,))))
@@ -152,7 +152,7 @@ def _join(draws: Draws, scene: scenes.Scene, phrases: list[str], detail: float) 
 
 
 def _relation(draws: Draws, scene: scenes.Scene) -> str:
-    """Where the first of two objects lies, seen from the second."""
+    """Returns the position of the first of two objects relative to the second, in words."""
     first, second = scene.objects
     across, down = first.x - second.x, first.y - second.y
     if abs(across) > 0.3 and (abs(down) < 0.3 or draws.chance(0.5)):
@@ -161,7 +161,7 @@ def _relation(draws: Draws, scene: scenes.Scene) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that the grammar or an evaluation prompt may use, sorted."""
+    """Returns every word that the grammar or an evaluation prompt may use, sorted."""
     tables = (SHAPE_WORDS, COLOUR_WORDS, SIZE_WORDS, PATTERN_WORDS, PLACE_WORDS, BACKGROUND_WORDS)
     phrases = [w for table in tables for options in table.values() for w in options]
     phrases += [*SHAPES, *COLOUR_NAMES, *PLACE_NAMES, *FRAMES, *UNSEEN_FRAMES, *_GROUP_FRAMES]
@@ -172,7 +172,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer():
-    """The package's tokenizer: whole words of `vocabulary`, anything else spelt letter by letter.
+    """Returns the package's tokenizer: whole words of `vocabulary`, anything else by letters.
 
     `python -m cwcl_jax.synthetic.captions` writes it to `TOKENIZER_FILE`.
     """

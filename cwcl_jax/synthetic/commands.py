@@ -1,9 +1,9 @@
 """A grammar of what people say to an assistant: the sentences of the embedded speech experiment.
 
 Every sentence is a function of integers. A pattern is plain text with choices, "[a|b|]", and slots,
-"{time}", which are patterns too. Splits are decided by a hash of the finished sentence, so that no
-sentence of one split is in another, whatever its number. Sentences of `NEW_INTENTS` are never in
-the training split, and neither are `KEYWORDS` as single words: both are zero-shot classes.
+"{time}", which are patterns too. A hash of the complete sentence decides its split, so no sentence
+is in two splits, whatever its number. The training split contains no sentences of `NEW_INTENTS`,
+and no `KEYWORDS` as single words: both are zero-shot classes.
 """
 
 import functools
@@ -54,7 +54,7 @@ _SLOTS: dict[str, str] = {
     "please": "[please|could you|can you|i want you to|would you||||]",
 }
 
-# Class name -> patterns. Names are the class names that prompts are made of.
+# Class name -> patterns. Prompts are made from the class names.
 INTENTS: dict[str, tuple[str, ...]] = {
     "set an alarm": (
         "{please} [set|make|create] an alarm [for|at] {time}",
@@ -274,12 +274,12 @@ SPLITS = ("train", "devel", "test")
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
-# Share of single words among training sentences: keywords are single words.
+# Share of single words among training sentences, because keywords are single words.
 _WORD_SHARE = 0.15
 
 
 def expand(pattern: str, draws: Draws) -> str:
-    """One sentence of a pattern."""
+    """Returns one sentence of a pattern."""
     while True:
         slot = _SLOT.search(pattern)
         if slot is None:
@@ -292,12 +292,12 @@ def expand(pattern: str, draws: Draws) -> str:
 
 
 def split_of(sentence: str) -> str:
-    """The split that a sentence belongs to: a tenth each is devel and test."""
+    """Returns the split of a sentence: a tenth each is devel and test."""
     return {0: "test", 1: "devel"}.get(zlib.crc32(sentence.encode()) % 10, "train")
 
 
 def sentence(intent: str, split: str, *key: int) -> str:
-    """A sentence of an intent in a split, a function of the integers `key`."""
+    """Returns a sentence of an intent in a split, a function of the integers `key`."""
     for attempt in range(1000):
         draws = Draws(51, attempt, *key)
         made = expand(draws.pick(INTENTS[intent]), draws)
@@ -307,7 +307,7 @@ def sentence(intent: str, split: str, *key: int) -> str:
 
 
 def training_sentence(*key: int) -> str:
-    """What the training split has under a number: a sentence, sometimes a single word."""
+    """Returns a training sentence, sometimes a single word, from the integers `key`."""
     draws = Draws(50, *key)
     if draws.chance(_WORD_SHARE):
         return draws.pick(single_words())
@@ -317,7 +317,7 @@ def training_sentence(*key: int) -> str:
 
 @functools.cache
 def single_words() -> tuple[str, ...]:
-    """The grammar's words that are spoken alone in training: all but the keywords."""
+    """Returns the words that are single-word sentences in training: all but the keywords."""
     patterns = [pattern for intent in INTENTS.values() for pattern in intent]
     text = " ".join([*patterns, *_SLOTS.values()])
     words = set(re.findall(r"[a-z']+", _SLOT.sub(" ", text)))

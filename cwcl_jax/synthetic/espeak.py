@@ -1,9 +1,9 @@
-"""Speech from espeak-ng in this process, through ctypes: text and a voice in, int16 samples out.
+"""Synthesises speech with espeak-ng in this process, through ctypes: text and voice to int16.
 
-The library comes with the package espeakng-loader (GPL-3, extra `speech`) and is loaded when the
-first sentence is spoken. It has one global state: calls take turns, and its output differs a little
-with what the process has said before. What a fresh process says is the same every time, since the
-noise of its breathy voices is seeded here (by itself it takes the time).
+The library comes with the package espeakng-loader (GPL-3, extra `speech`) and is loaded for the
+first sentence. It has one global state: calls take turns, and its output depends slightly on what
+the process has synthesised before. The output of a fresh process is always the same, because the
+noise of breathy voices is seeded here (by default the library seeds it with the time).
 """
 
 import ctypes
@@ -31,7 +31,7 @@ VARIANTS = (
 )  # fmt: skip
 _TEST_ACCENTS = ("en-gb-scotland", "en-us-nyc")
 _TEST_VARIANTS = ("m7", "f4", "klatt3", "Alex")
-# Neither an accent nor a variant of the one set is in the other.
+# The two sets share neither an accent nor a variant.
 VOICE_SETS: dict[str, tuple[str, ...]] = {
     "train": tuple(
         f"{name}+{variant}"
@@ -50,7 +50,7 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class Voice:
-    """A way of speaking: a voice, words a minute, pitch and its range (0 to 100)."""
+    """A way of speaking: a voice, words per minute, pitch and its range (0 to 100)."""
 
     name: str = "en-us"
     speed: int = 175
@@ -59,7 +59,10 @@ class Voice:
 
 
 def random_voice(draws: Draws, voices: tuple[str, ...] = VOICES) -> Voice:
-    """One of the voices at a natural speed and pitch, in a variant unless its name has one."""
+    """Returns one of the voices at a natural speed and pitch.
+
+    A variant is added unless the voice's name has one.
+    """
     name, variant = draws.pick(voices), draws.pick(VARIANTS)
     return Voice(
         name=f"{name}+{variant}" if variant and "+" not in name else name,
@@ -70,7 +73,7 @@ def random_voice(draws: Draws, voices: tuple[str, ...] = VOICES) -> Voice:
 
 
 class _Engine:
-    """The loaded library; there can be only one in a process."""
+    """The loaded library; a process can have only one."""
 
     def __init__(self):
         try:
@@ -86,7 +89,7 @@ class _Engine:
             raise RuntimeError(f"espeak-ng did not start (code {self.rate}); its data: {data!r}.")
         self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._pieces: list[np.ndarray] = []
-        # Held: the library keeps only the address.
+        # Kept alive, because the library stores only its address.
         self._callback = _CALLBACK(self._take)
         self._library.espeak_SetSynthCallback(self._callback)
 
@@ -117,7 +120,7 @@ _engine: _Engine | None = None
 
 
 def speak(text: str, voice: Voice) -> tuple[Int16[np.ndarray, " n"], int]:
-    """Samples and their rate."""
+    """Returns the synthesised samples, int16 (n,), and their sampling rate in Hz."""
     global _engine
     with _lock:
         if _engine is None:

@@ -1,8 +1,8 @@
-"""Pictures that the package makes itself: one to three coloured shapes on a background.
+"""Synthetic pictures: one to three coloured shapes on a background.
 
-A scene is a function of integers (seed, stream, index): nothing is read from disk and the supply
-has no end. Twenty of the hundred shape-colour combinations are held out: training scenes never
-contain them, in pictures or in captions, so that naming them at evaluation is truly zero-shot.
+A scene is a function of integers (seed, stream, index): nothing is read from disk and the supply is
+unlimited. Twenty of the hundred shape-colour combinations are held out: training scenes never
+contain them, in pictures or in captions, so naming them at evaluation is truly zero-shot.
 """
 
 import functools
@@ -73,7 +73,7 @@ _VARIATIONS = 8
 
 
 def is_held_out(shape: int, colour: int) -> bool:
-    """Whether training must never show or name it: two combinations of every shape and colour."""
+    """Returns whether training excludes a combination: two for every shape and every colour."""
     return (colour + 3 * shape) % 5 == 0
 
 
@@ -99,7 +99,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows; `place` is meaningful for a single object only."""
+    """The content of a picture; `place` is meaningful for a single object only."""
 
     background: int
     variation: int
@@ -117,9 +117,9 @@ def describe(
     colour: int | None = None,
     held_out: bool = False,
 ) -> Scene:
-    """The scene number `index` of a stream; `objects` = 0 draws one to three of them.
+    """Returns scene number `index` of a stream; `objects` = 0 draws one to three objects.
 
-    `shape` and `colour` fix those of the first object, for labelled sets; `held_out` draws its
+    `shape` and `colour` fix those of the first object, for labelled sets. `held_out` draws its
     combination from the held-out ones instead of the trained ones.
     """
     draws = Draws(seed, stream, index)
@@ -170,7 +170,7 @@ def _object(draws: Draws, pair: tuple[int, int], centre: tuple[float, float]) ->
 
 
 def draw(scene: Scene, size: int = 64) -> Image.Image:
-    """The picture of a scene, RGB, (size, size)."""
+    """Returns the picture of a scene, RGB, (size, size)."""
     image = _background(scene.background, scene.variation, size).copy()
     canvas = ImageDraw.Draw(image)
     for thing in scene.objects:
@@ -193,7 +193,7 @@ def _draw_object(
 
 
 def _draw_pattern(image: Image.Image, placed: list, thing: SceneObject, size: int) -> None:
-    """Stripes or spots in a lighter or darker tone of the same colour, inside the outline."""
+    """Draws stripes or spots in a lighter or darker tone of the same colour, inside the outline."""
     left = max(0, int((thing.x - thing.radius * 1.1) * size))
     top = max(0, int((thing.y - thing.radius * 1.1) * size))
     side = int(thing.radius * 2.2 * size) + 2
@@ -207,14 +207,14 @@ def _draw_pattern(image: Image.Image, placed: list, thing: SceneObject, size: in
 
 @functools.cache
 def _outline(shape: int, turn: int) -> tuple[tuple[float, float], ...]:
-    """Corners of a shape of radius one, turned by up to 16 degrees."""
+    """Returns the corners of a shape of radius one, rotated by up to 16 degrees."""
     angle = math.radians((turn - _TURNS // 2) * 4)
     sine, cosine = math.sin(angle), math.cos(angle)
     return tuple((cosine * a - sine * b, sine * a + cosine * b) for a, b in _corners(SHAPES[shape]))
 
 
 def _arc(radius: float, start: float, stop: float, steps: int, x: float = 0.0) -> list:
-    """Points on an arc around (x, 0), angles in turns, both ends included."""
+    """Returns points on an arc around (x, 0), angles in turns, both ends included."""
     angles = [2 * math.pi * (start + (stop - start) * k / steps) for k in range(steps + 1)]
     return [(x + radius * math.cos(a), radius * math.sin(a)) for a in angles]
 
@@ -228,7 +228,7 @@ def _corners(name: str) -> list[tuple[float, float]]:
         angles = [2 * math.pi * k / 24 for k in range(24)]
         wave = [13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) for a in angles]
         return [(math.sin(a) ** 3, -w / 15) for a, w in zip(angles, wave, strict=True)]
-    if name == "ring":  # The slit between outer and inner arc has no width.
+    if name == "ring":  # the slit between outer and inner arc has no width
         return _arc(1.0, 0.0, 1.0, 24) + _arc(0.52, 1.0, 0.0, 24)
     if name == "moon":
         outer = _arc(1.0, 0.15, 0.85, 18)
@@ -250,7 +250,7 @@ def _corners(name: str) -> list[tuple[float, float]]:
 
 
 def _random_field(key: int, height: int, width: int) -> np.ndarray:
-    """Random bytes of one shape, the same on every platform."""
+    """Returns random bytes of one shape, the same on every platform."""
     draws = Draws(0x5CE7E, key)
     words = np.array([draws.below(1 << 64) for _ in range(-(-height * width // 8))], np.uint64)
     data = np.frombuffer(words.astype("<u8").tobytes(), np.uint8)
@@ -259,7 +259,7 @@ def _random_field(key: int, height: int, width: int) -> np.ndarray:
 
 @functools.cache
 def _noise(variation: int, size: int) -> Image.Image:
-    """Grain of about +-7 levels around 128."""
+    """Returns grain of about +-7 levels around 128."""
     field = _random_field(hash_integers(1, variation, size), size, size).astype(np.int32)
     grey = (120 + (field % 16)).astype(np.uint8)
     return Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2))
@@ -267,7 +267,7 @@ def _noise(variation: int, size: int) -> Image.Image:
 
 @functools.cache
 def _pattern_mask(pattern: int, turn: int, size: int) -> Image.Image:
-    """Stripes or spots over a whole picture, some pixels wide in proportion to its side."""
+    """Returns stripes or spots over a whole picture, with a width in proportion to its side."""
     rows, columns = np.mgrid[0:size, 0:size] * (64 / size)
     if PATTERNS[pattern] == "striped":
         slope = (rows, columns, rows + columns)[turn % 3]
@@ -279,7 +279,7 @@ def _pattern_mask(pattern: int, turn: int, size: int) -> Image.Image:
 
 @functools.cache
 def _background(kind: int, variation: int, size: int) -> Image.Image:
-    """One of 32 pictures of a background: 8 textures, each as it is, mirrored, or turned over."""
+    """Returns one of 32 pictures of a background: 8 textures, mirrored in each direction or not."""
     name = BACKGROUND_NAMES[kind]
     texture = _texture(name, variation % _VARIATIONS, size)
     flips = variation // _VARIATIONS
@@ -291,7 +291,7 @@ def _background(kind: int, variation: int, size: int) -> Image.Image:
 
 
 def _texture(name: str, variation: int, size: int) -> np.ndarray:
-    """Share of the second colour at every pixel, in [0, 1]."""
+    """Returns the share of the second colour at every pixel, in [0, 1]."""
     draws = Draws(3, BACKGROUND_NAMES.index(name), variation)
     rows, columns = np.mgrid[0:size, 0:size] * (64 / size)
     shift = draws.below(64)

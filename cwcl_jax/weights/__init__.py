@@ -1,4 +1,4 @@
-"""Files of weights: readers, and the rules that map their names to a tower's leaves.
+"""Files of weights: readers, and rules that map their names to a tower's leaves.
 
-Nothing here knows an encoder. What the files of one family look like stands beside its module.
+Nothing here depends on an encoder. The layout of one family's files is defined in its own module.
 """

@@ -1,4 +1,4 @@
-"""What transformers' config.json says about an encoder, in this package's words."""
+"""Reads transformers' config.json into this package's settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,10 +33,10 @@ _ACTIVATIONS = {
 
 
 def named(content: Mapping[str, Any], names: Names) -> dict[str, Any]:
-    """Returns the settings that `content` holds under their names there.
+    """Returns the settings of `content` under our names.
 
     Raises:
-      ValueError: an activation or a value that is not supported.
+      ValueError: an activation or a value is not supported.
     """
     return {ours: _value(key, content[key]) for ours, key in names.items() if key in content}
 
@@ -66,6 +66,6 @@ def clip_part(
         return content
     if kind != model:
         return None
-    # Where old files have both, transformers takes the second.
+    # If an old file has both, transformers uses the second.
     old = content.get(f"{part}_config_dict")
     return (content.get(f"{part}_config") or {}) if old is None else old

@@ -1,4 +1,4 @@
-"""The error of an import that does not fit, with the lists a person needs to see why."""
+"""The error of an import that does not fit, with lists of what does not."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ class WeightsMismatch(ValueError):
         super().__init__("; ".join([*parts, remedy]))
 
     def explained(self, reason: str) -> "WeightsMismatch":
-        """The same error with a more precise remedy in front, if there is one."""
+        """Returns the same error with a more precise remedy, if `reason` is not empty."""
         source, what, remedy = self._arguments
         return WeightsMismatch(
             source,

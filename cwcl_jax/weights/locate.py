@@ -1,4 +1,4 @@
-"""Where weights are: a file or folder, a file of this package, an installed package, or the hub."""
+"""Locates weights: a file or folder, an asset of this package, an installed package, or the hub."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from cwcl_jax.weights.readers import READERS, files_of
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# And the dense layers of sentence-transformers, which are small.
+# Includes the dense layers of sentence-transformers, which are small.
 _HUB_SETTINGS = ["*.json", "*.txt", "*.model", "*_Dense/*"]
 # The first kind that a repository has; a folder's files are preferred in the same order.
 _HUB_WEIGHTS = (
@@ -23,11 +23,14 @@ _HUB_WEIGHTS = (
 
 
 def locate(weights: str) -> Path:
-    """The path behind the `weights` of a tower.
+    """Returns the path of the `weights` of a tower.
 
-    `package:NAME` is a file of this package's assets; `installed:PACKAGE/PATH` a file or folder
-    inside another installed package (found, never imported); `owner/name` or `owner/name@revision`
-    a repository of the Hugging Face hub (old ones have no owner); everything else a path.
+    `package:NAME` is a file of this package's assets. `installed:PACKAGE/PATH` is a file or folder
+    inside another installed package (found, never imported). `owner/name` or `owner/name@revision`
+    is a repository of the Hugging Face hub (old ones have no owner). Everything else is a path.
+
+    Raises:
+      FileNotFoundError: there is no such file, folder or repository.
     """
     if weights.startswith("package:"):
         return _existing(Path(__file__).parents[1] / "assets" / weights.removeprefix("package:"))
@@ -90,10 +93,10 @@ def _has_weights(folder: Path) -> bool:
 
 
 def sha256_of(*paths: Path) -> str:
-    """One hash for the weights at `paths`: of the file, or of the hashes of all files.
+    """Returns one hash for the weights at `paths`: of the file, or of the hashes of all files.
 
     Raises:
-      ValueError: a file is not the one whose hash came with it.
+      ValueError: a file does not have the hash that was stored with it.
     """
     digests = []
     for file in (file for path in paths for file in files_of(path)):
@@ -111,10 +114,11 @@ def sha256_of(*paths: Path) -> str:
 
 
 def _promised_sha256(file: Path) -> tuple[str, str]:
-    """The hash that came with a file, and where it stands; empty where none did.
+    """Returns the hash that was stored with a file, and its location; empty without one.
 
-    The hub's cache names a large file by its hash and links to it; a folder that the hub's tools
-    filled has the hash in the second line of a file; others lay NAME.sha256 beside NAME.
+    The hub's cache names a large file by its hash and links to it. A folder that the hub's tools
+    filled has the hash in the second line of a metadata file. Others store NAME.sha256 next to
+    NAME.
     """
     if file.is_symlink() and _SHA256.fullmatch(file.readlink().name):
         return file.readlink().name, "the name in the hub's cache"

@@ -1,8 +1,8 @@
-"""Files of arrays, opened without reading them: names, shapes and types first, arrays on demand.
+"""Opens files of arrays: names, shapes and dtypes are read first, arrays on demand.
 
 `open_weights` recognises safetensors, NumPy `.npz`, Flax `.msgpack`, with PyTorch installed
-`.bin`/`.pt`/`.pth`, and the index of a file in shards. Nothing here ever runs code from a file:
-`.npz` is read without pickles, PyTorch files with `weights_only=True`.
+`.bin`/`.pt`/`.pth`, and the index of a file in shards. No code from a file is ever run: `.npz` is
+read without pickles, PyTorch files with `weights_only=True`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, zipfile.BadZipFile, zli
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Shape and type of one array in a file."""
+    """Shape and dtype of one array in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -66,7 +66,7 @@ class SafetensorsFile:
         self.source = str(path)
         self._path = path
         try:
-            # The library checks what a header claims: sizes, types, gaps, overlaps, the file's end.
+            # The library validates the header: sizes, types, gaps, overlaps, the file's end.
             with safe_open(path, framework="np"):
                 pass
         except SafetensorError as error:
@@ -116,13 +116,13 @@ class ShardedFile:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Array's name -> file's name."""
+    """Returns array name -> file name."""
     try:
         found = dict(parse_json(index.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index}: not an index of shards: {error!r}") from error
     for name in found.values():
-        # A name with folders could point anywhere, and an index at itself.
+        # A name with folders could point anywhere, and an index could point at itself.
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix == ".json":
             raise ValueError(f"{index}: {name!r} is not the name of a weights file beside it")
     return found
@@ -196,12 +196,12 @@ class NpzFile:
 
 
 def _without_void(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """NumPy stores bfloat16 as two anonymous bytes."""
+    """Returns bfloat16 for two anonymous bytes, as which NumPy stores it."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
 
 class InMemory:
-    """Arrays that are already there."""
+    """Arrays that are already in memory."""
 
     def __init__(self, source: str, arrays: Mapping[str, Any]) -> None:
         self.source = source
@@ -215,7 +215,7 @@ class InMemory:
 
 
 def _read_msgpack(path: Path) -> InMemory:
-    """A tree of arrays that Flax wrote, as `/`-joined names."""
+    """Returns a tree of arrays that Flax wrote, with `/`-joined names."""
     from flax import serialization, traverse_util
 
     try:
@@ -230,7 +230,7 @@ def _read_msgpack(path: Path) -> InMemory:
 
 
 class TorchFile:
-    """A PyTorch state dict, memory-mapped by PyTorch where its format allows."""
+    """A PyTorch state dict, memory-mapped by PyTorch if its format allows."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -284,7 +284,7 @@ _FOLDER_FILES = (
 
 
 def weights_file(path: Path) -> Path:
-    """The file to open: `path` itself, or the weights inside a folder."""
+    """Returns the file to open: `path` itself, or the weights inside a folder."""
     if not path.is_dir():
         return path
     for name in _FOLDER_FILES:
@@ -310,7 +310,7 @@ READERS: dict[str, Callable[[Path], Weights]] = {
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a file by its ending. Shapes are known afterwards; arrays are read one at a time."""
+    """Opens a file by its suffix and returns it. Shapes are known then; arrays are read singly."""
     path = weights_file(path)
     if path.name.endswith(".index.json"):
         return ShardedFile(path)
@@ -322,6 +322,6 @@ def open_weights(path: Path) -> Weights:
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files whose bytes make up the weights, for hashing."""
+    """Returns all files whose bytes make up the weights, for hashing."""
     path = weights_file(path)
     return [path, *_shards(path)] if path.name.endswith(".index.json") else [path]

@@ -1,7 +1,8 @@
-"""Rules from the names in a file to the paths of a tower, with every name accounted for.
+"""Rules that map the names in a file to the paths of a tower, with every name accounted for.
 
-A rule is an anchored regex on a file's name, the path below the tower, and a named transform.
-A plan is made from shapes alone: it fails before any array is read, with all that does not fit.
+A rule is an anchored regex on a file's name, the path below the tower, and a named transform. A
+plan is made from shapes alone: if it fails, it does so before any array is read, and lists
+everything that does not fit.
 """
 
 import dataclasses
@@ -15,14 +16,15 @@ from cwcl_jax.weights.failures import WeightsMismatch
 from cwcl_jax.weights.readers import Entry, Weights
 
 Shape = tuple[int, ...]
-# A transform may use the shape it is to give, for example to resample a position grid.
+# A transform may use its target shape, for example to resample a position grid.
 Transform = Callable[[np.ndarray, Shape], np.ndarray]
 
 
 def _resample_grid(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """Position embeddings (1, tokens, width) of another image size: corner-aligned linear.
+    """Returns position embeddings (1, tokens, width) resampled for another image size.
 
-    big_vision's choice for AugReg models. A leading class token is what is left over from a square.
+    Resampling is linear and corner-aligned, big_vision's choice for AugReg models. If the number of
+    tokens exceeds a square by one, the first token is the class token.
     """
     if array.shape == shape or array.ndim != 3 or array.shape[-1] != shape[-1]:
         return array
@@ -43,7 +45,7 @@ def _resample_grid(array: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def _keys(distance: np.ndarray, a: float) -> np.ndarray:
-    """Keys' cubic kernel. PyTorch's resizing has a = -0.75, or -0.5 where it antialiases."""
+    """Returns Keys' cubic kernel. PyTorch's resizing has a = -0.75, or -0.5 with antialiasing."""
     t = np.abs(distance)
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
@@ -51,7 +53,7 @@ def _keys(distance: np.ndarray, a: float) -> np.ndarray:
 
 
 def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
-    """Weights (new, old) of PyTorch's bicubic resizing, pixels taken by their centres."""
+    """Returns weights (new, old) of PyTorch's bicubic resizing, with pixels at their centres."""
     ratio = old / new
     centres = (np.arange(new) + 0.5) * ratio
     if antialias:
@@ -62,7 +64,7 @@ def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
     first = np.floor(centres - 0.5).astype(int) - 1
     weights = np.zeros((new, old))
     for tap in range(4):
-        # Beyond an edge its last pixel repeats.
+        # Beyond an edge, the last pixel repeats.
         np.add.at(
             weights,
             (np.arange(new), np.clip(first + tap, 0, old - 1)),
@@ -72,9 +74,9 @@ def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
 
 
 def _bicubic_grid(array: np.ndarray, shape: Shape, *, antialias: bool = False) -> np.ndarray:
-    """Position embeddings (1, tokens, width) of another image size, as PyTorch interpolates them.
+    """Returns position embeddings (1, tokens, width) resampled as PyTorch interpolates them.
 
-    A leading class token is what is left over from a square.
+    If the number of tokens exceeds a square by one, the first token is the class token.
     """
     if array.shape == shape or array.ndim != 3 or array.shape[-1] != shape[-1]:
         return array
@@ -94,7 +96,7 @@ TRANSFORMS: dict[str, Transform] = {
     "bicubic_grid": _bicubic_grid,
     "bicubic_grid_antialias": lambda x, shape: _bicubic_grid(x, shape, antialias=True),
     "table_to_bicubic_grid": lambda x, shape: _bicubic_grid(x[None], shape),
-    # All axes in one; the axes the other way round.
+    # All axes in one; the axes in reverse order.
     "flat": lambda x, shape: x.reshape(-1),
     "reversed": lambda x, shape: x.transpose(),
     # (tokens, d) -> (1, tokens, d); (d) -> (1, 1, d)
@@ -105,22 +107,22 @@ TRANSFORMS: dict[str, Transform] = {
     "join_first": lambda x, shape: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),
     # A table that a view took for a kernel.
     "turned": lambda x, shape: x.T,
-    # Rows of a table that a layout does not use, for example BART's offset of two positions.
+    # Drops rows of a table that a layout does not use, for example BART's offset of two positions.
     "drop_two_rows": lambda x, shape: x[2:],
-    # A shorter cut of a longer table, for example for clips below 30 s.
+    # The first rows of a longer table, for example for clips below 30 s.
     "top_rows": lambda x, shape: x[: shape[0]],
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`source` (full match) goes to `target`, where \\1 is the first group."""
+    """Maps `source` (full match) to `target`, where \\1 is the first group."""
 
     source: str
     target: str
     transform: str = "same"
     optional: bool = False
-    """Dropped silently where the tower has no such leaf or it has another shape."""
+    """Dropped silently if the tower has no such leaf, or if the leaf has another shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +136,12 @@ class Layout:
     ignore: Sequence[str] = ()
     """Names that are known and not part of a tower, such as a classifier or a decoder."""
     view: Callable[[Weights], Weights] = lambda weights: weights
-    """Brings a file's names and layouts into the form that the rules are written in."""
+    """Converts a file's names and layouts to those that the rules are written for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """One leaf: the names it is made of (several for stacked layers), and how."""
+    """One leaf: the names it is filled from (several for stacked layers), and how."""
 
     target: str
     names: tuple[str, ...]
@@ -155,13 +157,16 @@ class Plan:
     initialised: tuple[str, ...]
     """Leaves that the file does not hold and that stay as initialised (a new head)."""
     ignored: tuple[str, ...]
-    """Names of the file that were left out by rule."""
+    """Names in the file that were left out by rule."""
 
 
 def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Plan:
-    """Match every name and every leaf, or raise `WeightsMismatch` with all that does not fit.
+    """Returns a plan that matches every name and every leaf.
 
     `leaves` are abstract, by path below the tower. Those below `head/` may be absent in the file.
+
+    Raises:
+      WeightsMismatch: lists everything that does not fit.
     """
     found: dict[str, tuple[str, Rule]] = {}
     ignored, unexpected, wrong = [], [], []
@@ -199,7 +204,10 @@ def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Pl
 
 
 def _match(name: str, layout: Layout, leaves: Mapping[str, Any]) -> tuple[str, Rule | None]:
-    """The target of a name, by the first rule whose target the tower has, else the first one."""
+    """Returns target and rule of a name.
+
+    The first rule wins whose target the tower has, else the first that matches.
+    """
     found: tuple[str, Rule | None] = ("", None)
     for rule in layout.rules:
         match = re.fullmatch(rule.source, name)
@@ -215,7 +223,7 @@ _LAYER = re.compile(r"(encoder/blocks)/(\d+)/(.+)")
 
 
 def _leaf_of(target: str, leaves: Mapping[str, Any]) -> tuple[Any, int]:
-    """The leaf of a target and its number of stacked layers (0: a leaf of its own)."""
+    """Returns the leaf of a target and its number of stacked layers (0: not stacked)."""
     if target in leaves:
         return leaves[target], 0
     layer = _LAYER.fullmatch(target)
@@ -226,10 +234,10 @@ def _leaf_of(target: str, leaves: Mapping[str, Any]) -> tuple[Any, int]:
 
 
 def _problem(entry: Entry, rule: Rule, shape: Shape) -> str:
-    """What is wrong with an array for a leaf of this shape, or an empty string."""
+    """Returns what is wrong with an array for a leaf of this shape, or ""."""
     if entry.dtype.kind not in "fV":
         return f"type {entry.dtype}, expected floating point"
-    # An array of this shape that takes no memory: the transform itself says what it would give.
+    # An array of this shape that takes no memory; the transform determines the resulting shape.
     stand_in = np.broadcast_to(np.zeros((), np.float32), entry.shape)
     try:
         given = TRANSFORMS[rule.transform](stand_in, shape).shape
@@ -241,7 +249,7 @@ def _problem(entry: Entry, rule: Rule, shape: Shape) -> str:
 def _assign(
     leaves: Mapping[str, Any], found: Mapping[str, tuple[str, Rule]]
 ) -> tuple[list[Assignment], list[str]]:
-    """The assignments of all leaves, and the leaves that nothing fills."""
+    """Returns the assignments of all leaves, and the leaves that nothing fills."""
     assignments: list[Assignment] = []
     missing: list[str] = []
     for path, leaf in leaves.items():
@@ -266,7 +274,7 @@ def _remedy(wrong: Sequence[str]) -> str:
 
 
 def fill(weights: Weights, assignment: Assignment, leaf: Any) -> np.ndarray:
-    """Read one leaf in its own type, transformed; stacked layers go into place one by one."""
+    """Returns one leaf in its own dtype, transformed; stacked layers are read one by one."""
     transform = TRANSFORMS[assignment.transform]
     dtype = np.dtype(leaf.dtype)
     if not assignment.stacked:

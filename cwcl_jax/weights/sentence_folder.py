@@ -1,8 +1,8 @@
-"""Folders of sentence-transformers, read completely: modules, pooling, dense layers, prompts.
+"""Reads folders of sentence-transformers: modules, pooling, dense layers, prompts.
 
-`modules.json` lists what a text passes through: a Transformer (whose files a tower's encoder
-reads), Pooling, Dense layers, Normalize. What a tower does not have is refused by its name. What
-is done to the text before it is tokenized stands in `sentence_bert_config.json` and
+`modules.json` lists the modules that a text passes through: a Transformer (whose files a tower's
+encoder reads), Pooling, Dense layers, Normalize. Modules that a tower does not have are refused by
+name. The processing of text before tokenization is stored in `sentence_bert_config.json` and
 `config_sentence_transformers.json`.
 """
 
@@ -18,7 +18,7 @@ MODULES = "modules.json"
 TEXT_SETTINGS = "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
 _TOKENIZER = "tokenizer_config.json"
-# Their pooling -> ours; older files say it as pooling_mode_NAME = true.
+# Their pooling -> ours; older files write it as pooling_mode_NAME = true.
 POOLINGS = {
     "cls": "cls",
     "cls_token": "cls",
@@ -39,24 +39,24 @@ _ACTIVATIONS = {
     "GELU": "gelu_erf",
     "ReLU": "relu",
 }
-# In this order; a norm of length at the end changes nothing, because embeds have unit length.
+# In this order. A final Normalize changes nothing, because embeddings have unit norm.
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 # Active in training only.
 _NOTHING = ("Dropout",)
-# Where a Dense layer reads and writes: the vector of the whole text.
+# What a Dense layer may read and write: the vector of the whole text.
 _EMBEDDING = (None, "sentence_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceFolder:
-    """What a sentence-transformers folder says, apart from its encoder.
+    """The settings of a sentence-transformers folder, apart from its encoder.
 
     Attributes:
-      root: of the whole model.
-      pooling: this package's name; "" where no file names one.
-      pooling_file: the file that says so.
-      dense: the dense layers, as `models.dense` writes them.
-      dense_folders: where their weights are.
+      root: folder of the whole model.
+      pooling: this package's name of the pooling; "" if no file names one.
+      pooling_file: the file that names the pooling.
+      dense: the dense layers, in the notation of `models.dense`.
+      dense_folders: folders of their weights.
     """
 
     root: Path
@@ -67,7 +67,7 @@ class SentenceFolder:
 
 
 def root_of(folder: Path) -> Path:
-    """The model's folder: older ones keep the encoder in a folder of its own below it."""
+    """Returns the model's folder: older models keep the encoder in a subfolder of it."""
     above = folder.parent / MODULES
     inside = not (folder / MODULES).exists() and above.exists()
     if inside and any(m.get("path") == folder.name for m in _modules(above)):
@@ -76,7 +76,7 @@ def root_of(folder: Path) -> Path:
 
 
 def encoder_folder(folder: Path) -> Path:
-    """Where the encoder's own files are, for the folder of a whole model."""
+    """Returns the folder of the encoder's own files, given the folder of a whole model."""
     file = folder / MODULES
     for module in _modules(file) if file.exists() else []:
         if _kind(module) == "Transformer" and module.get("path"):
@@ -85,15 +85,15 @@ def encoder_folder(folder: Path) -> Path:
 
 
 def read_sentence_folder(folder: Path, *, pooling_is_chosen: bool = False) -> SentenceFolder:
-    """Reads what stands around an encoder; an empty answer for another kind of folder.
+    """Returns the settings around an encoder; empty ones for another kind of folder.
 
     Args:
-      folder: of the whole model, or of its encoder.
-      pooling_is_chosen: whether the tower has a pooling of its own, with which a folder's that is
-        not supported is no error.
+      folder: folder of the whole model, or of its encoder.
+      pooling_is_chosen: whether the tower sets its own pooling, so that an unsupported pooling of
+          the folder is not an error.
 
     Raises:
-      ValueError: a module, a setting or an order of them that a tower does not have, by name.
+      ValueError: a module, setting or order that a tower does not have; the message names it.
     """
     root = root_of(folder)
     file = root / MODULES
@@ -167,13 +167,13 @@ def _with_pooling(found: SentenceFolder, file: Path, lenient: bool) -> SentenceF
             "pooling to cls or mean"
         )
     if not modes and content:
-        modes = ["mean"]  # what sentence-transformers takes where nothing is chosen
+        modes = ["mean"]  # the default of sentence-transformers
     pooling = POOLINGS[modes[0]] if modes else ""
     return dataclasses.replace(found, pooling=pooling, pooling_file=file)
 
 
 def _dense(file: Path) -> str:
-    """A Dense module's settings, as `models.dense` writes a layer."""
+    """Returns a Dense module's settings, in the notation of `models.dense`."""
     content = _settings(file)
     places = content.get("module_input_name"), content.get("module_output_name")
     if content.get("use_residual") or not set(places) <= set(_EMBEDDING):
@@ -192,7 +192,7 @@ def _dense(file: Path) -> str:
 
 
 class WithDense:
-    """A view of an encoder's file with the arrays of dense layers beside it."""
+    """A view of an encoder's file together with the arrays of dense layers."""
 
     def __init__(self, weights: Weights, folders: Sequence[Path]) -> None:
         self.source = weights.source
@@ -210,7 +210,7 @@ class WithDense:
                 self._places[ours] = (opened, name)
 
     def read(self, name: str) -> Any:
-        """The array; kernels as (in, out)."""
+        """Returns the array; kernels as (in, out)."""
         if name not in self._places:
             return self._weights.read(name)
         opened, theirs = self._places[name]
@@ -220,13 +220,14 @@ class WithDense:
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
-    """What a folder does to texts before its encoder sees tokens.
+    """What a folder does to texts before they are tokenized.
 
     Attributes:
-      max_tokens: where it cuts, or None.
-      lower_case: whether it makes small letters of all.
-      prompt: what it puts before every text unless told otherwise; "" for nothing.
-      prompts: all that it knows, by name.
+      max_tokens: the length at which it truncates, or None.
+      lower_case: whether it converts texts to lower case.
+      prompt: its default prefix of every text; "" for none.
+      prompt_name: name of that prompt.
+      prompts: all its prompts, by name.
     """
 
     max_tokens: int | None = None
@@ -237,11 +238,11 @@ class TextSettings:
 
 
 def read_text_settings(folder: Path) -> TextSettings:
-    """Reads them; defaults for a folder of another kind.
+    """Returns the text settings of a folder; defaults for a folder of another kind.
 
     Raises:
-      ValueError: the default prompt is none of the folder's prompts, or texts go another way
-        through the encoder than a tower's.
+      ValueError: the default prompt is not among the folder's prompts, or the encoder processes
+          texts in a way that a tower does not.
     """
     root = root_of(folder)
     inside = encoder_folder(root)
@@ -257,7 +258,7 @@ def read_text_settings(folder: Path) -> TextSettings:
         )
     longest = transformer.get("max_seq_length")
     if longest is None and (root / MODULES).exists():
-        # Newer files leave it to the tokenizer, which says "very many" where there is no limit.
+        # Newer files leave it to the tokenizer, which uses a huge number for "no limit".
         tokenizer = {**_settings(root / _TOKENIZER), **_settings(inside / _TOKENIZER)}
         limit = tokenizer.get("model_max_length")
         longest = limit if isinstance(limit, int) and limit < 1_000_000 else None
@@ -271,7 +272,7 @@ def read_text_settings(folder: Path) -> TextSettings:
 
 
 def _check_way(file: Path, content: Mapping[str, Any]) -> None:
-    """Raises ValueError where the encoder's result is not its last layer's tokens."""
+    """Raises ValueError if the encoder's result is not the token outputs of its last layer."""
     method = (content.get("modality_config") or {}).get("text") or {}
     other = {
         name: value

@@ -1,4 +1,4 @@
-"""Views of a file of weights: other names, other layouts, still nothing read in advance."""
+"""Views of a file of weights: other names and layouts, with nothing read in advance."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 from cwcl_jax.weights.readers import Entry, Weights
 
-# How an array of a file becomes an array of the view.
+# Converts an array of a file to an array of the view.
 Layout = Callable[[np.ndarray], np.ndarray]
 
 
@@ -26,7 +26,7 @@ class RenamedWeights:
 
     def read(self, name: str) -> np.ndarray:
         original, layout = self._names[name]
-        # Layers that are stacked in the file are read one after the other: keep the last array.
+        # Layers that are stacked in the file are read in sequence, so the last array is cached.
         if self._cached is None or self._cached[0] != original:
             self._cached = None
             self._cached = (original, self._weights.read(original))
@@ -48,12 +48,12 @@ def _same(x: np.ndarray) -> np.ndarray:
 def apart(
     weights: Weights, parts_of: Callable[[str], Sequence[str]], *, turned: bool = False
 ) -> Weights:
-    """Arrays that hold several side by side, each of them for itself.
+    """Returns a view that splits arrays with several parts side by side.
 
     Args:
-      parts_of: the names of the equal parts along the last axis of an array, in their order; none
-        for an array that is left as it is.
-      turned: whether such arrays are (out, in), as PyTorch has them, and become (in, out).
+      parts_of: returns the names of the equal parts along the last axis of an array, in order; none
+          for an array that is left unchanged.
+      turned: whether such arrays are (out, in), as in PyTorch, and become (in, out).
     """
     names: dict[str, tuple[str, Layout]] = {}
     for name in weights.entries:
@@ -79,9 +79,9 @@ def _layer(index: int) -> Layout:
 
 
 def unstacked(weights: Weights, pattern: str, *, joint: str = "_") -> Weights:
-    """Arrays with a leading layer axis, as one array per layer.
+    """Returns a view with one array per layer for arrays with a leading layer axis.
 
-    `pattern` has two groups around the place of the layer's number, which follows `joint`:
+    `pattern` has two groups around the position of the layer's number, which follows `joint`:
     `(.*encoderblock)(/.*)` turns `Transformer/encoderblock/x` into `Transformer/encoderblock_0/x`.
     """
     names: dict[str, tuple[str, Layout]] = {}
@@ -96,7 +96,7 @@ def unstacked(weights: Weights, pattern: str, *, joint: str = "_") -> Weights:
 
 
 def without_prefix(weights: Weights, pattern: str) -> Weights:
-    """Names without a leading match of `pattern`."""
+    """Returns a view whose names have lost a leading match of `pattern`."""
     names = {re.sub(f"^(?:{pattern})", "", name): (name, _same) for name in weights.entries}
     return RenamedWeights(weights, names)
 
@@ -105,11 +105,12 @@ _EMBEDDING = re.compile(r".*(embed|embedding|embeddings|shared)(_\w+)?")
 
 
 def flax_names(weights: Weights) -> Weights:
-    """PyTorch's names and layouts as Flax's; a file that Flax wrote stays as it is.
+    """Returns a view of PyTorch's names and layouts as Flax's; files of Flax stay unchanged.
 
-    `.` becomes `/`; a weight of one axis is a norm's `scale`, of two axes a `kernel` (transposed),
-    or an `embedding` (kept) below a module with such a name, of three (out, in, width) or four
-    (out, in, y, x) axes a convolution's kernel. Older files call a norm's weights gamma and beta.
+    `.` becomes `/`. A weight with one axis is a norm's `scale`. One with two axes is a `kernel`
+    (transposed), or an `embedding` (kept) below a module with such a name. One with three (out, in,
+    width) or four (out, in, y, x) axes is a convolution's kernel. Older files call a norm's weights
+    gamma and beta.
     """
     if not any("." in name for name in weights.entries):
         return weights
@@ -129,7 +130,7 @@ def flax_names(weights: Weights) -> Weights:
 
 
 def _weight(axes: int, parent: str) -> tuple[str, Layout]:
-    """Flax's name and layout of a PyTorch `weight` with that many axes."""
+    """Returns Flax's name and layout of a PyTorch `weight` with that many axes."""
     if axes == 1:
         return "scale", _same
     if axes == 2 and _EMBEDDING.fullmatch(parent):

@@ -1,4 +1,4 @@
-"""Write safetensors files array by array: nothing is held twice, and a file is whole or absent."""
+"""Writes safetensors files array by array: nothing is duplicated in memory, files are atomic."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _NAMES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
     np.dtype(np.int64): "I64",
     np.dtype(np.int32): "I32",
-    # Constants of an encoder of the user's: masks, tables.
+    # Constants of a user's encoder: masks, tables.
     np.dtype(np.uint32): "U32",
     np.dtype(np.int16): "I16",
     np.dtype(np.uint16): "U16",
@@ -30,7 +30,11 @@ _NAMES = {
 def write_safetensors(
     path: Path, arrays: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays, NumPy's or JAX's, in the order of their names."""
+    """Writes NumPy or JAX arrays, sorted by name.
+
+    Raises:
+      ValueError: safetensors does not support an array's dtype.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in sorted(arrays):

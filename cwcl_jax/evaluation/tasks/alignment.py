@@ -1,4 +1,4 @@
-"""alignment: items and their own texts, six random classes drawn as a matrix."""
+"""The task alignment: items and their own texts, with six random classes drawn as a matrix."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from cwcl_jax.evaluation.zero_shot import normalise
 
 @dataclass(frozen=True)
 class Alignment(Cropped, Labelled):
-    """Items and their own texts: numbers over all, a matrix of some (Figures 7 and 8)."""
+    """Compares items with their own texts: numbers over all, a matrix of some (Figures 7 and 8)."""
 
     tower: str = "image"
     text_tower: str = "text"  # reads the items' texts
@@ -37,7 +37,7 @@ class Alignment(Cropped, Labelled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Blocks of a matrix need two classes of two items each.
+        # The blocks of a matrix need two classes of two items each.
         at_least(2, self, "classes", "items_per_class")
 
     def check(self, towers: Collection[str], cache_dir: str = "") -> None:
@@ -53,7 +53,7 @@ class Alignment(Cropped, Labelled):
 
 
 def run_alignment(name: str, task: Alignment, runner: Runner) -> TaskResult:
-    """Numbers over all items; the matrix of the chosen ones."""
+    """Returns numbers over all items, and the matrix of the chosen ones."""
     items, labels, classes = classified_items(task, runner)
     without = [i for i, group in zip(items.ids, items.captions, strict=True) if not group]
     if without:
@@ -88,11 +88,14 @@ def run_alignment(name: str, task: Alignment, runner: Runner) -> TaskResult:
 
 
 def _projected(task: Alignment, items: Items, runner: Runner) -> dict[str, float]:
-    """Of the side that gives the weights; nothing where it is unknown, or none of the two."""
+    """Returns what the projection of the side that gives the weights preserves.
+
+    Empty if that side is unknown or is neither of the two towers.
+    """
     if runner.features is None or runner.weights_from not in (task.tower, task.text_tower):
         return {}
     if runner.weights_from == task.text_tower:
-        # Items that say the same count once: that they stay alike is no merit of the projection.
+        # Items with equal texts count once: their similarity is no merit of the projection.
         sentences = list(dict.fromkeys(group[0] for group in items.captions))
         p = runner.sentences(sentences, tower=task.text_tower, features="features")
         u = runner.sentences(sentences, tower=task.text_tower)

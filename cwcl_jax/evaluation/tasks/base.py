@@ -1,7 +1,7 @@
-"""What an evaluation task is: fields of its own, a check, a run, and how its results are shown.
+"""What an evaluation task is: its own fields, a check, a run, and how its results are shown.
 
-A kind of task is one class in one file. The kinds of the package stand in `KINDS`; a kind of the
-user's is named `"module:Class"`, a class that derives from `Task` in a module that Python finds.
+A kind of task is one class in one file. The package's kinds are in `KINDS`. A user's kind is named
+`"module:Class"`: a class that derives from `Task` in an importable module.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _USUAL_KIND = "zero_shot"
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """The fields of every task; a kind adds its own, and says how it runs.
+    """The fields of every task; a kind adds its own fields and defines how it runs.
 
-    Embeddings come from `Runner`. Values of items under the names `rank...` and `hit_...` in
-    `TaskResult.items`, with `ids` beside them, take part in paired tests between two runs.
+    Embeddings come from `Runner`. Values per item named `rank...` and `hit_...` in
+    `TaskResult.items`, together with `ids`, take part in paired tests between two runs.
     """
 
     kind: str = ""  # "" = that of the class
     source: str = ""  # a source specification, as in data.train
-    tower: str = ""  # whose items are evaluated
-    max_items: int = 0  # 0 = all; else so many, spread evenly over the source
+    tower: str = ""  # the tower whose items are evaluated
+    max_items: int = 0  # 0 = all; otherwise this many, spread evenly over the source
 
     # Uncertainty.
     bootstrap: int = 1000  # resamples for the intervals; 0 = none
@@ -66,10 +66,10 @@ class Task(ABC):
 
     @classmethod
     def variant(cls, given: Mapping[str, Any]) -> tuple[type[Task], dict[str, Any]]:
-        """Returns the class of a task with the fields `given`, and these under today's names.
+        """Returns the class of a task with the fields `given`, and the fields by current names.
 
         Raises:
-          ValueError: there is no such kind, or it is no task; or a field belongs to other kinds.
+          ValueError: the kind does not exist or is not a task, or a field belongs to other kinds.
         """
         kind = given.get("kind") or (_USUAL_KIND if cls is Task else _kind_of(cls))
         chosen = task_class(kind)
@@ -82,25 +82,25 @@ class Task(ABC):
         """Opens what the task names, without reading an example.
 
         Args:
-          towers: of the model, by name.
+          towers: names of the model's towers.
           cache_dir: `data.cache_dir`.
 
         Raises:
-          ValueError or FileNotFoundError: it cannot run; the message names the field.
+          ValueError or FileNotFoundError: the task cannot run; the message names the field.
         """
         self.require_tower("tower", towers)
         self.opened("source", cache_dir)
 
     @abstractmethod
     def run(self, name: str, runner: Runner) -> TaskResult:
-        """Evaluates the encoder of `runner`; `name` is the task's.
+        """Evaluates the encoder of `runner` and returns the result; `name` is the task's name.
 
         Warnings and times need not be in the result: they are taken from `runner`.
         """
 
     @classmethod
     def tables(cls, results: Sequence[TaskResult]) -> list[Table]:
-        """Tables of the results of all tasks whose class has this method from the same class."""
+        """Returns tables for all tasks that inherit this method from the same class."""
         rows = []
         for result in results:
             for key, value in result.metrics.items():
@@ -112,20 +112,20 @@ class Task(ABC):
 
     @classmethod
     def published(cls, results: Sequence[TaskResult]) -> list[Table]:
-        """Tables of published numbers to compare `results` with; they stand behind all others."""
+        """Returns tables of published numbers to compare `results` with; they follow all others."""
         del results
         return []
 
     def records(self, result: TaskResult) -> list[Record]:
-        """How results.json shows a result; here under its own names, in one record."""
+        """Returns the records of a result in results.json; by default one, under its own names."""
         return [Record(self.kind, "", {key: key for key in result.metrics})]
 
     def open(self, runner: Runner) -> View:
-        """The examples of `source`, at most `max_items` of them, drawn evenly by `seed`."""
+        """Returns the examples of `source`, at most `max_items`, drawn evenly by `seed`."""
         return runner.open(self.source, max_items=self.max_items, seed=self.seed)
 
     def require_tower(self, field: str, towers: Collection[str]) -> None:
-        """Raises ValueError where `field` names a tower that the model does not have."""
+        """Raises ValueError if `field` names a tower that the model does not have."""
         name = getattr(self, field)
         if name not in towers:
             raise ValueError(
@@ -134,8 +134,8 @@ class Task(ABC):
             )
 
     def opened(self, field: str, cache_dir: str) -> Source:
-        """The source that `field` names; ValueError, with the field's name, where it is none."""
-        # Here and not above: settings are read without the libraries of the data.
+        """Returns the source that `field` names; a ValueError names the field."""
+        # Imported here, so that settings can be read without the data libraries.
         from cwcl_jax.data.sources import open_source
 
         line = getattr(self, field)
@@ -151,7 +151,7 @@ def task_class(kind: str) -> type[Task]:
     """Returns the class of a kind, one of `KINDS` or the user's "module:Class".
 
     Raises:
-      ValueError: there is no such kind, or what it names is no dataclass derived from `Task`.
+      ValueError: the kind does not exist, or its class is not a dataclass derived from `Task`.
     """
     if kind not in KINDS and ":" not in kind:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
@@ -173,13 +173,13 @@ def _kind_of(cls: type[Task]) -> str:
 
 
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises ValueError for the value of a field that is none of `allowed`."""
+    """Raises ValueError unless the value of a field is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"task field {name}={value!r} is not known; use one of {list(allowed)}.")
 
 
 def at_least(least: int, task: Task, *names: str) -> None:
-    """Raises ValueError for a field whose number, or one of whose numbers, is smaller."""
+    """Raises ValueError if a field's number, or one of its numbers, is smaller than `least`."""
     for name in names:
         value = getattr(task, name)
         if isinstance(value, tuple) and any(k < least for k in value):
@@ -189,7 +189,7 @@ def at_least(least: int, task: Task, *names: str) -> None:
 
 
 def not_empty(task: Task, *names: str) -> None:
-    """Raises ValueError for a field that holds nothing."""
+    """Raises ValueError if a field is empty."""
     for name in names:
         if not getattr(task, name):
             raise ValueError(f"task field {name} is empty; give a number, such as (1,).")

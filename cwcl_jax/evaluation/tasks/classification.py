@@ -1,7 +1,7 @@
 """Classification by prompts: zero_shot, intent and keywords.
 
-All of them compare items with class embeddings from prompts; they differ in where prompts come
-from, which their classes say (`zero_shot.py`, `spoken.py`).
+All three compare items with class embeddings from prompts. They differ in the origin of the
+prompts, which their classes define (`zero_shot.py`, `spoken.py`).
 """
 
 from abc import abstractmethod
@@ -45,47 +45,47 @@ from cwcl_jax.evaluation.zero_shot import (
 
 @dataclass(frozen=True)
 class Classification(Labelled):
-    """Items against class embeddings from prompts.
+    """Compares items with class embeddings from prompts.
 
     `templates` is "simple" (Table 3), "general" (A.3.5), "name" (the bare class name), "source"
-    (those that stand beside the data, as in CLIP_benchmark's folders), "dataset" (sentences of
-    `template_source`, by class) or a file of the user's (`prompts.load_templates`).
+    (the templates that come with the data, as in CLIP_benchmark's folders), "dataset" (sentences of
+    `template_source`, by class) or a user's file (`prompts.load_templates`).
     """
 
     text_tower: str = "text"  # reads the prompts
-    templates: str = ""  # "" = the source's own, else those that are usual for the kind
+    templates: str = ""  # "" = the source's own, else the default of the kind
     template_counts: tuple[int, ...] = ()  # e.g. (1, 5, 10): also with the first k templates
     template_source: str = ""  # source whose sentences are the templates of "dataset"
-    sentences_per_class: int = 0  # at most so many of them per class; 0 = all
-    top_k: tuple[int, ...] = (1, 5)  # 1 is always among them
-    in_distribution: str = ""  # the task whose accuracy robustness is measured against
+    sentences_per_class: int = 0  # at most this many of them per class; 0 = all
+    top_k: tuple[int, ...] = (1, 5)  # 1 is always included
+    in_distribution: str = ""  # the task whose accuracy robustness is compared with
 
-    # Whether the general templates are reported beside the task's own.
+    # Whether the general templates are reported in addition to the task's own.
     general_beside: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(0, self, "sentences_per_class")
         at_least(1, self, "template_counts", "top_k")
-        if 1 not in self.top_k:  # robustness and the curves over templates are of top-1
+        if 1 not in self.top_k:  # robustness and template curves need top-1
             object.__setattr__(self, "top_k", (1, *self.top_k))
 
     @abstractmethod
     def usual_templates(self) -> str:
-        """The value of `templates` where it is empty."""
+        """Returns the value of `templates` that is used if it is empty."""
 
     def without_labels(self, sentences: Sequence[str], titles: Sequence[str]) -> list[list[str]]:
-        """The sentences of every class, where `template_source` has no classes."""
+        """Returns the sentences of every class if `template_source` has no classes."""
         raise ValueError(
             f"template_source={self.template_source!r} has no classes; it must be labelled."
         )
 
     def reference_texts(self, items: Items) -> list[str]:
-        """The text of every item, where these have one that says what is in them, else none."""
+        """Returns a text for every item that states its content, or an empty list."""
         return []
 
     def classifies_texts(self) -> bool:
-        """Whether the reference texts are classified too, by the text tower."""
+        """Returns whether the reference texts are also classified, by the text tower."""
         return False
 
     def check(self, towers: Collection[str], cache_dir: str = "") -> None:
@@ -120,7 +120,7 @@ class Classification(Labelled):
 
 @dataclass
 class _Tally:
-    """What the prompt sets of a task add up to."""
+    """The accumulated results of a task's prompt sets."""
 
     metrics: dict[str, float]
     chance: dict[str, float]
@@ -129,9 +129,9 @@ class _Tally:
 
 
 def run_classification(name: str, task: Classification, runner: Runner) -> TaskResult:
-    """top-k accuracies and mean per-class recall, for every prompt set of the task."""
+    """Returns top-k accuracies and mean per-class recall, for every prompt set of the task."""
     view, classes = candidates(task, runner)
-    # Before the items: a missing file of prompts should not cost their encoding.
+    # Before the items: a missing file of prompts should not waste their encoding.
     sets = prompt_sets(task, classes, runner, view.templates)
     items, labels = embed_items(view, classes, task, runner)
     tally = _Tally({}, {}, {}, {})
@@ -173,7 +173,7 @@ def run_classification(name: str, task: Classification, runner: Runner) -> TaskR
 def _usable(
     chosen: PromptSet, classes: Classes, labels: Int[np.ndarray, "n"], runner: Runner
 ) -> Int[np.ndarray, "u"]:
-    """The classes that have prompts; items of the others can never be right."""
+    """Returns the classes that have prompts; items of other classes always count as wrong."""
     usable = non_empty(chosen)
     empty = np.setdiff1d(np.arange(len(classes.names)), usable)
     if len(empty):
@@ -229,7 +229,7 @@ def _table(results: Sequence[TaskResult]) -> Table:
 
 
 def _shown_sets(result: TaskResult) -> Iterable[tuple[str, str, str]]:
-    """(prefix, suffix, name) of the prompt sets; all templates are not shown again as k = all."""
+    """Yields (prefix, suffix, name) of the prompt sets; k = all templates is not repeated."""
     sets = result.extras["prompt_sets"]
     counted = [count for suffix, (_, count) in sets.items() if suffix.startswith("_k")]
     for suffix, (name, count) in sets.items():

@@ -1,14 +1,14 @@
-"""Tasks as older versions of the package wrote them: one class held the fields of all kinds.
+"""Reads tasks written by older versions, in which one class held the fields of all kinds.
 
-A run's config.json of then has all of these fields in every task. What a kind does not have is
-left out where it holds the value that it had by itself.
+In a config.json of such a version, every task has all of these fields. A field that the kind does
+not have is dropped if it holds its old default.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 _RENAMED = {"modality": "tower"}
-# Field -> the value that it had in every task.
+# Field -> its old default in every task.
 _DEFAULTS: dict[str, Any] = {
     "templates": "",
     "template_counts": (),
@@ -33,14 +33,14 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def in_todays_fields(given: Mapping[str, Any], known: Collection[str], kind: str) -> dict[str, Any]:
-    """Returns the fields of a task under today's names, without those of other kinds.
+    """Returns the fields of a task under current names, without those of other kinds.
 
     Args:
-      given: fields as a config, a file of tasks or a run's config.json has them.
+      given: fields from a config, a file of tasks or a run's config.json.
       known: names of the fields of `kind`.
 
     Raises:
-      ValueError: a field of other kinds holds something, or a field stands there under two names.
+      ValueError: a field of other kinds is set, or a field is given under two names.
     """
     fields = {}
     for name, value in given.items():
@@ -48,10 +48,10 @@ def in_todays_fields(given: Mapping[str, Any], known: Collection[str], kind: str
         if new in known:
             if new != name and given.get(new, value) != value:
                 raise ValueError(f"{name}={value!r} is the old name of {new}={given[new]!r}")
-            if new == name or value:  # an old name with nothing in it meant the usual
+            if new == name or value:  # an old name with an empty value meant the default
                 fields[new] = value
         elif name not in _DEFAULTS:
-            fields[name] = value  # the conversion names the nearest field
+            fields[name] = value  # the conversion reports the nearest field name
         elif (tuple(value) if isinstance(value, list) else value) != _DEFAULTS[name]:
             raise ValueError(
                 f"a {kind} task has no field {name!r}, and {name}={value!r} never had an effect on "

@@ -1,4 +1,4 @@
-"""Tasks whose items belong to classes: which classes are candidates, and the items embedded."""
+"""Tasks whose items belong to classes: the candidate classes, and the embedded items."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ UNMAPPED = ("error", "drop")
 
 @dataclass(frozen=True)
 class Cropped(Task):
-    """A task whose items may be pictures, of which the border is cut off first."""
+    """A task whose items may be pictures, with an optional crop of the border."""
 
     crop_border: int = 0  # pixels on every side (ObjectNet's red frame: 2)
 
@@ -32,9 +32,9 @@ class Cropped(Task):
 
 @dataclass(frozen=True)
 class Labelled(Task):
-    """A task whose items have classes, with the user's names for them, or a subset of them."""
+    """A task whose items have classes, with optional names by the user, or a subset of them."""
 
-    class_names: str = ""  # file, or names separated by commas; "" = the source's own
+    class_names: str = ""  # file, or comma-separated names; "" = the source's own
     class_subset: str = ""  # file with the classes (names or indices) that stay candidates
     unmapped_classes: str = "error"  # "drop": leave out classes that class_names does not list
 
@@ -50,13 +50,13 @@ class Labelled(Task):
 def classified_items(
     task: Labelled, runner: Runner, *, output: str = "embeds"
 ) -> tuple[Items, Int[np.ndarray, "n"], Classes]:
-    """The items whose class is a candidate, embedded; their classes; all candidates."""
+    """Returns the embedded items of candidate classes, their classes, and all candidates."""
     view, classes = candidates(task, runner)
     return *embed_items(view, classes, task, runner, output=output), classes
 
 
 def candidates(task: Labelled, runner: Runner) -> tuple[View, Classes]:
-    """The classes of a task, and the items of its source that belong to one of them."""
+    """Returns the items of a task's source that belong to a candidate class, and the classes."""
     view = task.open(runner)
     classes = resolve_classes(view.class_names, task)
     for warning in classes.warnings:
@@ -76,7 +76,7 @@ def candidates(task: Labelled, runner: Runner) -> tuple[View, Classes]:
 def embed_items(
     view: View, classes: Classes, task: Labelled, runner: Runner, *, output: str = "embeds"
 ) -> tuple[Items, Int[np.ndarray, "n"]]:
-    """The items of `view`, and which candidate each belongs to."""
+    """Returns the embedded items of `view`, and the candidate that each belongs to."""
     items = runner.items(view, task.tower, features=output)
     if (items.labels < 0).any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""linear_probe and few_shot: a ridge classifier on frozen features."""
+"""The tasks linear_probe and few_shot: a ridge classifier on frozen features."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
@@ -30,7 +30,7 @@ class Probe(Cropped, Labelled):
     tower: str = "image"
     train_source: str = ""
     features: str = "embeds"  # embeds | features (before the projection head)
-    top_k: tuple[int, ...] = (1, 5)  # 1 is always among them
+    top_k: tuple[int, ...] = (1, 5)  # 1 is always included
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,11 +49,11 @@ class Probe(Cropped, Labelled):
 
     @abstractmethod
     def measure(self, train: Part, test: Part, count: int) -> Measured:
-        """Metrics, hits of each item for the intervals, and values per item.
+        """Returns metrics, hits of each item for the intervals, and values per item.
 
         Args:
-          train: features and labels to fit.
-          test: features and labels to judge by.
+          train: features and labels for fitting.
+          test: features and labels for testing.
           count: number of classes.
         """
 
@@ -67,7 +67,7 @@ class Probe(Cropped, Labelled):
 
 @dataclass(frozen=True)
 class LinearProbe(Probe):
-    """All training examples."""
+    """Fits all training examples."""
 
     def measure(self, train: Part, test: Part, count: int) -> Measured:
         ranks, penalty = _fit_and_rank(train, test, count)
@@ -78,7 +78,7 @@ class LinearProbe(Probe):
 
 @dataclass(frozen=True)
 class FewShot(Probe):
-    """A few training examples of every class, drawn several times."""
+    """Fits a few training examples of every class, drawn several times."""
 
     shots: tuple[int, ...] = (1, 5, 10)
     repeats: int = 5
@@ -89,7 +89,7 @@ class FewShot(Probe):
         not_empty(self, "shots")
 
     def measure(self, train: Part, test: Part, count: int) -> Measured:
-        """Mean over `repeats` draws of the training examples, and their standard deviation."""
+        """Returns means over `repeats` draws of the training examples, and standard deviations."""
         metrics: dict[str, float] = {}
         hits: dict[str, np.ndarray] = {}
         for shots in self.shots:
@@ -101,7 +101,8 @@ class FewShot(Probe):
             for k in self.top_k:
                 right = np.stack(ranks) <= k
                 metrics[f"top{k}_shots{shots}"] = float(right.mean())
-                # An item's share of right draws: what the bootstrap over items resamples.
+                # An item's share of draws that get it right: the bootstrap over items resamples
+                # this.
                 hits[f"top{k}_shots{shots}"] = right.mean(axis=0)
                 spread = float(right.mean(axis=1).std(ddof=len(right) > 1))
                 metrics[f"std_top{k}_shots{shots}"] = spread
@@ -109,7 +110,7 @@ class FewShot(Probe):
 
 
 def run_probe(name: str, task: Probe, runner: Runner) -> TaskResult:
-    """Trains on `train_source`, tests on `source`; both need the same classes."""
+    """Returns the result of fitting `train_source` and testing `source`, with equal classes."""
     if not task.train_source:
         raise ValueError(f"a {task.kind} task needs train_source, a labelled source.")
     trained, train_labels, train_classes = classified_items(
@@ -155,7 +156,10 @@ def run_probe(name: str, task: Probe, runner: Runner) -> TaskResult:
 
 
 def _fit_and_rank(train: Part, test: Part, count: int) -> tuple[Int[np.ndarray, "n"], float]:
-    """Classes without training examples are no candidates: their items are never right."""
+    """Returns the test ranks and the penalty.
+
+    Classes without training examples are not candidates: their items are never right.
+    """
     seen = np.unique(train[1])
     ridge = fit_ridge(train[0], np.searchsorted(seen, train[1]), len(seen))
     scores = np.full((len(test[0]), count), -np.inf)

@@ -1,4 +1,4 @@
-"""The prompts of a classification task: named lists, the user's, or a data set's own sentences."""
+"""The prompts of a classification task: named lists, a user's file, or a data set's sentences."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cwcl_jax.evaluation.tasks.classification import Classification
 
 
-# The value of `templates` for those that stand beside a source's data.
+# The value of `templates` for those that come with a source's data.
 SOURCES_OWN = "source"
 
 
@@ -31,7 +31,7 @@ class PromptSet:
     prompts: tuple[tuple[str, ...], ...]
 
     def described(self) -> np.ndarray:
-        """Name with the number of prompts, and a hash of them, to compare two runs by."""
+        """Returns the name with the number of prompts, and a hash of them, to compare two runs."""
         exact = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]
         return np.asarray([f"{self.name} ({sum(map(len, self.prompts))})", exact])
 
@@ -39,10 +39,10 @@ class PromptSet:
 def prompt_sets(
     task: "Classification", classes: Classes, runner: Runner, own: Sequence[str] = ()
 ) -> list[PromptSet]:
-    """The prompt sets of a task; the first one gives the metrics without a suffix.
+    """Returns the prompt sets of a task; the first one gives the metrics without a suffix.
 
     Args:
-      own: templates that the task's source brings.
+      own: templates that come with the task's source.
     """
     name, templates = task_templates(task, own)
     if name == "dataset":
@@ -65,10 +65,10 @@ def prompt_sets(
 
 
 def task_templates(task: "Classification", own: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
-    """The name of a task's templates and, where they are no whole sentences, the templates.
+    """Returns the name of a task's templates, and the templates unless they are whole sentences.
 
     Args:
-      own: templates that the task's source brings; they stand where the task names none.
+      own: templates that come with the task's source; used if the task names none.
 
     Raises:
       ValueError or FileNotFoundError: the task's fields, or the file they name, cannot be used.
@@ -93,7 +93,7 @@ def task_templates(task: "Classification", own: Sequence[str] = ()) -> tuple[str
 
 
 def embed_classes(chosen: PromptSet, runner: Runner, tower: str) -> Float[np.ndarray, "c d"]:
-    """The class embeddings of a prompt set, by the tower that reads prompts."""
+    """Returns the class embeddings of a prompt set, by the tower that reads prompts."""
     sentences = [sentence for group in chosen.prompts for sentence in group]
     embeds = runner.sentences(sentences, tower=tower)
     return class_embeds(embeds, [len(group) for group in chosen.prompts])
@@ -110,14 +110,14 @@ def _filled(name: str, suffix: str, templates: Sequence[str], classes: Classes) 
 def _dataset_prompts(
     task: "Classification", classes: Classes, runner: Runner
 ) -> tuple[tuple[str, ...], ...]:
-    """The sentences of `template_source`, by class."""
+    """Returns the sentences of `template_source`, by class."""
     view = runner.open(task.template_source, option="template_source")
     texts = runner.texts(view)
     limit = task.sentences_per_class
     if view.class_names is None:
         flat = [text for group in texts for text in group]
         return tuple(map(tuple, task.without_labels(flat, classes.titles)))
-    # By name: the classes of another split may be numbered in another way.
+    # Matched by name, because another split may number its classes differently.
     place = {name: at for at, name in enumerate(classes.source_names)}
     number = [place.get(name, -1) for name in view.class_names]
     pairs = [
@@ -132,7 +132,7 @@ def _dataset_prompts(
 
 
 def non_empty(chosen: PromptSet) -> Int[np.ndarray, "u"]:
-    """The classes that have a prompt."""
+    """Returns the classes that have a prompt."""
     usable = np.flatnonzero([len(group) for group in chosen.prompts])
     if not len(usable):
         raise ValueError(f"no class has a prompt in the set {chosen.name!r}.")

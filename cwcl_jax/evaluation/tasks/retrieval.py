@@ -1,4 +1,4 @@
-"""retrieval: a source of items with captions, ranked in both directions."""
+"""The task retrieval: a source of items with captions, ranked in both directions."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from cwcl_jax.evaluation.tasks.labelled import Cropped
 
 @dataclass(frozen=True)
 class Retrieval(Cropped):
-    """The other side is the items' captions, or another tower's view of the same items."""
+    """Ranks items against their captions, or against another tower's view of the same items."""
 
     tower: str = "image"
     partner: str = ""  # the tower of the other side; "" = text_tower
@@ -59,7 +59,7 @@ class Retrieval(Cropped):
 
 
 def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
-    """R@k and median rank of item -> partner and partner -> item."""
+    """Returns R@k and median rank of item -> partner and partner -> item."""
     sides = _sides(task.open(runner), task, runner)
     items, partners, owner = sides.items, sides.partners, sides.owner
     forward, backward = f"{task.tower}_to_{task.partner}", f"{task.partner}_to_{task.tower}"
@@ -73,7 +73,7 @@ def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
     hits = {f"{forward}_R@{k}": to_partner <= k for k in task.recall_k}
     back = {f"{backward}_R@{k}": to_item <= k for k in task.recall_k}
     reachable = _reachable(sides.captions, owner, (forward, backward), task, runner)
-    # The captions of one item are not independent of each other: they are drawn together.
+    # The captions of one item are not independent of each other: they are resampled together.
     intervals = bootstrap_intervals(hits, task, groups=sides.of_items)
     intervals |= bootstrap_intervals(back, task, groups=owner)
     return TaskResult(
@@ -99,17 +99,17 @@ def run_retrieval(name: str, task: Retrieval, runner: Runner) -> TaskResult:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Both sides; item i and partner j belong together where `of_items[i] == owner[j]`."""
+    """Both sides; item i and partner j belong together if `of_items[i] == owner[j]`."""
 
     items: Items
     of_items: Int[np.ndarray, "n"]
     partners: Float[np.ndarray, "m d"]
     owner: Int[np.ndarray, "m"]
-    captions: list[str]  # of the partners, where these are texts
+    captions: list[str]  # of the partners, if these are texts
 
 
 def _sides(view: View, task: Retrieval, runner: Runner) -> _Sides:
-    """Embeddings of both sides, what repeats being one item."""
+    """Returns the embeddings of both sides, with repeated inputs merged into one item."""
     items = runner.items(view, task.tower)
     if task.partner != task.text_tower or task.partner in view.embedded:
         return _two_towers(view, items, task, runner)
@@ -127,7 +127,7 @@ def _sides(view: View, task: Retrieval, runner: Runner) -> _Sides:
 
 
 def _two_towers(view: View, items: Items, task: Retrieval, runner: Runner) -> _Sides:
-    """The views of two towers, where several of one side may belong to one of the other."""
+    """Returns the views of two towers; several items of one side may match one of the other."""
     partners = runner.items(runner.select(view, items.index), task.partner)
     if len(partners) != len(items):
         raise ValueError(
@@ -159,7 +159,10 @@ def _reachable(
     task: Retrieval,
     runner: Runner,
 ) -> dict[str, float]:
-    """R@k of a model that knows every caption, with a warning; empty where it is always right."""
+    """Returns R@k of a model that knows every caption, or an empty dict if it is always right.
+
+    Adds a warning if captions repeat.
+    """
     if len(set(captions)) == len(captions):
         return {}
     ranks = reachable_ranks(captions, owner)
@@ -199,7 +202,10 @@ def _table(results: Sequence[TaskResult]) -> Table:
 
 
 def _record_names(result: TaskResult) -> dict[str, str]:
-    """`text_retrieval_recall@5` retrieves texts: it is our image_to_text_R@5."""
+    """Returns names of CLIP_benchmark -> ours.
+
+    `text_retrieval_recall@5` retrieves texts: it is our image_to_text_R@5.
+    """
     names = {}
     for way in result.extras["directions"]:
         target = way.rpartition("_to_")[2]

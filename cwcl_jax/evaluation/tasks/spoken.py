@@ -1,7 +1,7 @@
-"""intent and keywords: recordings classified by prompts (CWCL Tables 8 and 9).
+"""The tasks intent and keywords: recordings classified by prompts (CWCL Tables 8 and 9).
 
-Both report the data set's own sentences and the general templates (the # columns of Table 8), and
-the text upper bound: the reference texts classified by the text tower.
+Both report results with the data set's own sentences and with the general templates (the # columns
+of Table 8), and the text upper bound: the reference texts classified by the text tower.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Spoken(Classification):
     """What intent and keywords share."""
 
     tower: str = "speech"
-    text_upper_bound: bool = True  # classify the reference texts too
+    text_upper_bound: bool = True  # also classify the reference texts
 
     general_beside: ClassVar[bool] = True
 
@@ -44,7 +44,7 @@ class Spoken(Classification):
 
 @dataclass(frozen=True)
 class Intent(Spoken):
-    """The usual templates are the sentences of `template_source`, by intent."""
+    """Intent classification; by default prompts are `template_source`'s sentences by intent."""
 
     def usual_templates(self) -> str:
         if self.template_source:
@@ -57,7 +57,7 @@ class Intent(Spoken):
 
 @dataclass(frozen=True)
 class Keywords(Spoken):
-    """The usual templates are sentences of `template_source` with the word, or the bare word."""
+    """Keyword spotting; the default templates are sentences of `template_source`, or bare words."""
 
     def usual_templates(self) -> str:
         return "dataset" if self.template_source else "name"
@@ -73,7 +73,7 @@ class Keywords(Spoken):
 
 
 def supervised_keywords() -> Table:
-    """Table 9's supervised models, for comparison with zero-shot keyword spotting."""
+    """Returns Table 9's supervised models, to compare with zero-shot keyword spotting."""
     rows = tuple((name, percent(value)) for name, value in SUPERVISED_KEYWORDS.items())
     return Table(
         "Supervised keyword spotting (CWCL Table 9, Speech Commands V2)",

@@ -1,4 +1,4 @@
-"""zero_shot: pictures, or other items, classified by prompts with the names of their classes."""
+"""The task zero_shot: pictures, or other items, classified by prompts with their class names."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from cwcl_jax.evaluation.tasks.labelled import Cropped
 
 @dataclass(frozen=True)
 class ZeroShot(Cropped, Classification):
-    """The usual templates are the simple ones of Table 3."""
+    """Zero-shot classification; the default templates are the simple ones of Table 3."""
 
     tower: str = "image"
 
