@@ -4,10 +4,11 @@
     weights=NAME[NUMBER]      the similarity weights of loss=cwcl, see `losses.short_names`
     projection=trained|none   whether the side that gives the weights has a linear projection
 
-What is locked is an encoder; a projection after it is a head, which trains. With projection=trained
-the logits come from u = W p and the weights from p itself: the loss may change the space that the
-logits use, but not the space of the weights. With projection=none, u is p. README.md, "The locked
-side's projection", says which of the two is the paper's, which is LiT's, and why it matters.
+What is locked is an encoder; a projection after it is a head, which trains. With
+projection=trained the logits come from u = W p and the weights from p itself: the loss may distort
+the locked space through W, while the weights stay those of p. With projection=none, u is p. The
+section "The locked side's projection" of configs/README.md says which of the two is the paper's,
+which is LiT's, and why it matters.
 """
 
 import re

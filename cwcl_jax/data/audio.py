@@ -13,12 +13,12 @@ _LOUDEST = 8.0
 
 
 def as_int16(samples: np.ndarray) -> Int16[np.ndarray, " n"]:
-    """One channel of int16 from (n,) or (n, channels): the mean of the channels.
+    """Returns one channel of int16 from (n,) or (n, channels): the mean of the channels.
 
-    Floats have their full scale at 1, integers at 32768; what is louder is clipped.
+    Floats have their full scale at 1, integers at 32768; louder values are clipped.
 
     Raises:
-      BadExample: values that are no numbers, or that have another scale.
+      BadExample: values that are NaN or have another scale.
     """
     if samples.dtype == np.int16 and samples.ndim == 1:
         return samples
@@ -36,14 +36,14 @@ def as_int16(samples: np.ndarray) -> Int16[np.ndarray, " n"]:
 
 
 def resample(samples: Int16[np.ndarray, " n"], rate: int, wanted: int) -> Int16[np.ndarray, " m"]:
-    """The samples at the wanted rate."""
+    """Returns the samples resampled from `rate` to `wanted`, in Hz."""
     if rate == wanted:
         return samples
     return import_package("soxr").resample(samples, rate, wanted, quality="HQ")
 
 
 def import_package(name: str):
-    """A package of the extra `speech`; an ImportError that says how to get it."""
+    """Returns a package of the extra `speech`; the ImportError says how to install it."""
     import importlib
 
     try:

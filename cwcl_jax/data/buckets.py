@@ -2,8 +2,8 @@
 
 Within a window of several batches the examples are sorted by length and cut into batches, whose
 order is then shuffled. A batch has one of a few fixed lengths, so the step is compiled once for
-each. All of it follows from the global order, the lengths and the seed: neither hosts nor threads
-enter, and any step can be computed alone.
+each. Everything follows from the global order, the lengths and the seed, and not from hosts or
+threads, so any step can be computed separately.
 """
 
 import functools
@@ -16,14 +16,14 @@ from cwcl_jax.data.order import GlobalOrder, permute
 
 
 class BucketedOrder:
-    """Which examples stand in which global batch, and how many seconds that batch is long.
+    """The examples of each global batch, and the length of the batch in seconds.
 
     Args:
       order: the order of examples before they are sorted.
       durations: seconds of every example.
-      lengths: seconds that batches may have, ascending; longer recordings are cropped.
+      lengths: allowed lengths of batches in seconds, ascending; longer recordings are cropped.
       batch_size: examples of a global batch.
-      window: batches that are sorted together.
+      window: number of batches that are sorted together.
       steps: batches of an epoch.
     """
 
@@ -47,7 +47,7 @@ class BucketedOrder:
         self._cached = functools.lru_cache(8)(self._batches)
 
     def batch(self, epoch: int, step: int) -> tuple[Int64[np.ndarray, " b"], float]:
-        """Example numbers of a step of an epoch, and the seconds of its batch."""
+        """Returns the example numbers of a step of an epoch, and its batch's length in seconds."""
         window, place = divmod(step, self._window)
         indices = self._cached(epoch, window)[place]
         longest = float(self._durations[indices].max())

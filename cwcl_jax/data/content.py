@@ -1,4 +1,4 @@
-"""Inputs compared by their own bytes: which rows of a batch are the same to an encoder."""
+"""Compares inputs by their bytes: which rows of a batch are the same for an encoder."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ KEY_BYTES = 16
 
 
 def row_keys(inputs: Mapping[str, np.ndarray]) -> list[bytes]:
-    """A hash of each row; zeros at an array's end do not count, since padding has no influence."""
+    """Returns a hash of each row; trailing zeros do not count, because padding has no effect."""
     names = sorted(inputs)
     columns = [np.asarray(inputs[name]) for name in names]
     keys = []

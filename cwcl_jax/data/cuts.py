@@ -1,7 +1,7 @@
-"""Counts what is cut of inputs while they are made, without a word of it in their arrays.
+"""Counts what is truncated while inputs are prepared, separately from their arrays.
 
-A tokenizer is shared by training, validation and evaluation; who wants to know what it cuts says so
-around the call, in the same thread.
+A tokenizer is shared by training, validation and evaluation. A caller that needs the number of
+truncated tokens wraps the call in `counting_cuts`, in the same thread.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ _ADD: ContextVar[Callable[[int], None] | None] = ContextVar("cwcl_jax_cuts", def
 
 @contextmanager
 def counting_cuts(add: Callable[[int], None]) -> Iterator[None]:
-    """Calls `add` with the number of tokens that are cut inside of the block."""
+    """Calls `add` with the number of tokens that are truncated inside the block."""
     token = _ADD.set(add)
     try:
         yield
@@ -22,7 +22,7 @@ def counting_cuts(add: Callable[[int], None]) -> Iterator[None]:
 
 
 def tell_cut(tokens: Callable[[], int]) -> None:
-    """Tells whoever counts; `tokens` is called only if someone does."""
+    """Reports truncated tokens to the counter; `tokens` is called only if there is one."""
     add = _ADD.get()
     if add is not None:
         add(tokens())

@@ -1,9 +1,9 @@
-"""Embeddings of a whole source, made once and read at random: array_record files and a description.
+"""Stored embeddings of a whole source: array_record files and a description, read at random.
 
 A folder holds `description.json` and one file for every `shard_size` examples, in the source's
-order. The description says what the vectors depend on (weights, preprocessing, source): a folder
-made from anything else is refused. Files are dealt to hosts and appear only when complete, so an
-interrupted run continues with those that are missing.
+order. The description states what the vectors depend on (weights, preprocessing, source); a folder
+that was made from anything else is refused. Files are distributed over hosts and appear only when
+complete, so an interrupted run continues with the missing ones.
 """
 
 import json
@@ -33,13 +33,13 @@ class EmbeddingDescription:
     """What a folder of embeddings holds and what it was made from.
 
     Attributes:
-      tower: whose vectors they are.
+      tower: the tower that computed the vectors.
       shape: shape of one vector, usually (dim,).
-      dtype: "float16", "bfloat16" or "float32"; readers give float32.
+      dtype: "float16", "bfloat16" or "float32"; readers return float32.
       count: number of examples of the source.
       source: fingerprint of the source.
       weights: hash of the tower's weights.
-      preprocessing: all else that decides the vectors (sizes, tokenizer, pooling, ...).
+      preprocessing: everything else that determines the vectors (sizes, tokenizer, pooling, ...).
       shard_size: examples in one file.
     """
 
@@ -64,7 +64,7 @@ class EmbeddingDescription:
 
     @classmethod
     def read(cls, folder: str | Path) -> "EmbeddingDescription":
-        """The description of a folder."""
+        """Returns the description of a folder."""
         file = Path(folder) / _DESCRIPTION
         if not file.exists():
             raise FileNotFoundError(
@@ -81,7 +81,7 @@ class EmbeddingDescription:
         raise ValueError(f"{file} is of another version; make the embeddings again.")
 
     def require(self, folder: str | Path, **expected: Any) -> None:
-        """Raises ValueError when a field of this description is not as expected."""
+        """Raises ValueError if a field of this description is not as expected."""
         actual = json.loads(self.to_json())
         for name, value in expected.items():
             wanted = json.loads(json.dumps(value))
@@ -99,7 +99,7 @@ class EmbeddingDescription:
         return Path(folder) / f"vectors-{shard:05d}-of-{self.shards:05d}.array_record"
 
     def rows(self, shard: int) -> range:
-        """The examples whose vectors a file holds."""
+        """Returns the rows of the examples whose vectors a file holds."""
         return range(shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size))
 
 
@@ -127,7 +127,7 @@ class EmbeddingWriter:
                 partial.write_text(description.to_json())
 
     def pending(self) -> list[range]:
-        """Rows of the files of this host that do not exist yet."""
+        """Returns the rows of this host's files that do not exist yet."""
         paths = {s: self.description.shard_path(self.folder, s) for s in self._mine}
         return [self.description.rows(s) for s, path in paths.items() if not path.exists()]
 
@@ -157,7 +157,7 @@ class EmbeddingWriter:
             writer.close()
 
     def is_complete(self) -> bool:
-        """Whether the files of all hosts exist."""
+        """Returns whether the files of all hosts exist."""
         return not missing_files(self.folder, self.description)
 
 
@@ -167,13 +167,13 @@ def _no_version(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def missing_files(folder: str | Path, description: EmbeddingDescription) -> list[Path]:
-    """Files that the description promises and that do not exist."""
+    """Returns the files that the description lists but that do not exist."""
     paths = [description.shard_path(folder, shard) for shard in range(description.shards)]
     return [path for path in paths if not path.exists()]
 
 
 class EmbeddingStore:
-    """Reads a complete folder: `store[i]` is the id and the float32 vector, None where unusable."""
+    """Reads a complete folder: `store[i]` is the id and the float32 vector, None if unusable."""
 
     def __init__(self, folder: str | Path):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -207,7 +207,7 @@ class EmbeddingStore:
     def rows(
         self, indices: Int64[np.ndarray, " n"]
     ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
-        """Ids and vectors of many examples in one call; no vectors where one is unusable."""
+        """Returns ids and vectors of many examples at once; no vectors if one is unusable."""
         parts = self._read(indices.tolist())
         names, bodies = [name for name, _ in parts], [body for _, body in parts]
         if not all(bodies):

@@ -1,4 +1,4 @@
-"""Batches of a whole source in order, for evaluation: nothing random, nothing replaced."""
+"""Batches of a whole source in order, for evaluation: nothing is random, nothing is replaced."""
 
 import logging
 import math
@@ -22,14 +22,15 @@ _BESIDE = ("text", "label")
 
 
 class EvalBatches:
-    """All examples of a source in order, the last batch filled up; iterate as often as needed.
+    """All examples of a source in order, the last batch padded; iterate as often as needed.
 
-    Every pass counts its unusable examples anew, each of them once; `skipped` is of the last pass.
+    Every pass counts its unusable examples again, each of them once; `skipped` belongs to the last
+    pass.
 
-    Beside the inputs a batch has "index", "valid" (False for filling and for unusable examples,
-    whose inputs repeat another example), "id", "lost" (what the inputs do not hold, by tower), and
-    what the source tells besides: "label" (-1 where there is none that can be read) and "captions"
-    (lists of strings, possibly none).
+    In addition to the inputs, a batch has "index", "valid" (False for padding and for unusable
+    examples, whose inputs repeat another example), "id", "lost" (what the inputs lack, by tower),
+    and further fields of the source: "label" (-1 if none can be read) and "captions" (lists of
+    strings, possibly empty).
     """
 
     def __init__(
@@ -163,7 +164,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
-    """Batches of a whole source (or source line) in order, without any randomness."""
+    """Returns batches of a whole source (or source line) in order, without any randomness."""
     opened = open_source(source, cache_dir=config.cache_dir) if isinstance(source, str) else source
     return EvalBatches(
         opened,

@@ -1,8 +1,8 @@
 """A seeded share of the training examples that is never trained on.
 
-Which examples these are follows from the seed and the source alone: neither hosts nor threads nor
-the step enter. What stays keeps the source's order; of millions of examples only the numbers of
-those held out are kept in memory (8 bytes each).
+The choice depends only on the seed and the source, not on hosts, threads or the step. The remaining
+examples keep the source's order. Of millions of examples, only the numbers of the held-out ones are
+kept in memory (8 bytes each).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,12 +23,12 @@ _LOOKED_AT, _NEIGHBOURS = 64, 2
 
 
 def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """Splits a source into what is trained on and what is held out.
+    """Returns the source split into a training part and a held-out part.
 
-    Of a mixture each part is split, so that both sides have its shares.
+    Each part of a mixture is split, so that both sides have the mixture's shares.
 
     Args:
-      share: of the examples of each part that is held out, between 0 and 1.
+      share: fraction of the examples of each part that is held out, between 0 and 1.
 
     Raises:
       ValueError: nothing would be left on one of the sides.
@@ -59,7 +59,7 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
 
 
 class Part(SourceAround):
-    """Examples of `source`, of which `number_of` tells the numbers there."""
+    """Examples of `source`; `number_of` maps numbers here to numbers there."""
 
     def __init__(
         self,
@@ -92,13 +92,13 @@ class Part(SourceAround):
 
 
 def shared_with_neighbours(held: Source, fields: Collection[str]) -> str:
-    """Says how many examples that are held out equal one beside them in the source; "" for none.
+    """Returns a note on how many held-out examples equal a neighbour in the source; "" for none.
 
-    Rows of one picture with several captions stand beside each other in most tables.
+    In most tables, the rows of one picture with several captions are neighbours.
 
     Args:
       held: the second source of `hold_out`.
-      fields: of which one is enough, such as "image"; captions are often equal by right.
+      fields: fields of which one must be equal, such as "image"; equal captions may be legitimate.
     """
     parts = [part for part in held.parts or (held,) if isinstance(part, Part)]
     found = looked_at = 0

@@ -1,11 +1,11 @@
-"""Files inside other installed packages, which are found and never imported."""
+"""Files inside other installed packages, which are located but never imported."""
 
 import importlib.util
 from pathlib import Path
 
 
 def inside_package(spec: str) -> Path:
-    """The path PACKAGE/PATH inside an installed package; its code does not run.
+    """Returns the path PACKAGE/PATH inside an installed package; its code does not run.
 
     Raises:
       FileNotFoundError: there is no such package, or it has no such path.

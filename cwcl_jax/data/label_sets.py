@@ -1,4 +1,4 @@
-"""Sets of labels that come with examples, as numbers that a batch can hold."""
+"""Sets of labels of examples, as numbers that a batch can hold."""
 
 import ast
 import math
@@ -16,15 +16,15 @@ _WITHOUT_COMMA = re.compile(r"""['"]\s+['"]""")
 
 
 def labels_of(value: Any, separator: str, example: str = "") -> list[str]:
-    """Returns the different labels of one cell, array, or list of these, as texts.
+    """Returns the different labels of one cell, array, or list of these, as strings.
 
-    A string holds several where it is a printed list (`['a', 'b']`, as pandas writes lists into
-    CSV, or JSON), else between separators. None, NaN and empty strings are no labels. The members
-    of lists are whole labels.
+    A string holds several labels if it is a printed list (`['a', 'b']`, as pandas writes lists into
+    CSV, or JSON), else if it contains separators. None, NaN and empty strings are no labels. The
+    members of lists are whole labels.
 
     Args:
       value: the cells of one example, or one of them.
-      separator: between the labels of one string; "" where a string is one label.
+      separator: separates the labels of one string; "" if a string is one label.
       example: names the example in errors.
 
     Raises:
@@ -75,10 +75,10 @@ def _printed_list(text: str, example: str) -> Sequence[Any]:
 
 
 def numbered(labels: Sequence[str], size: int, example: str = "") -> np.ndarray:
-    """Returns (size,) int32: a 31-bit hash of each label, filled up with -1.
+    """Returns (size,) int32: a 31-bit hash of each label, padded with -1.
 
     Raises:
-      BadExample: there are more labels than that.
+      BadExample: there are more labels than `size`.
     """
     if len(labels) > size:
         raise BadExample(

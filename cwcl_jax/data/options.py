@@ -1,4 +1,4 @@
-"""Options of the data: which examples, how each tower's inputs are made, how fast it is read."""
+"""Options of the data: which examples, how each tower's inputs are made, how it is read."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -19,11 +19,11 @@ def usual_inputs() -> dict[str, Modality]:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a run reads. `train` is a source line: `kind:path?option=value`, mixed with `::`.
+    """The data of a run. `train` is a source line: `kind:path?option=value`, mixed with `::`.
 
     Attributes:
-      inputs: how the inputs of each tower are made, by the tower's name. In a config these stand
-        beside the other fields, as `config.data.<tower>`.
+      inputs: how the inputs of each tower are made, by the tower's name. In a config they are next
+          to the other fields, as `config.data.<tower>`.
     """
 
     train: str = "scenes:train"
@@ -93,7 +93,7 @@ class DataConfig:
         """Returns how the inputs of a tower are made.
 
         Raises:
-          ValueError: nothing is known of such a tower.
+          ValueError: there is no such tower.
         """
         if tower not in self.inputs:
             raise ValueError(f"there are no inputs for {tower!r}; known: {', '.join(self.inputs)}.")
@@ -106,22 +106,22 @@ def label_shape(config: DataConfig) -> tuple[int, ...]:
 
 
 def features_name(tower: str, modality: Modality) -> str:
-    """Returns the name under which a source gives the features that a tower reads."""
+    """Returns the name under which a source provides the features that a tower reads."""
     return (modality.field if reads_features(modality) else "") or tower
 
 
 def reads_features(modality: Modality) -> bool:
-    """Whether a modality takes features in place of raw inputs."""
+    """Returns whether a modality reads features instead of raw inputs."""
     return "features" in modality.arrays()
 
 
 def given_as_features(tower: str, modality: Modality, embedded: Collection[str]) -> bool:
-    """Whether a source that gives the features `embedded` gives those of a tower."""
+    """Returns whether a source that provides the features `embedded` provides a tower's."""
     return features_name(tower, modality) in embedded
 
 
 def cache_home(cache_dir: str = "") -> Path:
-    """Where this package keeps what it made: `cache_dir`, or the user's cache folder without it."""
+    """Returns this package's cache folder: `cache_dir`, or the user's cache folder if it is ""."""
     if cache_dir:
         return Path(cache_dir).expanduser()
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()

@@ -1,8 +1,8 @@
-"""The one global order of examples: which example stands at which position of which epoch.
+"""The global order of examples: which example is at which position of which epoch.
 
-A function of (seed, epoch, position) alone, computed where it is needed: no list of millions of
-indices exists, hosts need no agreement, and the number of hosts does not enter. Permutations are
-Feistel networks with cycle walking (Black and Rogaway, 2002).
+The order is a function of (seed, epoch, position) alone, computed where it is needed: there is no
+list of millions of indices, hosts need no agreement, and the number of hosts has no effect.
+Permutations are Feistel networks with cycle walking (Black and Rogaway, 2002).
 """
 
 import functools
@@ -21,7 +21,7 @@ _KEPT = 1 << 16
 
 
 def permute(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.ndarray, " n"]:
-    """Images of `positions` under one permutation of range(size) that `key` names."""
+    """Returns the images of `positions` under the permutation of range(size) given by `key`."""
     if size <= _KEPT:
         return _whole(size, *key)[positions]
     return _walk(positions, size, *key)
@@ -68,11 +68,11 @@ def _scramble(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 
 @dataclass(frozen=True)
 class GlobalOrder:
-    """Order of one or several parts (a mixture), whose examples are numbered one after another.
+    """Order of one or several parts (a mixture), whose examples are numbered consecutively.
 
     An epoch has `per_epoch` positions. Each part fills a fixed number of them (its share of the
-    weights), drawn from the part without replacement, in a new draw every epoch; a part whose
-    number exceeds its length starts over with a new draw. Positions of all parts are shuffled
+    weights), drawn from the part without replacement, with a new draw in every epoch. A part whose
+    number exceeds its length starts again with a new draw. Positions of all parts are shuffled
     together. Without `shuffle` everything keeps its order, and the parts follow each other.
     """
 
@@ -96,11 +96,11 @@ class GlobalOrder:
     def indices(
         self, epoch: int, positions: Int64[np.ndarray, " n"], attempt: int = 0
     ) -> Int64[np.ndarray, " n"]:
-        """Example numbers at `positions` of an epoch.
+        """Returns the example numbers at `positions` of an epoch.
 
-        `attempt` > 0 names replacements for unusable examples: from the same part, half its length
-        further in its order, so that a replacement is not near the positions it could repeat (and
-        outside the epoch's subset where that is less than half of the part).
+        `attempt` > 0 returns replacements for unusable examples: from the same part, half its
+        length further in its order, so that a replacement is not near the positions it could repeat
+        (and outside the epoch's subset if that is less than half of the part).
         """
         if self.shuffle and len(self.lengths) > 1:
             positions = permute(positions, self.per_epoch, self.seed, epoch, 1)

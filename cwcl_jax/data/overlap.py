@@ -1,4 +1,4 @@
-"""Whether two sources hold the same examples: what was trained on is no test."""
+"""Whether two sources share examples: training data is no test data."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -14,14 +14,15 @@ _COMPARED = 8
 
 
 def shared_examples(train: Source, other: Source, fields: Collection[str]) -> str:
-    """Says what of `other` is among the training examples; "" where nothing was found.
+    """Returns a note on which examples of `other` are in the training data; "" if none were found.
 
-    Sources with one fingerprint are the same. Else examples with one id are compared by content.
+    Sources with the same fingerprint are equal. Otherwise examples with the same id are compared by
+    content.
 
     Args:
       train: the training data.
       other: the data of an evaluation.
-      fields: what of two examples must be equal, such as "image".
+      fields: fields of two examples that must be equal, such as "image".
     """
     known = set(_fingerprints(train))
     if known & set(_fingerprints(other)):
@@ -62,7 +63,7 @@ def _same(train: Source, other: Source, pair: tuple[int, int], fields: Collectio
 
 
 def same_content(one: Example, two: Example, fields: Collection[str]) -> bool:
-    """Whether two examples are equal in those of the fields that both have, at least one."""
+    """Returns whether two examples are equal in those fields that both have, at least one."""
     present = [field for field in fields if field in one and field in two]
     return bool(present) and all(_equal(one[field], two[field]) for field in present)
 

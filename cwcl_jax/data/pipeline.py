@@ -1,9 +1,9 @@
 """Batches for training, read by grain's threads in one global order.
 
-Batch `step` holds the positions `step * B ... (step + 1) * B` of the order, host h the h-th block
-of them. The state is therefore the number of the next step and nothing else: it is exact, and the
-same order continues on another number of hosts. Unusable examples are replaced by others that the
-order itself names, so every host always makes the same number of steps.
+Batch `step` holds the positions `step * B ... (step + 1) * B` of the order, and host h the h-th
+block of them. The state is therefore only the number of the next step: it is exact, and the same
+order continues on another number of hosts. Unusable examples are replaced by others that the order
+itself determines, so every host always makes the same number of steps.
 """
 
 import time
@@ -33,7 +33,7 @@ _VECTOR_CHUNK = 256
 
 
 class TrainBatches:
-    """Endless iterator of this host's part of the global batches; see the module's text."""
+    """Endless iterator of this host's part of the global batches; see the module's docstring."""
 
     def __init__(
         self,
@@ -205,27 +205,27 @@ class TrainBatches:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Number of different skipped examples by kind, on this host, since it was made."""
+        """Number of different skipped examples by kind, on this host, since its creation."""
         return self._counter.kinds
 
     @property
     def tokens_cut(self) -> int:
-        """Tokens cut of the examples read, on this host, since it was made."""
+        """Tokens truncated from the examples read, on this host, since its creation."""
         return self._counter.tokens_cut
 
     def get_state(self) -> dict[str, int]:
-        """Where the iterator stands: the next step, and examples of its epoch before it.
+        """Returns the iterator's position: the next step, and examples of its epoch before it.
 
-        Independent of the hosts.
+        It does not depend on the hosts.
         """
         epoch, step = divmod(self._step, self.steps_per_epoch)
         return {"step": self._step, "epoch": epoch, "examples": step * self._global_size}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Continues from a state of `get_state`, of any number of hosts and any batch size.
+        """Continues from a state of `get_state`, with any number of hosts and any batch size.
 
-        Where the batch size changed, the next batch begins with the first example that no batch
-        had, or up to a batch later, since batches begin at multiples of their size.
+        If the batch size changed, the next batch begins with the first example that no batch had,
+        or up to a batch later, because batches begin at multiples of their size.
         """
         if "step" not in state:
             raise ValueError(f"No position of the data: expected {{'step': n}}, got {dict(state)}.")
@@ -236,7 +236,7 @@ class TrainBatches:
             self._step = int(state["epoch"]) * self.steps_per_epoch + begun
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides which arrays come at which step; compare before resuming."""
+        """Returns everything that determines the arrays of each step, to compare on resuming."""
         return {
             "source": self.source.fingerprint(),
             "length": len(self.source),
@@ -265,7 +265,10 @@ def train_batches(
     source: Source | None = None,
     random: bool = True,
 ) -> TrainBatches:
-    """The endless iterator of this host's batches of `source`, by default of `config.train`."""
+    """Returns the endless iterator of this host's batches.
+
+    The source is `source`, or by default that of `config.train`.
+    """
     return TrainBatches(
         config,
         towers,
@@ -281,7 +284,7 @@ def train_batches(
 def order_of_source(
     source: Source, length: int, *, per_epoch: int, seed: int, shuffle: bool
 ) -> GlobalOrder:
-    """The order of a source; a mixture (with `parts` and `weights`) keeps its shares."""
+    """Returns the order of a source; a mixture (with `parts` and `weights`) keeps its shares."""
     lengths = tuple(len(part) for part in source.parts) or (length,)
     weights = source.weights or lengths
     return GlobalOrder(lengths, tuple(map(float, weights)), per_epoch or length, seed, shuffle)

@@ -1,4 +1,4 @@
-"""From what a source gives to the arrays that the towers take, one example and one batch."""
+"""Converts a source's examples to the arrays of the towers, one example or batch at a time."""
 
 import itertools
 import zlib
@@ -23,9 +23,9 @@ _LABEL_FIELDS = {"class": "label", "text": _CAPTIONS, "sets": "labels"}
 
 
 class Processor:
-    """Turns examples into the inputs of the given towers, as the options say.
+    """Converts examples to the inputs of the given towers, according to the options.
 
-    Where the source gives features for a tower, these stand for its raw inputs.
+    If the source provides features for a tower, they replace its raw inputs.
     """
 
     def __init__(self, config: DataConfig, towers: Sequence[str], embedded: Sequence[str] = ()):
@@ -46,7 +46,7 @@ class Processor:
                 )
 
     def fields(self) -> set[str]:
-        """What must be read of every example."""
+        """Returns the fields that must be read of every example."""
         fields = {modality.field for modality in self.raw.values()}
         if self.config.labels:
             fields.add(_LABEL_FIELDS[self.config.labels])
@@ -54,7 +54,7 @@ class Processor:
         return {*fields, "features"} if with_features else fields
 
     def fingerprint(self) -> dict[str, Any]:
-        """The options that decide the arrays, by tower."""
+        """Returns the options that determine the arrays, by tower."""
         made: dict[str, Any] = {
             "inputs": {tower: modality.fingerprint() for tower, modality in self.raw.items()}
         }
@@ -68,7 +68,7 @@ class Processor:
 
     @property
     def with_lengths(self) -> str:
-        """The tower whose batches have one of several lengths; "" where there is none.
+        """The tower whose batches have one of several lengths; "" if there is none.
 
         Raises:
           ValueError: there is more than one.
@@ -84,11 +84,10 @@ class Processor:
     def train_example(
         self, example: Example, *key: int, length: float | None = None
     ) -> dict[str, Any]:
-        """Inputs of one example by tower, as they are before `finish`.
+        """Returns the inputs of one example by tower, before `finish`.
 
-        Random choices follow the integers `key`, those of one tower apart from the others'; without
-        a key there are none.
-        `length` is that of the batch, where it is not the usual one.
+        Random choices depend on the integers `key`, separately for each tower; without a key
+        nothing is random. `length` is that of the batch, if it is not the default.
         """
         made: dict[str, Any] = {}
         for tower, modality in self.inputs.items():
@@ -132,7 +131,7 @@ class Processor:
         return np.int32(zlib.crc32(text.casefold().encode()) & 0x7FFFFFFF)
 
     def eval_example(self, example: Example) -> dict[str, Any]:
-        """As `train_example`, without any randomness."""
+        """Returns the same as `train_example`, without any randomness."""
         return {
             tower: self._prepared(tower, modality, _field(example, modality.field))
             if tower in self.raw
@@ -141,14 +140,14 @@ class Processor:
         }
 
     def lost(self, example: Example) -> dict[str, tuple[str, ...]]:
-        """What of an example its inputs do not hold, by tower (see `Modality.lost`)."""
+        """Returns what the inputs lack of an example, by tower (see `Modality.lost`)."""
         return {
             tower: modality.lost(_field(example, modality.field))
             for tower, modality in self.raw.items()
         }
 
     def finish(self, examples: Sequence[dict[str, Any]]) -> None:
-        """Ends in place what is made for several examples in one call, such as tokens."""
+        """Finishes in place what is computed for several examples in one call, such as tokens."""
         for tower, modality in self.raw.items() if examples else ():
             finished = modality.finish([example[tower] for example in examples])
             for example, arrays in zip(examples, finished, strict=True):
@@ -159,14 +158,14 @@ class Processor:
 
 
 def collect(examples: Sequence[Any]) -> Any:
-    """Dicts of several examples as one, of lists."""
+    """Returns the dicts of several examples as one dict of lists."""
     if isinstance(examples[0], Mapping):
         return {name: collect([example[name] for example in examples]) for name in examples[0]}
     return list(examples)
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """One batch of several parts; wherever these hold lists of arrays, all are copied only once."""
+    """Returns one batch from several parts; lists of arrays in them are copied only once."""
     if isinstance(parts[0], Mapping):
         return {name: join([part[name] for part in parts]) for name in parts[0]}
     if all(isinstance(part, list) for part in parts):

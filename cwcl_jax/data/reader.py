@@ -17,10 +17,10 @@ CHUNK = 16
 
 
 def reader_threads(asked: int) -> int:
-    """The number of reader threads: as asked, or this process's share of the cores, at most 16.
+    """Returns `asked`, or this process's share of the cores, at most 16, as number of threads.
 
-    Its share is that of the cores that it may use, among the processes which a launcher says share
-    them (CWCL_LOCAL_PROCESSES).
+    The share is that of the cores that the process may use, divided by the number of processes that
+    share them according to the launcher (CWCL_LOCAL_PROCESSES).
     """
     if asked:
         return asked
@@ -31,10 +31,10 @@ def reader_threads(asked: int) -> int:
 
 
 class ChunkedReader:
-    """`local_size` rows for each step, in chunks that grain's threads load in order.
+    """Yields `local_size` rows for each step, in chunks that grain's threads load in order.
 
-    `load(step, rows)` returns the chunk of at most `chunk` rows that stands in those rows of a
-    batch; it runs in several threads.
+    `load(step, rows)` returns the chunk of at most `chunk` rows for these rows of a batch; it runs
+    in several threads.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ChunkedReader:
                 self._idle.notify_all()
 
     def start(self, step: int) -> None:
-        """Begins (again) at a step; the threads start with the first call of `next_chunks`."""
+        """Starts (again) at a step; the threads start with the first call of `next_chunks`."""
         self.close()
         self._opening = opening = object()
         chunks = self._chunks.map(functools.partial(self._load_chunk, opening))
@@ -86,11 +86,11 @@ class ChunkedReader:
         self._iterator.set_state({"next_index": step * self._per_batch})
 
     def next_chunks(self) -> list[Any]:
-        """The chunks of the next step, waiting for them if need be."""
+        """Returns the chunks of the next step, waiting for them if necessary."""
         return [next(self._iterator) for _ in range(self._per_batch)]
 
     def close(self) -> None:
-        """Ends the threads, the chunks at hand being finished; `start` begins again."""
+        """Ends the threads after their current chunks; `start` begins again."""
         with self._idle:
             self._opening = None
             self._idle.wait_for(lambda: self._running == 0)

@@ -15,7 +15,7 @@ _ALWAYS_ALLOWED = 10
 class BadExample(Exception):
     """An example that is unusable through no fault of the program; it is skipped and counted.
 
-    `kind` is one of a few stable words ("image unreadable", "text empty", "file missing", ...).
+    `kind` is one of a few stable phrases ("image unreadable", "text empty", "file missing", ...).
     """
 
     def __init__(self, kind: str, detail: str = ""):
@@ -25,17 +25,17 @@ class BadExample(Exception):
 
 
 class TooManyBadExamples(RuntimeError):
-    """The share of unusable examples passed `data.max_skipped_share`."""
+    """The share of unusable examples exceeded `data.max_skipped_share`."""
 
 
 class SkipCounter:
-    """Counts examples read and skipped, over threads; names the first few of each kind.
+    """Counts examples read and skipped, over threads; logs the first few of each kind.
 
-    An example that is met again, in a later epoch, is not counted again.
+    An example that is read again in a later epoch is not counted again.
 
     Args:
-      max_share: of the examples read so far that may be unusable.
-      length: number of examples that there are; 0 where each is met once.
+      max_share: largest share of the examples read so far that may be unusable.
+      length: number of examples in total; 0 if each is read only once.
     """
 
     def __init__(self, max_share: float, length: int = 0):
@@ -49,13 +49,13 @@ class SkipCounter:
 
     @property
     def kinds(self) -> Mapping[str, int]:
-        """How many examples were skipped, by kind (a snapshot)."""
+        """Number of skipped examples by kind (a snapshot)."""
         with self._lock:
             return MappingProxyType(dict(self._kinds))
 
     @property
     def total(self) -> int:
-        """How many examples were skipped."""
+        """Number of skipped examples."""
         with self._lock:
             return self._kinds.total()
 
@@ -65,15 +65,15 @@ class SkipCounter:
             self.read += count
 
     def add_cut(self, tokens: int) -> None:
-        """Counts tokens that are cut of usable examples, each time they are."""
+        """Counts truncated tokens of usable examples, each time they are truncated."""
         with self._lock:
             self.tokens_cut += tokens
 
     def add_skipped(self, name: str, error: BadExample, index: int | None = None) -> None:
-        """Counts and logs one skipped example; raises when the share passes the limit.
+        """Counts and logs one skipped example; raises if the share exceeds the limit.
 
-        Once it has raised, it raises with the same words whatever thread comes next: which of
-        the threads' errors a person sees is left to chance, so they must not differ.
+        After it has raised once, it raises the same message in every thread: which thread's error
+        is shown is random, so the messages must not differ.
         """
         with self._lock:
             if index is not None and index in self._known and self._refusal is None:

@@ -1,4 +1,4 @@
-"""A look at some of the training data before a run: what of it the towers will never see."""
+"""Examines a sample of the training data before a run: what the towers will never see of it."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ _LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class Loss:
-    """Some of the examples looked at are not whole for a tower."""
+    """Some of the sampled examples are incomplete for a tower."""
 
     tower: str
     remark: str
@@ -34,12 +34,12 @@ class Loss:
 
 @dataclass(frozen=True)
 class LabelSets:
-    """What the sets of labels of a sample are.
+    """Statistics of the sets of labels in a sample.
 
     Attributes:
-      kinds: how many different labels there are.
-      mean: how many an example has.
-      without: how many examples have none, `of` so many.
+      kinds: number of different labels.
+      mean: mean number of labels per example.
+      without: number of examples without labels, out of `of`.
       example: the labels of one example.
     """
 
@@ -57,7 +57,7 @@ class LabelSets:
 
 
 def survey_labels(source: Source, separator: str) -> LabelSets:
-    """The sets of labels in a sample spread evenly over the source."""
+    """Returns statistics of the label sets in a sample spread evenly over the source."""
     sets = []
     for index in _sample(source):
         try:
@@ -73,10 +73,10 @@ def survey_labels(source: Source, separator: str) -> LabelSets:
 
 
 def shape_of_features(source: Source, name: str) -> tuple[int, ...]:
-    """The shape of the features `name` of one example.
+    """Returns the shape of the features `name` of one example.
 
     Raises:
-      ValueError: none of a sample has any.
+      ValueError: no example of a sample has any.
     """
     for index in _sample(source):
         try:
@@ -91,11 +91,11 @@ def _sample(source: Source) -> list[int]:
 
 
 def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
-    """What `inputs` lose of raw values, in a sample spread evenly over the source.
+    """Returns what `inputs` lose of raw values, in a sample spread evenly over the source.
 
     Args:
-      source: the examples; those that cannot be used are left out.
-      inputs: of the towers that read raw values, by name.
+      source: the examples; unusable ones are left out.
+      inputs: the inputs of towers that read raw values, by name.
     """
     losers = {tower: m for tower, m in inputs.items() if _says_something(m)}
     counts: dict[str, Counter[str]] = {tower: Counter() for tower in losers}
@@ -132,5 +132,5 @@ def _remarks(modality: Modality, value: Any) -> list[str]:
 
 
 def too_much(losses: Collection[Loss], limit: float) -> Loss | None:
-    """The first loss that concerns more than `limit` of the examples."""
+    """Returns the first loss that affects more than `limit` of the examples, or None."""
     return next((loss for loss in losses if loss.share > limit), None)

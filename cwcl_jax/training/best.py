@@ -1,7 +1,7 @@
-"""The step with the best value of a logged number, and the end of a run that no longer improves.
+"""Tracks the step with the best value of a logged metric, and ends runs that no longer improve.
 
-Both follow from the values that were seen, in order. What is remembered of them is a part of every
-checkpoint, so that a resumed run decides as the undisturbed one.
+Both depend only on the sequence of observed values. Their state is part of every checkpoint, so a
+resumed run decides like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ VALIDATION, EVALUATION, TRAINING = "validation", "evaluation", "training"
 
 
 def kind_of(name: str) -> str:
-    """Which measure gives a number: the step itself, the validation or the evaluation."""
+    """Returns which measurement provides a metric: the step, the validation or the evaluation."""
     prefix = name.partition("/")[0].removesuffix("_ema")
     return prefix if prefix in (VALIDATION, EVALUATION) else TRAINING
 
 
 class Best:
-    """Attributes:
-    value: the best value so far; None before the first.
-    step: where it was; None before the first.
-    seen: the last step of which a value was seen; 0 before the first.
-    waited: values since the best one.
+    """The best step so far, and how long ago it was.
+
+    Attributes:
+      value: the best value so far; None before the first.
+      step: its step; None before the first.
+      seen: the last step whose value was observed; 0 before the first.
+      waited: number of values since the best one.
     """
 
     def __init__(self, config: CheckpointConfig, saved: Mapping[str, Any] | None = None):
@@ -48,7 +50,7 @@ class Best:
 
     @property
     def kind(self) -> str:
-        """The measure that gives the number; "" where none is watched."""
+        """The measurement that provides the metric; "" if none is watched."""
         return kind_of(self._name) if self._name else ""
 
     @property
@@ -56,7 +58,7 @@ class Best:
         return self._name
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint holds, JSON-able; None where no number is watched."""
+        """Returns the state for a checkpoint, JSON-able; None if no metric is watched."""
         if not self._name:
             return None
         return {
@@ -68,7 +70,7 @@ class Best:
         }
 
     def require(self, known: Mapping[str, Any], kind: str) -> None:
-        """Raises ConfigError where the measure `kind` should give the number, and does not."""
+        """Raises ConfigError if the measurement `kind` should provide the metric but does not."""
         if kind == self.kind and self._name not in known:
             raise ConfigError(
                 f"config.checkpoint.best={self._name}:{self._direction}: no such number is "
@@ -76,10 +78,10 @@ class Best:
             )
 
     def observe(self, step: int, values: Mapping[str, float], kind: str) -> None:
-        """Takes in what a measure gave at a step; a step that was seen counts once.
+        """Records the values of a measurement at a step; a step that was already seen is ignored.
 
         Raises:
-          ConfigError: the number is not among the values.
+          ConfigError: the metric is not among the values.
         """
         if kind != self.kind or step <= self.seen:
             return
@@ -94,11 +96,11 @@ class Best:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the run should end: `patience` values in a row were no better."""
+        """Whether the run should end: `patience` values in a row were not better."""
         return bool(self._patience) and self.waited >= self._patience
 
     def told(self) -> str:
-        """The best step in words; "" before there is one."""
+        """Returns a description of the best step; "" if there is none yet."""
         if self.step is None:
             return ""
         return f"{self._name} {self.value:.6g} at step {self.step}"

@@ -1,4 +1,4 @@
-"""What differs between two starts of a run: settings or data, by dotted path."""
+"""Differences between two starts of a run: settings or data, by dotted path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def changed_fields(old: Any, new: Any, path: str = "config") -> dict[str, tuple[
 
 
 def tell_changes(changed: Mapping[str, tuple[Any, Any]], count: int = 4) -> str:
-    """Returns the first changes as words: path, the old value and the new one."""
+    """Returns the first changes as text: path, the old value and the new one."""
     told = [
         f"{path}: {_short(old)} then, {_short(new)} now"
         for path, (old, new) in list(changed.items())[:count]

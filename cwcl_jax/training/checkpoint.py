@@ -1,10 +1,11 @@
 """Checkpoints of a run through orbax: trained leaves, optimizer state and the data's position.
 
-Locked leaves are not saved: their source and hash are in the run's `towers.json`. This is the
-only module that imports orbax.
+Locked leaves are not saved: their source and hash are in the run's `towers.json`. This is the only
+module that imports orbax.
 
-Neither orbax nor the file format checks what it reads: a flipped bit would be restored in silence.
-So each checkpoint holds a digest of every leaf and of its own metadata, and restoring compares.
+Neither orbax nor the file format verifies what it reads: a flipped bit would be restored silently.
+Each checkpoint therefore holds a digest of every leaf and of its own metadata, which is verified
+when it is restored.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _SET_ASIDE = "damaged"
 
 
 class DamagedCheckpointError(ConfigError):
-    """What is on disk is not what was saved; the message names the step and the way out."""
+    """The files on disk are not what was saved; the message names the step and the remedy."""
 
 
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    Saves are atomic: a run that is killed in a save leaves a temporary folder that is ignored.
+    Saves are atomic: a run that is killed during a save leaves a temporary folder that is ignored.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
@@ -64,7 +65,7 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def keep(self, step: int | None) -> None:
-        """Keeps one step more, in place of the one named before."""
+        """Keeps one additional step, replacing the previous one."""
         self._kept.step = step
 
     def save(
@@ -77,10 +78,10 @@ class Checkpoints:
         """Saves `state`; returns once device memory may be reused, files may follow later.
 
         Args:
-          step: steps done.
+          step: number of steps done.
           state: global arrays.
           data_state: JSON-able position of the data, equal on all processes.
-          best: what is remembered of the best step, JSON-able and equal on all processes.
+          best: state of the best step, JSON-able and equal on all processes.
         """
         self.wait()
         self._require_folder()
@@ -96,7 +97,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until the last save is on disk; raises what went wrong in it."""
+        """Blocks until the last save is on disk; raises its errors."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
@@ -119,19 +120,19 @@ class Checkpoints:
             )
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State and data position of `step`.
+        """Returns the state and data position of `step`.
 
         Args:
-          target: ShapeDtypeStructs with the shardings wanted now, which may belong to another
-            number of devices or processes than the ones that saved.
+          target: ShapeDtypeStructs with the shardings wanted now. The number of devices or
+              processes may differ from that of the save.
 
         Returns:
-          The state, without averages (`ema`) where the run kept none then, and the position.
+          The state, without averages (`ema`) if the run kept none then, and the position.
 
         Raises:
           FileNotFoundError: no such step.
           DamagedCheckpointError: it is not what was saved.
-          ConfigError: it holds other leaves than the settings want.
+          ConfigError: its leaves differ from those of the settings.
           OSError: it cannot be read at the moment.
         """
         if target.ema and not self._holds_ema(step):
@@ -141,10 +142,10 @@ class Checkpoints:
         return TrainState(params=loaded["params"], **loaded["rest"], **optional), data_state
 
     def best(self, step: int | None = None) -> dict[str, Any] | None:
-        """What a checkpoint remembers of the best step; None where it does not.
+        """Returns a checkpoint's state of the best step; None if it has none.
 
         Args:
-          step: whose; by default the latest that can be read.
+          step: step of the checkpoint; by default the latest that can be read.
         """
         for number in reversed(self.steps) if step is None else [step]:
             if metadata := self._metadata(number):
@@ -170,15 +171,15 @@ class Checkpoints:
     def restore_newest(
         self, target: TrainState, *, timeout: float, warn: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]]:
-        """State and data position of the newest step that is whole; all processes agree on it.
+        """Returns state and data position of the newest intact step; all processes agree on it.
 
-        Damaged newer steps are moved into the folder `damaged` beside the checkpoints.
+        Damaged newer steps are moved into the folder `damaged` next to the checkpoints.
 
         Args:
           timeout: seconds to wait for other processes.
-          warn: told about each damaged step.
+          warn: called with a message for each damaged step.
 
-        Raises as `restore` does; DamagedCheckpointError where no step is whole.
+        Raises the same errors as `restore`; DamagedCheckpointError if no step is intact.
         """
         damage, damaged = "", []
         for step in reversed(self.steps):
@@ -213,12 +214,12 @@ class Checkpoints:
     def restore_model(
         self, step: int, target: TrainState, weights: str = "trained"
     ) -> dict[str, Any]:
-        """Only the leaves of the model at `step`, into ShapeDtypeStructs with shardings.
+        """Returns only the leaves of the model at `step`, with the shardings of `target`.
 
         Args:
           weights: "trained", or "ema" for their averages.
 
-        Raises as `restore` does; ConfigError where there are no averages.
+        Raises the same errors as `restore`; ConfigError if there are no averages.
         """
         trained = {"trained": "params", "ema": "ema"}[weights]
         if trained == "ema" and not (target.ema and self._holds_ema(step)):

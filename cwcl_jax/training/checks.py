@@ -1,4 +1,4 @@
-"""Whether the data's inputs fit the towers, found out before anything is computed."""
+"""Checks that the data's inputs fit the towers, before anything is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from cwcl_jax.weights.readers import open_weights
 
 
 def check_inputs(config: ExperimentConfig) -> None:
-    """Raises ConfigError where the data cannot feed the towers or the loss."""
+    """Raises ConfigError if the data cannot feed the towers or the loss."""
     loss = resolve(config.loss)
     if loss.needs_labels and not config.data.labels:
         raise ConfigError(
@@ -84,7 +84,7 @@ def _check_that_the_loss_reads(config: ExperimentConfig) -> None:
 
 
 def check_own_loss(blueprint: Blueprint, source: Source) -> None:
-    """Raises ConfigError where a loss or weight function of the user's cannot be trained with."""
+    """Raises ConfigError if a user's loss or weight function cannot be trained with."""
     config = blueprint.config
     try:
         if is_own(config.loss.name):
@@ -141,11 +141,11 @@ def _try_weights(loss: LossConfig) -> None:
 def check_task_inputs(
     blueprint: Blueprint, tasks: Mapping[str, Task], sources: Mapping[str, TowerSource], step: int
 ) -> None:
-    """Raises ConfigError where a task would feed a tower with what it does not read.
+    """Raises ConfigError if a task would feed a tower with inputs that it does not read.
 
     Args:
-      sources: where the towers' weights came from.
-      step: of the run; 0 where it begins.
+      sources: origin of the towers' weights.
+      step: step of the run; 0 at the beginning.
     """
     config = blueprint.config
     for name, task in tasks.items():

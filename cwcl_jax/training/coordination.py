@@ -1,7 +1,7 @@
-"""What processes tell each other through jax's coordination service, without any device.
+"""Communication between processes through jax's coordination service, without any device.
 
-Everything here waits with a time-out and names the processes that did not come: a collective on
-devices would wait for ever, and say nothing.
+All functions here wait with a timeout and name the processes that did not arrive. A collective on
+devices would wait forever without a message.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def hosts_service() -> bool:
-    """Whether this process runs the service; jax aborts every process that sees it go."""
+    """Returns whether this process runs the service; jax aborts processes when the service ends."""
     return _jax_distributed.global_state.service is not None
 
 
 def part() -> None:
-    """Leaves the service once every process does: then none is aborted, whichever goes first."""
+    """Leaves the service at the same time as all other processes, so that none is aborted."""
     service = client()
     if service is not None:
         service.shutdown()
 
 
 class MissingProcessesError(TimeoutError):
-    """Some processes did not come to a barrier in time; the message names them."""
+    """Some processes did not reach a barrier in time; the message names them."""
 
 
 def client() -> Any:
-    """The coordination service's client; None in a job of one process."""
+    """Returns the coordination service's client; None in a job of one process."""
     return _jax_distributed.global_state.client if jax.distributed.is_initialized() else None
 
 
@@ -48,16 +48,16 @@ def barrier(name: str, timeout: float) -> None:
       timeout: seconds.
 
     Raises:
-      MissingProcessesError: someone did not come.
+      MissingProcessesError: a process did not arrive.
     """
     gather(name, "", timeout)
 
 
 def gather(name: str, value: str, timeout: float) -> list[str]:
-    """What each process gave, by process number; a barrier.
+    """Returns the values of all processes, by process number; a barrier.
 
     Raises:
-      MissingProcessesError: someone did not come.
+      MissingProcessesError: a process did not arrive.
     """
     service = client()
     if service is None:
@@ -80,7 +80,7 @@ def gather(name: str, value: str, timeout: float) -> list[str]:
 
 
 def meet(name: str, value: str, while_waiting: Callable[[], None]) -> list[str]:
-    """`gather` without a time-out, for work of very different lengths.
+    """Returns the same as `gather` without a timeout, for work of very different durations.
 
     Args:
       while_waiting: called twice a second.
@@ -102,19 +102,19 @@ def _values(service: Any, key: str) -> list[tuple[int, str]]:
 
 
 def set_flag(name: str) -> None:
-    """Raises a flag that every process can see."""
+    """Sets a flag that every process can see."""
     service = client()
     if service is not None:
         service.key_value_set(f"cwcl_jax/flag/{name}", "1", allow_overwrite=True)
 
 
 def flag_is_set(name: str) -> bool:
-    """Whether any process has raised the flag."""
+    """Returns whether any process has set the flag."""
     return _is_set(f"cwcl_jax/flag/{name}")
 
 
 def preemption_is_noticed() -> bool:
-    """Whether jax's runtime has received SIGTERM in any process; without its agreement on a step.
+    """Returns whether jax's runtime received SIGTERM in any process, without agreement on a step.
 
     The key is that of XLA's preemption_sync_manager.cc.
     """

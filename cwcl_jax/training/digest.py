@@ -1,11 +1,11 @@
-"""A checksum of each leaf that does not depend on how the leaf lies on the mesh.
+"""A checksum of each leaf that does not depend on how the leaf is laid out on the mesh.
 
     digest = sum over elements i of mix(bits_i + i * golden)   (mod 2^32)
 
 A sum of integers is exact in any order, so one device, eight devices and sixteen hosts get the same
-number: a leaf that one mesh saved is checked on another. `mix` is the finaliser of MurmurHash3, a
-bijection of 32-bit words: a change of one element is always found, a change of several with
-probability 1 - 2^-32.
+number: a leaf that one mesh saved can be verified on another. `mix` is the finaliser of
+MurmurHash3, a bijection of 32-bit words: a change of one element is always detected, a change of
+several with probability 1 - 2^-32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""One process or many: how they find each other, agree and fail together.
+"""One or many processes: how they find each other, agree and fail together.
 
-JAX's distributed runtime is the engine. What is added: where its settings come from, a process
-that fails ends the whole job within seconds, and a start-up check that all processes run the same
-thing. How they stop together: `stopping`; how one that hangs is found: `watchdog`.
+JAX's distributed runtime does the work. This module adds the origin of its settings, an end of the
+whole job within seconds if one process fails, and a check at the start that all processes run the
+same program. `stopping` handles how they stop together, `watchdog` how a hanging process is
+detected.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ _HEAD_START = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where this process stands among all of them.
+    """The place of this process among all processes.
 
     Attributes:
-      coordinator: "host:port" of process 0; None leaves it to jax's own detection.
-      num_processes: of the job; None likewise.
-      process_id: of this process; None likewise.
+      coordinator: "host:port" of process 0; None for jax's own detection.
+      num_processes: number of processes of the job; None likewise.
+      process_id: number of this process; None likewise.
       local_device_ids: the devices that this process uses; None for all that it sees.
       found_in: where this was read, for messages.
     """
@@ -60,10 +61,10 @@ class Layout:
 
 
 def find_layout(config: DistributedConfig, environ: Mapping[str, str]) -> Layout | None:
-    """The settings' layout, else the environment's, else what jax can detect, else None: alone.
+    """Returns the layout from the settings, the environment or jax's detection, or None (alone).
 
     Variables: JAX_COORDINATOR_ADDRESS, CWCL_NUM_PROCESSES, CWCL_PROCESS_ID, JAX_LOCAL_DEVICE_IDS
-    (jax itself reads the first and the last only).
+    (jax itself reads only the first and the last).
 
     Raises:
       ConfigError: settings or variables that are incomplete or contradict each other.
@@ -148,10 +149,10 @@ def _checked(layout: Layout) -> Layout | None:
 
 
 def check_addresses(layout: Layout, environ: Mapping[str, str]) -> None:
-    """Raises ConfigError for addresses with which several hosts would wait for each other for ever.
+    """Raises ConfigError for addresses with which several hosts would wait for each other forever.
 
-    A coordinator at 127.0.0.1 is every host's own; a host whose name resolves to a loopback
-    address offers that address to its peers, and gloo then hangs without a word.
+    A coordinator at 127.0.0.1 is every host's own. A host whose name resolves to a loopback address
+    offers that address to its peers, and gloo then hangs without a message.
     """
     if int(environ.get("SLURM_STEP_NUM_NODES", environ.get("CWCL_NUM_HOSTS", "1"))) < 2:
         return
@@ -176,10 +177,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Joins the job, if there is one; must come before anything touches a device.
+    """Joins the job, if there is one; must be called before anything uses a device.
 
     Raises:
-      ConfigError: settings that cannot work.
+      ConfigError: invalid settings.
     """
     layout = find_layout(config, os.environ)
     if layout is None:
@@ -198,23 +199,23 @@ def initialize(config: DistributedConfig) -> None:
 
 
 def bind_address(coordinator: str | None) -> str | None:
-    """Where the coordination service listens: at 127.0.0.1 only if all processes are here.
+    """Returns where the coordination service listens: at 127.0.0.1 only if all processes are local.
 
-    None leaves it to jax, which listens on all interfaces without asking who connects.
+    None leaves the choice to jax, which listens on all interfaces without authentication.
     """
     host, _, port = (coordinator or "").rpartition(":")
     return f"127.0.0.1:{port}" if host and _is_loopback(host) else None
 
 
 def is_primary() -> bool:
-    """Whether this process writes logs and tables."""
+    """Returns whether this process writes logs and tables."""
     return jax.process_index() == 0
 
 
 def end_job(code: int) -> NoReturn:
     """Ends this process at once, and with it the job: no barrier waits for it.
 
-    Leaving by an exception instead holds all processes in jax's shutdown barrier for minutes.
+    Leaving by an exception instead would hold all processes in jax's shutdown barrier for minutes.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk must not keep it alive
@@ -229,12 +230,14 @@ def run_main(
     code_of: Callable[[BaseException], int],
     logs: Path | None = None,
 ) -> int:
-    """Runs `main` under the watchdog; with several processes an exception in any ends the job.
+    """Runs `main` under the watchdog and returns the exit code.
+
+    With several processes, an exception in any of them ends the job.
 
     Args:
       main: gets the watchdog, in its phase "startup", and returns the exit code.
-      code_of: exit code for an exception.
-      logs: folder for a log file of each process, of a job that has several.
+      code_of: returns the exit code for an exception.
+      logs: folder for a log file of each process, if the job has several.
     """
     log = open_process_log(logs)
 
@@ -298,7 +301,7 @@ def check_agreement(facts: Mapping[str, str], timeout: float) -> None:
     """Raises ConfigError, on every process, if one of `facts` differs between processes.
 
     Args:
-      facts: what must be equal, by name, for example {"settings": config_hash(config)}.
+      facts: values that must be equal, by name, for example {"settings": config_hash(config)}.
       timeout: seconds to wait for the other processes.
     """
     names = sorted(facts)
@@ -325,7 +328,10 @@ def _digest(text: str) -> str:
 
 
 def differing(names: Sequence[str], digests: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """Names -> processes whose digest is not process 0's. `digests`: by process, by name."""
+    """Returns name -> processes whose digest differs from process 0's.
+
+    `digests` are by process, then by name.
+    """
     result = {}
     for position, name in enumerate(names):
         ranks = [r for r, row in enumerate(digests) if row[position] != digests[0][position]]
@@ -345,7 +351,7 @@ def _difference(here: str, there: str) -> str:
 
 
 def code_version() -> str:
-    """A hash of the package's source files."""
+    """Returns a hash of the package's source files."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -354,6 +360,6 @@ def code_version() -> str:
 
 
 def compiler_flags(environ: Mapping[str, str]) -> str:
-    """What decides which program the compiler makes; processes must not differ in it."""
+    """Returns the flags that affect the compiled program; processes must agree on them."""
     names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
     return "; ".join(f"{name}={environ.get(name, '')}" for name in names)

@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained leaves, in step with the optimizer.
+"""An exponential moving average of the trained leaves, updated with the optimizer.
 
     ema_t = d_t ema_(t-1) + (1 - d_t) params_t        d_t = min(decay, 1 - (1 + t)^(-2/3))
 
@@ -21,7 +21,7 @@ _POWER = -2 / 3
 
 
 def decay_at(config: OptimizerConfig, step: Any) -> jax.Array:
-    """d_t, a float32 scalar.
+    """Returns d_t, a float32 scalar.
 
     Args:
       step: updates before this one, an integer scalar.
@@ -35,10 +35,10 @@ def decay_at(config: OptimizerConfig, step: Any) -> jax.Array:
 def updated(
     config: OptimizerConfig, ema: Mapping[str, Any], params: Mapping[str, Any], step: Any
 ) -> dict[str, Any]:
-    """The average after one more update; {} where none is kept.
+    """Returns the average after one more update; {} if none is kept.
 
     Args:
-      ema: path -> average, float32, as the leaves lie.
+      ema: path -> average, float32, sharded like the leaves.
       params: path -> leaf after the update.
       step: updates before this one.
     """
@@ -47,5 +47,5 @@ def updated(
 
 
 def begun(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The average that begins with these leaves: copies, since the step donates both."""
+    """Returns the average that begins with these leaves: copies, because the step donates both."""
     return {path: jnp.copy(leaf) for path, leaf in params.items()}

@@ -1,8 +1,8 @@
-"""Embeddings of a whole source with one tower, written once and read ever after.
+"""Embeddings of a whole source with one tower, written once and read afterwards.
 
-A locked tower gives the same features in every epoch, so that a run that reads them from a folder
-saves its whole forward pass. A folder knows what it was made from: the tower's weights, all that
-decides its inputs, and the source; anything else is refused as stale.
+A locked tower computes the same features in every epoch, so a run that reads them from a folder
+saves its whole forward pass. A folder records what it was made from: the tower's weights,
+everything that determines its inputs, and the source; any other folder is refused as stale.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def folder_description(
     width: int,
     shard_size: int,
 ) -> EmbeddingDescription:
-    """What the folder will say about itself."""
+    """Returns the description that the folder will hold."""
     blueprint = encoder.blueprint
     return EmbeddingDescription(
         tower=modality,
@@ -66,10 +66,10 @@ def weights_name(
     step: int,
     output: str = "features",
 ) -> str:
-    """What the tower's values are: a locked encoder's file or seed, else the run and its step.
+    """Returns what a tower's values depend on: a locked encoder's file or seed, else run and step.
 
-    Embeds have passed through the head, which trains even where the encoder is locked, or is
-    initialised by the run.
+    Embeddings depend on the head, which trains even if the encoder is locked, or is initialised by
+    the run.
     """
     sha256 = sources[modality].sha256
     if output == "features" and blueprint.features_are_locked(modality):
@@ -79,7 +79,10 @@ def weights_name(
 
 
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
-    """All but the weights that decides a vector: inputs, architecture, compute type, output."""
+    """Returns everything but the weights that determines a vector.
+
+    This is the inputs, the architecture, the compute dtype and the output.
+    """
     tower = {k: v for k, v in to_plain(config.towers[modality]).items() if k not in _NO_INFLUENCE}
     named = (config.towers[modality].modality, config.towers[modality].encoder)
     code = {name: code_hash(name) for name in named if is_reference(name)}
@@ -105,20 +108,20 @@ def embed_source(
     watchdog: Watchdog | None = None,
     told: Counter[str] | None = None,
 ) -> bool:
-    """Embeds what is missing of the writer's files; False if asked to stop before the end.
+    """Embeds the writer's missing files; returns False if it was asked to stop before the end.
 
-    Every process embeds the files that are its own, with the devices that are its own. What was
-    written stays: the next start goes on from there.
+    Every process embeds its own files, with its own devices. Written files stay: the next start
+    continues from there.
 
     Args:
-      stop: called after each batch with the vectors done; True ends the work, and the file begun
-        is left out.
+      stop: called after each batch with the number of vectors done; True ends the work, and the
+          current file is not written.
       progress: called with vectors done now, vectors to do, and seconds so far.
-      told: receives what a person should know of some examples, with their number.
+      told: receives remarks on examples for the user, with their counts.
 
     Raises:
       TooManyBadExamples: more than `data.max_skipped_share` of the examples are unusable. The file
-        in which that shows is not written.
+          in which this shows is not written.
     """
     watchdog = watchdog or unwatched()
     told = Counter() if told is None else told
@@ -147,7 +150,7 @@ def embed_source(
 
 
 def all_finished(finished: bool, stop: Callable[[], bool], watchdog: Watchdog) -> bool:
-    """Waits until all processes have ended their own work; whether all of it was done.
+    """Waits until all processes have ended their own work; returns whether all of it was done.
 
     Args:
       stop: called while waiting, so that a request to stop still reaches the others.
@@ -208,12 +211,12 @@ def check_features(
     what: str = "config.data.train",
     step: int = 0,
 ) -> None:
-    """Raises ConfigError where a source gives features that the tower's encoder would not give.
+    """Raises ConfigError if a source has features that the tower's encoder would not compute.
 
     Args:
-      towers: whose features are read; by default all.
+      towers: the towers whose features are read; by default all.
       what: names the source in errors.
-      step: of the run; 0 where it begins.
+      step: step of the run; 0 at the beginning.
     """
     config = blueprint.config
     for tower in towers or config.towers:
@@ -233,7 +236,7 @@ def check_features(
 
 
 def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
-    """Whether the source gives features that stand for a tower's raw inputs."""
+    """Returns whether the source has features that replace a tower's raw inputs."""
     return tower in source.embedded and not reads_features(config.data.inputs_of(tower))
 
 

@@ -43,7 +43,7 @@ class EncodeFunctions:
         self._jitted: dict[tuple[str, str], Any] = {}
 
     def get(self, modality: str, output: str) -> Any:
-        """`f(params, locked, inputs) -> (b, width)` float32, replicated."""
+        """Returns `f(params, locked, inputs) -> (b, width)`, float32, replicated."""
         if modality not in self.blueprint.config.towers:
             raise ValueError(
                 f"the model has no {modality!r} tower; it has "
@@ -76,7 +76,7 @@ class Encoder:
     Attributes:
       blueprint: structure of the model.
       mesh: devices; batches of any size are padded to a multiple of their number.
-      step: training steps done.
+      step: number of training steps done.
       on_batch: called before each batch, equally often on all processes.
     """
 
@@ -92,11 +92,13 @@ class Encoder:
     def encode(
         self, modality: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
     ) -> np.ndarray:
-        """Embeds (b, d) float32 of one batch, or features (b, f) with `output="features"`.
+        """Returns embeddings (b, d), float32, of one batch.
+
+        With `output="features"` these are features (b, f).
 
         Args:
           modality: a tower's name.
-          inputs: that tower's inputs, each (b, ...), whole on every process.
+          inputs: that tower's inputs, each (b, ...), complete on every process.
         """
         self.on_batch()
         if not only_features(inputs):
@@ -109,7 +111,7 @@ class Encoder:
         return np.asarray(result)[:size]
 
     def width(self, modality: str, output: str = "embeds") -> int:
-        """Width of the rows that `encode` gives."""
+        """Returns the width of the rows of `encode`."""
         if output == "embeds":
             return self.blueprint.config.embed_dim
         model = self.blueprint.model_def.merge(self.blueprint.abstract)
@@ -128,7 +130,7 @@ def _pad(array: np.ndarray, rows: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """The model of a run at a step; the blueprint's config has the sizes of towers' files.
+    """The model of a run at a step; the blueprint's config has the sizes from the towers' files.
 
     Attributes:
       params: the leaves that a run changes: trained ones and running statistics.
@@ -141,7 +143,7 @@ class Restored:
 
     @property
     def plain(self) -> Leaves:
-        """The leaves of the model as `blueprint.model_def.plain` has them, LoRA's sums in place."""
+        """The model's leaves as in `blueprint.model_def.plain`, with LoRA's sums in the kernels."""
         return effective({**self.params, **self.locked}, self.blueprint.model_def.adapters)
 
 
@@ -153,7 +155,7 @@ def restore(
     devices: Sequence[Any] | None = None,
     compact: bool = True,
 ) -> Restored:
-    """The model of a run at a step, by default its latest checkpoint, over all devices.
+    """Returns the model of a run at a step, by default its latest checkpoint, over all devices.
 
     Args:
       step: a number, or "best" for the one that `checkpoint.best` kept.
@@ -161,8 +163,8 @@ def restore(
       compact: see `make_blueprint`.
 
     Raises:
-      ConfigError: `workdir` is not the folder of a run, or holds no checkpoint, best step or
-        averages.
+      ConfigError: `workdir` is not the folder of a run, or has no checkpoint, best step or
+          averages.
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}")
@@ -204,14 +206,14 @@ def load_encoder(
     weights: str = "trained",
     devices: Sequence[Any] | None = None,
 ) -> tuple[Encoder, ExperimentConfig]:
-    """What `restore` gives as an encoder, with the run's settings."""
+    """Returns the model of `restore` as an encoder, with the run's settings."""
     model = restore(workdir, step, weights=weights, devices=devices)
     encoder = Encoder(EncodeFunctions(model.blueprint), model.params, model.locked, model.step)
     return encoder, load_config(workdir)
 
 
 def tower_sources(workdir: Path) -> dict[str, TowerSource]:
-    """Where the weights of a run's towers came from."""
+    """Returns the origin of the weights of a run's towers."""
     return {
         modality: TowerSource(record["source"], record["sha256"])
         for modality, record in read_record(workdir / "towers.json").items()
@@ -221,7 +223,7 @@ def tower_sources(workdir: Path) -> dict[str, TowerSource]:
 def imported_encoder(
     config: ExperimentConfig, *, devices: Sequence[Any] | None = None
 ) -> tuple[Encoder, dict[str, TowerSource]]:
-    """The model of a config before any training, with the weights that it imports."""
+    """Returns the untrained model of a config, with the weights that it imports."""
     blueprint = make_blueprint(config, _encoding_mesh(config, devices), check_batch=False)
     state, locked, sources = initialise(blueprint)
     return Encoder(EncodeFunctions(blueprint), state.model_leaves, locked, 0), sources

@@ -1,4 +1,4 @@
-"""The tasks of a run: checked at its start, run at intervals, written down at its end."""
+"""The tasks of a run: checked at its start, run at intervals, written at its end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Evaluator:
         self._seen: dict[str, str] = {}
 
     def compare_with(self, train: Source) -> list[str]:
-        """Looks for the tasks' data in the training data; what was found, in words."""
+        """Searches the training data for the tasks' data; returns what was found, as text."""
         config = self._config
         self._seen = seen_in_training(config.evaluation, train, config.data)
         return [f"evaluation task {name}: {told}" for name, told in self._seen.items()]
 
     def check_sources(self) -> None:
-        """Raises ConfigError for a task that cannot run: now, not after the last step."""
+        """Raises ConfigError for a task that cannot run: at the start, not after the last step."""
         config = self._config
         try:
             check_in_distribution(config.evaluation)
@@ -44,11 +44,14 @@ class Evaluator:
             ) from error
 
     def run(self, encoder: Encoder) -> dict[str, float]:
-        """Metrics as `evaluation/task/metric`, for the log."""
+        """Returns metrics as `evaluation/task/metric`, for the log."""
         return _flat(self._results(encoder))
 
     def run_and_write(self, encoder: Encoder) -> tuple[str, dict[str, float]]:
-        """Runs all tasks and writes their files; the terminal's table, and what `run` returns."""
+        """Runs all tasks and writes their files.
+
+        Returns the terminal's table, and the result of `run`.
+        """
         results = self._results(encoder)
         baselines = self._config.evaluation.robustness_baselines
         if is_primary():
@@ -66,7 +69,7 @@ class Evaluator:
         return table, _flat(results)
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Of the tasks' data; empty where some of it is not at hand."""
+        """Returns the fingerprints of the tasks' data; empty if some of it is unavailable."""
         try:
             return fingerprints(self._config.evaluation, self._config.data)
         except (FileNotFoundError, ValueError, ImportError):

@@ -1,8 +1,8 @@
-"""The training data with the features of locked encoders, made before the first step and kept.
+"""The training data with stored features of locked encoders, computed before the first step.
 
-The same as `python -m cwcl_jax.embed` and `features_from=` in the source line, without the two
-commands: `data.keep_locked_features=True`. The folder lies in the cache and is named after all
-that decides the vectors, so another run with the same encoder and data finds it.
+It does the same as `python -m cwcl_jax.embed` and `features_from=` in the source line, without the
+two commands: `data.keep_locked_features=True`. The folder is in the cache and is named by
+everything that determines the vectors, so another run with the same encoder and data finds it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _SHARD = 8192
 
 
 def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda: None) -> Source:
-    """The source of `config.data.train`, with features of the locked encoders if it asks for them.
+    """Returns the source of `config.data.train`, with features of locked encoders if requested.
 
     Args:
-      beat: called now and then while features are made: the watchdog's.
+      beat: called now and then while features are computed: the watchdog's.
 
     Raises:
       ConfigError: the data is not the same in every epoch.
@@ -85,7 +85,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
 
 
 def check_whole(config: ExperimentConfig, source: Source) -> None:
-    """Says what share of the data is cut on its way to the towers.
+    """Reports what share of the data is truncated on its way to the towers.
 
     Raises:
       ConfigError: it is more than `data.max_cut_share`, or a tokenizer cannot be read.
@@ -113,7 +113,7 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
 
 
 def check_label_sets(config: ExperimentConfig, source: Source, what: str = "train") -> None:
-    """Says how the sets of labels of the data were understood.
+    """Reports how the sets of labels of the data were parsed.
 
     Args:
       what: the field of `config.data` that names the source, "train" or "validation".
@@ -146,7 +146,7 @@ def _remedy(config: ExperimentConfig, loss: Loss) -> str:
 
 
 def cache_folder(config: ExperimentConfig) -> Path:
-    """Where features are kept."""
+    """Returns the folder of stored features."""
     return cache_home(config.data.cache_dir) / "features"
 
 

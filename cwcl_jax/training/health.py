@@ -1,13 +1,13 @@
-"""Signs that a run learns nothing, measured as it goes, and told with a remedy.
+"""Signs that a run does not learn, measured during training and reported with a remedy.
 
-Measured in the step, at the cost of a product of d x d: of a tower's embeds X (b, d), rows of
-length 1,
+They are measured in the step, at the cost of a product of d x d: for a tower's embeddings X (b, d),
+with rows of unit norm,
 
     mean cosine of two of them    (|sum of X|^2 - b) / (b (b - 1))
     effective rank                tr(M)^2 / tr(M M),  M = X^T X
 
-The effective rank (the participation ratio of M's eigenvalues) is 1 where all embeds lie on one
-line, and d where they fill the space evenly.
+The effective rank (the participation ratio of M's eigenvalues) is 1 if all embeddings are on one
+line, and d if they fill the space evenly.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _COLLAPSED_COSINE, _COLLAPSED_RANK = 0.99, 1.02
 
 
 def of_embeds(embeds: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`mean_cosine/TOWER` and `effective_rank/TOWER`, float32 scalars.
+    """Returns `mean_cosine/TOWER` and `effective_rank/TOWER`, float32 scalars.
 
     Args:
-      embeds: tower -> (b, d) rows of length 1.
+      embeds: tower -> (b, d) rows of unit norm.
     """
     found = {}
     for tower, rows in embeds.items():
@@ -50,7 +50,7 @@ def of_embeds(embeds: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def of_gradients(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`gradient_norm/TOWER` of each tower of which something trains."""
+    """Returns `gradient_norm/TOWER` of each tower with trained leaves."""
     towers = sorted({path.split("/")[1] for path in gradients if path.startswith("towers/")})
     return {
         f"gradient_norm/{tower}": optax.tree.norm(
@@ -61,10 +61,10 @@ def of_gradients(gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def of_scale(params: Mapping[str, jax.Array], maximum: float) -> dict[str, jax.Array]:
-    """`logit_scale`, and 1 or 0 for whether it sits at its clamp, where it trains.
+    """Returns `logit_scale`, and 1 or 0 for whether it is at its clamp, if it trains.
 
     Args:
-      maximum: of the inverse temperature; 0 for no clamp.
+      maximum: maximum of the inverse temperature; 0 for no clamp.
     """
     if "logit_scale" not in params:
         return {}
@@ -93,7 +93,7 @@ class _Sign:
 
 
 class Health:
-    """Watches the logged numbers of a run for what a person should know."""
+    """Watches the logged metrics of a run for problems that a person should know."""
 
     def __init__(self, config: ExperimentConfig, trained: Mapping[str, bool]):
         """Begins to watch.
@@ -107,7 +107,7 @@ class Health:
         self._signs += [_collapsed(tower, trains) for tower, trains in trained.items()]
 
     def look(self, step: int, values: Mapping[str, float]) -> list[str]:
-        """What to tell at a step: each sign once, and again only after it went away."""
+        """Returns what to report at a step: each sign once, and again only after it went away."""
         found = []
         for sign in self._signs:
             if step <= self._warmup or not sign.holds(values):

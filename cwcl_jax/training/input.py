@@ -1,4 +1,4 @@
-"""Batches onto the devices ahead of the step, with the data position that belongs to each."""
+"""Puts batches onto the devices ahead of the step, each with its data position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cwcl_jax.training import sharding
 
 @runtime_checkable
 class Batches(Protocol):
-    """What the training data gives; see `cwcl_jax.data.pipeline.train_batches`."""
+    """Interface of the training data; see `cwcl_jax.data.pipeline.train_batches`."""
 
     steps_per_epoch: int
     source: Any
@@ -39,10 +39,12 @@ class Batches(Protocol):
 
 
 class DeviceBatch(NamedTuple):
-    """Attributes:
-    arrays: global arrays by tower.
-    index: this process's example numbers.
-    data_state: the position after this batch, to be saved with the step that used it.
+    """A batch on the devices.
+
+    Attributes:
+      arrays: global arrays by tower.
+      index: this process's example numbers.
+      data_state: the position after this batch, to be saved with the step that used it.
     """
 
     arrays: dict[str, Any]
@@ -99,21 +101,21 @@ class DeviceInput:
 
     @property
     def skipped(self) -> int:
-        """Different examples of this process that were unusable since its start."""
+        """Number of different unusable examples of this process since its start."""
         return sum(self._batches.skipped.values())
 
     @property
     def tokens_cut(self) -> int:
-        """Tokens that this process's tokenizers cut since its start."""
+        """Number of tokens that this process's tokenizers truncated since its start."""
         return self._batches.tokens_cut
 
     def reset_wait(self) -> float:
-        """Seconds waited since the last call."""
+        """Returns the seconds waited since the last call."""
         waited, self.waited = self.waited, 0.0
         return waited
 
     def close(self) -> None:
-        """Ends the thread and the data behind it."""
+        """Ends the thread and the data iterator."""
         self._stop.set()
         self._thread.join(timeout=10)
         self._batches.close()

@@ -1,7 +1,7 @@
 """WiSE-FT: weights between those that a run started from and those that it trained.
 
 Wortsman et al. 2022, arXiv 2109.01903: the mean of a pretrained and a fine-tuned model often keeps
-most of what tuning gained and loses less of what the model knew.
+most of what tuning gained and loses less of what the pretrained model could do.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from cwcl_jax.training.state import Blueprint, Leaves, import_towers
 
 
 def interpolated(restored: Restored, share: float) -> Leaves:
-    """The plain model's leaves, `(1 - share) * start + share * trained`, in float32.
+    """Returns the plain model's leaves, `(1 - share) * start + share * trained`, in float32.
 
     Args:
-      restored: a run's model; LoRA's sums are made first.
-      share: 0 is the start, 1 what was trained.
+      restored: a run's model; LoRA's sums are computed first.
+      share: 0 is the start, 1 the trained weights.
 
     Raises:
-      ConfigError: the share is not from 0 to 1, or a leaf that trained started from random numbers.
+      ConfigError: the share is not from 0 to 1, or a trained leaf started from random numbers.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"interpolate={share}: 0 is the start, 1 what was trained")

@@ -1,4 +1,4 @@
-"""Features of locked encoders in evaluations, kept by the inputs' own bytes.
+"""Features of locked encoders in evaluations, stored by the bytes of the inputs.
 
 Every evaluation of a locked tower encodes the same prompts and test items. With
 `data.keep_locked_features` they are encoded once; later evaluations, and those of other runs with
@@ -29,10 +29,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class KeptRows:
-    """`encode` of an encoder, that computes features of locked encoders once for each input.
+    """Wraps `Encoder.encode` with a cache of locked-encoder features, computed once per input.
 
-    `encoder` may be replaced by one with another head. Keeps nothing where the settings do not ask
-    for it, nor in a job of several processes, which would have to agree on what each of them still
+    `encoder` may be replaced by one with another head. Nothing is cached if the settings do not ask
+    for it, or in a job of several processes, which would have to agree on what each of them still
     has to compute.
     """
 
@@ -58,7 +58,7 @@ class KeptRows:
     def encode(
         self, modality: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
     ) -> np.ndarray:
-        """As `Encoder.encode`."""
+        """Returns the same as `Encoder.encode`."""
         if modality not in self._rows or only_features(inputs):
             return self.encoder.encode(modality, inputs, output=output)
         rows, keys = self._rows[modality], row_keys(inputs)
@@ -72,7 +72,7 @@ class KeptRows:
         return self.encoder.encode(modality, {"features": features})
 
     def save(self) -> None:
-        """Writes what is new."""
+        """Writes the new features."""
         for modality in self._changed:
             file, rows = self._files[modality], self._rows[modality]
             file.parent.mkdir(parents=True, exist_ok=True)

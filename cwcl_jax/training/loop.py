@@ -1,4 +1,4 @@
-"""The training loop: it sequences data, step, logs, checkpoints and evaluation, and no more."""
+"""The training loop: sequences data, step, logs, checkpoints and evaluation, and nothing else."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class _Pending(NamedTuple):
 
 
 class Loop:
-    """Trains from a state to `config.total_steps`, to the end of patience, or until asked to stop.
+    """Trains from a state to `config.total_steps`, until patience ends, or until asked to stop.
 
     Args:
-      validate: called with (state, locked) at the chosen interval; returns scalars to log. None
-        where nothing is held out.
+      validate: called with (state, locked) at the chosen interval; returns scalars to log. None if
+          nothing is held out.
       evaluate: called with (state, step) at the chosen interval; returns scalars to log, or raises
-        Stopped when someone asked to stop in the middle of it.
-      best: is told of every value, and decides what is kept and when to end.
-      health: finds what to warn of among the numbers.
-      say: tells a person.
+          Stopped if a stop was requested during it.
+      best: receives every value, and decides what is kept and when to end.
+      health: finds problems among the metrics.
+      say: prints a line for the user.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Loop:
         *,
         evaluation_is_missing: bool = False,
     ) -> tuple[TrainState, bool]:
-        """The state after the last step, and whether the run came to its end.
+        """Returns the state after the last step, and whether the run is complete.
 
         Args:
           evaluation_is_missing: the run was stopped in the evaluation after step `done`.
@@ -109,7 +109,7 @@ class Loop:
         Raises:
           NonFiniteLossError: checkpoints made before it remain.
           OSError: metrics could not be written; all processes saved and stopped before.
-          ConfigError: no measure gives the number that is to decide on the best step.
+          ConfigError: no measurement provides the metric that selects the best step.
         """
         config, stop = self._config, self._stop
         clock = _Clock(config.global_batch_size, batches)

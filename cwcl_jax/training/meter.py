@@ -1,4 +1,4 @@
-"""What a run gets out of its devices: seconds of a step, utilisation, memory, and a trace."""
+"""Performance on the devices: seconds per step, utilisation, memory, and a trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cwcl_jax.training.step import GradientFunction
 
 
 def model_work(blueprint: Blueprint, batch: Any) -> Work:
-    """Products of one step on one device, each counted once: as if nothing were computed twice.
+    """Returns the products of one step on one device, each counted once: without recomputation.
 
     Args:
       batch: the global batch, or its shapes.
@@ -41,7 +41,7 @@ def model_work(blueprint: Blueprint, batch: Any) -> Work:
 
 
 def peak_memory(devices: Sequence[Any]) -> float | None:
-    """The most bytes that one of the devices has had in use; None where it is not counted."""
+    """Returns the peak memory of any of the devices in bytes; None if it is not counted."""
     counts = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
     return max((float(count) for count in counts if count is not None), default=None)
 
@@ -50,8 +50,8 @@ class Meter:
     """Figures of this process's devices, for the log line and the metrics.
 
     Args:
-      chip: what the devices are; None where their peak is not known.
-      work: counts the flops of a step on one device for a batch; asked if there is a chip.
+      chip: the kind of devices; None if their peak is unknown.
+      work: counts the flops of a step on one device for a batch; called if there is a chip.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Meter:
 
     @classmethod
     def of(cls, blueprint: Blueprint) -> Meter:
-        """The meter of a run."""
+        """Returns the meter of a run."""
         devices = jax.local_devices()
 
         def work(batch: Any) -> float:
@@ -73,15 +73,15 @@ class Meter:
         return cls(devices, chip_of(devices[0].device_kind), work)
 
     def prepare(self, batch: Any) -> None:
-        """Counts the work of a step with a batch of such arrays; takes as long as to trace it."""
+        """Counts the work of a step with such a batch; takes as long as tracing the step."""
         if self._chip is not None:
             self._flops = self._work(batch)
 
     def read(self, seconds: float) -> dict[str, float]:
-        """`mfu`, model flops as a share of the chip's bfloat16 peak, and `memory_gb`.
+        """Returns `mfu`, model flops as a share of the chip's bfloat16 peak, and `memory_gb`.
 
         Args:
-          seconds: of a step.
+          seconds: duration of a step.
         """
         values = {}
         if self._chip is not None and self._flops is not None:
@@ -102,7 +102,7 @@ class Profiler:
         self._running = False
 
     def at(self, done: int, pending: Any) -> None:
-        """Begins or ends the trace after `done` steps, when what is under way is finished."""
+        """Starts or ends the trace after `done` steps, once pending work is finished."""
         if self._steps is None:
             return
         first, count = self._steps
@@ -114,7 +114,7 @@ class Profiler:
             self.end(pending)
 
     def end(self, pending: Any = None) -> None:
-        """Writes what there is."""
+        """Writes a trace that is still open."""
         if self._running:
             jax.block_until_ready(pending)
             self._running = False

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
+"""Sinks of a run's metrics: metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line in `metrics.jsonl`; the record that plots are made from."""
+    """One JSON object a line in `metrics.jsonl`; plots are made from this record."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -41,7 +41,7 @@ class JsonLines:
         """Appends a record.
 
         Raises:
-          OSError: it could not be written as a whole; names the file.
+          OSError: it could not be written completely; names the file.
         """
         # JSON has no NaN; null is what every reader understands.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
@@ -59,7 +59,7 @@ class JsonLines:
 
 
 class SideWriter:
-    """A sink that a run can do without: its first error is a warning and its end."""
+    """A sink that a run does not need: its first error becomes a warning and disables it."""
 
     def __init__(self, name: str, make: Callable[[], Writer]):
         """Makes the sink.
@@ -98,7 +98,7 @@ class SideWriter:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a metrics file, in order.
 
-    A line that a kill tore, or that is damaged, is passed over.
+    A line that a kill truncated, or that is damaged, is skipped.
     """
     if not path.exists():
         return []
@@ -114,10 +114,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_json_lines(path: Path, after_step: int, *, evaluate: bool = False) -> None:
-    """Drops the records after `after_step`: a resumed run writes them again.
+    """Drops the records after `after_step`, because a resumed run writes them again.
 
     Args:
-      evaluate: drops the evaluation of `after_step` too.
+      evaluate: also drops the evaluation of `after_step`.
     """
     if not path.exists():
         return
@@ -133,7 +133,7 @@ def truncate_json_lines(path: Path, after_step: int, *, evaluate: bool = False) 
 
 
 class TensorBoard:
-    """TensorBoard event files; what earlier starts wrote after `start_step` is hidden."""
+    """TensorBoard event files; records of earlier starts after `start_step` are hidden."""
 
     def __init__(self, directory: Path, start_step: int):
         # Not SummaryWriter: it writes from a thread, and waits for ever once that has failed.
@@ -166,7 +166,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run; the folder keeps its id, by which later starts go on with it."""
+    """A Weights & Biases run; the folder stores its id, so that later starts continue it."""
 
     def __init__(self, project: str, workdir: Path, config: ExperimentConfig):
         import wandb  # pyright: ignore[reportMissingImports]
@@ -207,10 +207,10 @@ def check_writers(config: ExperimentConfig) -> None:
 def make_writers(
     workdir: Path, config: ExperimentConfig, start_step: int, *, evaluate: bool = False
 ) -> list[Writer]:
-    """Makes the sinks that the config asks for; a resumed run continues their files.
+    """Returns the sinks that the config asks for; a resumed run continues their files.
 
     Args:
-      evaluate: whether step `start_step` is evaluated anew.
+      evaluate: whether step `start_step` is evaluated again.
     """
     path = workdir / "metrics.jsonl"
     truncate_json_lines(path, start_step, evaluate=evaluate)
@@ -225,7 +225,7 @@ def make_writers(
 
 
 class Progress:
-    """One line for a person: rewritten in place on a terminal, printed now and then otherwise."""
+    """One line for a person: rewritten in place on a terminal, otherwise printed now and then."""
 
     def __init__(self, total_steps: int, *, stream: Any = None, seconds_between_lines: float = 5.0):
         self._total = total_steps
@@ -255,7 +255,7 @@ class Progress:
         self._stream.flush()
 
     def end(self) -> None:
-        """Ends a line that is rewritten in place, so that what follows starts on its own."""
+        """Ends a line that is rewritten in place, so that later output starts on its own line."""
         if self._in_place and self._width:
             self._stream.write("\n")
             self._stream.flush()
@@ -265,7 +265,7 @@ class Progress:
 def progress_line(
     step: int, total_steps: int, values: Mapping[str, float], eta_seconds: float
 ) -> str:
-    """Step, losses, targets, health by tower, speed, devices, data wait, counts, ETA."""
+    """Returns the line: step, losses, targets, health, speed, devices, wait, counts, ETA."""
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, label, form in _SHOWN:
         if name in values:
@@ -300,7 +300,7 @@ _SHOWN = (
 
 
 def validation_line(step: int, values: Mapping[str, float]) -> str:
-    """Held-out loss, accuracy and R@1 in both directions after a step, of the averages too."""
+    """Returns held-out loss, accuracy and R@1 in both directions after a step, also of averages."""
     told = []
     for prefix, name in (("validation", "held-out"), ("validation_ema", "of the averages")):
         parts = [
@@ -320,7 +320,7 @@ _VALIDATED = (
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Returns `1:02:03` or `2:03`."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)

@@ -15,7 +15,7 @@ from cwcl_jax.training.options import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then the named schedule."""
+    """Returns the learning rate by step: linear warm-up from 0, then the named schedule."""
     rest = max(total_steps - config.warmup_steps, 1)
     peak = config.learning_rate
     if config.schedule == "cosine":
@@ -32,15 +32,15 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def rsqrt_schedule(peak: float, timescale: int) -> optax.Schedule:
-    """`peak * sqrt(timescale / (timescale + step))`."""
+    """Returns the schedule `peak * sqrt(timescale / (timescale + step))`."""
     return lambda step: peak * (timescale / (timescale + step)) ** 0.5
 
 
 def decay_mask(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, bool]:
-    """Which leaves decay.
+    """Returns which leaves decay.
 
     Raises:
-      ValueError: the expression is none, or weight decay is on and it matches no leaf.
+      ValueError: the expression is invalid, or weight decay is on and it matches no leaf.
     """
     expression = _compiled(config.decay, f"config.optimizer.decay={config.decay!r}")
     mask = {path: expression.fullmatch(path) is not None for path in paths}
@@ -53,7 +53,7 @@ def decay_mask(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, bool]
 
 
 def learning_rate_factors(config: OptimizerConfig, paths: Iterable[str]) -> dict[str, float]:
-    """Factor of the learning rate by path: the first matching multiplier, else layer decay.
+    """Returns the learning rate's factor by path: the first matching multiplier or layer decay.
 
     Raises:
       ValueError: an entry is not "regex=factor", or matches no leaf.
@@ -102,10 +102,10 @@ _ABOVE = re.compile(r"(final_)?norm/.*|pool\w*/.*")
 
 
 def layer_decay_factors(decay: float, paths: Iterable[str]) -> dict[str, float]:
-    """`decay ** depth below the top`: heads and final norms 1, what comes before the blocks least.
+    """Returns `decay ** depth below the top`: heads and final norms 1, embeddings the least.
 
     Raises:
-      ValueError: the layers of a tower are stacked in one leaf, which has one factor only.
+      ValueError: the layers of a tower are stacked in one leaf, which has only one factor.
     """
     paths = list(paths)
     if decay == 1.0:
@@ -183,7 +183,7 @@ def _larger_side(path: str, leaf: jax.Array) -> int:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, paths: Iterable[str]
 ) -> optax.GradientTransformation:
-    """AdamW or Muon, with clipping, a decay mask and learning-rate factors by path."""
+    """Returns AdamW or Muon, with clipping, a decay mask and learning-rate factors by path."""
     paths = list(paths)
     factors = learning_rate_factors(config, paths)
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
@@ -199,10 +199,10 @@ def make_optimizer(
 def scale_by_learning_rates(
     schedule: optax.Schedule, factors: Mapping[str, float]
 ) -> optax.GradientTransformation:
-    """Each leaf's update times the learning rate and its own factor.
+    """Returns a transformation that multiplies updates by the learning rate and own factors.
 
-    One transformation, so that the state is the same with any factors: they may be changed when a
-    run is resumed.
+    It is a single transformation, so that the state is the same for any factors: they may be
+    changed when a run is resumed.
     """
     common = optax.scale_by_learning_rate(schedule)
 

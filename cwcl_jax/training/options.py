@@ -1,4 +1,4 @@
-"""Settings of a training run that are not the data's, the towers' or the loss's."""
+"""Settings of a training run other than those of the data, the towers and the loss."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class TemperatureConfig:
 
     Attributes:
       initial: inverse temperature at the start; CLIP's 1/0.07.
-      maximum: clamp after each step; CLIP's 100. 0 switches the clamp off.
-      trained: whether it learns at all.
-      bias: initial logit bias, used by the sigmoid loss only (SigLIP's -10).
-      from_weights: where both towers' weights are one file that holds a logit scale (and a bias),
-        as CLIP's and SigLIP's do, these stand in place of `initial` and `bias`.
+      maximum: clamp after each step; CLIP's 100. 0 disables the clamp.
+      trained: whether it is trained.
+      bias: initial logit bias, used only by the sigmoid loss (SigLIP's -10).
+      from_weights: if both towers' weights are one file that holds a logit scale (and a bias), such
+          as CLIP's and SigLIP's, use these instead of `initial` and `bias`.
     """
 
     initial: float = 1 / 0.07
@@ -40,23 +40,25 @@ class OptimizerConfig:
 
     Attributes:
       name: "adamw"; or "muon" (Jordan 2024), which orthogonalises the updates of the kernels inside
-        blocks and leaves all else to AdamW: faster from scratch, less tried for fine-tuning.
+          blocks and leaves everything else to AdamW: faster from scratch, less tested for
+          fine-tuning.
       learning_rate: peak.
       schedule: "cosine", "constant" or "rsqrt", each after a linear warm-up.
       warmup_steps: steps of the warm-up.
       final_fraction: learning rate at the end of "cosine", as a fraction of the peak.
-      rsqrt_timescale: steps over which "rsqrt" keeps about the peak.
-      muon_momentum: of "muon".
+      rsqrt_timescale: steps over which "rsqrt" stays close to the peak.
+      muon_momentum: momentum of "muon".
       weight_decay: decoupled, applied as `learning_rate * weight_decay * parameter`.
-      decay: regular expression of the leaves that decay (full match on the path). By default
-        kernels and the embeddings of tokens, types and positions, in every tower; no biases, norms
-        or scalars, nor the class token. As in OpenCLIP, whose rule is two dimensions or more.
-      clip_norm: global gradient norm; 0 switches clipping off.
+      decay: regular expression of the leaves that decay (full match on the path). By default these
+          are kernels and the embeddings of tokens, types and positions, in every tower; no biases,
+          norms or scalars, nor the class token. This corresponds to OpenCLIP, whose rule is two
+          dimensions or more.
+      clip_norm: global gradient norm; 0 disables clipping.
       multipliers: "regex=factor" entries for the learning rate; the first match counts.
       layer_decay: factor per layer below the top of a tuned tower, 1.0 for none.
-      ema_decay: of a moving average of the trained leaves (see `training.ema`), kept beside them;
-        0 keeps none. 0.999 averages over about 1,000 steps.
-      ema_warm_start: begins with a smaller decay that grows to `ema_decay`.
+      ema_decay: of a moving average of the trained leaves (see `training.ema`), kept in addition to
+          them; 0 keeps none. 0.999 averages over about 1,000 steps.
+      ema_warm_start: begin with a smaller decay that grows to `ema_decay`.
     """
 
     name: str = "adamw"
@@ -96,16 +98,20 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Attributes:
-    every_steps: interval of saves; 0 saves only at the end and when the run is interrupted.
-    keep: how many of the latest are kept; 0 keeps all.
-    keep_every: steps that are multiples of this are saved too and stay for ever; 0 for none.
-    best: "NUMBER:min" or "NUMBER:max" keeps the step with the best value of a logged number, as in
-      "validation/loss:min", beside the latest ones; "" for none.
-    patience: ends the run after so many values of that number that are no better; 0 never does.
-    asynchronous: whether the loop goes on while files are written.
-    accept_changes: resume although settings, tower weights, data or code differ from the saved
-        ones; what is accepted is printed. It is of this start only and not kept with the run.
+    """Which checkpoints are saved and kept, and when a run ends early.
+
+    Attributes:
+      every_steps: interval of saves; 0 saves only at the end and when the run is interrupted.
+      keep: how many of the latest are kept; 0 keeps all.
+      keep_every: steps that are multiples of this are also saved and never deleted; 0 for none.
+      best: "NUMBER:min" or "NUMBER:max" keeps the step with the best value of a logged number, such
+          as "validation/loss:min", in addition to the latest ones; "" for none.
+      patience: ends the run after this many values of that number that are not better; 0 never
+          does.
+      asynchronous: whether the loop continues while files are written.
+      accept_changes: resume although settings, tower weights, data or code differ from the saved
+          ones; what is accepted is printed. It applies only to this start and is not stored with
+          the run.
     """
 
     every_steps: int = 500
@@ -133,10 +139,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """Attributes:
-    every_steps: interval of lines in metrics.jsonl, TensorBoard and on the terminal.
-    tensorboard: whether to write TensorBoard files.
-    wandb_project: name of a Weights & Biases project; "" for none (extra: wandb).
+    """Which metrics are written, and where.
+
+    Attributes:
+      every_steps: interval of lines in metrics.jsonl, TensorBoard and on the terminal.
+      tensorboard: whether to write TensorBoard files.
+      wandb_project: name of a Weights & Biases project; "" for none (extra: wandb).
     """
 
     every_steps: int = 10
@@ -149,9 +157,11 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Attributes:
-    fsdp: devices over which parameters and optimizer state are split; the rest form the axis
-      `data`. The batch is split over both.
+    """How arrays are split over the devices.
+
+    Attributes:
+      fsdp: devices over which parameters and optimizer state are split; the rest form the axis
+          `data`. The batch is split over both.
     """
 
     fsdp: int = 1
@@ -167,15 +177,15 @@ class DistributedConfig:
     Attributes:
       coordinator_address: "host:port" of process 0; only with num_processes.
       num_processes: 0 reads the layout from the environment.
-      process_id: of this process; only with num_processes.
+      process_id: number of this process; only with num_processes.
       initialization_timeout: seconds to wait for all processes at the start.
-      heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
       barrier_timeout: seconds to wait for the other processes before checks and saves.
-      startup_timeout: watchdog's limit, in seconds, for all that comes before the first step; like
-        the limits below it counts time without progress, and 0 switches it off.
+      startup_timeout: the watchdog's limit, in seconds, for everything before the first step; like
+          the limits below it counts time without progress, and 0 disables it.
       first_step_timeout: for compiling and doing the first step of a start.
-      step_timeout: for each further step, with the wait for its data.
-      evaluation_timeout: for each batch of an evaluation, or what is done between two.
+      step_timeout: for each further step, including the wait for its data.
+      evaluation_timeout: for each batch of an evaluation, or the work between two.
       saving_timeout: for a checkpoint.
       embedding_timeout: for each batch of an embedding.
       shutdown_timeout: for all processes to end together.

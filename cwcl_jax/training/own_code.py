@@ -1,7 +1,7 @@
-"""Code of the user's that a run names: recorded when it begins, compared when it goes on.
+"""The user's code that a run names: recorded when it begins, compared when it is resumed.
 
-code.json holds name -> hash by what the code is for: "towers" (encoders and modalities), "loss"
-(losses and weight functions), "data" (sources).
+code.json holds name -> hash by the code's use: "towers" (encoders and modalities), "loss" (losses
+and weight functions), "data" (sources).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ALL = ("towers", "loss", "data")
 
 
 def code_of(config: ExperimentConfig, parts: Collection[str] = ALL) -> dict[str, dict[str, str]]:
-    """Returns what a run's numbers depend on: name -> hash, by what it is for.
+    """Returns the code that a run's numbers depend on: name -> hash, by its use.
 
     Args:
-      parts: of `ALL`; the code of others is not imported.
+      parts: members of `ALL`; the code of others is not imported.
     """
     towers = config.towers.values()
     named = {
@@ -35,14 +35,14 @@ def code_of(config: ExperimentConfig, parts: Collection[str] = ALL) -> dict[str,
 
 
 def code_of_tasks(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Returns name -> hash of tasks of the user's, and of the sources that tasks read."""
+    """Returns name -> hash of user-defined tasks, and of the sources that tasks read."""
     lines = [getattr(t, f, "") for t in tasks.values() for f in ("source", "train_source")]
     kinds = [kind for line in lines if line for kind in own_kinds(line)]
     return _hashes([*(task.kind for task in tasks.values()), *kinds])
 
 
 def write_code(workdir: Path, config: ExperimentConfig) -> None:
-    """Records the code of a run, where it names any."""
+    """Records the code of a run, if it names any."""
     found = code_of(config)
     if any(found.values()) or (workdir / _FILE).exists():
         write_json(workdir / _FILE, found)
@@ -51,11 +51,11 @@ def write_code(workdir: Path, config: ExperimentConfig) -> None:
 def check_same_code(
     workdir: Path, config: ExperimentConfig, parts: Collection[str], way_out: str
 ) -> None:
-    """Raises ConfigError where code changed since the run began.
+    """Raises ConfigError if code changed since the run began.
 
     Args:
-      parts: of `ALL`, those that matter here.
-      way_out: what can be done beside restoring it.
+      parts: the members of `ALL` that matter here.
+      way_out: alternatives to restoring the code.
     """
     path = workdir / _FILE
     if not path.exists():

@@ -20,12 +20,12 @@ _PANELS = (
 def plot_losses(
     metrics: Path, output: Path, *, name: str, towers: Sequence[str], batch_size: int
 ) -> None:
-    """Four panels over steps from metrics.jsonl; does nothing if it holds no steps.
+    """Plots four panels over steps from metrics.jsonl; does nothing if it holds no steps.
 
     Args:
-      name: of the run, the picture's title.
-      towers: U and V by name, so that a direction says what is searched with what.
-      batch_size: pairs in a batch: guessing finds the right one once in so many.
+      name: name of the run, the picture's title.
+      towers: U and V by name, so that each direction names what is searched with what.
+      batch_size: pairs in a batch: guessing is right once in this many.
     """
     records = [record for record in read_json_lines(metrics) if "loss" in record]
     if not records:

@@ -1,8 +1,8 @@
-"""A log file of every process of a job, beside the run's other files.
+"""A log file of every process of a job, next to the run's other files.
 
-Process 0 talks to the terminal as well as to its file. The others' output, also that of compiled
-libraries, goes to their files alone; only their last words (an exception, the watchdog's stacks)
-reach the terminal too.
+Process 0 writes to the terminal and to its file. The other processes' output, including that of
+compiled libraries, goes only to their files; only their final messages (an exception, the
+watchdog's stacks) also reach the terminal.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tee:
 
 @runtime_checkable
 class TextOutput(Protocol):
-    """What takes text: a file, the terminal, or what a notebook or a test puts in its place."""
+    """Anything that takes text: a file, the terminal, or the stream of a notebook or a test."""
 
     def write(self, text: str, /) -> int: ...
     def flush(self) -> None: ...
@@ -51,7 +51,7 @@ class ProcessLog:
     """Where this process writes.
 
     Attributes:
-      last_words: streams with a descriptor for what must be seen: the terminal and the file.
+      last_words: streams with a descriptor for essential messages: the terminal and the file.
     """
 
     def __init__(self, last_words: list[TextOutput]):
@@ -68,7 +68,7 @@ class ProcessLog:
 
 
 def open_process_log(folder: Path | None) -> ProcessLog:
-    """Sends this process's output where it belongs; nothing changes in a job of one process.
+    """Redirects this process's output and returns its log; unchanged in a job of one process.
 
     Args:
       folder: gets `process-N.log`, continued by every start; None for no files.

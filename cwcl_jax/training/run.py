@@ -1,4 +1,4 @@
-"""A run from settings to results: prepare, train, evaluate, write down."""
+"""A run from settings to results: prepare, train, evaluate, write."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ from cwcl_jax.training.workdir import (
 
 
 def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = None) -> int:
-    """Trains in `workdir`, or resumes what it holds; returns the exit code.
+    """Trains in `workdir`, or resumes the run in it; returns the exit code.
 
     Raises:
-      ConfigError: settings, data or weights that cannot work: before anything is computed, but for
-        examples that turn out to be unusable.
+      ConfigError: invalid settings, data or weights; raised before anything is computed, except for
+          examples that turn out to be unusable.
       NonFiniteLossError: the loss diverged.
     """
     with only_user(workdir) if is_primary() else nullcontext():

@@ -1,8 +1,8 @@
-"""Meshes and shardings: the only module that knows how arrays lie on devices.
+"""Meshes and shardings: the only module that knows how arrays are laid out on devices.
 
-Batches are split over both mesh axes; parameters and optimizer state over `fsdp` by a rule on
-path and shape. Models contain no sharding: they get whole leaves and a split batch, and XLA's
-partitioner carries the batch's split through them.
+Batches are split over both mesh axes; parameters and optimizer state over `fsdp` by a rule on path
+and shape. Models contain no sharding: they get whole leaves and a split batch, and XLA's
+partitioner propagates the batch's split through them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MIN_SIZE_TO_SHARD = 2**14
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp) mesh over `devices`, by default all of the job's.
+    """Returns a (data, fsdp) mesh over `devices`, by default all of the job's.
 
     Raises:
       ConfigError: the number of devices is not divisible by `config.fsdp`.
@@ -46,22 +46,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding in which every device holds the whole array."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension is split over all devices."""
+    """Returns the sharding that splits the first dimension over all devices."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def chunked_batch_sharding(mesh: Mesh) -> NamedSharding:
-    """(chunks, examples, ...): the second dimension is split over all devices."""
+    """Returns the sharding of (chunks, examples, ...) that splits the second dimension."""
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def leaf_spec(shape: Sequence[int], fsdp: int) -> P:
-    """The rule for one leaf: the largest dimension that `fsdp` divides is split, if worth it."""
+    """Returns one leaf's partition: the largest dimension that `fsdp` divides, if worth it."""
     if fsdp == 1 or int(np.prod(shape)) < _MIN_SIZE_TO_SHARD:
         return P()
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
@@ -73,15 +73,15 @@ def leaf_spec(shape: Sequence[int], fsdp: int) -> P:
 
 
 def leaf_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
-    """Sharding of a parameter or of an optimizer leaf of the same shape."""
+    """Returns the sharding of a parameter or of an optimizer leaf of the same shape."""
     return NamedSharding(mesh, leaf_spec(leaf.shape, mesh.shape["fsdp"]))
 
 
 def whole(mesh: Mesh, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Leaves as a model uses them: gathered where they are split.
+    """Returns leaves as a model uses them: gathered if they are split.
 
-    Left to itself XLA may as well keep them split and split the activations along heads and
-    channels, with the whole batch on every device. Compiled for A100s it did so.
+    XLA by itself might keep them split and split the activations along heads and channels, with the
+    whole batch on every device. When compiled for A100s, it did so.
     """
     if mesh.shape["fsdp"] == 1:
         return dict(leaves)
@@ -90,13 +90,13 @@ def whole(mesh: Mesh, leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def put_leaf(mesh: Mesh, value: np.ndarray) -> jax.Array:
-    """A host array, equal on all processes, onto the mesh by the rule for leaves."""
+    """Returns a host array, equal on all processes, placed on the mesh by the rule for leaves."""
     sharding = leaf_sharding(mesh, value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """This process's part of a batch into global arrays, split over all devices.
+    """Returns global arrays, split over all devices, from this process's part of a batch.
 
     Args:
       batch: nested dict of host arrays (b / processes, ...).
@@ -108,7 +108,7 @@ def put_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def put_whole_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch that every process holds as a whole into global arrays, split over all devices."""
+    """Returns global arrays, split over all devices, from a batch that every process holds."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda i: leaf[i]),

@@ -1,7 +1,7 @@
-"""What a run carries: trained leaves, optimizer state, locked leaves, and how they come about.
+"""What a run carries: trained leaves, optimizer state and locked leaves, and how they are built.
 
-All leaves live in flat dicts, path -> array. `Blueprint` is the static side: the structure of
-the two towers, which leaves train, and where each lies on the mesh; building one costs no memory.
+All leaves are in flat dicts, path -> array. `Blueprint` is the static side: the structure of the
+two towers, which leaves train, and the sharding of each; building one allocates no memory.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ Leaves = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Attributes:
-    step: steps done, int32 scalar.
-    params: trained leaves, float32.
-    opt_state: optax state over `params`.
-    statistics: running means and variances of encoders that train (BatchNorm); often none.
-    ema: moving averages of `params`, see `training.ema`; none without `optimizer.ema_decay`.
+    """What the step changes.
+
+    Attributes:
+      step: number of steps done, int32 scalar.
+      params: trained leaves, float32.
+      opt_state: optax state over `params`.
+      statistics: running means and variances of encoders that train (BatchNorm); often none.
+      ema: moving averages of `params`, see `training.ema`; none without `optimizer.ema_decay`.
     """
 
     step: Any
@@ -62,11 +64,11 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class TowerSource:
-    """Where a tower came from.
+    """The origin of a tower.
 
     Attributes:
       source: path of the weights, or "initialised".
-      sha256: of the weights' file.
+      sha256: hash of the weights' file.
       random: leaves that the weights do not hold, such as a new head.
     """
 
@@ -82,7 +84,7 @@ class Blueprint:
     Attributes:
       config: the experiment.
       mesh: devices.
-      model_def: structure; `model_def.merge(leaves)` gives the TwoTowers.
+      model_def: structure; `model_def.merge(leaves)` returns the TwoTowers.
       abstract: every leaf as a ShapeDtypeStruct with its sharding.
       trained: paths of the leaves that have gradients and optimizer state.
     """
@@ -124,7 +126,7 @@ class Blueprint:
         )
 
     def abstract_state(self) -> TrainState:
-        """ShapeDtypeStructs with shardings of everything that a checkpoint holds."""
+        """Returns ShapeDtypeStructs with shardings of everything that a checkpoint holds."""
         params = self.abstract_params
         opt_state = jax.eval_shape(self.optimizer().init, params)
         step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -133,11 +135,11 @@ class Blueprint:
         return _with_shardings(self.mesh, state)
 
     def features_are_locked(self, tower: str) -> bool:
-        """Whether nothing before the head of this tower trains."""
+        """Returns whether nothing before the head of this tower trains."""
         return not self._trained_before_head(tower)
 
     def is_only_adapted(self, tower: str) -> bool:
-        """Whether LoRA's leaves train before the head of this tower, and nothing else does."""
+        """Returns whether LoRA's leaves, and nothing else, train before the head of this tower."""
         trained = self._trained_before_head(tower)
         return bool(trained) and trained <= self.low_rank
 
@@ -151,7 +153,7 @@ class Blueprint:
 
 
 def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
-    """The two towers and the logit scale, freshly initialised."""
+    """Returns the two towers and the logit scale, freshly initialised."""
     return build_two_towers(
         config.towers,
         {tower: config.data.inputs_of(tower).arrays() for tower in config.towers},
@@ -167,16 +169,16 @@ def build_model(config: ExperimentConfig, rngs: nnx.Rngs) -> TwoTowers:
 def make_blueprint(
     config: ExperimentConfig, mesh: Mesh, *, check_batch: bool = True, compact: bool = True
 ) -> Blueprint:
-    """The static side of a run; no array is allocated.
+    """Returns the static side of a run; no array is allocated.
 
     Args:
       check_batch: whether the global batch must fit the mesh; training needs it.
-      compact: whether locked kernels lie in the compute dtype, as a run needs them; False keeps
-        what their files hold.
+      compact: whether locked kernels have the compute dtype, as a run needs them; False keeps the
+          dtypes of their files.
 
     Raises:
       ConfigError: the towers cannot be built as described, the global batch does not divide over
-        devices and accumulation steps, or nothing trains.
+          devices and accumulation steps, or nothing trains.
     """
     if check_batch:
         _check_batch(config, mesh)
@@ -273,7 +275,7 @@ def _with_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def initialise(blueprint: Blueprint) -> tuple[TrainState, Leaves, dict[str, TowerSource]]:
-    """Trained state, locked leaves and each tower's source, at step 0.
+    """Returns trained state, locked leaves and each tower's source, at step 0.
 
     Weights are imported before anything is initialised, so that a bad file costs no time.
     """
@@ -294,7 +296,7 @@ def initialise(blueprint: Blueprint) -> tuple[TrainState, Leaves, dict[str, Towe
 
 
 def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:
-    """The leaves that come from files, and the source of each tower."""
+    """Returns the leaves that come from files, and the source of each tower."""
 
     def put(path: str, value: np.ndarray) -> jax.Array:
         return sharding.put_leaf(blueprint.mesh, value.astype(blueprint.abstract[path].dtype))
@@ -348,7 +350,7 @@ def _logits_of_files(blueprint: Blueprint) -> dict[str, np.ndarray]:
 
 
 def locked_leaves(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]:
-    """Only the locked leaves, for a run whose trained leaves come from a checkpoint."""
+    """Returns only the locked leaves, for a run whose trained leaves come from a checkpoint."""
     imported, sources = import_towers(blueprint)
     rest = [path for path in blueprint.abstract_locked if path not in imported]
     leaves = imported | _initialise_leaves(blueprint, rest)
@@ -373,6 +375,6 @@ def _initialise_leaves(blueprint: Blueprint, paths: list[str]) -> Leaves:
 
 
 def count(leaves: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers of parameters and of bytes."""
+    """Returns the number of parameters and of bytes."""
     sizes = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in leaves.values()]
     return sum(n for n, _ in sizes), sum(n * itemsize for n, itemsize in sizes)

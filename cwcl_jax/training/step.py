@@ -3,11 +3,11 @@
     batch -> locked tower, outside the differentiated function -> features -> p, u
           -> tuned tower -> v -> loss(u, v, p, logit_scale) -> gradients of trained leaves -> optax
 
-With accumulation the towers run over chunks of the batch, yet the loss sees all of its
-embeddings at once, so that the negatives stay those of the whole batch (Gao et al. 2021,
-"Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", GradCache): the chunks
-are embedded without gradient, the loss gives the gradient of each embedding, and a second pass
-pulls these back through the towers.
+With accumulation the towers run over chunks of the batch, but the loss sees all of its embeddings
+at once, so that the negatives are those of the whole batch (Gao et al. 2021, "Scaling Deep
+Contrastive Learning Batch Size under Memory Limited Setup", GradCache). The chunks are embedded
+without gradient, the loss gives the gradient of each embedding, and a second pass propagates these
+back through the towers.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class TrainStep:
         return self._jitted(state, locked, batch)
 
     def lower(self, batch: Any) -> Any:
-        """The step lowered for abstract inputs, to be compiled and analysed."""
+        """Returns the step lowered for abstract inputs, to be compiled and analysed."""
         blueprint = self._blueprint
         return self._jitted.lower(blueprint.abstract_state(), blueprint.abstract_locked, batch)
 
     def update(self, state: TrainState, locked: Leaves, batch: Batch) -> tuple[TrainState, Metrics]:
-        """The step as a function to be traced, for programs of several steps."""
+        """Returns state and metrics after a step; traceable, for programs of several steps."""
         self.traces += 1
         gradients, metrics, statistics = self._gradients(
             state.params, {**locked, **state.statistics}, batch, state.step
@@ -226,12 +226,12 @@ class GradientFunction:
     def held_out(
         self, leaves: Leaves, batch: Batch, step: jax.Array
     ) -> tuple[dict[str, jax.Array], Metrics]:
-        """Embeds by tower, and the loss with its diagnostics, of a batch that trains nothing.
+        """Returns embeddings by tower, and the loss with its diagnostics, of a held-out batch.
 
         Args:
           leaves: all leaves of the model.
           batch: as for `__call__`, of the same size.
-          step: of which the loss's schedule is taken.
+          step: the step at which the loss's schedule is evaluated.
         """
         mesh, chunks = self._blueprint.mesh, self._blueprint.config.accumulation_steps
         inputs = {tower: batch[tower] for tower in (self._u, self._v)}
@@ -333,14 +333,14 @@ class GradientFunction:
 
 
 def normalise(features: jax.Array) -> jax.Array:
-    """Rows of length 1, in float32."""
+    """Returns rows of unit norm, in float32."""
     features = features.astype(jnp.float32)
     squares = jnp.sum(features**2, axis=-1, keepdims=True)
     return features * jax.lax.rsqrt(jnp.maximum(squares, _NORM_EPSILON**2))
 
 
 def split_chunks(mesh: jax.sharding.Mesh, tree: Any, chunks: int) -> Any:
-    """(b, ...) -> (chunks, b / chunks, ...), each device cutting up its own examples."""
+    """Returns (b, ...) as (chunks, b / chunks, ...); each device splits its own examples."""
 
     def split(leaf: jax.Array) -> jax.Array:
         pieces = leaf.reshape(mesh.size, chunks, -1, *leaf.shape[1:]).swapaxes(0, 1)
@@ -351,7 +351,7 @@ def split_chunks(mesh: jax.sharding.Mesh, tree: Any, chunks: int) -> Any:
 
 
 def join_chunks(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """The inverse of `split_chunks`."""
+    """Returns the inverse of `split_chunks`."""
 
     def join(leaf: jax.Array) -> jax.Array:
         pieces = leaf.reshape(leaf.shape[0], mesh.size, -1, *leaf.shape[2:]).swapaxes(0, 1)

@@ -15,7 +15,7 @@ from cwcl_jax.training import coordination
 
 
 class Stopped(Exception):
-    """Work was left in the middle because someone asked to stop."""
+    """Work was interrupted because a stop was requested."""
 
 
 class _Request:
@@ -47,8 +47,8 @@ class _Request:
 class StopSignal(_Request):
     """A request to stop that all processes see at the same call of `requested`.
 
-    With several processes jax's runtime receives SIGTERM and agrees on the call; Ctrl-C is left
-    alone then, since launchers turn it into SIGTERM.
+    With several processes, jax's runtime receives SIGTERM and agrees on the call; Ctrl-C is not
+    handled then, because launchers turn it into SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class StopSignal(_Request):
         return super().__enter__() if jax.process_count() == 1 else self
 
     def request(self) -> None:
-        """Asks all processes to save and stop, as a scheduler does."""
+        """Asks all processes to save and stop, like a scheduler."""
         signal.raise_signal(signal.SIGTERM)
 
     def requested(self) -> bool:
-        """Whether all processes should save and stop now; all of them call it equally often."""
+        """Returns whether to save and stop now; all processes must call it equally often."""
         if jax.process_count() == 1:
             return self._received
         # jax agrees on a call number, the largest so far plus one: the numbers must have no gaps.
@@ -71,21 +71,21 @@ class StopSignal(_Request):
         return multihost_utils.reached_preemption_sync_point(self._calls)
 
     def noticed(self) -> bool:
-        """Whether any process was asked to stop; each may call it when it likes.
+        """Returns whether any process was asked to stop; each may call it at any time.
 
-        Processes see it at different times: they must agree afterwards on what they leave.
+        Processes see it at different times, so they must agree afterwards on what they leave.
         """
         return self._received or coordination.preemption_is_noticed()
 
 
 class IndependentStop(_Request):
-    """A request to stop for processes that work each at its own pace; it reaches all soon.
+    """A request to stop for processes that work at their own pace; it reaches all of them soon.
 
-    It takes SIGTERM over from jax's runtime, whose agreement needs equal numbers of calls.
+    It handles SIGTERM instead of jax's runtime, whose agreement needs equal numbers of calls.
     """
 
     def requested(self) -> bool:
-        """Whether this process should stop."""
+        """Returns whether this process should stop."""
         if self._received:
             coordination.set_flag("stop")
         return self._received or coordination.flag_is_set("stop")

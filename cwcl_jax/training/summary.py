@@ -1,4 +1,4 @@
-"""What a person sees at the start: towers, parameters, what trains, dtypes and bytes."""
+"""The summary at the start of a run: towers, parameters, what trains, dtypes and bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PROBED_TOKENS = 64
 
 
 def tower_table(blueprint: Blueprint) -> str:
-    """A table of the towers with a line on the mesh below it."""
+    """Returns a table of the towers with a line on the mesh below it."""
     config = blueprint.config
     model = blueprint.model_def.merge(blueprint.abstract)
     rows = []
@@ -66,14 +66,15 @@ def _guide(config: ExperimentConfig) -> str:
 
 
 def compute_text(tower: Any) -> str:
-    """Compute type, with the precision of its products where it is float32: `float32 highest`."""
+    """Returns the compute dtype, with the precision of float32 products: `float32 highest`."""
     return f"float32 {tower.precision}" if tower.dtype == "float32" else str(tower.dtype)
 
 
 def attention_text(tower: Any) -> str:
-    """Whose attention a tower runs: `cudnn`, `xla`, or `-` without any of this package's.
+    """Returns a tower's attention: `cudnn`, `xla`, or `-` if it has none of this package's.
 
-    Asked for a sequence of usual length; one that the kernel refuses is said when it is traced.
+    It is determined for a sequence of usual length; a length that the kernel refuses is reported
+    when it is traced.
     """
     for _, module in nnx.iter_modules(tower):
         if isinstance(module, Attention):
@@ -85,7 +86,7 @@ def attention_text(tower: Any) -> str:
 
 
 def unused_gpu(environ: Mapping[str, str]) -> str:
-    """A warning where JAX's CUDA plugin is installed, but the run is on the CPU; else ""."""
+    """Returns a warning if JAX's CUDA plugin is installed but the run is on the CPU, else ""."""
     installed = [name for name in _CUDA_PLUGINS if importlib.util.find_spec(name)]
     if not installed or jax.default_backend() != "cpu" or "cpu" in environ.get("JAX_PLATFORMS", ""):
         return ""
@@ -96,14 +97,14 @@ def unused_gpu(environ: Mapping[str, str]) -> str:
 
 
 def trained_text(parameters: int, trained: int) -> str:
-    """`locked`, `all` or the number that trains."""
+    """Returns `locked`, `all` or the number of trained parameters."""
     if trained == 0:
         return "locked"
     return "all" if trained == parameters else f"{trained:,}"
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: `3.1 MB`."""
+    """Returns bytes in readable form: `3.1 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -112,7 +113,7 @@ def size_text(size: float) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first to the left, numbers to the right."""
+    """Returns padded columns: the first left-aligned, numbers right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What a run tells a person, beside its log: what it found before, and what came of it."""
+"""Messages of a run in addition to its log: findings before the run, and its results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNFINISHED_WARMUP = (
 
 
 def say(text: str) -> None:
-    """A line for the person who watches, from one process only."""
+    """Prints a line for the user, from one process only."""
     if is_primary():
         print(text, file=sys.stdout, flush=True)
 
@@ -32,7 +32,7 @@ def say(text: str) -> None:
 def before_training(
     blueprint: Blueprint, source: Source, evaluator: Evaluator, state: TrainState
 ) -> None:
-    """Tells what trains on what, and what a person may not have meant."""
+    """Reports what trains on what, and what may be unintended."""
     config = blueprint.config
     say(tower_table(blueprint))
     for told in columns_taken(source):
@@ -47,7 +47,7 @@ def before_training(
 
 
 def of_weights(blueprint: Blueprint, state: TrainState) -> None:
-    """Tells what the weights' files decide, and what they leave random for good."""
+    """Reports what the weights' files determine, and what they leave random permanently."""
     scale = state.params.get("logit_scale")
     if not int(state.step) and scale is not None:
         say(f"inverse temperature {math.exp(float(scale)):.4g} at the start")
@@ -62,7 +62,7 @@ def of_weights(blueprint: Blueprint, state: TrainState) -> None:
 def of_validation(
     config: ExperimentConfig, train: Source, held: Source, validation: Validation
 ) -> None:
-    """Tells what is held out, and where that is trained on all the same."""
+    """Reports what is held out, and which of it is also trained on."""
     say(
         f"validation: {validation.count} batches of {config.global_batch_size} of {len(held)} "
         f"examples, every {config.data.validation_every_steps} steps"
@@ -72,7 +72,7 @@ def of_validation(
 
 
 def skipped_examples(skipped: Mapping[str, int], what: str) -> None:
-    """Tells how many examples were unusable, by kind."""
+    """Reports how many examples were unusable, by kind."""
     if skipped:
         kinds = ", ".join(f"{kind}: {n}" for kind, n in sorted(skipped.items()))
         total = sum(skipped.values())
@@ -80,7 +80,7 @@ def skipped_examples(skipped: Mapping[str, int], what: str) -> None:
 
 
 def of_best(best: Best, step: int, total_steps: int) -> None:
-    """Tells why a run ended before its last step, and which step was the best."""
+    """Reports why a run ended before its last step, and which step was the best."""
     if best.exhausted and step < total_steps:
         say(f"ended early at step {step} of {total_steps}: {why_ended(best)}")
     if best.told():

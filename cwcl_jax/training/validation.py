@@ -1,6 +1,6 @@
 """The held-out loss: a few global batches of other examples, the same ones each time.
 
-Batches are as large as training's, since loss and accuracy depend on their size, and nothing in
+Batches are as large as training's, because loss and accuracy depend on their size, and nothing in
 them is random: no dropout, crops or choice among captions.
 """
 
@@ -29,10 +29,10 @@ _ROWS = 1024
 
 
 def split_source(config: ExperimentConfig, source: Source) -> tuple[Source, Source | None]:
-    """What is trained on and what is validated with, None where nothing is.
+    """Returns the training source and the validation source, None if there is none.
 
     Args:
-      source: of `config.data.train`.
+      source: the source of `config.data.train`.
 
     Raises:
       ConfigError: the validation cannot be read, or a share of nothing is held out.
@@ -56,7 +56,7 @@ def split_source(config: ExperimentConfig, source: Source) -> tuple[Source, Sour
 
 
 def overlap(config: ExperimentConfig, train: Source, held: Source) -> str:
-    """Says what of the validation data is trained on, too; "" where nothing was found."""
+    """Returns a note on which validation data is also trained on; "" if none was found."""
     raw = Processor(config.data, config.tower_names, held.embedded).raw
     fields = {modality.field for modality in raw.values()}
     if config.data.validation_share:
@@ -65,7 +65,7 @@ def overlap(config: ExperimentConfig, train: Source, held: Source) -> str:
 
 
 def validation_batches(config: ExperimentConfig, held: Source) -> TrainBatches:
-    """This host's part of the validation's batches.
+    """Returns this host's part of the validation's batches.
 
     Raises:
       ConfigError: there is less than a batch of examples, or towers cannot read them.
@@ -98,7 +98,7 @@ class Validation:
     """Measures the held-out loss of a state.
 
     Attributes:
-      count: global batches of one measure.
+      count: number of global batches in one measurement.
     """
 
     def __init__(self, blueprint: Blueprint, batches: TrainBatches, beat: Callable[[], None]):
@@ -116,7 +116,7 @@ class Validation:
         self._jitted = jax.jit(self._measure, out_shardings=sharding.replicated(blueprint.mesh))
 
     def run(self, state: TrainState, locked: Leaves) -> dict[str, float]:
-        """Means over the batches, as `validation/NAME` and `validation_ema/NAME`."""
+        """Returns means over the batches, as `validation/NAME` and `validation_ema/NAME`."""
         of = {"validation": state.model_leaves}
         if state.ema:
             of["validation_ema"] = state.ema_leaves
@@ -137,7 +137,7 @@ class Validation:
         }
 
     def names(self) -> dict[str, Any]:
-        """The numbers that `run` gives, as keys; reads a batch, for its shapes."""
+        """Returns the names of the values of `run`, as keys; reads a batch, for its shapes."""
         size = self._blueprint.config.global_batch_size
         self._batches.set_state({"step": 0})
         batch = jax.tree.map(
@@ -177,9 +177,9 @@ def _measure(blueprint: Blueprint) -> Callable[..., dict[str, jax.Array]]:
 
 
 def recall_at_1(queries: Float[Array, "b d"], items: Float[Array, "b d"]) -> Float[Array, ""]:
-    """Share of the queries that are nearer to their own item than to any other one.
+    """Returns the share of queries that are nearer to their own item than to any other one.
 
-    Unlike the loss's accuracy it knows no temperature, bias or pairs that are left out.
+    Unlike the loss's accuracy, it has no temperature, bias or masked pairs.
     """
     count = queries.shape[0]
     own = jnp.sum(queries * items, axis=1)

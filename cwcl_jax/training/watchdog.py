@@ -1,11 +1,11 @@
-"""A thread that ends a process whose work stands still.
+"""A thread that ends a process whose work makes no progress.
 
-A process that dies is noticed by jax's runtime; one that lives and does nothing (a file system
-that hangs, a collective that one process never entered) is not, and holds the others for ever.
-Each phase of the work has a limit of time without progress. When it is over, the stacks of all
-threads are written down and the process ends with exit code 43; jax then ends the other ones.
-All processes of a job wait for the one that hangs, so their watchdogs end them nearly at once:
-`run_main` lets each write down its stacks before the first one leaves.
+A process that dies is noticed by jax's runtime. One that lives and does nothing (a file system that
+hangs, a collective that one process never entered) is not, and holds the others forever. Each phase
+of the work has a limit of time without progress. When the limit is exceeded, the stacks of all
+threads are written and the process ends with exit code 43; jax then ends the other processes. All
+processes of a job wait for the one that hangs, so their watchdogs end them nearly at once:
+`run_main` lets each write its stacks before the first one leaves.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class _Phase:
 
 
 class Watchdog:
-    """Watches one phase at a time; what is done inside of a phase may be a phase of its own.
+    """Watches one phase at a time; phases can be nested.
 
     Args:
-      limits: seconds without progress by phase; 0 or none for no limit.
-      outputs: files with a descriptor, to which message and stacks go.
-      end: called with the exit code; does not return outside of tests.
+      limits: seconds without progress by phase; 0 or no entry for no limit.
+      outputs: files with a descriptor, to which message and stacks are written.
+      end: called with the exit code; does not return except in tests.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Watchdog:
 
     @classmethod
     def from_config(cls, config: DistributedConfig, **options: Any) -> Watchdog:
-        """With the limits of the settings."""
+        """Returns a watchdog with the limits of the settings."""
         return cls({name: getattr(config, f"{name}_timeout") for name in PHASES}, **options)
 
     def __enter__(self) -> Watchdog:
@@ -82,7 +82,7 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
-        """The work within belongs to phase `name`; afterwards the outer phase starts anew."""
+        """Assigns the work inside to phase `name`; afterwards the outer phase's limit restarts."""
         if name not in PHASES:
             raise ValueError(f"phase {name!r} is not one of {', '.join(PHASES)}")
         with self._lock:
@@ -96,7 +96,7 @@ class Watchdog:
                     self._phases[-1].since = time.monotonic()
 
     def beat(self, detail: str | None = None) -> None:
-        """Progress: the limit of the present phase starts anew."""
+        """Reports progress: the limit of the current phase restarts."""
         with self._lock:
             if self._phases:
                 phase = self._phases[-1]
@@ -156,5 +156,5 @@ class Watchdog:
 
 
 def unwatched() -> Watchdog:
-    """One without limits, for callers that watch over themselves."""
+    """Returns a watchdog without limits, for callers that supervise themselves."""
     return Watchdog({})

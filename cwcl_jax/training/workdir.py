@@ -5,7 +5,7 @@ environment.json  versions and devices of the last start
 towers.json       source and sha256 of each tower's weights, trained leaves by tower
 code.json         hashes of the user's own code that the run names (see `own_code`)
 data.json         fingerprint of the training data
-metrics.jsonl     one record a logged step
+metrics.jsonl     one record per logged step
 checkpoints/      trained leaves, optimizer state, data position
 results.json, results.md, plots/   what the evaluation wrote
 evaluated.json    step and settings that these results belong to
@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_record(path: Path) -> Any:
-    """Raises ConfigError for a file that is no JSON."""
+    """Returns the content of a JSON file; raises ConfigError if it is not JSON."""
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
@@ -87,10 +87,10 @@ def read_record(path: Path) -> Any:
 
 
 def make_folder(workdir: Path) -> None:
-    """Makes the folder of a run.
+    """Creates the folder of a run.
 
     Raises:
-      ConfigError: it cannot be one.
+      ConfigError: it cannot be created.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def make_folder(workdir: Path) -> None:
 
 @contextmanager
 def only_user(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder: two would write the same checkpoints and records.
+    """Keeps other runs out of the folder, because two would write the same checkpoints and records.
 
     Raises:
       ConfigError: another run is using it, or nothing can be written there.
@@ -123,11 +123,11 @@ def only_user(workdir: Path) -> Iterator[None]:
 
 
 def load_config(workdir: Path) -> ExperimentConfig:
-    """The resolved settings of a run.
+    """Returns the resolved settings of a run.
 
     Raises:
-      ConfigError: `workdir` is not the folder of a run, or of one that another version of the
-        package made and this one cannot read.
+      ConfigError: `workdir` is not the folder of a run, or it was written by another version of the
+          package and cannot be read.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -149,12 +149,12 @@ def _accepting_nothing(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def refuse_change(told: str, way_out: str, config: ExperimentConfig) -> None:
-    """Raises ConfigError for a change of a run, or says that it is accepted.
+    """Raises ConfigError for a change of a run, or reports that it is accepted.
 
     Args:
       told: what changed.
-      way_out: what a person can do.
-      config: of this start.
+      way_out: what the user can do.
+      config: the config of this start.
     """
     if not config.checkpoint.accept_changes:
         raise ConfigError(f"{told}; {way_out}")
@@ -245,7 +245,7 @@ def write_records(
 ) -> None:
     """Writes config.json, environment.json, towers.json and data.json.
 
-    `accept_changes` is not kept: it is of one start, and would silence what comes later.
+    `accept_changes` is not stored: it applies to one start, and would silence later changes.
     """
     write_text(workdir / "config.json", to_json(_accepting_nothing(config)))
     write_json(workdir / "environment.json", environment())
@@ -264,17 +264,20 @@ def write_evaluated(
     data: Mapping[str, Any],
     code: Mapping[str, str],
 ) -> None:
-    """Records what the results in the folder belong to.
+    """Records which step, settings, data and code the results in the folder belong to.
 
     Args:
       data: fingerprints by task.
-      code: the tasks' own, name -> hash.
+      code: the tasks' own code, name -> hash.
     """
     write_json(workdir / "evaluated.json", _evaluated(step, evaluation, data, code))
 
 
 def withdraw_evaluated(workdir: Path) -> None:
-    """Takes the record back before the results change: a run that dies then is evaluated again."""
+    """Removes the record before the results change.
+
+    A run that dies then is evaluated again.
+    """
     (workdir / "evaluated.json").unlink(missing_ok=True)
 
 
@@ -285,7 +288,7 @@ def is_evaluated(
     data: Mapping[str, Any],
     code: Mapping[str, str],
 ) -> bool:
-    """Whether the results in the folder are of this step, these settings, data and code."""
+    """Returns whether the results belong to this step, these settings, data and code."""
     path = workdir / "evaluated.json"
     if not path.exists():
         return False
@@ -304,7 +307,7 @@ def _evaluated(
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and command of this start."""
+    """Returns versions, devices and command of this start."""
     versions = {}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Opens the sources that a source line names; see `base` for the form of the line."""
+"""Opens the sources that a source line names; `base` describes the format of the line."""
 
 import difflib
 import importlib.util
@@ -78,11 +78,11 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
 
 
 def open_source(line: str, *, cache_dir: str = "") -> Source:
-    """Opens a source line; several parts joined by `::` become a `Mixture`.
+    """Returns the source of a source line; parts joined by `::` become a `Mixture`.
 
     Every kind also takes `weight=` (its share in a mixture) and `features_from=` (features of this
-    very source by commas: folders of `cwcl_jax.embed`, or NAME:FILE with a row an example).
-    `cache_dir` receives the indexes of tars.
+    source, separated by commas: folders of `cwcl_jax.embed`, or NAME:FILE with one row per
+    example). `cache_dir` receives the indexes of tars.
     """
     lines = parse_source_line(line)
     weights = [_weight(part) for part in lines]
@@ -99,7 +99,7 @@ def open_source(line: str, *, cache_dir: str = "") -> Source:
 
 
 def check_training_line(line: str) -> None:
-    """Raises ValueError where a part of a line leaves open a split that is the test data then."""
+    """Raises ValueError if a part of a line has no split and would default to the test data."""
     for part in parse_source_line(line):
         inner = part
         while inner.kind == "spoken":
@@ -114,9 +114,9 @@ def check_training_line(line: str) -> None:
 
 
 def own_kinds(line: str) -> list[str]:
-    """Returns the "module:name" of the parts of a line that are of the user's own kinds.
+    """Returns the "module:name" of those parts of a line that are user-defined kinds.
 
-    Nothing is imported or opened, and a line that is none has no such parts.
+    Nothing is imported or opened; an invalid line has no such parts.
     """
     try:
         parts = [part for part in parse_source_line(line) if part.kind not in SOURCE_KINDS]

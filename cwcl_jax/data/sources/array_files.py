@@ -1,7 +1,7 @@
 """Files of arrays, opened by name: .npz, .npy, folders of .npy, safetensors, HDF5, zarr.
 
-What is large stays in its file: an opened array has `shape`, `dtype` and rows by number, as numpy's
-have. Members of an .npz that is not compressed are memory-mapped, compressed ones are read once.
+Large arrays stay in their file: an opened array has `shape`, `dtype` and rows by number, as in
+numpy. Members of an uncompressed .npz are memory-mapped, compressed ones are read once.
 """
 
 import functools
@@ -27,7 +27,7 @@ _KINDS = f".npz, .npy, .safetensors, {', '.join(_HDF5)}, .zarr or a folder of .n
 
 
 def load_arrays(path: Path) -> dict[str, Any]:
-    """Name -> array of a file or folder; of a single .npy the name is the file's.
+    """Returns the arrays of a file or folder by name; for a single .npy the name is the file's.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
@@ -167,14 +167,14 @@ def _unreadable(file: Path, error: Exception) -> ValueError:
 
 
 def take_rows(array: Any, indices: np.ndarray) -> np.ndarray:
-    """Some rows of an opened array, in the order asked."""
+    """Returns some rows of an opened array, in the requested order."""
     if isinstance(array, np.ndarray):
         return array[indices]
     return np.stack([array[int(index)] for index in indices])
 
 
 def checksum(array: Any) -> int:
-    """CRC-32 of all bytes in C order; of an array above 1 GiB, of 256 blocks spread over it."""
+    """Returns CRC-32 of all bytes in C order; above 1 GiB, of 256 blocks spread over the array."""
     if array.dtype.kind == "O":
         return zlib.crc32("\x1f".join(map(str, array)).encode("utf-8", "replace"))
     length = array.shape[0]
@@ -193,7 +193,7 @@ def _flat(block: Any) -> np.ndarray:
 
 
 def summaries(arrays: Mapping[str, Any]) -> list[tuple[object, ...]]:
-    """Name, shape, dtype and checksum of every array, for fingerprints."""
+    """Returns name, shape, dtype and checksum of every array, for fingerprints."""
     return [
         (name, tuple(array.shape), array.dtype.str, checksum(array))
         for name, array in sorted(arrays.items())

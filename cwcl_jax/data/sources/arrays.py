@@ -1,9 +1,10 @@
-"""Arrays of users: raw inputs of any rank and features computed elsewhere, one row an example.
+"""Users' arrays: raw inputs of any rank and features computed elsewhere, one row per example.
 
-`arrays:FILE?raw=eeg&features=image` gives `eeg` as a raw input of that name, in its own dtype, and
-`image` as features of the modality image. Without the two options every array that is none of ids,
-labels, captions and class names is features of the modality of its name. Arrays have the examples
-on their first axis and any shape behind it (CellCLIP's profiles are (samples, channels, features)).
+`arrays:FILE?raw=eeg&features=image` provides `eeg` as a raw input of that name, in its own dtype,
+and `image` as features of the modality image. Without these options, every array other than ids,
+labels, captions and class names provides features of the modality of its name. Arrays have the
+examples on their first axis, followed by any shape (CellCLIP's profiles are (samples, channels,
+features)).
 """
 
 import functools
@@ -39,11 +40,11 @@ class Arrays(Source):
     """Rows of arrays of equal length.
 
     Args:
-      arrays: name -> array; those that nothing names are left alone.
-      name: what error messages call the file.
-      raw, features: field or modality -> array. Without both, all that is left is features.
-      given: "id", "label", "labels" (sets), "text" or "classes" -> array, where it has no usual
-        name.
+      arrays: name -> array; unnamed ones are ignored if others are named.
+      name: name of the file in error messages.
+      raw, features: field or modality -> array. Without both, all remaining arrays are features.
+      given: "id", "label", "labels" (sets), "text" or "classes" -> array, if its name is not the
+          default.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class Arrays(Source):
 
 
 class OpenedArrays(Arrays):
-    """Arrays of a file; a pickle of them holds the line, not the values."""
+    """Arrays of a file; when pickled, it stores the line and not the values."""
 
     def __init__(self, path: str, options: Mapping[str, str]):
         self._line = (path, dict(options))
@@ -184,10 +185,11 @@ def open_arrays(
 
     Args:
       raw: raw inputs, `eeg` or `eeg:ARRAY`, several separated by commas.
-      features: features of modalities, named the same way.
-      labels: array of sets of labels: (n, k) integers filled up with -1, or (n,) or (n, k) strings.
+      features: features of modalities, named in the same way.
+      labels: array of sets of labels: (n, k) integers padded with -1, or (n,) or (n, k) strings.
       id, label, text, classes: arrays of ids, labels (integers or names), captions, and the names
-        of integer labels; by default those called so (or ids, labels, captions, class_names).
+          of integer labels; by default those of these names (or ids, labels, captions,
+          class_names).
     """
     options = {"raw": raw, "features": features, "id": id, "label": label, "labels": labels}
     return OpenedArrays(path, {**options, "text": text, "classes": classes})

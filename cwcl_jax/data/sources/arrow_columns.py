@@ -1,9 +1,9 @@
-"""Which column of an Arrow schema is the picture, the caption, the label: said, or told by types.
+"""Which column of an Arrow schema is the picture, the caption, the label: named, or by type.
 
-What the line does not say is taken from the features that Hugging Face's `datasets` stores (Image,
-Audio, ClassLabel), else from a usual name with a fitting type, and only if there is just one. Where
-there are several, the field is missing and `lacks` says which option chooses. Raw inputs and
-features are never guessed. A column may lie inside structs: `json.caption`.
+Columns that the line does not name are taken from the features that Hugging Face's `datasets`
+stores (Image, Audio, ClassLabel), else by a usual name with a fitting type, and only if there is
+just one. If there are several, the field is missing and `lacks` says which option chooses. Raw
+inputs and features are never guessed. A column may be inside structs: `json.caption`.
 """
 
 import difflib
@@ -41,13 +41,13 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Paths of columns, by what they are; `class_names` of integer labels, where they are stored.
+    """Paths of columns by their use; `class_names` of integer labels, if they are stored.
 
     Attributes:
       fields: "image", "audio", "label" or "id" -> path.
       text, labels: the columns of captions, and of sets of labels.
       raw, features: name of the field or modality -> path.
-      lacks: fields that no example has, with the reason and the way out.
+      lacks: fields that no example has, with the reason and the remedy.
     """
 
     fields: Mapping[str, str]
@@ -59,7 +59,7 @@ class Columns:
     labels: tuple[str, ...] = ()
 
     def tops(self, fields: Collection[str]) -> list[str]:
-        """The columns to read for some fields of an example; the id always comes along."""
+        """Returns the columns to read for some fields of an example; the id is always included."""
         paths = [path for name, path in self.fields.items() if name in fields or name == "id"]
         paths += self.text if "text" in fields else ()
         paths += self.labels if "labels" in fields else ()
@@ -68,29 +68,32 @@ class Columns:
         return list(dict.fromkeys(path[0] for path in map(split_path, paths)))
 
     def all_fields(self) -> list[str]:
-        """Every field that an example can have."""
+        """Returns every field that an example can have."""
         named = [*self.fields, *self.raw]
         several = {"text": self.text, "labels": self.labels, "features": self.features}
         return named + [name for name, columns in several.items() if columns]
 
     def said(self) -> str:
-        """All that decides the examples, for fingerprints."""
+        """Returns everything that determines the examples, for fingerprints."""
         said = (sorted(self.fields.items()), self.text, sorted(self.raw.items()),
                 sorted(self.features.items()), self.class_names)  # fmt: skip
         return repr((*said, self.labels) if self.labels else said)
 
 
 def split_path(path: str) -> tuple[str, ...]:
-    """The top column and the members inside it; `paths_of` writes dots of names as "\\x00"."""
+    """Returns the top column and the members inside it.
+
+    `paths_of` writes dots in names as "\\x00".
+    """
     return tuple(part.replace("\x00", ".") for part in path.split("."))
 
 
 def choose_columns(schema: pa.Schema, options: ColumnOptions, name: str) -> Columns:
-    """Reads the options against the schema.
+    """Returns the columns that the options choose from a schema.
 
     Raises:
-      ValueError: a column that is named does not exist or has a type that cannot be it, or nothing
-        usable is left.
+      ValueError: a named column does not exist or has an unsuitable type, or nothing usable is
+          left.
     """
     there = _There(name, _paths_of(schema), stored_features(schema))
     raw, features = parse_names(options.raw, options.features)
@@ -211,7 +214,7 @@ class _There:
 
 
 def stored_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Column -> feature, as `datasets` writes them into a schema's metadata; {} without them."""
+    """Returns column -> feature from `datasets`' metadata of a schema; {} without it."""
     try:
         stored = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -269,7 +272,7 @@ def _fits(kind: str, type_: pa.DataType) -> bool:
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type without extension and dictionary."""
+    """Returns the type without extension and dictionary."""
     if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type)
     return plain_type(kind.value_type) if pat.is_dictionary(kind) else kind
@@ -281,7 +284,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    """Whether values are bytes of any of Arrow's kinds."""
+    """Returns whether values are bytes of any of Arrow's kinds."""
     return (
         pat.is_binary(kind)
         or pat.is_large_binary(kind)

@@ -1,4 +1,4 @@
-"""Arrow streams at random access, memory-mapped: as `datasets` saves, as Parquet is unpacked to."""
+"""Random access to Arrow streams, memory-mapped: saved by `datasets`, or unpacked from Parquet."""
 
 import os
 import zlib
@@ -16,10 +16,10 @@ _WINDOWS, _WINDOW = 256, 4096
 
 
 class ArrowFiles:
-    """Record batches of several stream files one after another.
+    """Record batches of several stream files in sequence.
 
     Raises:
-      ValueError: a file is damaged or cut, or its columns are not those of the first.
+      ValueError: a file is damaged or truncated, or its columns differ from the first file's.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -84,8 +84,11 @@ def _open_stream(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
 
 
 def contents_of(paths: Sequence[Path], ends: bool = False) -> list[tuple[str, int, int]]:
-    """Name, size and a checksum of windows of every file; with `ends` also of its last bytes, as
-    many as Parquet's own count in front of its last four says."""
+    """Returns name, size and a checksum of windows of every file.
+
+    With `ends` the checksum includes the last bytes, as many as Parquet's own count before its last
+    four bytes says.
+    """
     windows = max(2, _WINDOWS // max(1, len(paths)))
     return [_content_of(path, windows, ends) for path in paths]
 

@@ -26,33 +26,33 @@ _MATRIX_BYTES = 1 << 30
 
 @runtime_checkable
 class RowStore(Protocol):
-    """Files of rows at random access, safe for several threads."""
+    """Files of rows with random access, safe for several threads."""
 
     def __len__(self) -> int: ...
 
     def cells(self, index: int, tops: Sequence[str]) -> Mapping[str, pa.Scalar]:
-        """The values of one row; raises BadExample where they cannot be read."""
+        """Returns the values of one row; raises BadExample if they cannot be read."""
         ...
 
     def name_of(self, index: int) -> str:
-        """File and row."""
+        """Returns file and row as text."""
         ...
 
     def column(self, top: str) -> Iterator[pa.Array]:
-        """A whole column, part by part."""
+        """Yields a whole column, part by part."""
         ...
 
     def places(self, indices: np.ndarray) -> np.ndarray:
-        """Where rows stand in the columns, which may have another order."""
+        """Returns the positions of rows in the columns, which may have another order."""
         ...
 
     def content(self) -> object:
-        """Changes when the files change."""
+        """Returns a value that changes when the files change."""
         ...
 
 
 class ArrowRows(Source):
-    """Examples of a store; relative paths, and no others, are looked up below `root`."""
+    """Examples of a store; only relative paths below `root` are accepted."""
 
     def __init__(self, store: RowStore, columns: Columns, root: Path):
         self._store = store

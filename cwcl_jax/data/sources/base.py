@@ -1,4 +1,4 @@
-"""What a source of examples is, and the one line that names it in a config.
+"""What a source of examples is, and the line that names it in a config.
 
 `kind:path?option=value&option=value`, several joined by `::`. A source is a random-access list of
 examples, picklable and without jax. An example is a dict with an "id" and any of "image" (encoded
@@ -28,16 +28,15 @@ NO_CLASSES = (
 
 
 class Source:
-    """A random-access list of examples: all that the rest of the package asks of a source.
+    """A random-access list of examples: the interface of all sources.
 
-    A source of one's own derives from it and defines `__len__`, `read` and `fingerprint`.
+    A user's source derives from it and defines `__len__`, `read` and `fingerprint`.
 
     Attributes:
-      class_names: class names in label order, where examples have labels.
-      taken: the column or member that each field comes from, where a choice was made.
-      templates: the data set's own prompt templates, with {c} for the class, where it has any.
-      durations: length of every example (float64; seconds of recordings), where known without
-        reading.
+      class_names: class names in label order, if examples have labels.
+      taken: the column or member that each field comes from, if there was a choice.
+      templates: the data set's own prompt templates, with {c} for the class, if it has any.
+      durations: length of every example (float64; seconds of recordings), if known without reading.
       embedded: names of the features that come with the examples.
       stores: feature caches (`data.embeddings.EmbeddingStore`) by name, which know their encoder.
       parts: the parts of a mixture, in order; () for any other source.
@@ -57,7 +56,7 @@ class Source:
         raise NotImplementedError
 
     def read(self, index: int, fields: Collection[str]) -> Example:
-        """Returns the example with at least `id`, and only the work that `fields` needs.
+        """Returns the example with at least `id`, doing only the work that `fields` need.
 
         Raises:
           BadExample: a field of it cannot be read. The example is counted and skipped.
@@ -77,22 +76,22 @@ class Source:
     def lacks(self) -> Mapping[str, str]:
         """Fields that no example has, with the reason and the remedy (see `require_fields`).
 
-        A field that is not named here may be missing all the same: not every source knows.
+        The list may be incomplete: not every source knows which fields are missing.
         """
         return {} if self.class_names is not None else {"label": NO_CLASSES}
 
     def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
         """Returns features of many examples at once, name -> float32 (len(indices), ...).
 
-        None where there is no faster way than `read`, or where an example of them is unusable, of
-        which `read` then says why.
+        None if there is no faster way than `read`, or if one of them is unusable; `read` then says
+        why.
         """
         del indices
         return None
 
 
 class SourceAround(Source):
-    """A source that changes something of another one, `source`, and passes on all else."""
+    """A source that changes something of another one, `source`, and delegates everything else."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -142,7 +141,7 @@ class SourceLine:
 
 
 def parse_source_line(line: str) -> list[SourceLine]:
-    """Splits a source line; raises ValueError with the form it should have."""
+    """Returns the parts of a source line; a ValueError states the expected format."""
     parts: list[SourceLine] = []
     for part in line.split("::"):
         kind, colon, rest = part.strip().partition(":")
@@ -171,10 +170,10 @@ def parse_source_line(line: str) -> list[SourceLine]:
 def call_with_options(
     opener: Callable[..., Any], first: Any, line: SourceLine, shared: Mapping[str, Any]
 ) -> Any:
-    """Calls `opener(first, option=value...)`, options converted as its annotations say.
+    """Returns `opener(first, option=value...)`, with options converted to its annotated types.
 
     A parameter that is annotated with a dataclass stands for options named after its fields.
-    `shared` holds values that the opener may ask for by name, such as a cache folder.
+    `shared` holds values that the opener may request by name, such as a cache folder.
     """
     parameters = list(inspect.signature(opener).parameters.values())[1:]
     groups: dict[str, Any] = {
@@ -227,17 +226,17 @@ def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
 
 
 def require_fields(source: Source, fields: Collection[str], name: str) -> None:
-    """Raises ValueError where no example of the source has one of the fields."""
+    """Raises ValueError if no example of the source has one of the fields."""
     for field in sorted(set(fields) & set(source.lacks)):
         raise ValueError(f"{name!r} {source.lacks[field]}.")
 
 
 def columns_taken(source: Source) -> list[str]:
-    """What each field comes from, "image from filepath, text from title", for every part."""
+    """Returns the origin of each field, "image from filepath, text from title", for every part."""
     told = [", ".join(f"{field} from {column}" for field, column in source.taken.items())]
     return [*filter(None, told), *(line for part in source.parts for line in columns_taken(part))]
 
 
 def fingerprint_of(*parts: object) -> str:
-    """A short stable hash of what the parts print as."""
+    """Returns a short stable hash of the printed parts."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]

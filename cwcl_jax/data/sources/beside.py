@@ -1,4 +1,4 @@
-"""Features out of a file of arrays beside the examples: `features_from=NAME:FILE`."""
+"""Features from a file of arrays next to the examples: `features_from=NAME:FILE`."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -15,13 +15,13 @@ _IDS = ("id", "ids")
 
 
 class Beside(SourceAround):
-    """A source whose examples also carry features NAME: row i of a file belongs to example i.
+    """A source whose examples also have features NAME: row i of a file belongs to example i.
 
     Args:
       source: the examples.
-      name: of the features.
-      file: as `arrays:` opens it; with one array, or with one called NAME. Where it also has an
-        array id or ids, these must be the examples'.
+      name: name of the features.
+      file: a file as for `arrays:`, with one array, or with one called NAME. If it also has an
+          array id or ids, these must be the examples' ids.
     """
 
     def __init__(self, source: Source, name: str, file: str):

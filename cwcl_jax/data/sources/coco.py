@@ -14,12 +14,14 @@ from cwcl_jax.files import parse_json
 
 
 def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
-    """Pictures in the order of the file, each with its captions; those without any are left out.
+    """Returns the pictures in the order of the file, each with its captions.
+
+    Pictures without captions are left out.
 
     Args:
-      path: the annotation file, `captions_val2017.json` or alike.
-      images: the folder of pictures; by default the one beside `annotations` that has its name.
-      captions: at most so many of a picture, the first ones; 0 = all.
+      path: the annotation file, `captions_val2017.json` or similar.
+      images: the folder of pictures; by default the folder next to `annotations` with its name.
+      captions: maximal number of captions of a picture, the first ones; 0 = all.
     """
     file = require_file(path, "The COCO captions file")
     try:

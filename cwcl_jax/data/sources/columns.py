@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 
 class StringColumn:
-    """A list of strings that only grows; None is kept apart from the empty string.
+    """A list of strings that only grows; None is distinct from the empty string.
 
-    Bytes of file names that are no UTF-8 (`surrogateescape`) survive; other lone surrogates, which
-    stand for nothing, become "?".
+    Bytes of file names that are invalid UTF-8 (`surrogateescape`) survive; other lone surrogates,
+    which have no meaning, become "?".
     """
 
     def __init__(self, values: Iterable[str | None] = ()):
@@ -20,7 +20,7 @@ class StringColumn:
             self.append(value)
 
     def append(self, value: str | None) -> None:
-        """Adds a row at the end."""
+        """Appends a row."""
         if value is None:
             self._missing.add(len(self))
         else:
@@ -36,7 +36,7 @@ class StringColumn:
         return self._data[self._ends[row] : self._ends[row + 1]].decode("utf-8", "surrogateescape")
 
     def digest_parts(self) -> tuple[int, int]:
-        """Number of rows and a checksum of the text, for fingerprints."""
+        """Returns the number of rows and a checksum of the text, for fingerprints."""
         return len(self), zlib.crc32(self._data, zlib.crc32(self._ends))
 
 

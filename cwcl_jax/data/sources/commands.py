@@ -2,7 +2,7 @@
 
 Tasks of the splits devel and test: `intent` (intents whose other sentences are in the training
 split), `new_intent` (intents that are not), `keywords` (single words that are not), `retrieval`
-(distinct sentences of all intents). Read aloud by `spoken:`.
+(distinct sentences of all intents). `spoken:` synthesises them as speech.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,7 +19,7 @@ _DEFAULT_LENGTH = {"train": 12_000}
 
 @dataclass(frozen=True)
 class Commands(Source):
-    """Sentences of a split; labelled when `task` is a classification task."""
+    """Sentences of a split; labelled if `task` is a classification task."""
 
     split: str
     task: str
@@ -48,7 +48,7 @@ class Commands(Source):
         return example
 
     def text(self, number: int) -> str:
-        """The sentence of a number."""
+        """Returns the sentence of a number."""
         key = (self.seed, commands.SPLITS.index(self.split), number)
         if self.split == "train":
             return commands.training_sentence(*key)

@@ -1,4 +1,4 @@
-"""Precomputed embeddings as a source of their own, or beside the examples they were made from."""
+"""Precomputed embeddings as a source of their own, or added to the examples they come from."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -19,16 +19,16 @@ from cwcl_jax.data.sources.named import feature_vector
 
 
 def named_place(text: str) -> tuple[str, str]:
-    """Name and path of an entry of `features_from=`, NAME:PATH or PATH alone ("" for its name)."""
+    """Returns name and path of an entry of `features_from=`, NAME:PATH or PATH alone (name "")."""
     name, colon, path = text.partition(":")
     return (name, path) if colon and name.isidentifier() else ("", text)
 
 
 def features_beside(text: str, source: Source) -> Source:
-    """The source with what `features_from=` names: folders, and files of arrays with their names.
+    """Returns the source with what `features_from=` names: folders, and named files of arrays.
 
     Args:
-      text: PATH or NAME:PATH, several by commas.
+      text: PATH or NAME:PATH, several separated by commas.
     """
     folders, files = [], []
     for entry in text.split(","):
@@ -46,10 +46,10 @@ def features_beside(text: str, source: Source) -> Source:
 
 
 class Embedded(SourceAround):
-    """A source whose examples carry "features"; the towers of the folders need no raw inputs.
+    """A source whose examples have "features"; the towers of the folders need no raw inputs.
 
-    Refuses folders that were made from another source, by its fingerprint. NAME:FOLDER gives them
-    another name than their tower's.
+    Folders that were made from another source are refused, by its fingerprint. NAME:FOLDER renames
+    the features, whose default name is their tower's.
     """
 
     def __init__(self, source: Source, folders: Sequence[str]):
@@ -132,5 +132,5 @@ class EmbeddingsOnly(Source):
 
 
 def open_embeddings(path: str) -> EmbeddingsOnly:
-    """Opens `embeddings:/folder`, as `python -m cwcl_jax.embed` writes it."""
+    """Opens `embeddings:/folder`, as written by `python -m cwcl_jax.embed`."""
     return EmbeddingsOnly(EmbeddingStore(path))

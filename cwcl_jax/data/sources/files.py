@@ -13,7 +13,10 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Expands `{00000..00301}` and `{a,b}`, then `*`, `?` and `[...]`; existing paths stay."""
+    """Returns the paths of `{00000..00301}` and `{a,b}`, then `*`, `?` and `[...]`.
+
+    Existing paths are not expanded.
+    """
     if "://" in pattern or pattern.startswith("pipe:"):
         raise ValueError(
             f"{pattern!r} is not a local path. Mount the bucket or copy the files first: they are "
@@ -56,7 +59,7 @@ def _options_of(body: str, pattern: str) -> list[str]:
 
 
 def require(path: str | Path, what: str) -> Path:
-    """The path, or a FileNotFoundError that says what should have been there."""
+    """Returns the path; a FileNotFoundError says what should have been there."""
     found = Path(path)
     if not found.exists():
         raise FileNotFoundError(
@@ -66,7 +69,7 @@ def require(path: str | Path, what: str) -> Path:
 
 
 def require_file(path: str | Path, what: str) -> Path:
-    """As `require`, and a ValueError where a folder, a pipe or a device is there."""
+    """Returns the path like `require`; raises ValueError for a folder, a pipe or a device."""
     found = require(path, what)
     if found.is_dir():
         raise ValueError(f"{what} is a folder: {found}. Name the file in the source line.")
@@ -76,7 +79,7 @@ def require_file(path: str | Path, what: str) -> Path:
 
 
 def require_text_file(path: str | Path, what: str) -> Path:
-    """As `require_file`, and a ValueError where a file of another kind is there."""
+    """Returns the path like `require_file`; raises ValueError for another kind of file."""
     found = require_file(path, what)
     with found.open("rb") as file:
         start = file.read(4)
@@ -88,7 +91,7 @@ def require_text_file(path: str | Path, what: str) -> Path:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The whole file; a file that cannot be read is a bad example, not the end of the run."""
+    """Returns the whole file; an unreadable file is a bad example and does not end the run."""
     try:
         # Opening a pipe waits for a writer, and a device may never end.
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -1,4 +1,4 @@
-"""Folders of pictures or recordings, one subfolder a class, with captions beside them or not."""
+"""Folders of pictures or recordings, one subfolder per class, with or without captions."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_folder(path: str, *, captions: bool = False) -> TableSource:
-    """Opens a folder of pictures: `folder:/data/flowers`, one subfolder a class.
+    """Opens a folder of pictures: `folder:/data/flowers`, one subfolder per class.
 
-    A folder without pictures is one of recordings. With `captions`, the file `<name>.txt` beside
+    A folder without pictures is one of recordings. With `captions`, the file `<name>.txt` next to
     each of them holds its captions, one a line.
     """
     root = require(path, "The folder of pictures or recordings")

@@ -1,9 +1,9 @@
-"""Made features of two modalities, u and v: `made:train?n=20000`, `made:test?n=1000`.
+"""Synthetic features of two modalities, u and v: `made:train?n=20000`, `made:test?n=1000`.
 
-Twelve groups of five classes each. A latent vector is its group's plus its class's plus its own
-part; u and v are two fixed random networks of it, v with more noise. So u's cosines say how alike
-two examples are: in class, in group, or not at all. For trying out settings, tests, and as a
-stand-in for features of one's own (`arrays:`).
+There are twelve groups of five classes each. A latent vector is the sum of its group's, its class's
+and its own part; u and v are two fixed random networks of it, v with more noise. The cosines of u
+thus reflect how similar two examples are: in class, in group, or not at all. For trying out
+settings, for tests, and as a substitute for your own features (`arrays:`).
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Several sources as one: concatenated in order, with the share that each gets in training."""
+"""Several sources as one: concatenated in order, with the share of each in training."""
 
 from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
@@ -43,7 +43,10 @@ class Mixture(Source):
 
     @property
     def stores(self) -> Mapping[str, Sequence[Any]]:
-        """Of the names that every part has a cache for: others are of unknown origin somewhere."""
+        """The caches of names that every part has a cache for.
+
+        The origin of other features is unknown in some part.
+        """
         known = set.intersection(*(set(part.stores) for part in self.parts))
         return {
             name: [store for part in self.parts for store in part.stores[name]] for name in known

@@ -1,7 +1,7 @@
-"""Arrays that carry the user's own names: raw inputs under their name, features of a modality.
+"""Arrays with the user's own names: raw inputs under their name, features of a modality.
 
-A source line says which is which: `raw=eeg` or `raw=NAME:ARRAY`, `features=image,text:TEXT_ARRAY`.
-Nothing is guessed from what an array is called.
+The source line assigns them: `raw=eeg` or `raw=NAME:ARRAY`, `features=image,text:TEXT_ARRAY`.
+Nothing is guessed from an array's name.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _TAKEN = ("id", "text", "audio", "label", "labels", "features")
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """The options of a source line that name columns, where their types or names do not tell.
+    """The options of a source line that name columns, if types or names are not sufficient.
 
     Attributes:
       image, audio, label, id: a column each.
-      text, labels: one, or several by commas.
+      text, labels: one, or several separated by commas.
       raw, features: columns of numbers, as NAME or NAME:COLUMN.
     """
 
@@ -38,10 +38,10 @@ class ColumnOptions:
 
 
 def parse_names(raw: str, features: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Name -> array (or column) of the options raw= and features=, `NAME,NAME:COLUMN` each.
+    """Returns name -> array (or column) of the options raw= and features=, `NAME,NAME:COLUMN` each.
 
     Raises:
-      ValueError: a name is empty, stands twice, or means something else in an example.
+      ValueError: a name is empty, occurs twice, or has another meaning in an example.
     """
     found = {"raw": _split("raw", raw), "features": _split("features", features)}
     for name in found["raw"]:
@@ -69,10 +69,10 @@ def _split(option: str, text: str) -> dict[str, str]:
 
 
 def raw_value(name: str, array: np.ndarray, example: str) -> Any:
-    """The array in its own dtype; a picture (uint8) for the field `image`.
+    """Returns the array in its own dtype; a picture (uint8) for the field `image`.
 
     Raises:
-      BadExample: it holds NaN or infinity, or `image` is no picture.
+      BadExample: it holds NaN or infinity, or `image` is not a picture.
     """
     if not _all_finite(array):
         raise BadExample(f"{name} not finite", example)
@@ -89,10 +89,10 @@ def raw_value(name: str, array: np.ndarray, example: str) -> Any:
 
 
 def feature_vector(array: np.ndarray, example: str) -> np.ndarray:
-    """Features as float32.
+    """Returns features as float32.
 
     Raises:
-      BadExample: they hold NaN or infinity, or nothing but zeros, which has no direction.
+      BadExample: they hold NaN or infinity, or only zeros, which have no direction.
     """
     vector = np.asarray(array, np.float32)
     if not usable_rows(vector[None]):
@@ -102,14 +102,14 @@ def feature_vector(array: np.ndarray, example: str) -> np.ndarray:
 
 
 def usable_rows(rows: np.ndarray) -> bool:
-    """Whether every row (first axis) is finite and none is nothing but zeros."""
+    """Returns whether every row (first axis) is finite and not all zero."""
     if not np.isfinite(rows).all():
         return False
     return bool(rows.reshape(len(rows), -1).any(axis=1).all())
 
 
 def label_of(value: Any, class_names: Sequence[str] | None, example: str) -> int:
-    """The label as an integer; with class names, a number that is none of them is unreadable."""
+    """Returns the label as an integer; with class names, a number out of range is unreadable."""
     label = int(value)
     if class_names is not None and not 0 <= label < len(class_names):
         raise BadExample(

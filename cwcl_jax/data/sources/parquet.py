@@ -1,7 +1,7 @@
 """Parquet files: `parquet:/data/train-*.parquet?text=caption`, with pictures and sound in them.
 
-A row group is decoded whole, so random reads are cheap while all that is read fits in memory, or
-after `keep` has unpacked it once.
+A row group is decoded as a whole. Random reads are therefore cheap as long as all that is read fits
+into memory, or after `keep` has unpacked it once.
 """
 
 import os
@@ -38,8 +38,8 @@ def open_parquet(
     """Opens a file, a folder of files, or a pattern such as `/data/{00000..00031}.parquet`.
 
     Args:
-      split: of a folder whose files are called SPLIT-00000-of-00003.parquet, the one to read.
-      named: which column is what.
+      split: for a folder whose files are called SPLIT-00000-of-00003.parquet, the one to read.
+      named: the uses of the columns.
       root: the folder that paths in the rows are relative to; by default the files' own.
       keep: a folder in which the columns are unpacked once, or "auto": one in the cache folder.
       memory_mib: decoded row groups that stay in memory, in MiB.

@@ -1,11 +1,11 @@
-"""Recordings of a spoken source kept in a folder: made once, by all cores, and read ever after.
+"""Recordings of a synthesised source stored in a folder: made once, by all cores, then read.
 
 A folder holds `description.json`, a WAV file (16 bit, 16 kHz) for every example, and
-`manifest.jsonl`, which `jsonl:` reads: to listen to, or to bring elsewhere. Each 256 examples are
-spoken by a process of its own, from a fresh state of espeak-ng, so their bytes depend neither on
+`manifest.jsonl`, which `jsonl:` reads: to listen to, or to use elsewhere. Each 256 examples are
+synthesised by their own process, from a fresh state of espeak-ng, so their bytes depend neither on
 the number of cores nor on interruptions. A part's list of examples appears when its recordings are
-complete, so an interrupted run continues with those that are missing. Nothing is resampled when
-the recordings are read, and their lengths are known.
+complete, so an interrupted run continues with the missing ones. Nothing is resampled when the
+recordings are read, and their lengths are known.
 """
 
 import functools
@@ -41,9 +41,10 @@ _AUDIBLE = 30  # of 32767
 
 
 class Recorded(SourceAround):
-    """The examples of a spoken source, with recordings from `folder`.
+    """The examples of a synthesised source, with recordings from `folder`.
 
-    Opening it costs nothing: what is missing is spoken when a recording or a length is first asked.
+    Opening it costs nothing: missing recordings are synthesised when a recording or a length is
+    first needed.
     """
 
     def __init__(self, source: Source, folder: str | Path):
@@ -64,7 +65,7 @@ class Recorded(SourceAround):
 
     @functools.cached_property
     def durations(self) -> Float64[np.ndarray, " n"]:
-        """Seconds of every recording, 0 where there is none."""
+        """Returns the seconds of every recording, 0 if there is none."""
         with self._lock:
             record(self.source, self.folder)
             lists = _lists(self.folder, len(self.source))
@@ -81,16 +82,16 @@ class Recorded(SourceAround):
 
 
 def default_folder(source: Source, cache_dir: str) -> Path:
-    """Where recordings are kept when no folder is named: under the source's fingerprint."""
+    """Returns the folder of recordings if none is named: under the source's fingerprint."""
     return cache_home(cache_dir) / "recordings" / f"{source.fingerprint()}-{_VERSION}"
 
 
 def record(source: Source, folder: Path, *, processes: int = 0) -> None:
-    """Speaks what `folder` lacks, in several processes; other callers on this machine wait.
+    """Synthesises what `folder` lacks, in several processes; other callers on this machine wait.
 
     Raises:
-      ValueError: the folder holds the recordings of another source, or nothing can be spoken as
-        asked: no such voice, no espeak-ng.
+      ValueError: the folder holds the recordings of another source, or synthesis is impossible: no
+          such voice, no espeak-ng.
       RuntimeError: a process failed in another way; its message is included.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,9 +208,9 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
 
 
 def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
-    """Writes some of the files of a folder, each in a fork that has not spoken before.
+    """Writes some of the files of a folder, each in a fork that has not synthesised before.
 
-    Ends with all of its group of processes when the standard input does: who asked is gone.
+    When the standard input ends, it ends with its whole process group: the parent is gone.
     """
     context = multiprocessing.get_context("fork")
     asked = sys.stdin.fileno()
@@ -257,7 +258,7 @@ def _speak(source: Source, index: int, path: Path) -> dict[str, Any]:
 
 
 def without_silence(samples: Int16[np.ndarray, " n"]) -> Int16[np.ndarray, " m"]:
-    """The recording up to a twentieth of a second around what can be heard.
+    """Returns the recording without silence, up to a twentieth of a second around the speech.
 
     espeak-ng ends a sentence with up to 0.3 s of silence, a seventh of what a step would compute.
     """

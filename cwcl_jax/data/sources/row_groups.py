@@ -22,13 +22,13 @@ _MEBI = 1 << 20
 
 
 class RowGroups:
-    """The rows of several Parquet files one after another.
+    """The rows of several Parquet files in sequence.
 
-    Only the columns that are asked for are decoded. Decoded row groups of up to `memory_mib` MiB
-    together stay in memory, those least lately used go first.
+    Only the requested columns are decoded. Decoded row groups of up to `memory_mib` MiB in total
+    stay in memory; the least recently used are evicted first.
 
     Raises:
-      ValueError: a file is damaged or no Parquet file.
+      ValueError: a file is damaged or not a Parquet file.
     """
 
     def __init__(self, paths: Sequence[Path], memory_mib: int):
@@ -49,7 +49,7 @@ class RowGroups:
         self._kept = _KeptTables(memory_mib * _MEBI)
 
     def schemas(self) -> list[pa.Schema]:
-        """The columns of every file."""
+        """Returns the columns of every file."""
         return [footer.schema.to_arrow_schema() for footer in self._footers]
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class RowGroups:
             return opened.read_row_group(group, columns=list(tops), use_threads=False)
 
     def tables(self, file: int, tops: Sequence[str]) -> Iterator[pa.Table]:
-        """The row groups of one file in order; none of them is kept."""
+        """Yields the row groups of one file in order; none of them is kept."""
         for number, (where, _) in enumerate(self._places):
             if where == file:
                 yield self._decode(number, tops)

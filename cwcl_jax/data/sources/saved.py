@@ -1,7 +1,7 @@
 """Data sets that Hugging Face's `datasets` saved on disk: `hf:/data/flowers?split=train`.
 
-Read by pyarrow alone: what `save_to_disk` writes is a folder of Arrow streams, which can be mapped
-into memory, and two JSON files.
+They are read by pyarrow alone: `save_to_disk` writes a folder of Arrow streams, which can be
+memory-mapped, and two JSON files.
 """
 
 import json
@@ -31,8 +31,8 @@ def open_saved(
     """Opens a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
     Args:
-      split: which of a DatasetDict; not needed where there is only one.
-      named: which column is what.
+      split: split of a DatasetDict; not needed if there is only one.
+      named: the uses of the columns.
       root: the folder that paths in the rows are relative to; by default the data set's.
     """
     from cwcl_jax.data.sources.arrow_columns import choose_columns
@@ -83,7 +83,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 class SavedRows:
-    """The rows of one saved data set, in its order, also where that is kept as an index."""
+    """The rows of one saved data set, in its order, also if that is stored as an index."""
 
     def __init__(self, folder: Path):
         from cwcl_jax.data.sources.arrow_files import ArrowFiles

@@ -24,7 +24,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class Scenes(Source):
-    """Scenes of one stream; labelled and of one object when `task` is a classification task."""
+    """Scenes of one stream; labelled and with one object if `task` is a classification task."""
 
     task: str
     length: int
@@ -62,14 +62,14 @@ class Scenes(Source):
         return example
 
     def label(self, number: int) -> int:
-        """Classes come in equal numbers, in an order without a pattern."""
+        """Returns the label of a number; classes are balanced, in an order without a pattern."""
         classes = len(self.class_names or ())
         block, place = divmod(number, classes)
         step = (1, 3, 7, 9)[Draws(self.seed, 11, block).below(4)]
         return (place * step + Draws(self.seed, 12, block).below(classes)) % classes
 
     def scene(self, number: int) -> scenes.Scene:
-        """The scene of a number in this stream."""
+        """Returns the scene of a number in this stream."""
         stream = _STREAMS[self.task]
         if self.class_names is None:
             return scenes.describe(self.seed, stream, number, objects=self.objects)
@@ -90,7 +90,7 @@ class Scenes(Source):
         )
 
     def caption(self, scene: scenes.Scene, number: int, variant: int) -> str:
-        """A caption of the scene; test captions name everything."""
+        """Returns a caption of the scene; test captions name everything."""
         detail = self.detail if self.task == "train" else 1.0
         key = (self.seed, _STREAMS[self.task], number, variant)
         return captions.caption(scene, *key, detail=detail)

@@ -1,8 +1,8 @@
-"""Sentences of a user's file, made ready to be spoken: `sentences:/x/sentences.tsv?words=2000`.
+"""Sentences of a user's file, prepared for synthesis: `sentences:/x/sentences.tsv?words=2000`.
 
 Long ones and repetitions are left out, some are held out, and frequent single words are added, so
-that a model also learns words on their own. A plain text file has one sentence a line; tables are
-read as `tsv:` and `csv:` read them.
+that a model also learns isolated words. A plain text file has one sentence a line; tables are read
+as by `tsv:` and `csv:`.
 """
 
 import re
@@ -58,12 +58,12 @@ def open_sentences(
     """Opens `sentences:FILE_OR_FOLDER?split=train&held_out=1000&words=2000`.
 
     Args:
-      split: "test" gives the `held_out` sentences, "train" the others.
+      split: "test" selects the `held_out` sentences, "train" the others.
       text: the column of a table that holds the sentences; "" finds the usual names.
       max_chars: longer sentences are left out.
       min_words: shorter ones are left out too.
-      words: so many of the most frequent single words are added to the training split.
-      without_words: words, separated by commas, that are not added, because a test asks for them.
+      words: number of the most frequent single words that are added to the training split.
+      without_words: words, separated by commas, that are not added, because a test uses them.
       held_out: number of sentences, chosen by a fixed draw, that the training split leaves out.
     """
     if split not in _SPLITS:
@@ -87,7 +87,7 @@ def open_sentences(
 
 
 def frequent_words(sentences: Sequence[str], count: int, without: Collection[str]) -> list[str]:
-    """The most frequent words of at least two letters, the alphabet deciding between equals."""
+    """Returns the most frequent words of at least two letters; ties are sorted alphabetically."""
     found = Counter(word for sentence in sentences for word in _WORD.findall(sentence.lower()))
     for word in without:
         found.pop(word, None)

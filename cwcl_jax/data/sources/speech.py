@@ -22,9 +22,9 @@ TEN_COMMANDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop",
 
 
 class Recordings(TableSource):
-    """A table whose recordings lie in the first of several folders that has them.
+    """A table whose recordings are in the first of several folders that has them.
 
-    Where a folder has no file of that name, `renamed` (old, new) gives a second name to try.
+    If a folder has no file of that name, `renamed` (old, new) gives a second name to try.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ def open_slurp(
     """Opens SLURP: `slurp:/data/slurp?split=devel&unit=sentences`.
 
     The class is scenario and action; the release's field `intent` is noisy and not used. `unit`
-    gives one example for each recording, or for each sentence (with its first recording).
+    selects one example per recording, or one per sentence (with its first recording).
     """
     if unit not in ("recordings", "sentences"):
         raise ValueError(f"unit={unit!r} of slurp must be recordings or sentences.")
@@ -133,7 +133,7 @@ def open_slurp(
 
 
 def slurp_class(sentence: Mapping[str, Any]) -> str:
-    """The intent of a SLURP sentence."""
+    """Returns the intent of a SLURP sentence."""
     return f"{sentence['scenario']}_{sentence['action']}"
 
 
@@ -206,7 +206,7 @@ def _stop_classes(folder: Path) -> list[str]:
 def open_speech_commands(path: str, *, split: str = "test", classes: int = 35) -> Recordings:
     """Opens Speech Commands V2: `speech_commands:/data/sc2?split=test&classes=10`.
 
-    35 = all words; 10 = the commands alone, without silence and unknown. The text is the word.
+    35 = all words; 10 = only the commands, without silence and unknown. The text is the word.
     """
     if classes not in (10, 35):
         raise ValueError(f"classes={classes} of speech_commands must be 35 or 10.")

@@ -1,8 +1,8 @@
-"""Spoken sentences: another source's text read aloud by espeak-ng, in a voice the index picks.
+"""Synthesised speech: another source's text read by espeak-ng, in a voice chosen by the index.
 
 `spoken:commands:train?voices=train`, `spoken:tsv:/sentences.tsv?text=sentence&voices=en-us+f2`.
-`keep=auto` (or a folder) speaks everything once and reads it from there ever after;
-`python -m cwcl_jax.speak` only speaks.
+`keep=auto` (or a folder) synthesises everything once and reads it from there afterwards; `python -m
+cwcl_jax.speak` only synthesises.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +15,7 @@ from cwcl_jax.synthetic.espeak import VOICE_SETS, VOICES, random_voice, speak
 
 
 class Spoken(SourceAround):
-    """The examples of `source`, each with its first caption that holds any text as "audio"."""
+    """The examples of `source`, each with its first non-empty caption as "audio"."""
 
     def __init__(self, source: Source, *, voices: Sequence[str] = VOICES, seed: int = 0):
         super().__init__(source)
@@ -24,7 +24,7 @@ class Spoken(SourceAround):
 
     @property
     def durations(self) -> None:
-        """How long a voice takes for a text is not known before it spoke."""
+        """Always None: the length of a sentence is unknown before it is synthesised."""
 
     @property
     def lacks(self) -> Mapping[str, str]:
@@ -51,11 +51,11 @@ class Spoken(SourceAround):
 def open_spoken(
     source: Source, *, cache_dir: str = "", voices: str = "", voice_seed: int = 0, keep: str = ""
 ) -> Spoken | Recorded:
-    """Reads a source aloud.
+    """Opens a source with its text synthesised as speech.
 
     Args:
       voices: espeak-ng's names separated by commas, or "train" or "test", sets that share neither
-        an accent nor a variant.
+          an accent nor a variant.
       voice_seed: another number gives every sentence another voice.
       keep: a folder for the recordings, or "auto": one in the cache folder.
     """

@@ -1,4 +1,4 @@
-"""Some examples of a source, under their own numbers from zero."""
+"""Some examples of a source, renumbered from zero."""
 
 from collections.abc import Collection, Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Which columns of a table hold pictures, texts, recordings or labels: as asked, or as usual."""
+"""Which columns of a table hold pictures, texts, recordings or labels: as named, or by default."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +20,10 @@ _USUAL_NAMES = {
 def named_fields(
     columns: Sequence[str], path: str, rows: Sequence[Mapping[str, Any]], asked: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Field -> column, and why a field has none.
+    """Returns field -> column, and why a field has none.
 
-    Columns are taken as asked, or by the usual names, in any case, where nothing is asked and only
-    one has such a name. Columns of files count by the files' type, as far as `rows` tell.
+    Columns are taken as named, or by their usual names (ignoring case) if none is named and only
+    one has such a name. Columns of files are accepted by the files' type, as far as `rows` show it.
     """
     fields, unclear = {}, {}
     for field, name in asked.items():
@@ -59,7 +59,7 @@ def named_fields(
 
 
 def require_column(name: str, columns: Sequence[str], path: str, option: str) -> None:
-    """Raises ValueError where a table has no column that an option names."""
+    """Raises ValueError if a table lacks a column that an option names."""
     if name not in columns:
         close = difflib.get_close_matches(name, columns, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

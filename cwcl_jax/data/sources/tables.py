@@ -42,9 +42,9 @@ _LABELS = "\x1elabels"
 class TableSource(Source):
     """Rows with strings; image and audio columns hold paths, relative ones below `root`.
 
-    Labels are numbers into `class_names`; several captions stand in one string (`join_captions`).
-    `durations` are the seconds of every recording, where a table or its release lists them. `hint`
-    says, where a field is missing, what would give it.
+    Labels are numbers into `class_names`; several captions are stored in one string
+    (`join_captions`). `durations` are the seconds of every recording, if a table or its release
+    lists them. `hint` says, if a field is missing, what would provide it.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TableSource(Source):
         return example
 
     def locate(self, name: str) -> Path:
-        """The file that a path column means."""
+        """Returns the file that a path column refers to."""
         return self.root / name
 
     def _id(self, index: int) -> str:
@@ -143,7 +143,7 @@ class TableSource(Source):
 
 
 def join_captions(captions: Sequence[str]) -> str:
-    """Several captions as one string of a column."""
+    """Returns several captions as one string of a column."""
     return _NEXT_CAPTION.join(captions)
 
 
@@ -155,11 +155,10 @@ def table_of_rows(
     hint: str = "",
     named_classes: bool = False,
 ) -> TableSource:
-    """A table of rows (dicts); `fields` maps "image", "text", ... to the names they have there.
+    """Returns a table of rows (dicts); `fields` maps "image", "text", ... to their names there.
 
-    "duration" is in seconds; a row without one may be of any length (inf).
-
-    The rows are read one by one. With `named_classes`, labels that are numbers are names too.
+    "duration" is in seconds; a row without one may be of any length (inf). The rows are read one by
+    one. With `named_classes`, numeric labels are names too.
     """
     columns = {name: StringColumn() for name in fields}
     for row in rows:
@@ -176,10 +175,10 @@ def table_of_rows(
 
 
 def listed_seconds(column: StringColumn) -> list[float]:
-    """Lengths as a table lists them, nan where it lists none.
+    """Returns the durations that a table lists, nan for missing ones.
 
     Raises:
-      ValueError: most are 0, as a tool writes that could not read the files.
+      ValueError: most are 0, as written by a tool that could not read the files.
     """
     seconds = [_seconds(column[row]) for row in range(len(column))]
     zeros = sum(length == 0 for length in seconds)
@@ -205,7 +204,7 @@ def _seconds(text: str | None) -> float:
 
 
 def known_seconds(seconds: Sequence[float]) -> np.ndarray | None:
-    """Lengths with infinity in place of nan: room for any length; None where none is known."""
+    """Returns durations with infinity for nan: room for any length; None if none is known."""
     lengths = np.array(seconds, np.float64)
     unknown = np.isnan(lengths)
     if unknown.all():
@@ -255,10 +254,10 @@ def open_delimited(
 ) -> TableSource:
     """Opens `csv:/x.tsv?image=filepath&text=title`; OpenCLIP's column names are the default.
 
-    Without `sep` (tab, comma, semicolon or a sign) the header line decides: a tab in it means tabs.
-    `quoting` on means that quotation marks enclose fields, off that they are text. auto is on with
-    commas and off with tabs, where captions often hold lone ones that would swallow the rows behind
-    them; a file with tabs that can be read in both ways is refused.
+    Without `sep` (tab, comma, semicolon or a character) the header line decides: a tab in it means
+    tabs. With `quoting` on, quotation marks enclose fields; with off, they are text. auto is on for
+    commas and off for tabs, because captions often hold single quotation marks, which would swallow
+    the rows after them. A file with tabs that can be read in both ways is refused.
     """
     options = {"image": image, "text": text, "audio": audio, "label": label, "duration": duration}
     if quoting not in ("auto", "on", "off"):
@@ -381,7 +380,7 @@ def _whole_recordings(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[
 
 
 def rows_of_json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSONL file; a broken line gives an empty one, which is skipped when read."""
+    """Yields the objects of a JSONL file; a broken line gives an empty one, skipped when read."""
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

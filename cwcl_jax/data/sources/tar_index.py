@@ -1,12 +1,12 @@
-"""Where the members of a tar lie: (offset, size) of every sample's parts, scanned once and kept.
+"""Index of a tar: (offset, size) of every sample's parts, scanned once and stored.
 
-A sample is the members that share a key: the name up to the first dot of its last part. What a
-member is for is what follows that dot; where that says nothing (`7.seg.png`), its last part, unless
-the sample has a plain member of that kind (`7.png`). Names are data here; nothing is ever written
-where a name points.
+A sample consists of the members that share a key: the name up to the first dot of its last part.
+The use of a member is given by what follows that dot; if that is no known use (`7.seg.png`), by its
+last part, unless the sample has a plain member of that kind (`7.png`). Names are only data here;
+nothing is ever written to where a name points.
 
-The scan reads headers, the small members of words, and the last 512 bytes of every other one, which
-lie beside the next header: a checksum of these tells a tar from another of the same size.
+The scan reads headers, the small text members, and the last 512 bytes of every other one, which are
+next to the following header: their checksum distinguishes a tar from another of the same size.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ _Parts = dict[str, tuple[int, int]]  # offset and size by part
 class TarIndex:
     """Samples of one tar in order: `table` has a key, and an offset and a size for each part.
 
-    A part that a sample lacks has the size -1; parts that no sample has take no room. `checksum`
-    is that of the members' names, sizes, times and ends. `surplus` counts the members that are not
+    A part that a sample lacks has size -1; parts that no sample has take no space. `checksum` is
+    that of the members' names, sizes, times and ends. `surplus` counts the members that are not
     used because their sample has an equal one; `first_surplus` is the first one's name.
     """
 
@@ -69,7 +69,7 @@ class TarIndex:
         return len(self.table)
 
     def place(self, row: int, part: str) -> tuple[int, int] | None:
-        """Offset and size of a sample's part, None where it has none."""
+        """Returns offset and size of a sample's part, None if it has none."""
         if f"{part}_size" not in (self.table.dtype.names or ()):
             return None
         record = self.table[row]
@@ -77,12 +77,12 @@ class TarIndex:
         return None if size < 0 else (int(record[f"{part}_offset"]), size)
 
     def parts(self) -> set[str]:
-        """Parts that any sample has."""
+        """Returns the parts that any sample has."""
         return {part for part in PARTS if f"{part}_size" in (self.table.dtype.names or ())}
 
 
 def load_index(path: str, cache_dir: str = "") -> TarIndex:
-    """The index of a tar: read if one of the same size and time is kept, built otherwise."""
+    """Returns the index of a tar: the stored one if size and time match, else a new one."""
     beat()
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -153,7 +153,7 @@ def _dtype(key_bytes: int, parts: Sequence[str]) -> np.dtype:
 
 
 def build_index(path: str) -> TarIndex:
-    """Scans the headers of a tar; members that reach past its end are left out."""
+    """Returns the index from a tar's headers; members that reach past its end are left out."""
     status = os.stat(path)
     # By key: parts that the extension names, and those that only its end names.
     samples: dict[bytes, tuple[_Parts, _Parts]] = {}

@@ -1,4 +1,4 @@
-"""Tars of img2dataset and webdataset, and CLIP_benchmark's folders of them, at random access."""
+"""Random access to tars of img2dataset and webdataset, and CLIP_benchmark's folders of them."""
 
 import functools
 import logging
@@ -46,10 +46,10 @@ def _open_file(path: str, size: int, mtime: int) -> _OpenFile:
 
 
 class Tars(Source):
-    """Samples of several tars one after another.
+    """Samples of several tars in sequence.
 
-    `text` names where captions come from: "txt" (the text member), "lines" (one caption a line of
-    it) or "json:FIELD" (a field of the JSON member, a string or a list of strings).
+    `text` is the origin of captions: "txt" (the text member), "lines" (one caption a line of it) or
+    "json:FIELD" (a field of the JSON member, a string or a list of strings).
     """
 
     def __init__(

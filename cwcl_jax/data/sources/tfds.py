@@ -1,4 +1,4 @@
-"""TFDS through `tfds.data_source`, which needs no TensorFlow when the files are array_record."""
+"""TFDS through `tfds.data_source`, which needs no TensorFlow if the files are array_record."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ class TfdsSource(Source):
 
 
 def as_strings(value: Any) -> str | list[str]:
-    """Text of a record: bytes, a string, or a sequence of either."""
+    """Returns the text of a record: bytes, a string, or a sequence of either."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, str):
@@ -88,9 +88,9 @@ def open_tfds(
 ) -> TfdsSource:
     """Opens `tfds:coco?split=train&data_dir=/data`, or a prepared folder `tfds:/data/x/1.0.0`.
 
-    The data must be prepared with `file_format='array_record'`. Features are found by their type
-    where they are not named: the first image, text and class label. `rate` is the sample rate of
-    sound that is kept as samples; 0 = what its feature says, or 16 kHz where it says nothing.
+    The data must be prepared with `file_format='array_record'`. Features that are not named are
+    found by their type: the first image, text and class label. `rate` is the sampling rate of audio
+    stored as samples; 0 = the feature's own, or 16 kHz if it has none.
     """
     import tensorflow_datasets as tfds
 

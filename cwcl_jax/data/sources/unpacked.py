@@ -1,4 +1,4 @@
-"""Parquet files unpacked once into Arrow streams, of which any row is read without decoding."""
+"""Parquet files unpacked once into Arrow streams, whose rows can be read without decoding."""
 
 import fcntl
 import logging
@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_NEWS = 20
 class Unpacked:
     """The columns `tops` of a store, kept in `folder`.
 
-    Opening it costs nothing: what is missing is unpacked when a row is first asked, while other
+    Opening it costs nothing: missing columns are unpacked when a row is first needed, while other
     threads and processes of this machine wait.
     """
 
