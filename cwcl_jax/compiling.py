@@ -8,7 +8,7 @@ import jax
 
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 # jax 0.10 hands products and sums to the library YNNPACK. Its sums are the faster ones, its
-# products take 1.5 times as long as those of XLA's own Eigen (BUILD_NOTES.md, "The step on CPUs").
+# products take 1.5 times as long as those of XLA's own Eigen (models/README.md, "Measured").
 _ONLY_SUMS = {_LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE"}
 
 

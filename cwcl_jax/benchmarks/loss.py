@@ -6,7 +6,8 @@ the rate of that product. `products` are the flops of all products in a JAX form
 8 N^2 d (contrastive's); `over_contrastive` are its seconds over those of "fused contrastive" of the
 same size, where that was measured before it. Wall times are the fastest of all rounds. CPU times
 (all threads) tell the same on a machine that others use, save for what waits. Memory is the peak
-above that before the first call; on a GPU the device's own count. Writes loss.md and loss.json.
+above that before the first call; on a GPU the device's own count. Writes loss.md, loss.json and
+loss.png, the memory of each form by the size of the batch.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cwcl_jax import cli
@@ -201,6 +203,31 @@ def _compare(rows: list[Row]) -> None:
                 row[f"{name}over_contrastive"] = row[key] / other[key]
 
 
+def plot_memory(rows: Sequence[Row], path: Path) -> None:
+    """Writes a PNG: extra memory over pairs, a line for each form of the first width and dtype."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    d, dtype = rows[0]["d"], rows[0]["dtype"]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for form in dict.fromkeys(row["form"] for row in rows):
+        same = [r for r in rows if (r["form"], r["d"], r["dtype"]) == (form, d, dtype)]
+        points = [(r["n"], r["extra_mb"]) for r in same if r.get("extra_mb", 0) > 0]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", label=form)
+    axis.set(xscale="log", yscale="log", xlabel="pairs in the batch", ylabel="extra memory, MB")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xticks(sorted({row["n"] for row in rows}), minor=False)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.set_title(f"Loss and gradients, {dtype}, embeddings of {d}")
+    axis.legend()
+    figure.savefig(path, format="png", dpi=100)
+
+
 @cli.command(_define)
 def main(options: argparse.Namespace) -> int:
     """Measures all forms and sizes; fails where a measurement does."""
@@ -218,6 +245,7 @@ def main(options: argparse.Namespace) -> int:
         _compare(rows)
         print(harness.markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     harness.report(options.output, "loss", {"losses": rows}, {"losses": COLUMNS})
+    plot_memory(rows, options.output / "loss.png")
     return harness.code_of(rows)
 
 

@@ -21,7 +21,7 @@ Side = dict[str, Array]
 Stats = dict[str, Array]
 
 # A tile of logits takes at most about this many bytes, within these numbers of rows. Fewer rows
-# make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block size"). A CPU
+# make the products inefficient, more leave the caches (README.md, "Measured"). A CPU
 # wants few columns too. So does a GPU, and more rows, which add to the columns' gradient less
 # often: 1,024 x 4,096 logits, their narrow copy and that gradient lie in 40 to 50 MB of L2
 # together ("Accelerators"). TPUs, whose compiler tiles by itself, get all columns.

@@ -7,7 +7,7 @@ the compute type.
 
 All of it works on matrices, one row for each token. XLA for CPUs copies a kernel's gradient through
 a transposed array where the rows have two axes, and sums a bias's gradient over two axes slowly: a
-text tower's backward pass took twice as long (BUILD_NOTES.md, "The step on CPUs").
+text tower's backward pass took twice as long (README.md, "Measured").
 """
 
 from typing import Any

@@ -52,7 +52,7 @@ class Execution:
     results of products and computes what is elementwise again, "dots_no_batch" not those of
     attention's scores either, "full" keeps its input only. "auto" is "dots" on a GPU, where XLA
     left to itself keeps GELUs and norms in float32 (2.3 times the memory), else "none": XLA for
-    TPUs does as well alone, on CPUs it costs 5 % of the time and saves nothing (BUILD_NOTES.md)."""
+    TPUs does as well alone, on CPUs it costs 5 % of the time and saves nothing (README.md)."""
     attention: str = "auto"
     """"xla", "cudnn", or "auto": cuDNN's fused kernel where the device and the types allow it."""
 
