@@ -7,7 +7,7 @@ import pytest
 
 from tests import drill_commands
 from tests.drill_commands import QUICK, exempt, in_order, prepare
-from tests.test_readme import commands
+from tests.test_readme import block_with, commands
 
 RUNNABLE = [command for command in commands() if not exempt(command)]
 
@@ -44,3 +44,10 @@ def test_most_documented_commands_are_run():
     assert len(RUNNABLE) > 2 * (len(commands()) - len(RUNNABLE))
     for pattern in drill_commands.EXEMPT:
         assert any(drill_commands.re.search(pattern, command) for command in commands()), pattern
+
+
+def test_the_loss_in_ten_lines_runs_as_it_stands():
+    """It learns: every pair is found in the batch."""
+    names = {}
+    exec(block_with("optax.adam(1e-2)"), names)
+    assert names["diagnostics"]["accuracy_v_to_u"] > 0.9
