@@ -6,8 +6,8 @@
 
 What is locked is an encoder; a projection above it is a head, which trains. With
 projection=trained the logits come from u = W p and the weights from p itself: the loss may bend
-the space that the weights are read from. With projection=none u is p. README.md, "The locked
-side's projection", says which of the two is the paper's, which is LiT's, and why it matters.
+the space that the weights are read from. With projection=none u is p. configs/README.md, "The
+locked side's projection", says which of the two is the paper's, which is LiT's, why it matters.
 """
 
 import re
