@@ -86,7 +86,7 @@ class Command:
         options.argv = argv
         named = getattr(options, "config", None)
         if self._config and named is not None:
-            options.config = _read_config([f"--config={named}", *rest], parser)
+            options.config = _read_config([f"--config={_found(named)}", *rest], parser)
         else:
             overrides = [a for a in rest if self._config and re.match(r"--?(no)?config\.", a)]
             if overrides:
@@ -189,6 +189,19 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {value!r}")
     _make_importable(Path(path).resolve().parent)
     return from_config_dict(with_settings(value.to_dict(), settings))
+
+
+def _found(named: str) -> str:
+    """FILE[:ARGUMENT] as it is, or with the package's own file where there is no such FILE.
+
+    The package carries configs/, so that an installed command works in any folder.
+    """
+    path, colon, argument = named.partition(":")
+    shipped = Path(__file__).parent / path
+    if path.startswith("configs/") and not Path(path).exists() and shipped.is_file():
+        print(f"{path} is not in this folder; using {shipped}", file=sys.stderr)
+        return f"{shipped}{colon}{argument}"
+    return named
 
 
 # An encoder setting from the command line: tower, name or "" for several, text.

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-# Before the backend starts: devices for the sharded forms on a CPU (see BUILD_NOTES.md).
+# Before the backend starts: devices for the sharded forms on a CPU (launch/README.md, "Trouble").
 os.environ.setdefault("PJRT_NPROC", "32")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (

@@ -8,7 +8,7 @@ import jax
 
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 # jax 0.10 uses the library YNNPACK for products and sums. Its sums are faster, but its products
-# take 1.5 times as long as those of XLA's own Eigen (BUILD_NOTES.md, "The step on CPUs").
+# take 1.5 times as long as those of XLA's own Eigen (models/README.md, "Measured").
 _ONLY_SUMS = {_LIBRARY: "LIBRARY_FUSION_TYPE_REDUCE"}
 
 

@@ -4,7 +4,7 @@ import os
 import tempfile
 
 # Before the backend starts. Several CPU devices in one process can dead-lock with fewer
-# runtime threads than devices have work queued (BUILD_NOTES.md, "CPU dead-lock").
+# runtime threads than devices have work queued (README.md).
 os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -1,6 +1,7 @@
 """Flags of the entry files."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,21 @@ def test_a_command_in_this_process_leaves_no_folder_to_import_from(tmp_path):
 
     assert run([]) == 0
     assert sys.path == before
+
+
+def test_a_shipped_config_stands_in_for_one_that_is_not_there(tmp_path, monkeypatch, capsys):
+    """An installed package has its configs in any folder; a user's file of that name goes first."""
+    monkeypatch.chdir(tmp_path)
+    found = cli._found("configs/lit_cwcl.py:loss=contrastive")
+    path, _, argument = found.partition(":")
+    assert argument == "loss=contrastive"
+    shipped = Path(__file__).parent.parent / "configs" / "lit_cwcl.py"
+    assert Path(path).read_text() == shipped.read_text()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"configs/lit_cwcl.py is not in this folder; using {path}"
+    for other in ("configs/mine.py", "lit_cwcl.py", "other/configs/lit_cwcl.py"):
+        assert cli._found(other) == other
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "lit_cwcl.py").write_text("mine")
+    assert cli._found("configs/lit_cwcl.py") == "configs/lit_cwcl.py"
+    assert capsys.readouterr().err == ""

@@ -7,7 +7,7 @@ form's program, divided by 8 N^2 d (contrastive's). `over_contrastive` is the ti
 of "fused contrastive" of the same size, if that was measured before. Wall times are the fastest of
 all rounds. CPU times (all threads) are reliable on a shared machine too, except for forms that
 wait. Memory is the peak above that before the first call; on a GPU it is the device's own count.
-Writes loss.md and loss.json.
+Writes loss.md, loss.json and loss.png, the memory of each form against the size of the batch.
 """
 
 import argparse
@@ -17,7 +17,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cwcl_jax import cli
@@ -202,6 +203,35 @@ def _compare(rows: list[Row]) -> None:
                 row[f"{name}over_contrastive"] = row[key] / other[key]
 
 
+def plot_memory(rows: Sequence[Row], path: Path) -> None:
+    """Writes a PNG: extra memory over pairs, a line for each form of the first width and dtype.
+
+    0 MB is a call that stays below the peak before it. Without any measurement there is no PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    d, dtype = rows[0]["d"], rows[0]["dtype"]
+    measured = [r for r in rows if (r["d"], r["dtype"]) == (d, dtype) and "extra_mb" in r]
+    if not measured:
+        return
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for form in dict.fromkeys(row["form"] for row in measured):
+        points = [(r["n"], r["extra_mb"]) for r in measured if r["form"] == form]
+        axis.plot(*zip(*points, strict=True), marker="o", label=form)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted({row["n"] for row in measured}), minor=False)
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_formatter("{x:,.0f}")
+    axis.set(xlabel="pairs in the batch", ylabel="extra memory, MB")
+    axis.set_title(f"Value and gradients, {dtype}, embeddings of {d}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, format="png", dpi=100)
+
+
 @cli.command(_define)
 def main(options: argparse.Namespace) -> int:
     """Measures all forms and sizes; fails if a measurement fails."""
@@ -219,6 +249,7 @@ def main(options: argparse.Namespace) -> int:
         _compare(rows)
         print(harness.markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     harness.report(options.output, "loss", {"losses": rows}, {"losses": COLUMNS})
+    plot_memory(rows, options.output / "loss.png")
     return harness.code_of(rows)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 TIE = 1e-6
 # Rank of a query without any correct candidate: wrong at every k.
 NEVER = int(np.iinfo(np.int64).max)
-# Queries and candidates of one tile: 32 MiB of float32 similarities (sizes: BUILD_NOTES.md).
+# Queries and candidates of one tile: 32 MiB of float32 similarities (sizes: README.md).
 ROWS, COLUMNS = 4096, 2048
 _PAIRS = 1 << 16
 

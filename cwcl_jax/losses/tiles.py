@@ -21,10 +21,10 @@ Side = dict[str, Array]
 Stats = dict[str, Array]
 
 # A tile of logits takes at most about this many bytes, with its number of rows in these limits.
-# Fewer rows make the products inefficient, more leave the caches (BUILD_NOTES.md, "Loss: block
-# size"). CPUs also need few columns. So do GPUs, with more rows, which update the columns' gradient
-# less often: 1,024 x 4,096 logits, their narrow copy and that gradient fit together in 40 to 50 MB
-# of L2 ("Accelerators"). TPUs, whose compiler tiles by itself, get all columns.
+# Fewer rows make the products inefficient, more leave the caches (README.md, "Measured"). CPUs also
+# need few columns. So do GPUs, with more rows, which update the columns' gradient less often: 1,024
+# x 4,096 logits, their narrow copy and that gradient fit together in 40 to 50 MB of L2
+# ("Accelerators"). TPUs, whose compiler tiles by itself, get all columns.
 _TILE_BYTES = 64 * 2**20
 _BLOCK_LIMITS = {"cpu": (128, 512), "gpu": (128, 1024), "tpu": (128, 512)}
 _COLUMNS = {"cpu": 4096, "gpu": 4096}

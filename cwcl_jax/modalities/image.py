@@ -50,7 +50,7 @@ class ImageInputs(Modality):
     """
 
     name: ClassVar[str] = "image"
-    # A JPEG of 512x384 to 224x224 (BUILD_NOTES.md, "Data").
+    # A JPEG of 512x384 to 224x224 (data/README.md).
     core_seconds: ClassVar[float] = 0.0024
     stream: ClassVar[int] = 1
     training_only: ClassVar[tuple[str, ...]] = ("crop_min_area", "flip")

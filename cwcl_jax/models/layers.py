@@ -7,7 +7,7 @@ whatever the compute dtype.
 
 All layers work on matrices, with one row per token. If rows have two axes, XLA for CPUs copies a
 kernel's gradient through a transposed array and sums a bias's gradient slowly: a text tower's
-backward pass took twice as long (BUILD_NOTES.md, "The step on CPUs").
+backward pass took twice as long (README.md, "Measured").
 """
 
 from typing import Any

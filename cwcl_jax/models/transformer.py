@@ -55,7 +55,7 @@ class Execution:
     results of products and recomputes elementwise operations; "dots_no_batch" does not keep
     attention scores either; "full" keeps only the input. "auto" is "dots" on a GPU, where XLA by
     itself keeps GELUs and norms in float32 (2.3 times the memory), else "none": XLA for TPUs does
-    as well by itself, and on CPUs it costs 5 % of the time and saves nothing (BUILD_NOTES.md).
+    as well by itself, and on CPUs it costs 5 % of the time and saves nothing (README.md).
     """
     attention: str = "auto"
     """"xla", "cudnn", or "auto": cuDNN's fused kernel where the device and the types allow it."""

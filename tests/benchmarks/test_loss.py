@@ -31,6 +31,16 @@ def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, cap
     assert message in capsys.readouterr().err
 
 
+def test_memory_is_drawn_where_it_was_measured(tmp_path):
+    row = {"form": "fused cwcl", "n": 64, "d": 8, "dtype": "float32"}
+    measured = [row | {"extra_mb": 0.0}, row | {"n": 128, "extra_mb": 2.0}]
+    failed = row | {"form": "dense torch cwcl", "failed": "left out"}
+    loss.plot_memory([*measured, failed], tmp_path / "some.png")
+    assert (tmp_path / "some.png").read_bytes().startswith(b"\x89PNG")
+    loss.plot_memory([failed], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_times_stand_over_contrastive_of_the_same_size():
     def row(form, n, seconds):
         return {"form": form, "n": n, "d": 8, "dtype": "float32"} | (

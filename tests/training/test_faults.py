@@ -1,7 +1,7 @@
 """Every fault ends the whole job with a telling exit code, and the next start goes on from it.
 
 The losses of the steps after the restart are those of an undisturbed job, bit for bit. `pytest -m
-slow -s tests/training/test_faults.py` runs all faults and prints the table of BUILD_NOTES.md.
+slow -s tests/training/test_faults.py` runs all faults and prints the table of README.md.
 """
 
 from __future__ import annotations
