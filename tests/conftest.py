@@ -1,10 +1,13 @@
 """Test environment: four virtual CPU devices, float32 by default, rank promotion is an error."""
 
+import contextlib
 import ctypes
 import gc
 import os
+import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 # Before the backend starts. Several CPU devices in one process can dead-lock with fewer
 # runtime threads than devices have work queued (BUILD_NOTES.md, "CPU dead-lock").
@@ -40,6 +43,15 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _no_curves():
+    """Leaves the curves of runs undrawn, an eighth of a toy run; those that modules share draw."""
+    run = sys.modules.get("cwcl_jax.training.run")
+    with mock.patch.object(run, "plot_losses") if run else contextlib.nullcontext():
+        yield
+
 
 # Bytes of a process from which compiled programs are dropped, and those between two such cleanings.
 _MUCH, _MORE = 2.0e9, 0.4e9
