@@ -89,8 +89,7 @@ def steps(workdir):
 
 @pytest.mark.multiprocess
 def test_a_run_goes_on_without_tensorboard(tmp_path, library):
-    faults = {"PATH": "/tensorboard/", "CALLS": "write", "ERRNO": 5, "AFTER": 300}
-    done = train(tmp_path, library, QUICK, **faults)
+    done = train(tmp_path, library, PATH="/tensorboard/", CALLS="write", ERRNO=5, AFTER=300)
     assert done.returncode == DONE, done.stderr
     assert done.stderr.count("warning: TensorBoard's file (the run goes on without it)") == 2
     assert "Input/output error" in done.stderr
