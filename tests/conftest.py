@@ -1,7 +1,13 @@
 """Test environment: four virtual CPU devices, float32 by default, rank promotion is an error."""
 
+import contextlib
+import ctypes
+import gc
 import os
+import sys
 import tempfile
+from pathlib import Path
+from unittest import mock
 
 # Before the backend starts. Several CPU devices in one process can dead-lock with fewer
 # runtime threads than devices have work queued (README.md).
@@ -24,6 +30,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the variables above
+import pytest  # noqa: E402
 
 import tests.typecheck  # noqa: E402, F401  named in pyproject.toml, where it must be loaded already
 
@@ -36,3 +43,33 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _no_curves():
+    """Leaves the curves of runs undrawn, an eighth of a toy run; those that modules share draw."""
+    run = sys.modules.get("cwcl_jax.training.run")
+    with mock.patch.object(run, "plot_losses") if run else contextlib.nullcontext():
+        yield
+
+
+# Bytes of a process from which compiled programs are dropped, and those between two such cleanings.
+_MUCH, _MORE = 2.0e9, 0.4e9
+_limit = {"bytes": _MUCH}
+
+
+def _resident_bytes() -> int:
+    """Returns the memory of this process, 0 where the system does not tell it."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Drops the programs of a worker that has grown: a suite compiles thousands."""
+    yield
+    if _resident_bytes() > _limit["bytes"]:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        _limit["bytes"] = max(_MUCH, _resident_bytes() + _MORE)

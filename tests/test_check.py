@@ -16,8 +16,9 @@ from cwcl_jax.losses import cwcl_loss
 TINY = Machine(tiny=True, until=0.0)
 
 
+@pytest.mark.slow
 def test_all_checks_run_on_two_cores(tmp_path, capsys):
-    """Takes ten seconds: it compiles a step, five losses and their gradients."""
+    """Slow: it compiles a step, five losses and their gradients."""
     found = list(run_checks(TINY, check.checks_of(None, tiny=True)))
     assert all(finding.verdict != FAIL for finding in found), table(found)
     by_name = {finding.check: finding for finding in found}
@@ -28,6 +29,15 @@ def test_all_checks_run_on_two_cores(tmp_path, capsys):
     rows = json.loads((tmp_path / "new" / "check.json").read_text())
     assert [row["check"] for row in rows] == [finding.check for finding in found]
     assert capsys.readouterr().out.strip() == (tmp_path / "new" / "check.txt").read_text().strip()
+
+
+def test_numbers_are_checked_and_pass():
+    """The part of all checks that needs no step."""
+    names = ("devices", "products", "loss", "tokens")
+    chosen = [found for found in check.checks_of(None, tiny=True) if found[0] in names]
+    assert len(chosen) == len(names)
+    found = list(run_checks(TINY, chosen))
+    assert all(finding.verdict != FAIL for finding in found), table(found)
 
 
 def test_an_exception_is_a_finding_and_the_rest_goes_on(capsys):

@@ -128,7 +128,7 @@ def test_towers_that_train_in_part_are_planned(tune):
 def test_optimizers_that_name_leaves_are_planned():
     changes = {
         "optimizer.layer_decay": 0.9,
-        "optimizer.multipliers": ("towers/image/encoder/.*=0.1", ".*/text/encoder/blocks/2/.*=2"),
+        "optimizer.multipliers": ("towers/image/encoder/.*=0.1", ".*/text/encoder/blocks/1/.*=2"),
         "optimizer.decay": "towers/text/encoder/.*/kernel",
         "towers.image.tune": "all",
     }

@@ -170,11 +170,12 @@ def paper_weights() -> int:
 
     config = defaults(name="paper", total_steps=1, global_batch_size=16_000, embed_dim=1024)
     config.data.train = "scenes:train"
+    # Layers in one array: as many weights, and one of them is traced instead of 24.
     config.towers.image = defaults(
-        TowerConfig, encoder="vit", preset="ViT-L/16", tune="none", head="none"
+        TowerConfig, encoder="vit", preset="ViT-L/16", tune="none", head="none", scan_layers=True
     )
     config.towers.text = defaults(
-        TowerConfig, encoder="text", preset="B", overrides={"vocab_size": 30_522}
+        TowerConfig, encoder="text", preset="B", overrides={"vocab_size": 30_522}, scan_layers=True
     )
     frozen = from_config_dict(config)
     mesh = sharding.make_mesh(frozen.mesh, jax.devices()[:1])

@@ -152,7 +152,6 @@ def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):
     assert first["keywords/top1"] >= 0
     assert first["train/effective_positives"] > 1
     assert first["alignment/structure_kept_by_projection"] == pytest.approx(1)
-    assert runs.run(affine, 0) == first
     other = runs.run(replace(affine, loss="contrastive"), 0)
     assert other["train/loss"] != first["train/loss"]
     bent = runs.run(replace(affine, projection="trained"), 0)

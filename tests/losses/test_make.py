@@ -43,7 +43,7 @@ def test_presets_equal_pytorch_in_float64(name):
         def ours(u, v, scale):
             return loss_fn(u, v, jnp.asarray(p), scale, -10.0)[0]
 
-        value, ours_gradients = jax.value_and_grad(ours, (0, 1, 2))(
+        value, ours_gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(
             jnp.asarray(u), jnp.asarray(v), jnp.asarray(2.0)
         )
         assert float(value) == pytest.approx(loss, rel=1e-12)
@@ -185,7 +185,7 @@ def test_the_gradient_through_the_weights_is_that_of_the_equations(options, monk
         def gradients(form):
             loss_fn = make_loss(LossConfig(form=form, detach_weights=False, **options))
             loss = lambda u, v, p, s, q: loss_fn(u, v, p, s, q=q)[0]  # noqa: E731
-            return jax.grad(loss, (0, 1, 2, 3, 4))(u, v, p, jnp.asarray(2.0), q)
+            return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(u, v, p, jnp.asarray(2.0), q)
 
         for ours, exact in zip(gradients("fused"), gradients("dense"), strict=True):
             np.testing.assert_allclose(ours, exact, rtol=1e-10, atol=1e-14)

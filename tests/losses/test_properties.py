@@ -1,5 +1,8 @@
 """What holds for any embeds."""
 
+from functools import cache
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +22,34 @@ def arrays(seed):
     return tuple(jnp.asarray(x, jnp.float32) for x in oracle.embeds(seed, N, D))
 
 
+@cache
+def compiled(**options):
+    """The loss of u, v and p; every example calls the same program."""
+    loss_fn = make_loss(LossConfig(diagnostics=False, block_size=5, **options))
+    return jax.jit(lambda u, v, p: loss_fn(u, v, p, 2.0)[0])
+
+
+@jax.jit
+def value_of_targets(u, v, targets):
+    return cwcl_loss(u, v, targets=targets, logit_scale=2.0)[0]
+
+
+@jax.jit
+def diagnostics(u, v, p):
+    return cwcl_loss(u, v, weights_from=p, logit_scale=2.0)[1]
+
+
+@jax.jit
+def identity_and_infonce(u, v):
+    targets = jnp.eye(N, dtype=jnp.float32)
+    config = LossConfig(weighted="both", block_size=5)
+    ours, _ = cwcl_loss(u, v, targets=targets, logit_scale=2.0, config=config)
+    plain, _ = contrastive_loss(u, v, logit_scale=2.0, config=LossConfig(block_size=5))
+    return ours, plain
+
+
 def loss(u, v, p, **options):
-    config = LossConfig(diagnostics=False, block_size=5, **options)
-    return float(make_loss(config)(u, v, p, 2.0)[0])
+    return float(compiled(**options)(u, v, p))
 
 
 @few
@@ -44,10 +72,7 @@ def test_a_rotation_of_the_space_does_not_matter(seed):
 @given(seeds)
 def test_identity_weights_reduce_to_infonce(seed):
     u, v, _ = arrays(seed)
-    targets = jnp.eye(N, dtype=jnp.float32)
-    config = LossConfig(weighted="both", block_size=5)
-    ours, _ = cwcl_loss(u, v, targets=targets, logit_scale=2.0, config=config)
-    plain, _ = contrastive_loss(u, v, logit_scale=2.0, config=LossConfig(block_size=5))
+    ours, plain = identity_and_infonce(u, v)
     assert float(ours) == pytest.approx(float(plain), rel=1e-5)
 
 
@@ -66,18 +91,18 @@ def test_the_scale_of_targets_does_not_matter_but_transposing_does(seed):
     u, v, _ = arrays(seed)
     targets = jnp.asarray(np.random.default_rng(seed).random((N, N)), jnp.float32)
 
-    def value(t):
-        return float(cwcl_loss(u, v, targets=t, logit_scale=2.0)[0])
-
-    assert value(7 * targets) == pytest.approx(value(targets), rel=1e-5)
-    assert abs(value(targets.T) - value(targets)) > 1e-4
+    value, scaled, transposed = (
+        float(value_of_targets(u, v, t)) for t in (targets, 7 * targets, targets.T)
+    )
+    assert scaled == pytest.approx(value, rel=1e-5)
+    assert abs(transposed - value) > 1e-4
 
 
 @few
 @given(seeds)
 def test_the_loss_is_at_least_the_entropy_of_the_targets(seed):
     u, v, p = arrays(seed)
-    _, d = cwcl_loss(u, v, weights_from=p, logit_scale=2.0)
+    d = diagnostics(u, v, p)
     assert float(d["excess"]) > -1e-5
     assert float(d["loss_v_to_u"]) > 0
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cwcl_jax import export as export_command
+from cwcl_jax import train as train_command
 from cwcl_jax.api import load_model
 from cwcl_jax.config import ConfigError, defaults, from_config_dict, from_json, to_json
 from cwcl_jax.data.pipeline import train_batches
@@ -247,19 +249,24 @@ def losses(workdir):
     return [r["loss"] for r in read_json_lines(workdir / "metrics.jsonl") if "loss" in r]
 
 
-def test_it_trains_resumes_and_is_encoded_with_its_running_statistics(own, tmp_path):
-    long = config(total_steps=40, **{"optimizer.learning_rate": 1e-2, "towers.wave.dtype": ""})
-    assert train(long, tmp_path / "run") == DONE
-    whole = losses(tmp_path / "run")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the module's encoder, long enough to learn; its code is that of every `own`."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "own_waves.py").write_text(OWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        long = config(total_steps=40, **{"optimizer.learning_rate": 1e-2, "towers.wave.dtype": ""})
+        assert train(long, folder / "run") == DONE
+        sys.modules.pop("own_waves")
+    linecache.clearcache()
+    return folder / "run"
+
+
+def test_it_trains_and_is_encoded_with_its_running_statistics(trained, own):
+    whole = losses(trained)
     assert whole[-1] < whole[0] - 0.3
-    short = config(total_steps=4)
-    assert train(short, tmp_path / "short") == DONE
-    assert train(config(total_steps=2), tmp_path / "parts") == DONE
-    resumed = config(total_steps=4, **{"checkpoint.accept_changes": True})
-    assert train(resumed, tmp_path / "parts") == DONE
-    # A constant learning rate would be needed for equal losses after step 2; the statistics of
-    # BatchNorm continue from those of step 2, not from their initial values.
-    encoder, _ = load_encoder(tmp_path / "run")
+    encoder, _ = load_encoder(trained)
     mean = "towers/wave/encoder/module/norm/mean"
     assert np.abs(np.asarray(encoder._params[mean])).max() > 0.01
     signal = np.sin(np.outer(1 + np.arange(3), np.arange(8.0))).astype(np.float32)
@@ -430,12 +437,10 @@ def test_last_k_of_an_encoder_of_ones_own_says_what_to_do(own):
         )
 
 
-def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
-    made = config()
-    assert train(made, tmp_path / "run") == DONE
+def test_an_export_is_loaded_only_where_its_code_is_allowed(trained, own, tmp_path):
     with pytest.raises(PermissionError, match="own_waves:Encoder, own_waves:WaveInputs"):
-        load_model(tmp_path / "run")
-    model = load_model(tmp_path / "run", allow_code=True)
+        load_model(trained)
+    model = load_model(trained, allow_code=True)
     export(model, tmp_path / "out", "safetensors")
     with pytest.raises(PermissionError, match="allow_code=True"):
         load_model(tmp_path / "out")
@@ -449,7 +454,7 @@ def test_an_export_is_loaded_only_where_its_code_is_allowed(own, tmp_path):
         again.encode("wave", {"features": np.ones((2, 15))})
     np.testing.assert_allclose(rows, model.encode_items("wave", waves), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-    encoder, _ = load_encoder(tmp_path / "run")
+    encoder, _ = load_encoder(trained)
     np.testing.assert_allclose(encoder.encode("wave", {"signal": np.stack(waves)}), rows, atol=1e-5)
 
 
@@ -538,7 +543,8 @@ def test_code_that_is_missing_is_no_fault_of_the_version(own, tmp_path, monkeypa
             call(tmp_path)
 
 
-def test_two_towers_of_one_modality_have_inputs_of_their_own(tmp_path):
+def test_two_towers_of_one_modality_have_inputs_of_their_own():
+    """`test_a_run_on_data_of_ones_own_is_loaded_without_its_code` trains two such towers."""
     made = defaults(name="pairs", total_steps=2, global_batch_size=8, embed_dim=16)
     made.data.train = "scenes:train?n=40&captions=3"
     made.data.max_cut_share = 1.0
@@ -556,7 +562,6 @@ def test_two_towers_of_one_modality_have_inputs_of_their_own(tmp_path):
     assert batch["document"]["tokens"].shape == (8, 16)
     # Each view of an example has draws of its own: other captions for some of them.
     assert not np.array_equal(batch["query"]["tokens"], batch["document"]["tokens"][:, :12])
-    assert train(pairs, tmp_path / "run") == DONE
 
 
 def test_what_a_module_holds_is_told_apart_by_type():
@@ -581,32 +586,28 @@ def test_what_a_module_holds_is_told_apart_by_type():
     assert not jnp.array_equal(dropped(keys[0]), dropped(keys[1]))
 
 
-@pytest.mark.multiprocess
-def test_the_example_runs_as_its_text_says(tmp_path):
+def test_the_example_runs_as_its_text_says(tmp_path, monkeypatch):
     """As a user would: the file in a folder of its own; only the text tower is a small one here."""
     shutil.copy(ROOT / "configs" / "eeg.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
     small = [
         "--config.towers.text.encoder=text", "--config.towers.text.preset=tiny",
         "--config.towers.text.weights=", "--config.towers.text.pooling=", "--config.embed_dim=128",
         "--config.data.text.tokenizer=", "--config.data.max_cut_share=1.0",
-        "--config.total_steps=30",
+        "--config.total_steps=2", "--config.evaluation.tasks.states.bootstrap=0",
     ]  # fmt: skip
-    python = [sys.executable]
-    load = (
-        "import numpy, cwcl_jax; model = cwcl_jax.load_model('model', allow_code=True);"
-        "rows = model.encode_items('eeg', list(numpy.load('test.npz')['eeg'][:3]));"
-        "print(rows.shape, model.encode_text('deep sleep').shape)"
+    subprocess.run(
+        [sys.executable, "eeg.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for command in (
-        ["eeg.py"],
-        ["-m", "cwcl_jax.train", "--config=eeg.py", "--workdir=run", *small],
-        ["-m", "cwcl_jax.export", "--source=run", "--output=model"],
-        ["-c", load],
-    ):
-        done = subprocess.run(
-            ["timeout", "-s", "KILL", "300", *python, *command],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(3, 128) (1, 128)"
+    try:
+        assert train_command.main(["--config=eeg.py", "--workdir=run", *small]) == DONE
+        assert export_command.main(["--source=run", "--output=model"]) == DONE
+        sys.modules.pop("eeg")
+        again = load_model("model", allow_code=True)
+    finally:
+        sys.modules.pop("eeg", None)
+    with np.load("test.npz") as data:
+        rows = again.encode_items("eeg", list(data["eeg"][:3]))
+    # A text of the words of the small tokenizer.
+    assert (rows.shape, again.encode_text("a red star").shape) == ((3, 128), (1, 128))

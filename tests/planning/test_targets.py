@@ -27,7 +27,7 @@ from cwcl_jax.planning.estimate import Planner
 from cwcl_jax.planning.inputs import device_bytes
 from cwcl_jax.planning.report import report
 from cwcl_jax.planning.targets import NoCompiler, as_on, chip_devices, compiler_options
-from tests.planning.wide import wide_config
+from tests.planning.wide import VIT, wide_config
 
 ON_GPU = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax-cuda12-plugin"
@@ -39,6 +39,7 @@ BLOCKS = {"vocab_size": 512, "max_tokens": 77, "width": 768, "depth": 4, "heads"
 BIG = {
     "global_batch_size": 1024,
     "dtype": "bfloat16",
+    "towers.image.overrides": VIT | {"depth": 2},
     "towers.text.overrides": BLOCKS,
     "data.text.max_tokens": 77,
 }
@@ -60,7 +61,7 @@ def test_a_gpu_compiles_the_step_with_its_own_attention(chip, most):
     found = base.compiled
     batch = device_bytes(base.batch[m][name] for m in base.batch for name in base.batch[m])
     assert found.arguments == pytest.approx(sum(base.state.values()) + batch, rel=0.01)
-    assert base.work.fused_attentions == BLOCKS["depth"] + 2
+    assert base.work.fused_attentions == BLOCKS["depth"] + BIG["towers.image.overrides"]["depth"]
     # Korthikanti et al. 2022, section 4.1: 34 bytes per token and width in a block. What is
     # elementwise is not kept but computed again: on an H100 early, to hide sums between devices.
     tokens = BIG["global_batch_size"] // 4 * BLOCKS["max_tokens"]

@@ -7,8 +7,8 @@ from typing import Any
 from cwcl_jax.config import ExperimentConfig
 from tests.training.toy import toy_config
 
-VIT = {"image_size": 32, "patch_size": 8, "width": 128, "depth": 2, "heads": 4, "mlp_width": 512}
-TEXT = {"vocab_size": 512, "max_tokens": 16, "width": 256, "depth": 3, "heads": 4,
+VIT = {"image_size": 32, "patch_size": 8, "width": 128, "depth": 1, "heads": 4, "mlp_width": 512}
+TEXT = {"vocab_size": 512, "max_tokens": 16, "width": 256, "depth": 2, "heads": 4,
         "mlp_width": 1024}  # fmt: skip
 
 

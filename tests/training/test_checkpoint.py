@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import re
@@ -22,6 +23,7 @@ from cwcl_jax.training.state import initialise, make_blueprint
 from tests.training.toy import toy_config
 
 
+@functools.cache
 def blueprint(**changes):
     config = toy_config(**changes)
     return make_blueprint(config, sharding.make_mesh(config.mesh))

@@ -1,7 +1,8 @@
 """Every fault ends the whole job with a telling exit code, and the next start goes on from it.
 
 The losses of the steps after the restart are those of an undisturbed job, bit for bit. `pytest -m
-slow -s tests/training/test_faults.py` runs all faults and prints the table of README.md.
+slow -s tests/training/test_faults.py` runs all faults and prints the table of tests/README.md; one,
+kill -9, runs with every test: each fault starts two to six processes.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def test_a_killed_process_ends_the_job_and_the_next_start_goes_on(tmp_path, undi
     resumes(tmp_path / "run", undisturbed, 2)
 
 
+@pytest.mark.slow
 def test_a_hanging_process_is_ended_by_the_watchdog(tmp_path):
+    """Slow: two processes; test_watchdog.py tells that what stands still is ended."""
     fault = {"action": "hang", "process": 1, "step": 4, "late": 2, "linger": 2}
     ending = faulty_job(tmp_path, fault, IMPATIENT)
     report("process 1 hangs (limit 5 s)", ending, 2)
@@ -103,7 +106,9 @@ def test_a_hanging_process_is_ended_by_the_watchdog(tmp_path):
     assert saved_steps(tmp_path / "run", CONFIG) == [2]
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_process_is_told_and_ends_the_job(tmp_path):
+    """Slow: two processes."""
     ending = faulty_job(tmp_path, {"action": "raise", "process": 1, "step": 4})
     report("exception on process 1", ending, 2)
     assert ending.codes[1] == FAILED
@@ -127,7 +132,9 @@ def preempted(tmp_path, fault, config):
     return ending, step
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_and_another_layout_goes_on(tmp_path, undisturbed):
+    """Slow: three processes, a second a step."""
     config = toy_config(**SETTINGS | {"checkpoint.every_steps": 0})
     # Slow: the processes must agree on a step before the last one, however starved they are.
     ending, step = preempted(tmp_path, PACE | {"step": 1, "pace": 1.0}, config)

@@ -168,18 +168,13 @@ def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
         pass
 
 
-def test_milestones_are_saved_and_stay(tmp_path):
-    config = toy_config(
-        **{"checkpoint.every_steps": 2, "checkpoint.keep": 1, "checkpoint.keep_every": 3}
-    )
+def test_milestones_are_saved_and_a_warm_up_that_does_not_end_is_said(tmp_path, capsys):
+    changes = {"checkpoint.every_steps": 2, "checkpoint.keep": 1, "checkpoint.keep_every": 3}
+    config = toy_config(**changes, **{"optimizer.warmup_steps": 2000, "evaluation.tasks": {}})
     assert train(config, tmp_path) == DONE
+    assert "the warm-up of 2000 steps does not end in 4 steps" in capsys.readouterr().out
     with Checkpoints(tmp_path / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
         assert checkpoints.steps == [3, 4]
-
-
-def test_a_warm_up_that_does_not_end_is_said(tmp_path, capsys):
-    assert train(toy_config(**{"optimizer.warmup_steps": 2000}), tmp_path) == DONE
-    assert "the warm-up of 2000 steps does not end in 4 steps" in capsys.readouterr().out
 
 
 def test_other_settings_in_the_same_workdir_are_refused(finished):
@@ -272,8 +267,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     assert resumed.returncode == DONE, resumed.stderr
     # The last save may still have been under way when the process died.
     assert re.search(r"resuming after step (6|8|9|10|12)\b", resumed.stdout)
-    whole = start(tmp_path / "whole", 0)
-    assert whole.returncode == DONE, whole.stderr
+    assert train(config, tmp_path / "whole") == DONE
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(validated(tmp_path / "whole")) == 7
     assert validated(tmp_path / "killed") == validated(tmp_path / "whole")
@@ -284,9 +278,16 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
             np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
 
-@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_exits_with_75(tmp_path, number):
+def test_both_signals_are_requests_to_stop(number):
+    with run_module.StopSignal() as stop:
+        assert not stop.requested()
+        signal.raise_signal(number)
+        assert stop.requested()
+
+
+@pytest.mark.multiprocess
+def test_signal_saves_and_exits_with_75(tmp_path):
     config = toy_config(**{"total_steps": 100_000, "checkpoint.every_steps": 0})
     (tmp_path / "experiment.json").write_text(to_json(config))
     workdir = tmp_path / "run"
@@ -298,7 +299,7 @@ def test_signal_saves_and_exits_with_75(tmp_path, number):
     )
     try:
         wait_for(lambda: len(read_json_lines(workdir / "metrics.jsonl")) >= 3)
-        child.send_signal(number)
+        child.send_signal(signal.SIGTERM)
         output, _ = child.communicate(timeout=300)
     finally:
         child.kill()
@@ -318,6 +319,7 @@ def wait_for(condition, seconds=300):
 def test_a_run_that_no_longer_improves_ends_as_a_complete_one(tmp_path, capsys):
     """With a learning rate of 0 no value is better than the first."""
     changes = {"total_steps": 40, "optimizer.learning_rate": 0.0, "checkpoint.patience": 2}
+    changes |= {"evaluation.tasks": {}}
     config = toy_config(**WATCHED | changes)
     for told in (
         "ended early at step 9 of 40: 2 values of validation/loss",
@@ -379,8 +381,12 @@ def test_a_bad_gradient_is_found_before_it_is_saved(tmp_path, monkeypatch, step)
     monkeypatch.setattr(GradientFunction, "__call__", overflowing)
     good = "none" if step == 2 else "step 2"
     message = rf"gradient's norm is inf at step {step}; last good checkpoint: {good}"
+    config = toy_config()
     with pytest.raises(NonFiniteLossError, match=message):
-        train(toy_config(), tmp_path)
+        train(config, tmp_path)
+    # `test_non_finite_loss_stops_with_step_checkpoint_and_batch` goes on from there.
+    with Checkpoints(tmp_path / "checkpoints", config.checkpoint, read_only=True) as checkpoints:
+        assert checkpoints.steps == ([] if step == 2 else [2])
     record = json.loads((tmp_path / f"non_finite_step_{step}.json").read_text())
     batches = run_module.train_batches(
         toy_config().data, ("image", "text"), seed=0, global_batch_size=16
@@ -389,8 +395,6 @@ def test_a_bad_gradient_is_found_before_it_is_saved(tmp_path, monkeypatch, step)
         guilty = next(batches)["index"].tolist()
     batches.close()
     assert record["example_index"] == guilty
-    monkeypatch.undo()
-    assert train(toy_config(), tmp_path) == DONE
 
 
 def test_diverging_run_is_stopped(tmp_path):

@@ -68,7 +68,7 @@ def library(tmp_path_factory):
     return path
 
 
-def train(workdir, library=None, **faults):
+def train(workdir, library=None, options=(), **faults):
     """A run of four steps, saved at the second, under faults; what it left and said."""
     environment = os.environ | {f"FAULT_{name}": str(value) for name, value in faults.items()}
     if library:
@@ -76,8 +76,11 @@ def train(workdir, library=None, **faults):
     command = ["timeout", "-s", "KILL", "300", sys.executable, "-m", "cwcl_jax.train"]
     command += ["--config=tests/training/toy_file.py", f"--workdir={workdir}"]
     command += ["--config.logging.every_steps=1", "--config.checkpoint.every_steps=2"]
-    command += ["--config.logging.tensorboard=True"]
+    command += ["--config.logging.tensorboard=True", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+QUICK = ["--config.evaluation.tasks={}"]
 
 
 def steps(workdir):
@@ -98,21 +101,29 @@ def test_a_run_goes_on_without_tensorboard(tmp_path, library):
 def test_a_run_that_cannot_write_its_metrics_saves_and_ends(tmp_path, library):
     """And the next start, on a disk that is in order again, goes on from there."""
     faults = {"PATH": "/metrics.jsonl", "CALLS": "write", "ERRNO": 28, "AFTER": 1500}
-    done = train(tmp_path, library, **faults)
+    done = train(tmp_path, library, QUICK, **faults)
     assert done.returncode == FAILED, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last == f"error: [Errno 28] No space left on device: '{tmp_path / 'metrics.jsonl'}'"
     assert "Traceback" not in done.stderr
     before = steps(tmp_path)
     assert before in ([1, 2], [1], [1, 2, 3])
-    again = train(tmp_path)
+    again = train(tmp_path, options=QUICK)
     assert again.returncode == DONE, again.stderr
     assert f"resuming after step {before[-1] + 1}" in again.stdout
     assert steps(tmp_path) == [step for step in (1, 2, 3, 4) if step != before[-1] + 1]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("path", ["/params/", "_METADATA", "/checkpoints/4/_CHECKPOINT"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/params/",
+        # Slow: the same answer for other files, each in a process of its own.
+        pytest.param("_METADATA", marks=pytest.mark.slow),
+        pytest.param("/checkpoints/4/_CHECKPOINT", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(whole, library, path):
     before = sorted(p for p in (whole / "checkpoints").rglob("*"))
     done = train(whole, library, PATH=path, CALLS="read", ERRNO=5)
