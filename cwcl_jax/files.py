@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and locks between processes.
 
-Processes may run on several hosts that share a file system, also one that knows no `flock`.
+Processes may run on several hosts that share a file system, also one that knows no `flock`, or an
+object store (`cwcl_jax.paths`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from cwcl_jax.paths import StorePath
 
 # What `flock` says on a file system without locks: Lustre mounted so, some NFS.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -37,8 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end.
 
     Whoever reads `path` sees the old file or the whole new one; of several processes that write it
-    at the same time, the last one's stays. After an error nothing is left.
+    at the same time, the last one's stays. After an error nothing is left. For an object on a store
+    the path is one of a temporary folder of this machine.
     """
+    if isinstance(path, StorePath):
+        with tempfile.TemporaryDirectory(prefix="cwcl_jax-") as folder:
+            partial = Path(folder, path.name)
+            yield partial
+            path.upload(partial)
+        return
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial
@@ -86,9 +97,10 @@ def side_output(what: str) -> Iterator[None]:
 def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds the lock `path`, which the end of the process gives back in any case.
 
-    On a file system without locks a file beside `path` stands for it: made exclusively, written
-    anew every few seconds, and taken over by the next process half a minute after its own one
-    died.
+    On a file system without locks, or an object store, a file beside `path` stands for it: made
+    exclusively (on a store by a conditional request), written anew every few seconds, and taken
+    over by the next process half a minute after its own one died. A process that slept for longer
+    than that may believe for a few seconds more that it holds the lock.
 
     Args:
       waiting: called twice a second while another process holds the lock; without it nothing waits.
@@ -113,6 +125,8 @@ def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
 
 def _take(path: Path, waiting: Callable[[], None]) -> Callable[[], None]:
     """Takes the lock and returns what gives it back."""
+    if isinstance(path, StorePath):
+        return _HeldFile(path.with_name(path.name + ".held"), waiting).give_back
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
