@@ -176,9 +176,11 @@ class _HeldFile:
 
     def _renew(self) -> None:
         count = 0
-        while not self._end.wait(_RENEW) and self._is_mine():
-            count += 1
+        while not self._end.wait(_RENEW):
             with contextlib.suppress(OSError):  # what a moment's trouble kept, the next one writes
+                if not self._is_mine():
+                    return
+                count += 1
                 self._path.write_text(f"{self._mine}, {count}", encoding="utf-8")
 
     def give_back(self) -> None:

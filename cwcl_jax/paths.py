@@ -16,6 +16,7 @@ import stat as modes
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
@@ -52,11 +53,16 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
+class StoreError(OSError):
+    """A store did not answer, after several attempts."""
+
+
 class StorePath(PosixPath):
     """A path on an object store. Objects are written whole; folders are prefixes of names.
 
     Every operation is tried again for about a minute, with growing pauses, while the store gives
-    errors that may pass. What a local path gives as an error, this gives too; OSError for the rest.
+    errors that may pass. What a local path gives as an error, this gives too; StoreError for the
+    rest.
     """
 
     __slots__ = ()
@@ -190,21 +196,22 @@ class StorePath(PosixPath):
         try:
             self._call("pipe_file", data, mode="create")
         except (FileExistsError, OSError):
-            # An answer may be lost: then the second attempt finds what the first one wrote.
+            # An answer may be lost: then the second attempt finds what the first one wrote, which
+            # differs from what others write.
             try:
                 there = self.read_bytes()
             except FileNotFoundError:
                 there = None
             if there is None:
                 raise
-            if not data or there != data:
+            if there != data:
                 raise FileExistsError(f"{self} exists") from None
         return len(data)
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
         del mode
         if not exist_ok:
-            self.write_new(b"")
+            self.write_new(uuid.uuid4().bytes)  # see there
         elif not self.exists():
             self.write_bytes(b"")
 
@@ -296,7 +303,7 @@ def client(scheme: str) -> Any:
     except ImportError as error:
         package, extra = _CLIENTS.get(scheme, ("", ""))
         how = f"pip install 'cwcl_jax[{extra}]'" if package else str(error)
-        raise ImportError(f"{scheme}:// needs {package or 'a package'}: {how}") from error
+        raise ValueError(f"{scheme}:// needs {package or 'a package'}: {how}") from error
     except ValueError as error:
         raise ValueError(f"{scheme}:// is no scheme that fsspec knows: {error}") from error
 
@@ -313,7 +320,7 @@ def _retried(action: Callable[[], Any], name: str) -> Any:
             if "redential" in told:
                 raise PermissionError(f"{name}: {told}") from error
             if wait is None or "PreconditionFailed" in told or "pre-condition" in told.lower():
-                raise OSError(f"{name} cannot be reached: {told}") from error
+                raise StoreError(f"{name} cannot be reached: {told}") from error
             print(f"{name}: {told}; trying again", file=sys.stderr, flush=True)
             time.sleep(wait)
     raise AssertionError

@@ -16,23 +16,24 @@ _BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "cuts", "draws", "skip
 ALLOWED = {
     "paths": set(),
     "files": {"paths"},
+    "copies": {"files", "paths", "progress"},
     "progress": set(),
     "extension": set(),
     "compiling": set(),
     "early": set(),
     "precision": set(),
     "losses": {"extension", "precision"},
-    "weights": {"files", "paths", "data.installed"},
+    "weights": {"files", "paths", "copies", "data.installed"},
     "models": {"extension", "precision", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.
     "modalities": {
-        "extension", "synthetic", "weights.sentence_folder", *_BELOW_MODALITIES,
+        "extension", "synthetic", "paths", "copies", "weights.sentence_folder", *_BELOW_MODALITIES,
     },
     # What the package makes itself stands on hashes of integers alone.
     "synthetic": {"data.draws"},
-    "data": {"files", "paths", "progress", "modalities", "extension", "synthetic"},
-    "pretrained": {"models", "modalities", "weights", "files", "paths", "extension"},
-    "evaluation": {"losses", "data", "modalities", "files", "paths", "extension"},
+    "data": {"files", "paths", "copies", "progress", "modalities", "extension", "synthetic"},
+    "pretrained": {"models", "modalities", "weights", "files", "paths", "copies", "extension"},
+    "evaluation": {"losses", "data", "modalities", "files", "paths", "copies", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "precision",
         "training.options",
@@ -41,15 +42,15 @@ ALLOWED = {
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-        "exit_codes", "files", "paths", "extension", "progress", "planning.chips", "planning.work",
-        "compiling",
+        "exit_codes", "files", "paths", "copies", "extension", "progress", "planning.chips",
+        "planning.work", "compiling",
     },
     "recipes": {"config", "losses"},
-    "api": _LIBRARY | {"files", "paths"},
+    "api": _LIBRARY | {"files", "paths", "copies"},
     "planning": _LIBRARY,
     "checking": _LIBRARY | {"benchmarks", "planning", "cli"},
     "benchmarks": _LIBRARY | {"synthetic", "cli", "planning", "recipes", "reproduction", "files"},
-    "reproduction": _LIBRARY | {"cli", "files", "paths"},
+    "reproduction": _LIBRARY | {"cli", "files", "paths", "copies"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
 ENTRIES = {

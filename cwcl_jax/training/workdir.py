@@ -108,7 +108,7 @@ def check_place(workdir: Path, config: ExperimentConfig) -> None:
     try:
         workdir.exists()
         (workdir / "place").write_bytes(b"A run is or was begun here.\n")
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--workdir={workdir}: {error}") from error
 
 

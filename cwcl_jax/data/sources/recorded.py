@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int16
 
+from cwcl_jax.copies import cache_home
 from cwcl_jax.data.audio import resample
-from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround
 from cwcl_jax.files import locked, replacing
