@@ -32,6 +32,11 @@ def cache_home(cache_dir: str = "") -> Path:
     return base / "cwcl_jax"
 
 
+def disk_home(cache_dir: str = "") -> Path:
+    """As `cache_home`, on this machine's disk also where `cache_dir` is on an object store."""
+    return cache_home("" if is_url(cache_dir) else cache_dir)
+
+
 def local_copy(path: Path, cache_dir: str = "") -> Path:
     """Returns a local path with what is at `path`: itself, or a copy of an object or folder.
 
@@ -43,8 +48,7 @@ def local_copy(path: Path, cache_dir: str = "") -> Path:
     """
     if not isinstance(path, StorePath):
         return path
-    home = cache_home("" if is_url(cache_dir) else cache_dir) / "objects"
-    folder = home / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+    folder = disk_home(cache_dir) / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", waiting=beat):
         _bring(path, folder)

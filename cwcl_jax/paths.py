@@ -7,7 +7,6 @@ are no `pathlib.Path`, know four schemes, and cannot create a file only where th
 from __future__ import annotations
 
 import errno
-import functools
 import glob
 import hashlib
 import io
@@ -286,9 +285,8 @@ def version_of(info: dict[str, Any]) -> tuple[int, str]:
     return int(info.get("size") or 0), hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
 
 
-@functools.cache
 def client(scheme: str) -> Any:
-    """fsspec's client of a scheme, as `etils.epath` gets it too.
+    """fsspec's client of a scheme, as `etils.epath` gets it too; a fork gets one of its own.
 
     It keeps no listings, since other processes write too.
     """

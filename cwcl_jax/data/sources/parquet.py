@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cwcl_jax.copies import cache_home
+from cwcl_jax.copies import disk_home
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.named import ColumnOptions
@@ -52,6 +52,8 @@ def open_parquet(
 
     if memory_mib < 1:
         raise ValueError(f"memory_mib={memory_mib} of parquet:{path} must be at least 1.")
+    if is_url(keep):
+        raise ValueError(f"keep={keep} of parquet:{path} must be a folder of this machine's disk.")
     paths = _find(path, split)
     store = RowGroups(paths, memory_mib)
     schemas = store.schemas()
@@ -61,7 +63,7 @@ def open_parquet(
     rows = ArrowRows(store, columns, folder)
     if not keep:
         return rows
-    where = Path(keep) if keep != "auto" else cache_home(cache_dir) / "parquet"
+    where = Path(keep) if keep != "auto" else disk_home(cache_dir) / "parquet"
     tops = columns.tops(columns.all_fields())
     return ArrowRows(Unpacked(store, tops, where / rows.fingerprint()), columns, folder)
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int16
 
-from cwcl_jax.copies import cache_home
+from cwcl_jax.copies import disk_home
 from cwcl_jax.data.audio import resample
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround
@@ -82,7 +82,7 @@ class Recorded(SourceAround):
 
 def default_folder(source: Source, cache_dir: str) -> Path:
     """Where recordings are kept when no folder is named: under the source's fingerprint."""
-    return cache_home(cache_dir) / "recordings" / f"{source.fingerprint()}-{_VERSION}"
+    return disk_home(cache_dir) / "recordings" / f"{source.fingerprint()}-{_VERSION}"
 
 
 def record(source: Source, folder: Path, *, processes: int = 0) -> None:
