@@ -353,7 +353,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def folder(text: str) -> Path:
-    """A folder that is there or can be made."""
+    """A folder of this machine that is there or can be made."""
+    if "://" in text:
+        raise ArgumentTypeError(f"{text!r} is on an object store; name a folder of this machine")
     path = Path(text)
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():

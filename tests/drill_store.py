@@ -11,7 +11,7 @@ requests with 500, half of them after the deed, and a share late. Then
           again, all on the bucket.
     tars  tars are indexed and read, there and on the disk: same bytes; pairs a second, and
           requests for each example.
-    jobs  two processes go on with the run on the bucket, each writing its part of the checkpoints.
+    jobs  two processes train on the bucket, each writing its part of the checkpoints; one reads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cwcl_jax import load_model
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.paths import StorePath
@@ -107,14 +109,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def run(*arguments: str, code: int = 0) -> str:
-    """Runs a command to its end; what it said."""
-    begin = time.monotonic()
-    process = start(*arguments)
+def end(process: subprocess.Popen[str]) -> str:
+    """Waits for a command; what it said."""
     said, _ = process.communicate()
-    seconds = time.monotonic() - begin
-    print(f"{seconds:6.1f} s  exit {process.returncode}  {' '.join(arguments)}", flush=True)
-    assert process.returncode == code, said
+    print(f"exit {process.returncode}  {' '.join(map(str, process.args[2:]))}", flush=True)  # type: ignore
+    assert process.returncode == 0, said
     return said
 
 
@@ -127,33 +126,36 @@ def numbers(workdir: Path) -> list[dict[str, Any]]:
 def drill_run(place: StorePath, folder: Path, steps: int) -> None:
     """Trains, kills, resumes, evaluates, exports."""
     length = f"--config.total_steps={steps}"
-    run("cwcl_jax.train", TOY, length, f"--workdir={folder}/run")
+    reference = start("cwcl_jax.train", TOY, length, f"--workdir={folder}/run")
     counts()
     workdir = place / "run"
     process = start("cwcl_jax.train", TOY, length, f"--workdir={workdir}")
     # Killed in the middle of a save: an object of step 4 is there, the last one is not.
     while process.poll() is None and not (workdir / "checkpoints" / "4").exists():
         time.sleep(0.1)
-    with pytest.raises(
-        ConfigError, match=rf"s3://drill/run \(process {process.pid} on "
-    ) as refusal:
+    held = (workdir / "lock.held").read_text().partition(",")[0]
+    with pytest.raises(ConfigError, match=re.escape(f"another run is using {workdir} ({held})")):
         only_user(workdir).__enter__()
-    print("a second user is refused:", refusal.value)
+    assert f"process {process.pid} on " in held
+    print("a second user is refused: the folder is used by", held)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     whole = [s for s in range(steps) if (workdir / f"checkpoints/{s}/commit_success.txt").exists()]
     print("killed; whole checkpoints:", whole, "requests:", counts(), flush=True)
-    said = run("cwcl_jax.train", TOY, length, f"--workdir={workdir}")
-    print("\n".join(line for line in said.splitlines() if "resuming" in line))
+    said = end(start("cwcl_jax.train", TOY, length, f"--workdir={workdir}"))
+    print("\n".join(line for line in said.splitlines() if "resuming" in line or "again" in line))
     print("requests of the rest of the run:", counts())
+    end(reference)
     assert numbers(workdir) == numbers(folder / "run")
-    print(f"{len(numbers(workdir))} records of metrics.jsonl are the same")
-    run("cwcl_jax.evaluate", f"--workdir={workdir}", f"--output={place}/results")
+    print(f"{len(numbers(workdir))} records of metrics.jsonl are the same", flush=True)
+    parts = [
+        start("cwcl_jax.evaluate", f"--workdir={workdir}", f"--output={place}/results"),
+        start("cwcl_jax.export", f"--source={folder}/run", f"--output={folder}/export"),
+        start("cwcl_jax.export", f"--source={workdir}", f"--output={place}/export"),
+    ]
+    for part in parts:
+        end(part)
     assert (place / "results/results.json").is_file()
-    for source, output in ((folder / "run", folder / "export"), (workdir, place / "export")):
-        run("cwcl_jax.export", f"--source={source}", f"--output={output}")
-    from cwcl_jax import load_model
-
     local, remote = (load_model(p / "export").leaves for p in (folder, place))
     assert local.keys() == remote.keys()
     for name in local:
@@ -161,16 +163,16 @@ def drill_run(place: StorePath, folder: Path, steps: int) -> None:
     print(f"{len(local)} leaves of the exports are the same; requests: {counts()}", flush=True)
 
 
-def drill_jobs(place: StorePath, steps: int) -> None:
-    """Two processes go on with the run."""
-    more = [TOY, f"--config.total_steps={steps + 4}", "--config.checkpoint.accept_changes=True"]
-    said = run("launch.local", "-n", "2", "--", sys.executable, "-m", "cwcl_jax.train", *more,
-               f"--workdir={place}/run")  # fmt: skip
-    assert f"resuming after step {steps}" in said, said
-    parts = (place / f"run/checkpoints/{steps + 4}/params").iterdir()
+def drill_jobs(place: StorePath) -> None:
+    """Two processes train, one reads."""
+    workdir = place / "jobs"
+    train = [sys.executable, "-m", "cwcl_jax.train", TOY, f"--workdir={workdir}"]
+    end(start("launch.local", "-n", "2", "--", *train))
+    parts = (workdir / "checkpoints/4/params").iterdir()
     names = sorted(part.name for part in parts if part.name.startswith("ocdbt.process_"))
-    print("parts of the last checkpoint:", names, "requests:", counts())
+    print("parts of the last checkpoint:", names, "requests:", counts(), flush=True)
     assert len(names) == 2, names
+    print(len(load_model(workdir).leaves), "leaves, each as its checksum says")
 
 
 def drill_tars(place: StorePath, folder: Path, count: int) -> None:
@@ -226,7 +228,7 @@ def main() -> None:
         if "run" in parts:
             drill_run(place, Path(folder), options.steps)
         if "jobs" in parts:
-            drill_jobs(place, options.steps)
+            drill_jobs(place)
     print("done")
 
 

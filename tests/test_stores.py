@@ -20,6 +20,7 @@ from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, Embed
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.files import InUse, locked, replacing, write_text
 from cwcl_jax.paths import Growing, StoreError, StorePath, to_path
+from cwcl_jax.training.metrics import TensorBoard
 from cwcl_jax.training.workdir import check_place
 from cwcl_jax.weights.locate import locate
 from tests.data.making import jpeg, pairs, write_tar
@@ -148,6 +149,18 @@ def test_a_growing_file_is_stored_now_and_then(bucket, requests, monkeypatch):
     file.append(b"last\n")
     assert (bucket / "m").read_bytes().endswith(b"last\n")
     assert requests.count(("pipe_file", "m")) == 2
+
+
+def test_tensorboards_file_is_copied(bucket):
+    writer = TensorBoard(bucket / "tensorboard", 0)
+    writer.write(1, {"loss": 2.0})
+    assert not bucket.exists()
+    writer.save()
+    (file,) = bucket.files()
+    size = len(file.read_bytes())
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    assert len(file.read_bytes()) > size
 
 
 def _same(a, b, fields=("image", "text", "label", "features")) -> None:
