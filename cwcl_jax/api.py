@@ -21,6 +21,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from cwcl_jax import compiling
+from cwcl_jax.copies import local_copy
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.files import parse_json
@@ -29,6 +30,7 @@ from cwcl_jax.modalities.features import only_features
 from cwcl_jax.modalities.tokenizer import TextTokenizer
 from cwcl_jax.models.leaves import ModelDef
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.paths import to_path
 from cwcl_jax.pretrained import PAIRS, complete, import_tower, logits_of
 from cwcl_jax.pretrained.folder import (
     DESCRIPTION,
@@ -325,13 +327,15 @@ def load_model(
       ValueError: a `step` of an exported folder, a folder whose files do not fit together, or
           `interpolate` without start weights or with random ones.
     """
-    folder = Path(path).expanduser()
+    folder = to_path(path).expanduser()
     is_run = (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
     if interpolate is not None and not is_run:
         raise ValueError(
             f"{folder} is no workdir of a run: interpolate={interpolate} needs one, for the "
             "weights that its towers started from"
         )
+    if not is_run and folder.exists():
+        folder = local_copy(folder)
     if (folder / DESCRIPTION).exists():
         if step is not None or weights != "trained":
             given = f"step={step}" if step is not None else f"weights={weights}"

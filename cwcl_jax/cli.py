@@ -370,7 +370,9 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def folder(text: str) -> Path:
-    """Returns the path of a folder that exists or can be created."""
+    """Returns the path of a folder of this machine that exists or can be created."""
+    if "://" in text:
+        raise ArgumentTypeError(f"{text!r} is on an object store; name a folder of this machine")
     path = Path(text)
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.paths import is_url, to_path
 
 if TYPE_CHECKING:
     from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
@@ -142,8 +143,8 @@ def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str,
     devices = jax.local_devices()
     if not workdir:
         return imported_encoder(config, devices=devices)
-    encoder, _ = load_encoder(Path(workdir), devices=devices)
-    return encoder, tower_sources(Path(workdir))
+    encoder, _ = load_encoder(to_path(workdir), devices=devices)
+    return encoder, tower_sources(to_path(workdir))
 
 
 def _report(done: int, total: int, seconds: float) -> None:
@@ -163,7 +164,7 @@ def main(options: Namespace) -> int:
         raise ConfigError("give either --config=FILE or --workdir=RUN")
     if options.modality:
         raise ConfigError(f"--modality={options.modality} is now called --tower={options.modality}")
-    config = options.config or load_config(Path(options.workdir))
+    config = options.config or load_config(to_path(options.workdir))
     initialize(config.distributed)
 
     def run(watchdog: Watchdog) -> int:
@@ -180,7 +181,7 @@ def main(options: Namespace) -> int:
             watchdog=watchdog,
         )
 
-    logs = Path(options.output) / "logs"
+    logs = None if is_url(options.output) else Path(options.output) / "logs"
     return run_main(run, config.distributed, code_of=cli.exit_code, logs=logs)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError, ExperimentConfig, with_tasks
+from cwcl_jax.paths import to_path
 
 if TYPE_CHECKING:
     from cwcl_jax.evaluation.compare import SavedItems
@@ -125,7 +126,7 @@ def _check(options: Options) -> None:
         from cwcl_jax.evaluation.compare import item_files
 
         try:
-            item_files(Path(options.compare))
+            item_files(to_path(options.compare))
         except FileNotFoundError as error:
             raise ConfigError(f"--compare={options.compare}: {error}") from error
 
@@ -157,7 +158,7 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
     from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
 
     if options.config is None:
-        workdir = Path(options.workdir)
+        workdir = to_path(options.workdir)
         loaded = load_encoder(workdir, options.step, weights=options.weights)
         return *loaded, tower_sources(workdir)
     encoder, sources = imported_encoder(options.config)
@@ -184,7 +185,7 @@ def _run_tasks(
     others = {}
     if options.compare:
         # Loaded now: the other run may be this one at another step, with results in this folder.
-        others = load_items(Path(options.compare))
+        others = load_items(to_path(options.compare))
         check_common(config.evaluation.tasks, others)
     check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
     encoder = kept.encoder
@@ -232,14 +233,14 @@ def _write(
     from cwcl_jax.evaluation.report import page_title, terminal_report, write_page, write_report
 
     baselines = config.evaluation.robustness_baselines
-    name = Path(options.workdir).resolve().name if options.workdir else f"{config.name}-imported"
-    folder = Path(options.output or (Path(options.workdir or f"runs/{name}") / "evaluation"))
+    name = to_path(options.workdir).resolve().name if options.workdir else f"{config.name}-imported"
+    folder = to_path(options.output or to_path(options.workdir or f"runs/{name}") / "evaluation")
     averages = " (ema)" if options.weights == "ema" else ""
     weights = f"step {step}{averages}" if options.workdir else "imported"
     files = write_report(results, folder, model=name, pretrained=weights, baselines_file=baselines)
     print(terminal_report(results, baselines_file=baselines))
     if others:
-        other = Path(options.compare).resolve().name
+        other = to_path(options.compare).resolve().name
         table, pictures = compare_with(results, name, others, other, folder)
         print("\n" + table.text())
         write_page(

@@ -19,6 +19,8 @@ from pathlib import Path
 from cwcl_jax import cli
 from cwcl_jax.api import Model, load_model
 from cwcl_jax.config import ConfigError
+from cwcl_jax.copies import writing
+from cwcl_jax.paths import to_path
 from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.clip_folder import write_clip_folder
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
@@ -60,10 +62,9 @@ def _export_npz(model: Model, output: Path, dtype: str) -> None:
     write_augreg_npz(output, config, below(model.leaves, vits[0]), dtype=dtype)
 
 
-def _write_card(model: Model, options: Namespace) -> None:
-    output = options.output
+def _write_card(model: Model, output: Path, options: Namespace) -> None:
     card = output.with_suffix(".md") if options.format == "npz" else output / "README.md"
-    source = Path(options.source)
+    source = to_path(options.source)
     name = output.stem if options.format == "npz" else output.resolve().name
     write_card(
         card, model.description, options.format, source=source, licence=options.license, name=name
@@ -73,7 +74,7 @@ def _write_card(model: Model, options: Namespace) -> None:
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="workdir of a run, or an exported folder")
-    add("--output", required=True, type=Path, help="folder to write; a file for npz")
+    add("--output", required=True, type=to_path, help="folder to write; a file for npz")
     add("--format", default="safetensors", choices=FORMATS, help="what to write")
     add("--dtype", default="float32", choices=["float32", "float16"], help="numbers of an npz")
     add("--step", type=cli.step, help="checkpoint of the run, or best; default: the latest")
@@ -91,7 +92,7 @@ def main(options: Namespace) -> None:
     """Loads a model and writes it."""
     try:
         # A run's own code is imported as in training; a folder from elsewhere may not be trusted.
-        allowed = options.allow_code or (Path(options.source) / "checkpoints").is_dir()
+        allowed = options.allow_code or (to_path(options.source) / "checkpoints").is_dir()
         model = load_model(
             options.source,
             step=options.step,
@@ -99,8 +100,9 @@ def main(options: Namespace) -> None:
             allow_code=allowed,
             interpolate=options.interpolate,
         )
-        export(model, options.output, options.format, dtype=options.dtype)
-        _write_card(model, options)
+        with writing(options.output) as output:
+            export(model, output, options.format, dtype=options.dtype)
+            _write_card(model, output, options)
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"wrote {options.output} ({options.format})")

@@ -1,6 +1,7 @@
 """Atomic writes of files, and locks between processes.
 
-Processes may run on several hosts that share a file system, which may not support `flock`.
+Processes may run on several hosts that share a file system, which may not support `flock`, or an
+object store (`cwcl_jax.paths`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from cwcl_jax.paths import StorePath
 
 # Errors of `flock` on a file system without locks: Lustre mounted so, some NFS.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -37,8 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`, which replaces `path` at the end.
 
     Readers of `path` see the old file or the complete new one. If several processes write it at the
-    same time, the last one wins. After an error nothing is left.
+    same time, the last one wins. After an error nothing is left. If `path` is on an object store,
+    the temporary path is on this machine's disk.
     """
+    if isinstance(path, StorePath):
+        with tempfile.TemporaryDirectory(prefix="cwcl_jax-") as folder:
+            partial = Path(folder, path.name)
+            yield partial
+            path.upload(partial)
+        return
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         yield partial
@@ -86,9 +97,10 @@ def side_output(what: str) -> Iterator[None]:
 def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Holds the lock `path`, which is released in any case when the process ends.
 
-    On a file system without locks a file next to `path` acts as the lock. It is created
-    exclusively, rewritten every few seconds, and taken over by the next process half a minute after
-    its owner died.
+    On a file system without locks, or an object store, a file next to `path` acts as the lock. It
+    is created exclusively (on a store by a conditional request), rewritten every few seconds, and
+    taken over by the next process half a minute after its owner died. A process that slept for
+    longer than that may believe for a few seconds that it still holds the lock.
 
     Args:
       waiting: called twice a second while another process holds the lock; without it, nothing
@@ -114,6 +126,8 @@ def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
 
 def _take(path: Path, waiting: Callable[[], None]) -> Callable[[], None]:
     """Takes the lock and returns a function that releases it."""
+    if isinstance(path, StorePath):
+        return _HeldFile(path.with_name(path.name + ".held"), waiting).give_back
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,9 +177,11 @@ class _HeldFile:
 
     def _renew(self) -> None:
         count = 0
-        while not self._end.wait(_RENEW) and self._is_mine():
-            count += 1
+        while not self._end.wait(_RENEW):
             with contextlib.suppress(OSError):  # after a temporary error, the next renewal writes
+                if not self._is_mine():
+                    return
+                count += 1
                 self._path.write_text(f"{self._mine}, {count}", encoding="utf-8")
 
     def give_back(self) -> None:

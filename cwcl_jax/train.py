@@ -6,7 +6,6 @@ saved and stopped on request, 2 bad settings, 43 a deadline passed, 1 anything e
 
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from cwcl_jax.early import leave_on_request
 
@@ -14,11 +13,15 @@ if __name__ == "__main__":
     leave_on_request()
 
 from cwcl_jax import cli
-from cwcl_jax.config import ConfigError, with_tasks
+from cwcl_jax.config import with_tasks
+from cwcl_jax.paths import is_url, to_path
 
 
 def _define(parser: ArgumentParser) -> None:
-    about = "folder of the run; by default runs/ and the config's name and argument"
+    about = (
+        "folder of the run, also s3://BUCKET/... or gs://...; by default runs/ and the config's "
+        "name and argument"
+    )
     parser.add_argument("--workdir", help=about)
     about = "some of the config's tasks, separated by commas, or a JSON file of tasks"
     parser.add_argument("--tasks", default="", help=about)
@@ -30,18 +33,13 @@ def main(options: Namespace) -> int:
     config = cli.required(options.config)
     if options.tasks:
         config = with_tasks(config, options.tasks)
-    workdir = options.workdir or f"runs/{config.name}"
-    if "://" in workdir:
-        raise ConfigError(
-            f"--workdir={workdir}: a bucket must be mounted (gcsfuse, Filestore, NFS); give the "
-            "path that it has on all hosts"
-        )
-    workdir = Path(workdir)
+    workdir = to_path(options.workdir or f"runs/{config.name}")
     # Imported here, so that flags and settings are checked before the slow imports.
     from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.run import train
-    from cwcl_jax.training.workdir import make_folder
+    from cwcl_jax.training.workdir import check_place, make_folder
 
+    check_place(workdir, config)
     # before the processes meet, so that each can report a problem with the folder
     make_folder(workdir)
     initialize(config.distributed)
@@ -49,7 +47,7 @@ def main(options: Namespace) -> int:
         lambda watchdog: train(config, workdir, watchdog),
         config.distributed,
         code_of=cli.exit_code,
-        logs=workdir / "logs",
+        logs=None if is_url(workdir) else workdir / "logs",  # a process's output is appended
     )
 
 

@@ -14,24 +14,26 @@ _LIBRARY = {
 _BELOW_MODALITIES = {f"data.{name}" for name in ("audio", "cuts", "draws", "skipping", "installed")}
 # What each part, a folder or a module beside them, may import of the package besides itself.
 ALLOWED = {
-    "files": set(),
+    "paths": set(),
+    "files": {"paths"},
+    "copies": {"files", "paths", "progress"},
     "progress": set(),
     "extension": set(),
     "compiling": set(),
     "early": set(),
     "precision": set(),
     "losses": {"extension", "precision"},
-    "weights": {"files", "data.installed"},
+    "weights": {"files", "paths", "copies", "data.installed"},
     "models": {"extension", "precision", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.
     "modalities": {
-        "extension", "synthetic", "weights.sentence_folder", *_BELOW_MODALITIES,
+        "extension", "synthetic", "paths", "copies", "weights.sentence_folder", *_BELOW_MODALITIES,
     },
     # What the package makes itself stands on hashes of integers alone.
     "synthetic": {"data.draws"},
-    "data": {"files", "progress", "modalities", "extension", "synthetic"},
-    "pretrained": {"models", "modalities", "weights", "files", "extension"},
-    "evaluation": {"losses", "data", "modalities", "files", "extension"},
+    "data": {"files", "paths", "copies", "progress", "modalities", "extension", "synthetic"},
+    "pretrained": {"models", "modalities", "weights", "files", "paths", "copies", "extension"},
+    "evaluation": {"losses", "data", "modalities", "files", "paths", "copies", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "precision",
         "training.options",
@@ -40,15 +42,15 @@ ALLOWED = {
     "cli": {"config", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
-        "exit_codes", "files", "extension", "progress", "planning.chips", "planning.work",
-        "compiling",
+        "exit_codes", "files", "paths", "copies", "extension", "progress", "planning.chips",
+        "planning.work", "compiling",
     },
     "recipes": {"config", "losses"},
-    "api": _LIBRARY | {"files"},
+    "api": _LIBRARY | {"files", "paths", "copies"},
     "planning": _LIBRARY,
     "checking": _LIBRARY | {"benchmarks", "planning", "cli"},
     "benchmarks": _LIBRARY | {"synthetic", "cli", "planning", "recipes", "reproduction", "files"},
-    "reproduction": _LIBRARY | {"cli", "files"},
+    "reproduction": _LIBRARY | {"cli", "files", "paths", "copies"},
 }  # fmt: skip
 # Entry files, which nothing imports: they may import everything.
 ENTRIES = {
@@ -57,7 +59,7 @@ ENTRIES = {
 }  # fmt: skip
 # Library -> the modules that may import it.
 OWNERS = {
-    "orbax": {"training.checkpoint"},
+    "orbax": {"training.checkpoint", "training.stores"},
     "torch": {"losses.torch_reference", "weights.readers", "benchmarks.torch_towers"},
     "ml_collections": {"config", "cli"},
 }

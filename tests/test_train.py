@@ -49,8 +49,8 @@ def in_the_projects_folder(monkeypatch):
             "--config.optimizer.name.x=3: the config has no such field",
         ),
         (
-            ["--config=configs/lit_cwcl.py", "--workdir=gs://bucket/run"],
-            "--workdir=gs://bucket/run: a bucket must be mounted",
+            ["--config=configs/lit_cwcl.py", "--workdir=memory://bucket/run"],
+            "--workdir=memory://bucket/run: checkpoints are written to s3 and gs alone",
         ),
         (
             ["--config=configs/lit_cwcl.py", "--workdir=README.md"],

@@ -16,7 +16,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
+from cwcl_jax.copies import local_copy
 from cwcl_jax.files import parse_json, replacing
+from cwcl_jax.paths import to_path
 
 _VERSION = 1
 _DESCRIPTION = "description.json"
@@ -65,7 +67,7 @@ class EmbeddingDescription:
     @classmethod
     def read(cls, folder: str | Path) -> "EmbeddingDescription":
         """Returns the description of a folder."""
-        file = Path(folder) / _DESCRIPTION
+        file = to_path(folder) / _DESCRIPTION
         if not file.exists():
             raise FileNotFoundError(
                 f"{folder} holds no embeddings ({_DESCRIPTION} is missing); make them with "
@@ -96,7 +98,7 @@ class EmbeddingDescription:
         return max(1, -(-self.count // self.shard_size))
 
     def shard_path(self, folder: str | Path, shard: int) -> Path:
-        return Path(folder) / f"vectors-{shard:05d}-of-{self.shards:05d}.array_record"
+        return to_path(folder) / f"vectors-{shard:05d}-of-{self.shards:05d}.array_record"
 
     def rows(self, shard: int) -> range:
         """Returns the rows of the examples whose vectors a file holds."""
@@ -114,7 +116,7 @@ class EmbeddingWriter:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self.folder = Path(folder)
+        self.folder = to_path(folder)
         self.description = description
         self._mine = range(process_index, description.shards, process_count)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ class EmbeddingStore:
     def __init__(self, folder: str | Path):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        self.folder = Path(folder)
+        self.folder = to_path(folder)
         self.description = EmbeddingDescription.read(folder)
         missing = missing_files(folder, self.description)
         if missing:
@@ -186,9 +188,8 @@ class EmbeddingStore:
                 f"The embeddings in {folder} are not complete ({len(missing)} of "
                 f"{self.description.shards} files are missing); run the same embed command again."
             )
-        paths = [
-            str(self.description.shard_path(folder, s)) for s in range(self.description.shards)
-        ]
+        local = local_copy(self.folder)  # array_record reads local files alone
+        paths = [str(self.description.shard_path(local, s)) for s in range(self.description.shards)]
         try:
             self._records = ArrayRecordDataSource(paths)
         except RuntimeError as error:

@@ -1,9 +1,7 @@
 """Options of the data: which examples, how each tower's inputs are made, how it is read."""
 
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cwcl_jax.modalities import MODALITIES, Modality
 from cwcl_jax.modalities.base import ENDLESS, check_ranges
@@ -118,11 +116,3 @@ def reads_features(modality: Modality) -> bool:
 def given_as_features(tower: str, modality: Modality, embedded: Collection[str]) -> bool:
     """Returns whether a source that provides the features `embedded` provides a tower's."""
     return features_name(tower, modality) in embedded
-
-
-def cache_home(cache_dir: str = "") -> Path:
-    """Returns this package's cache folder: `cache_dir`, or the user's cache folder if it is ""."""
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return base / "cwcl_jax"

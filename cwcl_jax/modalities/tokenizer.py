@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from cwcl_jax.copies import local_copy
 from cwcl_jax.data.cuts import tell_cut
 from cwcl_jax.data.installed import inside_package
+from cwcl_jax.paths import is_url, to_path
 from cwcl_jax.synthetic.captions import TOKENIZER_FILE
 
 _SETTINGS = "tokenizer_config.json"
@@ -181,6 +183,8 @@ def load_tokenizer(inputs: Any) -> TextTokenizer:
     name = inputs.tokenizer or str(TOKENIZER_FILE)
     if name.startswith("installed:"):
         name = str(_inside_package(name.removeprefix("installed:")))
+    if is_url(name):
+        name = str(_from_store(name))
     backend, special = _from_file(name) if Path(name).is_file() else _from_folder_or_hub(name)
     shown = inputs.tokenizer or _OWN
     return TextTokenizer(
@@ -191,6 +195,13 @@ def load_tokenizer(inputs: Any) -> TextTokenizer:
         prompt="" if inputs.prompt == NO_PROMPT else inputs.prompt,
         lower_case=inputs.lower_case,
     )
+
+
+def _from_store(name: str) -> Path:
+    try:
+        return local_copy(to_path(name))
+    except OSError as error:
+        raise ValueError(f"tokenizer={name!r}: {error}") from error
 
 
 def _inside_package(spec: str) -> Path:

@@ -17,6 +17,7 @@ from cwcl_jax.files import parse_json
 from cwcl_jax.models.augment import SpeechAugment
 from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
+from cwcl_jax.paths import is_url
 from cwcl_jax.pretrained.folder import DESCRIPTION, read_description
 from cwcl_jax.weights.failures import WeightsMismatch
 from cwcl_jax.weights.locate import locate
@@ -185,7 +186,8 @@ def complete(config: TowerConfig) -> TowerConfig:
     if not config.weights or config.encoder not in ENCODERS:
         return config
     settings: dict[str, Any] = {}
-    local = Path(config.weights).expanduser()
+    remote = is_url(config.weights)
+    local = locate(config.weights) if remote else Path(config.weights).expanduser()
     if not (_folder(local) / DESCRIPTION).exists():
         settings |= ENCODERS[config.encoder].as_published
     if not config.preset:

@@ -1,7 +1,7 @@
 """Checkpoints of a run through orbax: trained leaves, optimizer state and the data's position.
 
-Locked leaves are not saved: their source and hash are in the run's `towers.json`. This is the only
-module that imports orbax.
+Locked leaves are not saved: their source and hash are in the run's `towers.json`. Only this module
+and `stores` import orbax.
 
 Neither orbax nor the file format verifies what it reads: a flipped bit would be restored silently.
 Each checkpoint therefore holds a digest of every leaf and of its own metadata, which is verified
@@ -22,10 +22,12 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cwcl_jax.config import ConfigError
+from cwcl_jax.paths import StorePath, is_url, to_path
 from cwcl_jax.training.coordination import gather
 from cwcl_jax.training.digest import digests
 from cwcl_jax.training.options import CheckpointConfig
 from cwcl_jax.training.state import TrainState
+from cwcl_jax.training.stores import prepare
 
 # Beside the checkpoints: those that were found damaged.
 _SET_ASIDE = "damaged"
@@ -44,6 +46,7 @@ class Checkpoints:
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
         if read_only and not directory.is_dir():
             raise FileNotFoundError(f"{directory} does not exist: nothing was saved yet")
+        prepare(directory)
         self._asynchronous = config.asynchronous
         self._pending: Any = None
         self._kept = _KeptStep()
@@ -111,8 +114,8 @@ class Checkpoints:
 
         Writing it anew would scatter the run over two folders.
         """
-        directory = Path(self._checkpointer.directory)
-        if not directory.is_dir():
+        directory = to_path(self._checkpointer.directory)
+        if not is_url(directory) and not directory.is_dir():
             raise FileNotFoundError(
                 f"{directory} is gone: the workdir was moved or removed while the run went on. The "
                 "checkpoints saved before are where it was moved to: the same command with that "
@@ -203,11 +206,12 @@ class Checkpoints:
         """Moves damaged steps away, since the run will save these steps again."""
         if not steps:
             return
-        directory = Path(self._checkpointer.directory)
+        directory = to_path(self._checkpointer.directory)
         if jax.process_index() == 0:
             for step in steps:
                 (directory.parent / _SET_ASIDE).mkdir(exist_ok=True)
-                os.replace(directory / str(step), _unused(directory.parent / _SET_ASIDE, step))
+                aside = _unused(directory.parent / _SET_ASIDE, step)
+                (directory / str(step)).replace(aside)
         gather("damaged steps moved", "", timeout)
         self._checkpointer.reload()
 
@@ -252,7 +256,7 @@ class Checkpoints:
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-            _read_everything(Path(self._checkpointer.directory) / str(step))
+            _read_everything(to_path(self._checkpointer.directory) / str(step))
             raise self._damaged(step, _reason(error)) from error
 
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
@@ -338,6 +342,11 @@ def _read_everything(folder: Path) -> None:
     Raises:
       OSError: a file or folder cannot be read at the moment; names it.
     """
+
+    if isinstance(folder, StorePath):
+        for path in folder.files():
+            path.read_bytes()
+        return
 
     def fail(error: OSError) -> None:
         raise error

@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.copies import cache_home
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
-from cwcl_jax.data.options import cache_home, given_as_features, reads_features
+from cwcl_jax.data.options import given_as_features, reads_features
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
 from cwcl_jax.data.survey import Loss, survey, survey_labels, too_much

@@ -89,7 +89,7 @@ def _read(file: Path) -> dict[bytes, np.ndarray]:
         return {}
     try:
         # Opened here: numpy leaves a file open that it cannot read.
-        with open(file, "rb") as handle, np.load(handle, allow_pickle=False) as arrays:
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             keys, features = arrays["keys"], arrays["features"]
         return {key.tobytes(): row for key, row in zip(keys, features, strict=True)}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:

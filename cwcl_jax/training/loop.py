@@ -232,6 +232,7 @@ class Loop:
             # Reading the metrics waits for all processes too, but could not say who is missing.
             barrier("saving", self._config.distributed.barrier_timeout)
             self._read_metrics()  # never a checkpoint of parameters that a NaN has reached
+            self._give(lambda writer: writer.save())  # a start from there goes on behind them
             self._checkpoints.keep(self._best.step)
             self._checkpoints.save(done, state, batch.data_state, self._best.state())
 
@@ -267,10 +268,13 @@ class Loop:
         return True
 
     def _write(self, done: int, values: dict[str, float]) -> None:
-        """Gives the values to all sinks; where one fails, the run saves and stops."""
+        self._give(lambda writer: writer.write(done, values))
+
+    def _give(self, action: Callable[[Writer], None]) -> None:
+        """Does something with all sinks; where one fails, the run saves and stops."""
         for writer in self._writers:
             try:
-                writer.write(done, values)
+                action(writer)
             except OSError as error:
                 if self._failure is None:
                     self._stop.request()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import json
 import math
-import os
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, to_plain
 from cwcl_jax.files import side_output, write_text
+from cwcl_jax.paths import Growing, is_url, to_path
+
+_SECONDS_BETWEEN_COPIES = 60.0
 
 
 @runtime_checkable
@@ -26,16 +29,20 @@ class Writer(Protocol):
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
+    def save(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One JSON object a line in `metrics.jsonl`; plots are made from this record."""
+    """One JSON object a line in `metrics.jsonl`; plots are made from this record.
+
+    On an object store `save` must be called before a checkpoint: a run that continues from there
+    drops and rewrites only younger records.
+    """
 
     def __init__(self, path: Path):
-        self._path = path
-        # Without a buffer: what could not be written must not be tried again by `close`.
-        self._file = path.open("ab", buffering=0)
+        self._file = Growing(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a record.
@@ -45,13 +52,11 @@ class JsonLines:
         """
         # JSON has no NaN; null is what every reader understands.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        line = (json.dumps({"step": step, **finite}) + "\n").encode()
-        try:
-            written = self._file.write(line)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        if written != len(line):  # what a full disk took
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        self._file.append((json.dumps({"step": step, **finite}) + "\n").encode())
+
+    def save(self) -> None:
+        """Stores what an object store has not yet."""
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -78,6 +83,12 @@ class SideWriter:
         if self._writer is not None:
             with self._guarded():
                 self._writer.write(step, values)
+
+    def save(self) -> None:
+        """Makes what was written outlast a kill."""
+        if self._writer is not None:
+            with self._guarded():
+                self._writer.save()
 
     def close(self) -> None:
         """Closes the sink."""
@@ -133,13 +144,20 @@ def truncate_json_lines(path: Path, after_step: int, *, evaluate: bool = False) 
 
 
 class TensorBoard:
-    """TensorBoard event files; records of earlier starts after `start_step` are hidden."""
+    """TensorBoard event files; records of earlier starts after `start_step` are hidden.
+
+    For an object store the file grows in a temporary folder and is copied from time to time.
+    """
 
     def __init__(self, directory: Path, start_step: int):
         # Not SummaryWriter: it writes from a thread, and waits for ever once that has failed.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 
+        self._remote = directory if is_url(directory) else None
+        if self._remote is not None:
+            directory = Path(tempfile.mkdtemp(prefix="cwcl_jax-"))
+        self._local, self._copied = directory, time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
         # Files are named after the second of their start: without the step a second one of the same
         # second would replace the first.
@@ -154,10 +172,22 @@ class TensorBoard:
         for name, value in values.items():
             self._event(step, summary=scalar(name, value))
         self._writer.flush()
+        if time.monotonic() - self._copied > _SECONDS_BETWEEN_COPIES:
+            self.save()
+
+    def save(self) -> None:
+        """Copies the file to the object store where it belongs there."""
+        if self._remote is not None:
+            for file in self._local.iterdir():
+                to_path(self._remote / file.name).upload(file)  # pyright: ignore
+            self._copied = time.monotonic()
 
     def close(self) -> None:
         """Closes the file."""
         self._writer.close()
+        self.save()
+        if self._remote is not None:
+            shutil.rmtree(self._local)
 
     def _event(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore
@@ -176,12 +206,14 @@ class WeightsAndBiases:
             id=_wandb_id(workdir),
             name=workdir.name,
             resume="allow",
-            dir=str(workdir),
+            dir=None if is_url(workdir) else str(workdir),
             config=to_plain(config),
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def save(self) -> None: ...
 
     def close(self) -> None:
         self._run.finish()

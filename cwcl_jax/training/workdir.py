@@ -10,6 +10,7 @@ checkpoints/      trained leaves, optimizer state, data position
 results.json, results.md, plots/   what the evaluation wrote
 evaluated.json    step and settings that these results belong to
 lock              held by the run that is using the folder
+place             on an object store alone: written to see whether it can be
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cwcl_jax.config import (
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.extension import is_missing_code
 from cwcl_jax.files import InUse, locked, parse_json, write_text
+from cwcl_jax.paths import CHECKPOINT_SCHEMES, StorePath
 from cwcl_jax.training.changes import changed_fields, tell_changes
 from cwcl_jax.training.state import TowerSource
 
@@ -84,6 +86,30 @@ def read_record(path: Path) -> Any:
         raise ConfigError(
             f"{path} is damaged ({error}); remove it: the next start of the run writes it again"
         ) from error
+
+
+def check_place(workdir: Path, config: ExperimentConfig) -> None:
+    """Raises ConfigError where the folder of a run is on an object store that cannot hold it.
+
+    Nothing is asked of a local folder.
+    """
+    if not isinstance(workdir, StorePath):
+        return
+    if workdir.scheme not in CHECKPOINT_SCHEMES:
+        raise ConfigError(
+            f"--workdir={workdir}: checkpoints are written to {' and '.join(CHECKPOINT_SCHEMES)} "
+            "alone; give one of these or a local folder, or mount the store"
+        )
+    if config.profile:
+        raise ConfigError(
+            f"config.profile={config.profile!r}: a trace cannot be written to --workdir={workdir}; "
+            "profile a run with a local --workdir"
+        )
+    try:
+        workdir.exists()
+        (workdir / "place").write_bytes(b"A run is or was begun here.\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--workdir={workdir}: {error}") from error
 
 
 def make_folder(workdir: Path) -> None:

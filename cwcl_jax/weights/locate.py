@@ -4,7 +4,9 @@ import hashlib
 import re
 from pathlib import Path
 
+from cwcl_jax.copies import local_copy
 from cwcl_jax.data.installed import inside_package
+from cwcl_jax.paths import is_url, to_path
 from cwcl_jax.weights.readers import READERS, files_of
 
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -27,11 +29,14 @@ def locate(weights: str) -> Path:
 
     `package:NAME` is a file of this package's assets. `installed:PACKAGE/PATH` is a file or folder
     inside another installed package (found, never imported). `owner/name` or `owner/name@revision`
-    is a repository of the Hugging Face hub (old ones have no owner). Everything else is a path.
+    is a repository of the Hugging Face hub (old ones have no owner). Everything else is a path; one
+    on an object store (`s3://...`) is copied to this machine once.
 
     Raises:
       FileNotFoundError: there is no such file, folder or repository.
     """
+    if is_url(weights):
+        return _from_store(weights)
     if weights.startswith("package:"):
         return _existing(Path(__file__).parents[1] / "assets" / weights.removeprefix("package:"))
     if weights.startswith("installed:"):
@@ -45,6 +50,13 @@ def locate(weights: str) -> Path:
         f"weights {weights!r}: no such file or folder; set the tower's weights to an existing "
         "path, 'package:NAME', or a hub id 'owner/name'"
     )
+
+
+def _from_store(weights: str) -> Path:
+    try:
+        return local_copy(to_path(weights))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"weights {weights!r}: the store has no such object") from error
 
 
 def _existing(path: Path) -> Path:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cwcl_jax.config import ConfigError, defaults, from_config_dict
-from cwcl_jax.data.options import DataConfig, cache_home
+from cwcl_jax.copies import cache_home
+from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.data.sources.recorded import default_folder
 from cwcl_jax.data.sources.tar_index import load_index

@@ -40,7 +40,7 @@ def test_a_bare_path_has_the_kind_of_the_part_before_it():
         ("scenes:train?weight=2::scenes:train", "have not"),
         ("slurp:/nowhere?unit=words", "recordings or sentences"),
         ("csv:/x?quoting=maybe", "auto, on or off"),
-        ("tars:gs://bucket/0.tar", "not a local path"),
+        ("tars:pipe:cat 0.tar", "is a pipe"),
         ("tars:/x/{5..a}.tar", "two numbers"),
     ],
 )

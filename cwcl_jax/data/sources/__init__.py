@@ -39,6 +39,7 @@ from cwcl_jax.data.sources.tables import open_delimited, open_jsonl
 from cwcl_jax.data.sources.tars import open_clip_benchmark, open_tars
 from cwcl_jax.data.sources.tfds import open_tfds
 from cwcl_jax.extension import import_named, is_reference
+from cwcl_jax.paths import is_url
 
 __all__ = [
     "SOURCE_KINDS",
@@ -75,6 +76,12 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "made": open_made,
     "spoken": open_spoken,
 }
+
+# Kinds whose paths may be on an object store, beside those of the user's own.
+_ON_STORES = (
+    "tars", "clip_benchmark", "csv", "tsv", "jsonl", "coco", "parquet", "hf", "arrays",
+    "embeddings", "spoken",
+)  # fmt: skip
 
 
 def open_source(line: str, *, cache_dir: str = "") -> Source:
@@ -144,6 +151,11 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
         raise ValueError(
             f"The option embeds={folder} is now called features_from={folder}: what a folder of "
             "python -m cwcl_jax.embed gives stands before the head."
+        )
+    if is_url(line.path) and line.kind in SOURCE_KINDS and line.kind not in _ON_STORES:
+        raise ValueError(
+            f"{line.kind}:{line.path}: what is read from an object store is of the kinds "
+            f"{', '.join(_ON_STORES)}; mount the bucket, or copy the files first"
         )
     line, opener = _opener(line)
     # The one place where `~` becomes the user's folder: no shell expands it inside a source line.

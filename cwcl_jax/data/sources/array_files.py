@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from cwcl_jax.copies import local_copy
 from cwcl_jax.data.sources.files import require
 from cwcl_jax.files import matching
 
@@ -34,7 +35,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
       ValueError: it is of another kind, damaged, or holds Python objects.
       ImportError: its kind needs a package that is not installed.
     """
-    require(path, "The file of arrays")
+    path = local_copy(require(path, "The file of arrays"))
     suffix = path.suffix.lower()
     if path.is_dir() and suffix != ".zarr":
         files = matching(path, "*.npy")

@@ -25,6 +25,7 @@ from cwcl_jax.data.sources.named import (
     usable_rows,
 )
 from cwcl_jax.data.sources.texts import clean
+from cwcl_jax.paths import to_path
 
 # What these arrays are called where the line does not say it.
 _USUAL = {
@@ -159,7 +160,7 @@ class OpenedArrays(Arrays):
         self._line = (path, dict(options))
         given = {role: array for role in _USUAL if (array := options[role])}
         raw, features = parse_names(options["raw"], options["features"])
-        arrays = load_arrays(Path(path))
+        arrays = load_arrays(to_path(path))
         if Path(path).suffix == ".npy" and len({*raw, *features}) == 1:
             # The only array, whatever its file is called.
             (array,) = arrays.values()

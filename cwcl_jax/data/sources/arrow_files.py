@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cwcl_jax.paths import StorePath
+
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 # Of every file set so many bytes prove that its content is the same.
 _WINDOWS, _WINDOW = 256, 4096
@@ -94,6 +96,9 @@ def contents_of(paths: Sequence[Path], ends: bool = False) -> list[tuple[str, in
 
 
 def _content_of(path: Path, windows: int, ends: bool) -> tuple[str, int, int]:
+    if isinstance(path, StorePath):  # its version says as much, in one request
+        size, version = path.version()
+        return path.name, size, int(version[:8], 16)
     size, total = path.stat().st_size, 0
     places = np.linspace(0, max(0, size - _WINDOW), windows).astype(np.int64)
     with open(path, "rb") as file:

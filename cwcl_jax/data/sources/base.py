@@ -145,7 +145,7 @@ def parse_source_line(line: str) -> list[SourceLine]:
     parts: list[SourceLine] = []
     for part in line.split("::"):
         kind, colon, rest = part.strip().partition(":")
-        if parts and (not colon or "/" in kind):
+        if parts and (not colon or "/" in kind or rest.startswith("//")):
             # A bare path has the kind of the part before it.
             kind, colon, rest = parts[-1].kind, ":", part.strip()
         path, _, query = rest.partition("?")

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
 from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
 from cwcl_jax.data.sources.named import feature_vector, usable_rows
+from cwcl_jax.paths import to_path
 
 _IDS = ("id", "ids")
 
@@ -27,7 +27,7 @@ class Beside(SourceAround):
     def __init__(self, source: Source, name: str, file: str):
         super().__init__(source)
         self._name, self._file = name, file
-        arrays = load_arrays(Path(file))
+        arrays = load_arrays(to_path(file))
         self._ids = next((arrays[key] for key in _IDS if key in arrays), None)
         rest = [key for key in arrays if key not in _IDS]
         if name not in rest and len(rest) != 1:

@@ -4,13 +4,13 @@ Reads the annotation file of the COCO captions release. The usual protocol takes
 captions of every picture (some have six or seven); `captions=0` takes all.
 """
 
-from pathlib import Path
 from typing import Any
 
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import require, require_file
 from cwcl_jax.data.sources.tables import table_of_rows
 from cwcl_jax.files import parse_json
+from cwcl_jax.paths import to_path
 
 
 def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
@@ -48,6 +48,6 @@ def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
         for image in content["images"]
         if image["id"] in by_image
     ]
-    folder = Path(images) if images else file.parent.parent / file.stem.removeprefix("captions_")
+    folder = to_path(images) if images else file.parent.parent / file.stem.removeprefix("captions_")
     root = require(folder, "The folder of COCO's pictures (option images=)")
     return table_of_rows(rows, {"image": "image", "text": "text"}, root)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -16,12 +15,14 @@ from cwcl_jax.data.sources.base import (
 )
 from cwcl_jax.data.sources.beside import Beside
 from cwcl_jax.data.sources.named import feature_vector
+from cwcl_jax.paths import to_path
 
 
 def named_place(text: str) -> tuple[str, str]:
     """Returns name and path of an entry of `features_from=`, NAME:PATH or PATH alone (name "")."""
     name, colon, path = text.partition(":")
-    return (name, path) if colon and name.isidentifier() else ("", text)
+    named = colon and name.isidentifier() and not path.startswith("//")
+    return (name, path) if named else ("", text)
 
 
 def features_beside(text: str, source: Source) -> Source:
@@ -34,7 +35,7 @@ def features_beside(text: str, source: Source) -> Source:
     for entry in text.split(","):
         name, path = named_place(entry)
         path = os.path.expanduser(path)
-        if name and (Path(path).is_file() or Path(path).suffix == ".zarr"):
+        if name and (to_path(path).is_file() or to_path(path).suffix == ".zarr"):
             files.append((name, path))
         else:
             folders.append(f"{name}:{path}" if name else path)

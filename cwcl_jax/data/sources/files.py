@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.paths import StoreError, StorePath, is_url, to_path
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -17,22 +18,31 @@ def expand_pattern(pattern: str) -> list[str]:
 
     Existing paths are not expanded.
     """
-    if "://" in pattern or pattern.startswith("pipe:"):
+    if pattern.startswith("pipe:"):
         raise ValueError(
-            f"{pattern!r} is not a local path. Mount the bucket or copy the files first: they are "
-            "read at random offsets."
+            f"{pattern!r} is a pipe, but files are read at random offsets: give the path itself, "
+            "also s3://... or gs://..."
         )
     found: list[str] = []
     for name in _expand_braces(pattern):
-        if any(sign in name for sign in "*?[") and not os.path.exists(name):
+        if any(sign in name for sign in "*?[") and not to_path(name).exists():
             # Brackets are part of some folders' names.
-            matches = sorted(glob.glob(name) or glob.glob(name.replace("[", "[[]")))
+            matches = sorted(_glob(name) or _glob(name.replace("[", "[[]")))
             if not matches:
                 raise FileNotFoundError(f"No file matches {name!r}.")
             found.extend(matches)
         else:
             found.append(name)
     return found
+
+
+def _glob(pattern: str) -> list[str]:
+    """Paths that match; of a store the bucket's name is no pattern."""
+    if not is_url(pattern):
+        return glob.glob(pattern)
+    scheme, _, rest = pattern.partition("://")
+    bucket, _, below = rest.partition("/")
+    return list(map(str, to_path(f"{scheme}://{bucket}").glob(below)))
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -60,7 +70,7 @@ def _options_of(body: str, pattern: str) -> list[str]:
 
 def require(path: str | Path, what: str) -> Path:
     """Returns the path; a FileNotFoundError says what should have been there."""
-    found = Path(path)
+    found = to_path(path)
     if not found.exists():
         raise FileNotFoundError(
             f"{what} was not found: {found}. Check the path in the source line."
@@ -81,8 +91,7 @@ def require_file(path: str | Path, what: str) -> Path:
 def require_text_file(path: str | Path, what: str) -> Path:
     """Returns the path like `require_file`; raises ValueError for another kind of file."""
     found = require_file(path, what)
-    with found.open("rb") as file:
-        start = file.read(4)
+    start = found.read_range(0, 4) if isinstance(found, StorePath) else _start(found)
     if start == b"PAR1":
         raise ValueError(f"{found} is a Parquet file: write parquet:{found}.")
     if start[:2] == b"\x1f\x8b" or start == b"PK\x03\x04":
@@ -90,14 +99,33 @@ def require_text_file(path: str | Path, what: str) -> Path:
     return found
 
 
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def below(root: Path, name: str) -> Path:
+    """The file that a name means: below `root`, or where it says itself."""
+    return to_path(name) if is_url(name) or os.path.isabs(name) else root / name
+
+
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the whole file; an unreadable file is a bad example and does not end the run."""
+    """Returns the whole file; an unreadable file is a bad example and does not end the run.
+
+    Raises:
+      OSError: a store does not answer: which examples a run sees must not depend on that.
+    """
+    path = to_path(path)
     try:
+        if isinstance(path, StorePath):
+            return path.read_bytes()
         # Opening a pipe waits for a writer, and a device may never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadExample("no regular file", str(path))
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise BadExample("file missing", str(path)) from error
+    except StoreError:
+        raise
     except (OSError, ValueError) as error:
         raise BadExample("file unreadable", f"{path}: {error}") from error

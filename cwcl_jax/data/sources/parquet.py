@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cwcl_jax.data.options import cache_home
+from cwcl_jax.copies import disk_home
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.named import ColumnOptions
 from cwcl_jax.files import matching
+from cwcl_jax.paths import is_url, to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,28 +52,36 @@ def open_parquet(
 
     if memory_mib < 1:
         raise ValueError(f"memory_mib={memory_mib} of parquet:{path} must be at least 1.")
+    if is_url(keep):
+        raise ValueError(f"keep={keep} of parquet:{path} must be a folder of this machine's disk.")
     paths = _find(path, split)
     store = RowGroups(paths, memory_mib)
     schemas = store.schemas()
     columns = choose_columns(schemas[0], named, f"parquet:{path}")
     _check_alike(paths, schemas, columns)
-    folder = Path(root or os.path.commonpath([file.absolute().parent for file in paths]))
+    folder = to_path(root) if root else _common_folder(paths)
     rows = ArrowRows(store, columns, folder)
     if not keep:
         return rows
-    where = Path(keep) if keep != "auto" else cache_home(cache_dir) / "parquet"
+    where = Path(keep) if keep != "auto" else disk_home(cache_dir) / "parquet"
     tops = columns.tops(columns.all_fields())
     return ArrowRows(Unpacked(store, tops, where / rows.fingerprint()), columns, folder)
 
 
+def _common_folder(paths: Sequence[Path]) -> Path:
+    if any(map(is_url, paths)):
+        return paths[0].parent
+    return Path(os.path.commonpath([file.absolute().parent for file in paths]))
+
+
 def _find(path: str, split: str) -> list[Path]:
-    if not os.path.isdir(path):
+    if not to_path(path).is_dir():
         if split:
             raise ValueError(f"split={split!r} chooses files of a folder, and {path} is none.")
         return [require(file, "The Parquet file") for file in expand_pattern(path)]
-    files = matching(Path(path), "*.parquet")
+    files = matching(to_path(path), "*.parquet")
     if not files:
-        inside = sorted({file.parent.name for file in matching(Path(path), "*/*.parquet")})
+        inside = sorted({file.parent.name for file in matching(to_path(path), "*/*.parquet")})
         hint = f" Its folders {', '.join(inside)} do: name one." if inside else ""
         raise FileNotFoundError(f"The folder {path} holds no .parquet files.{hint}")
     found = {file: match for file in files if (match := _SPLIT.fullmatch(file.stem))}

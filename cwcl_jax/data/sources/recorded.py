@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int16
 
+from cwcl_jax.copies import disk_home
 from cwcl_jax.data.audio import resample
-from cwcl_jax.data.options import cache_home
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source, SourceAround
 from cwcl_jax.files import locked, replacing
@@ -83,7 +83,7 @@ class Recorded(SourceAround):
 
 def default_folder(source: Source, cache_dir: str) -> Path:
     """Returns the folder of recordings if none is named: under the source's fingerprint."""
-    return cache_home(cache_dir) / "recordings" / f"{source.fingerprint()}-{_VERSION}"
+    return disk_home(cache_dir) / "recordings" / f"{source.fingerprint()}-{_VERSION}"
 
 
 def record(source: Source, folder: Path, *, processes: int = 0) -> None:

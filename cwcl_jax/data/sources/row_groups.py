@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.arrow_files import contents_of
+from cwcl_jax.paths import StoreError, StorePath
 
 _LOG = logging.getLogger(__name__)
 _MEBI = 1 << 20
@@ -59,6 +61,8 @@ class RowGroups:
         number = bisect_right(self._starts, index) - 1
         try:
             table = self._kept.get((number, *tops), lambda: self._decode(number, tops))
+        except StoreError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise BadExample("parquet unreadable", f"{self.name_of(index)}: {error}") from error
         row = index - self._starts[number]
@@ -67,7 +71,10 @@ class RowGroups:
     def _decode(self, number: int, tops: Sequence[str]) -> pa.Table:
         file, group = self._places[number]
         # A reader of its own for every call: one is not safe in several threads.
-        with pq.ParquetFile(self.paths[file], metadata=self._footers[file]) as opened:
+        with (
+            _readable(self.paths[file]) as handle,
+            pq.ParquetFile(handle, metadata=self._footers[file]) as opened,
+        ):
             return opened.read_row_group(group, columns=list(tops), use_threads=False)
 
     def tables(self, file: int, tops: Sequence[str]) -> Iterator[pa.Table]:
@@ -98,9 +105,22 @@ class RowGroups:
         return RowGroups, (self.paths, self._memory_mib)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[Any]:
+    """What pyarrow reads ranges of: the path, or an opened object of a store."""
+    if not isinstance(path, StorePath):
+        yield path
+        return
+    with path.open("rb") as opened:
+        yield opened
+
+
 def _footer(path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path)
+        with _readable(path) as handle:
+            return pq.read_metadata(handle)
+    except StoreError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no whole Parquet file: {error}") from error
 

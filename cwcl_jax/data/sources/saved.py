@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cwcl_jax.copies import local_copy
 from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.named import ColumnOptions
 from cwcl_jax.files import parse_json
+from cwcl_jax.paths import to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,10 +40,10 @@ def open_saved(
     from cwcl_jax.data.sources.arrow_columns import choose_columns
     from cwcl_jax.data.sources.arrow_rows import ArrowRows
 
-    folder = _split_folder(Path(path), split)
+    folder = _split_folder(local_copy(to_path(path)), split)
     store = SavedRows(folder)
     columns = choose_columns(store.schema, named, f"hf:{folder}")
-    return ArrowRows(store, columns, Path(root) if root else folder)
+    return ArrowRows(store, columns, to_path(root) if root else folder)
 
 
 def _split_folder(folder: Path, split: str) -> Path:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from cwcl_jax.copies import local_copy
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
-from cwcl_jax.data.sources.files import read_bytes, require_text_file
+from cwcl_jax.data.sources.files import below, read_bytes, require_text_file
 from cwcl_jax.data.sources.table_columns import (
     FILE_FIELDS,
     column_hint,
@@ -26,6 +27,7 @@ from cwcl_jax.data.sources.table_columns import (
 )
 from cwcl_jax.data.sources.texts import captions_of
 from cwcl_jax.files import parse_json
+from cwcl_jax.paths import StoreError, StorePath, to_path
 
 _LOG = logging.getLogger(__name__)
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
@@ -61,7 +63,7 @@ class TableSource(Source):
         self.hint = hint
         # Why a field has no column, though some may be it.
         self.unclear: dict[str, str] = {}
-        self.root = Path(root)
+        self.root = to_path(root)
         self._class_names = None if class_names is None else list(class_names)
         self._length = len(next(iter(self.columns.values())))
 
@@ -103,7 +105,7 @@ class TableSource(Source):
 
     def locate(self, name: str) -> Path:
         """Returns the file that a path column refers to."""
-        return self.root / name
+        return below(self.root, name)
 
     def _id(self, index: int) -> str:
         for name in ("id", *FILE_FIELDS):
@@ -135,9 +137,15 @@ class TableSource(Source):
     def _content(self, name: str) -> str:
         """The size of a file and a hash of its beginning; "" where it cannot be read."""
         try:
-            with open(self.locate(name), "rb") as opened:
-                head = hashlib.sha256(opened.read(_HEAD_BYTES)).hexdigest()[:16]
-                return f"{os.fstat(opened.fileno()).st_size}-{head}"
+            path = self.locate(name)
+            if isinstance(path, StorePath):
+                head, size = path.read_range(0, _HEAD_BYTES), path.stat().st_size
+            else:
+                with open(path, "rb") as opened:
+                    head, size = opened.read(_HEAD_BYTES), os.fstat(opened.fileno()).st_size
+            return f"{size}-{hashlib.sha256(head).hexdigest()[:16]}"
+        except StoreError:
+            raise
         except (OSError, ValueError, BadExample):
             return ""
 
@@ -266,7 +274,7 @@ def open_delimited(
     if len(delimiter) > 1 or delimiter in ("\n", "\r", '"'):
         raise ValueError(f"sep={sep!r} of {path} must be tab, comma, semicolon or one sign.")
     file = require_text_file(path, "The table")
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+    with open(local_copy(file), newline="", encoding="utf-8-sig", errors="replace") as lines:
         header = lines.readline()
         delimiter = delimiter or ("\t" if "\t" in header else ",")
         if quoting == "auto" and delimiter == "\t" and _may_be_quoted(file):
@@ -356,7 +364,7 @@ def _may_be_quoted(file: Path) -> bool:
 
     A lone one, which is text, would swallow the rows behind it.
     """
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+    with open(local_copy(file), newline="", encoding="utf-8-sig", errors="replace") as lines:
         if not any(line.startswith('"') or '\t"' in line for line in lines):
             return False
         lines.seek(0)
@@ -381,7 +389,7 @@ def _whole_recordings(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[
 
 def rows_of_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a JSONL file; a broken line gives an empty one, skipped when read."""
-    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+    with open(local_copy(file), encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

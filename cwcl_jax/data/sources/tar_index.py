@@ -16,14 +16,15 @@ import logging
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cwcl_jax.data.options import cache_home
+from cwcl_jax.copies import cache_home, local_copy
 from cwcl_jax.files import is_hidden, replacing
+from cwcl_jax.paths import StorePath, is_url, to_path
 from cwcl_jax.progress import beat
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ _LONGEST_HEADER = 1 << 15
 # One read of this much holds many headers of small members; a disk gives it faster than the
 # headers one by one (300 against 150 MB/s cold).
 _WINDOW = 1 << 19
+# On an object store a request takes tens of milliseconds, in which so much comes anyhow.
+_STORE_WINDOW = 1 << 23
 _SUFFIX = ".offsets"
 # What a member is for, by extension; the first one of a kind in a sample counts.
 PARTS = {
@@ -84,12 +87,10 @@ class TarIndex:
 def load_index(path: str, cache_dir: str = "") -> TarIndex:
     """Returns the index of a tar: the stored one if size and time match, else a new one."""
     beat()
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is no regular file, but tars are read at random offsets.")
+    now = _size_and_time(path)
     for place in _places(path, cache_dir):
         index = _read(place)
-        if index and (index.tar_size, index.tar_mtime) == (status.st_size, status.st_mtime_ns):
+        if index and (index.tar_size, index.tar_mtime) == now:
             return index
     index = build_index(path)
     for place in _places(path, cache_dir):
@@ -100,12 +101,25 @@ def load_index(path: str, cache_dir: str = "") -> TarIndex:
     return index
 
 
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Size of a tar and when it was written, in ns; a store's version of it as a number."""
+    place = to_path(path)
+    if isinstance(place, StorePath):
+        size, version = place.version()
+        return size, int(version[:15], 16)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no regular file, but tars are read at random offsets.")
+    return status.st_size, status.st_mtime_ns
+
+
 def _places(path: str, cache_dir: str) -> list[Path]:
     """Where an index may be kept: in the named folder, or beside the tar or the user's cache."""
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:20]
+    whole = path if is_url(path) else os.path.abspath(path)
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:20]
     if cache_dir:
         return [cache_home(cache_dir) / (digest + _SUFFIX)]
-    return [Path(path + _SUFFIX), cache_home() / "tar_indexes" / (digest + _SUFFIX)]
+    return [to_path(path + _SUFFIX), cache_home() / "tar_indexes" / (digest + _SUFFIX)]
 
 
 # Fields of an index beside its table.
@@ -130,6 +144,7 @@ def _write(place: Path, index: TarIndex) -> None:
 
 def _read(place: Path) -> TarIndex | None:
     try:
+        place = local_copy(place)
         with open(place, "rb") as file:
             header = json.loads(file.readline())
             if header["version"] != _VERSION:
@@ -154,14 +169,13 @@ def _dtype(key_bytes: int, parts: Sequence[str]) -> np.dtype:
 
 def build_index(path: str) -> TarIndex:
     """Returns the index from a tar's headers; members that reach past its end are left out."""
-    status = os.stat(path)
+    tar_size, tar_mtime = _size_and_time(path)
     # By key: parts that the extension names, and those that only its end names.
     samples: dict[bytes, tuple[_Parts, _Parts]] = {}
     repeated: list[tuple[bytes, str, bool, bytes]] = []
     checksum, complete = 0, True
-    with open(path, "rb", buffering=0) as file:
-        window = _Window(file.fileno())
-        for name, offset, size, time in _members(window, status.st_size, path):
+    with _window_of(path) as window:
+        for name, offset, size, time in _members(window, tar_size, path):
             if name is None:
                 complete = False
                 break
@@ -180,8 +194,8 @@ def build_index(path: str) -> TarIndex:
     surplus = [name for key, part, exact, name in repeated if exact or part not in samples[key][0]]
     return TarIndex(
         _table({key: loose | plain for key, (plain, loose) in samples.items()}),
-        status.st_size,
-        status.st_mtime_ns,
+        tar_size,
+        tar_mtime,
         truncated=not complete,
         checksum=checksum,
         surplus=len(surplus),
@@ -202,17 +216,27 @@ def _meaning(name: bytes) -> tuple[bytes, str | None, bool]:
     return key, part or _PART_OF.get(extension.rpartition(".")[2]), part is not None
 
 
+@contextlib.contextmanager
+def _window_of(path: str) -> Iterator["_Window"]:
+    place = to_path(path)
+    if isinstance(place, StorePath):
+        yield _Window(place.read_range, _STORE_WINDOW)
+        return
+    with open(path, "rb", buffering=0) as file:
+        yield _Window(lambda start, size: os.pread(file.fileno(), size, start), _WINDOW)
+
+
 class _Window:
     """Reads ever further on in a file, out of one large piece after another."""
 
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
+    def __init__(self, read: Callable[[int, int], bytes], size: int):
+        self._read, self._size = read, size
         self._data, self._start = b"", 0
 
     def read(self, start: int, size: int) -> bytes:
         inside = start - self._start
         if not 0 <= inside <= len(self._data) - size:
-            self._data = os.pread(self._descriptor, max(size, _WINDOW), start)
+            self._data = self._read(start, max(size, self._size))
             beat()
             self._start, inside = start, 0
         return self._data[inside : inside + size]

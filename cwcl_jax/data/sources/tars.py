@@ -19,11 +19,14 @@ from cwcl_jax.data.sources.files import expand_pattern, require
 from cwcl_jax.data.sources.tar_index import TarIndex, load_index
 from cwcl_jax.data.sources.texts import captions_of, lines_of, text_of_bytes
 from cwcl_jax.files import matching, parse_json
+from cwcl_jax.paths import StoreError, StorePath, is_url, to_path
 
 _LOG = logging.getLogger(__name__)
 # Descriptors kept open; systems allow a process about a thousand by default.
 _OPEN_FILES = 200
 _SECONDS_BETWEEN_NEWS = 20
+# Bytes between the parts of a sample that are rather read than asked for in two requests.
+_GAP = 1 << 18
 # Samples whose JSON tells which fields there are.
 _JSON_LOOKED_AT = 32
 
@@ -130,37 +133,67 @@ class Tars(Source):
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         tar, row = self._place(index)
+        ahead = self._together(tar, row, fields)
         key = bytes(self._indexes[tar].table["key"][row]).decode("utf-8", "replace")
         example: Example = {"id": f"{os.path.basename(self.paths[tar])}/{key}"}
         for field in ("image", "audio"):
-            data = self._part(tar, row, field) if field in fields else None
+            data = self._part(tar, row, field, ahead) if field in fields else None
             if data is not None:
                 example[field] = data
         if "text" in fields:
-            self._add_text(example, tar, row)
-        label = self._part(tar, row, "cls") if "label" in fields else None
+            self._add_text(example, tar, row, ahead)
+        label = self._part(tar, row, "cls", ahead) if "label" in fields else None
         if label is not None:
             example["label"] = _label_of(label)
         return example
 
-    def _part(self, tar: int, row: int, part: str) -> bytes | None:
+    def _together(self, tar: int, row: int, fields: Collection[str]) -> tuple[int, bytes]:
+        """Offset and bytes around all that is asked of a sample, where a store gives it at once."""
+        if not is_url(self.paths[tar]):
+            return 0, b""
+        text = "json" if self.text.startswith("json:") else "text"
+        asked = {"image": "image", "audio": "audio", "text": text, "label": "cls"}
         index = self._indexes[tar]
-        place = index.place(row, part)
+        found = [index.place(row, part) for field, part in asked.items() if field in fields]
+        places = [place for place in found if place is not None]
+        start = min((offset for offset, _ in places), default=0)
+        end = max((offset + size for offset, size in places), default=0)
+        if end - start - sum(size for _, size in places) > _GAP:
+            return 0, b""
+        return start, self._bytes(tar, start, end - start)
+
+    def _part(
+        self, tar: int, row: int, part: str, ahead: tuple[int, bytes] = (0, b"")
+    ) -> bytes | None:
+        """A member of a sample, out of what was read `ahead` or by itself; None without one."""
+        place = self._indexes[tar].place(row, part)
         if place is None:
             return None
         offset, size = place
+        inside = offset - ahead[0]
+        if ahead[1] and 0 <= inside <= len(ahead[1]) - size:
+            return ahead[1][inside : inside + size]
+        return self._bytes(tar, offset, size)
+
+    def _bytes(self, tar: int, offset: int, size: int) -> bytes:
+        index, path = self._indexes[tar], to_path(self.paths[tar])
         try:
-            file = _open_file(self.paths[tar], index.tar_size, index.tar_mtime)
-            data = os.pread(file.descriptor, size, offset)
-        except OSError as error:
+            if isinstance(path, StorePath):
+                data = path.read_range(offset, size)
+            else:
+                file = _open_file(self.paths[tar], index.tar_size, index.tar_mtime)
+                data = os.pread(file.descriptor, size, offset)
+        except StoreError:  # which examples a run sees must not depend on it
+            raise
+        except (OSError, ValueError) as error:
             raise BadExample("file unreadable", f"{self.paths[tar]}: {error}") from error
         if len(data) != size:
             raise BadExample("tar truncated", f"{self.paths[tar]} at {offset}")
         return data
 
-    def _add_text(self, example: Example, tar: int, row: int) -> None:
+    def _add_text(self, example: Example, tar: int, row: int, ahead: tuple[int, bytes]) -> None:
         part = "json" if self.text.startswith("json:") else "text"
-        data = self._part(tar, row, part)
+        data = self._part(tar, row, part, ahead)
         if data is None:
             return
         if part == "json":
@@ -197,7 +230,9 @@ def _label_of(data: bytes) -> int:
 
 
 def _load_indexes(paths: Sequence[str], cache_dir: str) -> list[TarIndex]:
-    missing = [path for path in paths if not os.path.exists(path)]
+    with ThreadPoolExecutor(16) as pool:
+        there = list(pool.map(lambda path: to_path(path).exists(), paths))
+    missing = [path for path, found in zip(paths, there, strict=True) if not found]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} tars do not exist, first {missing[0]}. Correct the "
@@ -234,8 +269,8 @@ def _warn_of_losses(paths: Sequence[str], indexes: Sequence[TarIndex]) -> None:
 
 def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
     """Opens `tars:/data/{00000..01242}.tar?text=json:caption`; a folder means all its tars."""
-    if os.path.isdir(path):
-        paths = [str(tar) for tar in matching(Path(path), "*.tar")]
+    if to_path(path).is_dir():
+        paths = [str(tar) for tar in matching(to_path(path), "*.tar")]
         if not paths:
             raise FileNotFoundError(f"The folder {path} holds no .tar files.")
     else:
@@ -245,14 +280,14 @@ def open_tars(path: str, *, text: str = "txt", cache_dir: str = "") -> Tars:
 
 def open_clip_benchmark(path: str, *, split: str = "test", cache_dir: str = "") -> Tars:
     """Opens a data set in CLIP_benchmark's layout: `clip_benchmark:/data/cifar10?split=test`."""
-    folder = require(Path(path) / split, "The split's folder of a CLIP_benchmark data set")
+    folder = require(to_path(path) / split, "The split's folder of a CLIP_benchmark data set")
     count = require(folder / "nshards.txt", "The number of shards")
     try:
         shards = int(count.read_text())
     except ValueError as error:
         raise ValueError(f"{count} must hold one number.") from error
-    names = _lines_if_there(Path(path) / "classnames.txt")
-    templates = _lines_if_there(Path(path) / "zeroshot_classification_templates.txt") or ()
+    names = _lines_if_there(to_path(path) / "classnames.txt")
+    templates = _lines_if_there(to_path(path) / "zeroshot_classification_templates.txt") or ()
     paths = [str(folder / f"{number}.tar") for number in range(shards)]
     return Tars(paths, text="lines", cache_dir=cache_dir, class_names=names, templates=templates)
 

@@ -1,0 +1,110 @@
+"""Between object stores and this machine's disk: local copies to read, folders to put there whole.
+
+What is read at random by memory maps or libraries of its own (weights, tokenizers, arrays, kept
+embeds, Arrow files) is copied once, and again when the store's object was written anew.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cwcl_jax.files import locked, replacing, write_text
+from cwcl_jax.paths import StorePath, is_url, to_path, version_of
+from cwcl_jax.progress import beat
+
+_VERSIONS = "versions.json"
+_SECONDS_BETWEEN_NEWS = 20.0
+_AT_ONCE = 8
+
+
+def cache_home(cache_dir: str = "") -> Path:
+    """Where this package keeps what it made: `cache_dir`, or the user's cache folder without it."""
+    if cache_dir:
+        return to_path(cache_dir).expanduser()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return base / "cwcl_jax"
+
+
+def disk_home(cache_dir: str = "") -> Path:
+    """As `cache_home`, on this machine's disk also where `cache_dir` is on an object store."""
+    return cache_home("" if is_url(cache_dir) else cache_dir)
+
+
+def local_copy(path: Path, cache_dir: str = "") -> Path:
+    """Returns a local path with what is at `path`: itself, or a copy of an object or folder.
+
+    A copy is kept below `cache_dir`, or the user's cache folder where that is "" or on a store;
+    processes of one machine share it, one of them copies.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`.
+    """
+    if not isinstance(path, StorePath):
+        return path
+    folder = disk_home(cache_dir) / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", waiting=beat):
+        _bring(path, folder)
+    return folder / path.name
+
+
+def _bring(path: StorePath, folder: Path) -> None:
+    """Copies what is missing in the folder or has changed, and removes what the store lost."""
+    info = path.info()
+    found = {path: info} if info["type"] == "file" else path.files()
+    start = len(str(path.parent)) + 1
+    wanted = {str(file)[start:]: list(version_of(said)) for file, said in found.items()}
+    try:
+        had = json.loads((folder / _VERSIONS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        had = {}
+    for name in had.keys() - wanted.keys():
+        (folder / name).unlink(missing_ok=True)
+    missing = [n for n, v in wanted.items() if had.get(n) != v or not (folder / n).is_file()]
+    size, done, told = sum(wanted[name][0] for name in missing), 0, time.monotonic()
+    if size > 100e6:
+        print(f"copying {path} ({size / 1e9:.1f} GB) to {folder}, once", file=sys.stderr)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        jobs = pool.map(lambda name: _copy(to_path(path.parent / name), folder / name), missing)
+        for name, _ in zip(missing, jobs, strict=True):
+            beat()
+            had[name], done = wanted[name], done + wanted[name][0]
+            if time.monotonic() - told > _SECONDS_BETWEEN_NEWS:
+                told = time.monotonic()
+                print(f"copied {done / 1e9:.1f} of {size / 1e9:.1f} GB", file=sys.stderr)
+    if missing or had != wanted:
+        write_text(folder / _VERSIONS, json.dumps(wanted))
+
+
+def _copy(source: Path, target: Path) -> None:
+    assert isinstance(source, StorePath)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial:
+        source.download(partial)
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[Path]:
+    """A local path to write a file or folder to, which is `output` itself or goes there at the end.
+
+    Large files go first: the small ones say what a folder holds, so a folder that a kill left half
+    way is none. After an error nothing is put.
+    """
+    if not isinstance(output, StorePath):
+        yield output
+        return
+    with tempfile.TemporaryDirectory(prefix="cwcl_jax-") as folder:
+        yield Path(folder, output.name)
+        files = [file for file in Path(folder).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: -file.stat().st_size):
+            beat()
+            place = to_path(output.parent / file.relative_to(folder))
+            assert isinstance(place, StorePath)
+            place.upload(file)

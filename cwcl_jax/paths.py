@@ -1,0 +1,388 @@
+"""Paths on object stores (`s3://bucket/run`, `gs://...`) that are used as local ones are.
+
+Below stands fsspec, which orbax's own paths (`etils.epath`), zarr and pyarrow stand on too; epath's
+are no `pathlib.Path`, know four schemes, and cannot create a file only where there is none.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import io
+import os
+import stat as modes
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path, PosixPath
+from typing import Any
+
+# Seconds between attempts, each of which holds those of the client library.
+_WAITS = (2.0, 8.0)
+# s3fs' own number of attempts is of a second together.
+_S3_RETRIES = {"retries": {"mode": "standard", "total_max_attempts": 6}}
+_CHUNK = 1 << 20
+# The package that a scheme needs, and the extra of this package that brings it.
+_CLIENTS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
+# Where checkpoints can be written: to what tensorstore has drivers for.
+CHECKPOINT_SCHEMES = ("s3", "gs")
+# What trying again does not change.
+_FINAL = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ValueError,
+    ImportError,
+)
+
+
+def to_path(path: str | os.PathLike[str]) -> Path:
+    """Returns a path that is used as a `pathlib.Path`; one with `://` is on an object store."""
+    text = os.fspath(path)
+    return StorePath(text) if "://" in text else Path(text)
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is on an object store."""
+    return "://" in os.fspath(path)
+
+
+class StoreError(OSError):
+    """A store did not answer, after several attempts."""
+
+
+class StorePath(PosixPath):
+    """A path on an object store. Objects are written whole; folders are prefixes of names.
+
+    Every operation is tried again for about a minute, with growing pauses, while the store gives
+    errors that may pass. What a local path gives as an error, this gives too; StoreError for the
+    rest.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        scheme, colon, rest = super().__str__().partition(":/")
+        return f"{scheme}://{rest.lstrip('/')}" if colon else scheme
+
+    @property
+    def scheme(self) -> str:
+        """What stands before `://`."""
+        return str(self).partition("://")[0]
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """A method of fsspec's on this path."""
+        store = client(self.scheme)
+        return _retried(lambda: getattr(store, method)(str(self), *arguments, **options), str(self))
+
+    def _url(self, name: str) -> StorePath:
+        bare = name.partition("://")[2] if "://" in name else name
+        return StorePath(f"{self.scheme}://{bare.lstrip('/')}")
+
+    # What a path is
+
+    def info(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns what the store says of the object or prefix.
+
+        Raises:
+          FileNotFoundError: there is neither.
+        """
+        return self._call("info")
+
+    def _kind(self) -> str:
+        try:
+            return self.info()["type"]
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+    def exists(self, **_: Any) -> bool:
+        return bool(self._kind())
+
+    def is_dir(self, **_: Any) -> bool:
+        return self._kind() == "directory"
+
+    def is_file(self, **_: Any) -> bool:
+        return self._kind() == "file"
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def stat(self, **_: Any) -> os.stat_result:
+        """Size and kind alone: the rest is 0 (see `version`)."""
+        found = self.info()
+        mode = modes.S_IFDIR if found["type"] == "directory" else modes.S_IFREG
+        return os.stat_result((mode, 0, 0, 1, 0, 0, int(found.get("size") or 0), 0, 0, 0))
+
+    def version(self) -> tuple[int, str]:
+        """Returns size and a text that changes when the object is written anew."""
+        return version_of(self.info())
+
+    def absolute(self) -> StorePath:
+        return self
+
+    def resolve(self, strict: bool = False) -> StorePath:
+        del strict
+        return self
+
+    def expanduser(self) -> StorePath:
+        return self
+
+    # Reading
+
+    def read_bytes(self) -> bytes:
+        return self._call("cat_file")
+
+    def read_range(self, offset: int, size: int) -> bytes:
+        """Returns up to `size` bytes from `offset` on, in one request."""
+        return self._call("cat_file", start=offset, end=offset + size) if size else b""
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None, **_: Any) -> str:
+        text = self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def download(self, target: Path) -> None:
+        """Writes the object into a local file."""
+        self._call("get_file", str(target))
+
+    # Lists
+
+    def glob(self, pattern: str, **_: Any) -> Iterator[StorePath]:  # pyright: ignore
+        store, where = client(self.scheme), f"{glob.escape(str(self))}/{pattern}"
+        return iter([self._url(name) for name in _retried(lambda: store.glob(where), where)])
+
+    def iterdir(self) -> Iterator[StorePath]:
+        found = [self._url(name) for name in self._call("ls", detail=False)]
+        return iter([path for path in found if path != self])
+
+    def files(self) -> dict[StorePath, dict[str, Any]]:
+        """Returns all objects below this prefix, with what the store says of each, by name."""
+        found = self._call("find", detail=True)
+        return {self._url(name): found[name] for name in sorted(found)}
+
+    # Writing
+
+    def open(self, mode: str = "r", *_: Any, **options: Any) -> Any:  # pyright: ignore
+        """Opens for reading, by ranges, or for writing, whole at `close`; appending is refused."""
+        if "r" in mode and "+" not in mode:
+            wanted = {k: v for k, v in options.items() if k in ("encoding", "errors", "newline")}
+            wanted = wanted if "b" not in mode else {}
+            return self._call("open", mode, block_size=_CHUNK, **wanted)
+        if mode.replace("b", "").replace("t", "") not in ("w", "x"):
+            raise ValueError(f"{self} cannot be opened with mode={mode!r}: objects are whole")
+        store = self.write_new if "x" in mode else self.write_bytes
+        return _Written(store) if "b" in mode else _WrittenText(store)
+
+    def write_bytes(self, data: Any) -> int:
+        self._call("pipe_file", bytes(data))
+        return len(data)
+
+    def write_text(self, data: str, encoding: str | None = None, *_: Any, **__: Any) -> int:
+        self.write_bytes(data.encode(encoding or "utf-8"))
+        return len(data)
+
+    def write_new(self, data: Any) -> int:
+        """Writes an object that must not be there yet, by a conditional request.
+
+        Raises:
+          FileExistsError: it is there.
+        """
+        data = bytes(data)
+        try:
+            self._call("pipe_file", data, mode="create")
+        except (FileExistsError, OSError):
+            # An answer may be lost: then the second attempt finds what the first one wrote, which
+            # differs from what others write.
+            try:
+                there = self.read_bytes()
+            except FileNotFoundError:
+                there = None
+            if there is None:
+                raise
+            if there != data:
+                raise FileExistsError(f"{self} exists") from None
+        return len(data)
+
+    def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
+        del mode
+        if not exist_ok:
+            self.write_new(uuid.uuid4().bytes)  # see there
+        elif not self.exists():
+            self.write_bytes(b"")
+
+    def upload(self, file: Path) -> None:
+        """Writes the object from a local file, in parts where it is large."""
+        store = client(self.scheme)
+        _retried(lambda: store.put_file(str(file), str(self)), str(self))
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Does nothing: there are no folders, only names."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self._call("rm_file")
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def replace(self, target: str | os.PathLike[str]) -> StorePath:
+        """Copies the object, or all below the prefix, and removes the old names: not at once."""
+        store, place = client(self.scheme), to_path(target)
+        files = [self] if self.is_file() else list(self.files())
+        for file in files:
+            other = str(place if file == self else place / file.relative_to(self))
+            _retried(lambda a=str(file), b=other: store.copy(a, b), str(file))
+        for file in files:
+            file.unlink(missing_ok=True)
+        return StorePath(str(place))
+
+    rename = replace
+
+    def __reduce__(self) -> Any:
+        return StorePath, (str(self),)
+
+
+class _Written(io.BytesIO):
+    """A buffer that is stored when it is closed, unless an exception ends its `with`."""
+
+    def __init__(self, store: Callable[[bytes], int]):
+        super().__init__()
+        self._store: Callable[[bytes], int] | None = store
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            self._store = None
+        super().__exit__(kind, *rest)
+
+    def close(self) -> None:
+        store, self._store = self._store, None
+        data = b"" if self.closed else self.getvalue()
+        super().close()
+        if store is not None:
+            store(data)
+
+
+class _WrittenText(io.TextIOWrapper):
+    """Text in UTF-8 that is stored as `_Written` is."""
+
+    def __init__(self, store: Callable[[bytes], int]):
+        super().__init__(_Written(store), encoding="utf-8", newline="")
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is not None:
+            self.buffer.__exit__(kind, *rest)
+        super().__exit__(kind, *rest)
+
+
+def version_of(info: dict[str, Any]) -> tuple[int, str]:
+    """Returns size and a text that changes when an object is written anew, out of its `info`."""
+    names = ("ETag", "etag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created")
+    said = [str(info[name]) for name in names if info.get(name)]
+    return int(info.get("size") or 0), hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
+
+
+def client(scheme: str) -> Any:
+    """fsspec's client of a scheme, as `etils.epath` gets it too; a fork gets one of its own.
+
+    It keeps no listings, since other processes write too.
+    """
+    import fsspec
+
+    os.environ.setdefault("EPATH_USE_TF", "false")  # one library, whatever is installed
+    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", _S3_RETRIES)
+    for name in {scheme, {"gs": "gcs", "gcs": "gs"}.get(scheme, scheme)}:
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    try:
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        package, extra = _CLIENTS.get(scheme, ("", ""))
+        how = f"pip install 'cwcl_jax[{extra}]'" if package else str(error)
+        raise ValueError(f"{scheme}:// needs {package or 'a package'}: {how}") from error
+    except ValueError as error:
+        raise ValueError(f"{scheme}:// is no scheme that fsspec knows: {error}") from error
+
+
+def _retried(action: Callable[[], Any], name: str) -> Any:
+    """What `action` gives, tried again while the store gives errors that may pass."""
+    for wait in (*_WAITS, None):
+        try:
+            return action()
+        except _FINAL:
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if "redential" in told:
+                raise PermissionError(f"{name}: {told}") from error
+            if wait is None or "PreconditionFailed" in told or "pre-condition" in told.lower():
+                raise StoreError(f"{name} cannot be reached: {told}") from error
+            print(f"{name}: {told}; trying again", file=sys.stderr, flush=True)
+            time.sleep(wait)
+    raise AssertionError
+
+
+class Growing:
+    """A file that grows: appended where it is local, written whole now and then on a store.
+
+    Only one process may write it. What a kill loses on a store are the seconds since the last
+    `flush`; what is local is there when `append` returns.
+    """
+
+    # Seconds between two writes of an object, and their share of the time at most.
+    _EVERY, _SHARE = 10.0, 0.02
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._due = time.monotonic() + self._EVERY
+        self._lock = threading.Lock()
+        self._changed = False
+        self._file: Any = None
+        if is_url(path):
+            self._data = bytearray(path.read_bytes() if path.exists() else b"")
+        else:
+            # Without a buffer: what could not be written must not be tried again by `close`.
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, data: bytes) -> None:
+        """Appends.
+
+        Raises:
+          OSError: it could not be written as a whole; names the file.
+        """
+        if self._file is not None:
+            _append_whole(self._file, data, self._path)
+            return
+        with self._lock:
+            self._data += data
+            self._changed = True
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is new to the store."""
+        with self._lock:
+            if self._file is not None or not self._changed:
+                return
+            start = time.monotonic()
+            self._path.write_bytes(self._data)
+            self._changed = False
+            taken = time.monotonic() - start
+            self._due = start + max(self._EVERY, taken / self._SHARE)
+
+    def close(self) -> None:
+        """Writes what is new and closes the file."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def _append_whole(file: Any, data: bytes, path: Path) -> None:
+    try:
+        written = file.write(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if written != len(data):  # what a full disk took
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
