@@ -421,7 +421,8 @@ def test_the_fingerprint_holds_the_line_and_the_column():
 
     assert of([0, 1, 2, 3, 4, 5]) == of([0, 1, 2, 3, 4, 5])
     assert of([0, 1, 2, 3, 4, 5]) != of([0, 1, 2, 3, 4, 4])
-    assert of([0, 0, 1, 1, 2, 2]) != of([0, 0, 1, 1, 2, 2], "groups:group?k=2")
+    twice = [0, 0, 1, 1, 2, 2, 3, 3]
+    assert of(twice) != of(twice, "groups:group?k=2")
     assert "batches" not in _batches(Items(np.arange(6)), "", 4).fingerprint()
 
 

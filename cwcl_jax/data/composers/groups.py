@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64, Integer, Shaped
 
 from cwcl_jax.data.composers.base import ComposerError, Composition, digest
 from cwcl_jax.data.order import permute, permute_each
@@ -153,14 +153,14 @@ class Groups(Composition):
         }
         each = "never two of one" if k == 1 else f"{k} of each of {self._per_batch}"
         self.told = f"groups by {column!r}, {each}; {len(sizes)} groups of {_range(sizes)} examples"
-        self._packs = packs
         self._several = np.flatnonzero(packs > 1)
+        self._packs = packs[self._several].astype(np.int64)
         self._single = np.flatnonzero(packs == 1).astype(self._members.dtype)
         # Of two epochs: threads read ahead over the end of one.
         self._layout = functools.lru_cache(2)(self._make_layout)
         self._composed = functools.lru_cache(16)(self._compose)
 
-    def _check(self, packs: Int64[np.ndarray, " g"], column: str, batch_size: int) -> None:
+    def _check(self, packs: Integer[np.ndarray, " g"], column: str, batch_size: int) -> None:
         usable = int((packs > 0).sum())
         if usable < self._per_batch:
             raise ComposerError(
@@ -177,8 +177,7 @@ class Groups(Composition):
             total = count + len(self._single)
             slots[some] = permute(some, total, self._seed, _SLOTS, epoch)
         order = np.argsort(slots)
-        groups = self._several[order]
-        packs = self._packs[groups]
+        groups, packs = self._several[order], self._packs[order]
         # Before a group in slot s stand s others, of which those of several packs take more room.
         ends = slots[order] + 1 + np.cumsum(packs - 1)
         begins = ends - packs
@@ -231,7 +230,7 @@ class Groups(Composition):
         self, epoch: int, groups: Int64[np.ndarray, " n"], ranks: Int64[np.ndarray, " n"]
     ) -> Int64[np.ndarray, " n"]:
         """The examples of groups at ranks of the epoch's order in each group."""
-        starts = self._starts[groups]
+        starts = self._starts[groups].astype(np.int64)
         sizes = self._starts[groups + 1] - starts
         places = permute_each(ranks, sizes, groups, self._seed, _MEMBERS, epoch)
         return self._members[starts + places].astype(np.int64)
@@ -260,16 +259,18 @@ class Groups(Composition):
 
 def _by_group(
     numbers: Shaped[np.ndarray, " n"],
-) -> tuple[Shaped[np.ndarray, " n"], Int64[np.ndarray, " starts"]]:
+) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " starts"]]:
     """Example numbers group by group, and where each group begins."""
     narrow = np.int32 if len(numbers) < 1 << 31 else np.int64
     members = np.argsort(numbers, kind="stable").astype(narrow)
     inorder = numbers[members]
     begins = np.flatnonzero(inorder[1:] != inorder[:-1]) + 1
-    return members, np.concatenate([[0], begins, [len(numbers)]]).astype(np.int64)
+    starts = np.empty(len(begins) + 2, narrow)
+    starts[0], starts[1:-1], starts[-1] = 0, begins, len(numbers)
+    return members, starts
 
 
-def _most_steps(packs: Int64[np.ndarray, " g"], per_batch: int) -> int:
+def _most_steps(packs: Integer[np.ndarray, " g"], per_batch: int) -> int:
     """The most batches that groups fill, of which none gives a batch two packs."""
     sizes, counts = np.unique(packs, return_counts=True)
     low, high = 0, int(packs.sum()) // per_batch
@@ -282,6 +283,6 @@ def _most_steps(packs: Int64[np.ndarray, " g"], per_batch: int) -> int:
     return low
 
 
-def _range(sizes: Int64[np.ndarray, " g"]) -> str:
+def _range(sizes: Integer[np.ndarray, " g"]) -> str:
     low, high = int(sizes.min()), int(sizes.max())
     return str(low) if low == high else f"{low} to {high}"
