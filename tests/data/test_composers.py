@@ -393,7 +393,7 @@ def test_a_gap_in_the_column_is_refused_with_its_row(values):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("groups:colour", "no column 'colour'.*columns_from=colour:FILE"),
+        ("groups:colour", "no column 'colour'. There are label, text; columns_from=colour:FILE"),
         ("groups:", "names no column"),
         ("groups:group?q=2", "composer 'groups' has no option 'q'.*It has: k"),
         ("groups:group?k=3", "k=3 .* do not fill a batch of 8"),

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from cwcl_jax.config import ConfigError
-from cwcl_jax.data.composers import compose
+from cwcl_jax.data.composers import ComposerError, compose
 from cwcl_jax.data.pipeline import TrainBatches
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.exit_codes import DONE
@@ -51,6 +51,8 @@ def test_columns_of_tables_that_pandas_wrote_make_groups(table, tmp_path, kind):
         for step in range(made.steps):
             values = table[column].iloc[made.batch(1, step)]
             assert values.value_counts().tolist() == [2, 2, 2]
+    with pytest.raises(ComposerError, match="no column 'specker'"):
+        compose("groups:specker", source, 6, seed=0)
     # Paraphrases: two rows have equal captions.
     made = compose("groups:text", source, 10, seed=0)
     assert made.steps == 6

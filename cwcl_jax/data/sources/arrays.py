@@ -56,7 +56,7 @@ class Arrays(Source):
         features: Mapping[str, str] | None = None,
         given: Mapping[str, str] | None = None,
     ):
-        self._arrays = arrays
+        self._arrays, self.column_names = arrays, tuple(arrays)
         raw, features = dict(raw or {}), dict(features or {})
         roles = _roles(arrays, given or {}, {*raw.values(), *features.values()}, name)
         if not raw and not features:

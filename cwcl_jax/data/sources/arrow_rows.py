@@ -144,7 +144,7 @@ class ArrowRows(Source):
         top, *members = split_path(name)
         try:
             parts = [_members(part, members) for part in self._store.column(top)]
-        except (KeyError, pa.ArrowException, ValueError):
+        except (KeyError, pa.ArrowException):
             return super().column(name)
         if not all(_is_scalar(part.type) for part in parts):
             raise ValueError(f"the column {name!r} holds {parts[0].type}: no text and no number")

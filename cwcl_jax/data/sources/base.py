@@ -40,6 +40,7 @@ class Source:
       templates: the data set's own prompt templates, with {c} for the class, where it has any.
       durations: length of every example (float64; seconds of recordings), where known without
         reading.
+      column_names: what `column` gives beside "label" and "text", where that is known.
       embedded: names of the features that come with the examples.
       stores: feature caches (`data.embeddings.EmbeddingStore`) by name, which know their encoder.
       parts: the parts of a mixture, in order; () for any other source.
@@ -50,6 +51,7 @@ class Source:
     taken: Mapping[str, str] = MappingProxyType({})
     templates: Sequence[str] = ()
     durations: np.ndarray | None = None
+    column_names: Sequence[str] = ()
     embedded: Sequence[str] = ()
     stores: Mapping[str, Sequence[Any]] = MappingProxyType({})
     parts: Sequence["Source"] = ()
@@ -85,9 +87,12 @@ class Source:
           ValueError: there is no such column.
         """
         if name not in ("label", "text"):
+            known = [*self.column_names, "label", "text"]
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
-                f"the data has no column {name!r}: name one, label or text, or bring it from a "
-                f"file, columns_from={name}:FILE in the source line"
+                f"the data has no column {name!r}{hint} There are {', '.join(dict.fromkeys(known))}"
+                f"; columns_from={name}:FILE in the source line brings one from a file"
             )
         require_fields(self, (name,), "the data")
         return as_column(_value_of(self, index, name) for index in range(len(self)))

@@ -60,7 +60,7 @@ class TableSource(Source):
         self._durations = durations
         self.hint = hint
         # The rows of the file once more, for columns that no example holds.
-        self.file_columns: Sequence[str] = ()
+        self.column_names: Sequence[str] = ()
         self.read_rows: Callable[[], Iterable[Mapping[str, Any]]] = tuple
         # Why a field has no column, though some may be it.
         self.unclear: dict[str, str] = {}
@@ -105,7 +105,7 @@ class TableSource(Source):
         return example
 
     def column(self, name: str) -> np.ndarray:
-        if name not in self.file_columns:
+        if name not in self.column_names:
             return super().column(name)
         values = as_column(row.get(name) for row in self.read_rows())
         if len(values) != len(self):
@@ -301,7 +301,7 @@ def open_delimited(
         fields, unclear = named_fields(columns, path, seen, options)
         rows = chain(seen, rows)
         table = _table(rows, fields, unclear, labels, columns, path, root or file.parent)
-    table.file_columns = columns
+    table.column_names = columns
     table.read_rows = functools.partial(_delimited_rows, file, path, delimiter, style)
     return table
 
@@ -372,7 +372,7 @@ def open_jsonl(
     if "audio" in fields:
         rows = _whole_recordings(rows, path)
     table = _table(rows, fields, unclear, labels, columns, path, root or file.parent)
-    table.file_columns = columns
+    table.column_names = columns
     table.read_rows = functools.partial(rows_of_json_lines, file)
     return table
 
