@@ -78,6 +78,9 @@ class Part(SourceAround):
         whole = self.source.durations
         return None if whole is None else whole[self.number_of(np.arange(self._length))]
 
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(name)[self.number_of(np.arange(self._length))]
+
     def __len__(self) -> int:
         return self._length
 

@@ -1,5 +1,6 @@
 """Options of the data: which examples, how each tower's inputs are made, how it is read."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,12 @@ class DataConfig:
     # Examples that one epoch draws, without replacement, from all; 0 = all of them.
     examples_per_epoch: int = 0
     shuffle: bool = True
+    # Which examples share a batch: groups:COLUMN?k=1, near:FEATURES?share=0.5&size=8, or
+    # module:function of your own; "" = drawn at random. See `data.composers`.
+    batches: str = ""
+    # Shares of a mixture's parts: p ~ n^(1/temperature) of their lengths n, or of the weights that
+    # the line gives them. 1 = as they are, large = equal shares.
+    mixture_temperature: float = 1.0
     # What makes two pairs of a batch alike, for losses that go by labels: "class" (the source's
     # labels), "text" (equal captions, whatever their case), "sets" (several labels an example,
     # `labels=COLUMN` of the source line), "" = pairs carry no label.
@@ -62,6 +69,8 @@ class DataConfig:
     # Interval of this measure, and how many global batches it takes, always the same ones.
     validation_every_steps: int = 100
     validation_batches: int = 8
+    # Whether its batches are composed as `batches` says; else they are drawn at random.
+    validation_composed: bool = False
 
     def __post_init__(self):
         if self.labels not in ("", "class", "text", "sets"):
@@ -81,6 +90,15 @@ class DataConfig:
             raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1).")
         if self.validation and self.validation_share:
             raise ValueError("validation and validation_share exclude each other: unset one.")
+
+        if self.batches and not self.shuffle:
+            raise ValueError("batches needs shuffle=True: a composer draws an order of its own.")
+        if self.validation_composed and not (self.batches and self.validates):
+            raise ValueError("validation_composed needs batches, and a validation.")
+        if not 0 < self.mixture_temperature < math.inf:
+            raise ValueError(
+                f"mixture_temperature={self.mixture_temperature} must be a positive number."
+            )
 
     @property
     def validates(self) -> bool:

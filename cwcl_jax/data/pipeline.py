@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.buckets import BucketedOrder
+from cwcl_jax.data.composers import ComposedOrder, Composition, compose
 from cwcl_jax.data.cuts import counting_cuts
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig, features_name
@@ -69,13 +70,8 @@ class TrainBatches:
         self._global_size = global_batch_size
         self._local_size = global_batch_size // process_count
         self._first_row = process_index * self._local_size
-        self._order = order_of_source(
-            self.source,
-            length,
-            per_epoch=config.examples_per_epoch,
-            seed=seed,
-            shuffle=config.shuffle,
-        )
+        self._check_epoch(config, length)
+        self._order = _order(config, self.source, global_batch_size, seed)
         self.examples_per_epoch = self._order.per_epoch
         self.steps_per_epoch = self.examples_per_epoch // global_batch_size
         self._check(config, length)
@@ -92,7 +88,7 @@ class TrainBatches:
 
     def _make_buckets(self, config: DataConfig) -> BucketedOrder | None:
         tower = self._processor.with_lengths
-        if not tower:
+        if not tower or isinstance(self._order, ComposedOrder):
             return None
         modality = self._processor.inputs[tower]
         durations = self.source.durations
@@ -120,13 +116,32 @@ class TrainBatches:
                 f"has {', '.join(self.source.embedded) or 'none'}); bring them in the source line, "
                 f"features={config.guide}:COLUMN or features_from={config.guide}:FILE."
             )
+        if config.batches and self._processor.with_lengths:
+            tower = self._processor.with_lengths
+            raise ValueError(
+                f"data.batches={config.batches} and data.{tower}.buckets exclude each other: "
+                "buckets put examples of similar length into a batch."
+            )
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"An epoch of {self.examples_per_epoch} examples (data.examples_per_epoch="
                 f"{config.examples_per_epoch}, {length} in {config.train!r}) is smaller than "
                 f"global_batch_size={self._global_size}; lower the batch or bring more data."
             )
-        mixed = self.source.weights is not None
+
+    def _check_epoch(self, config: DataConfig, length: int) -> None:
+        tempered = config.mixture_temperature != 1
+        if tempered and not self.source.parts:
+            raise ValueError(
+                f"data.mixture_temperature={config.mixture_temperature} needs several parts in "
+                f"{config.train!r}, joined by ::."
+            )
+        mixed = self.source.weights is not None or tempered
+        if mixed and config.batches:
+            raise ValueError(
+                f"data.batches={config.batches} takes every example once an epoch: leave weight= "
+                "and data.mixture_temperature out."
+            )
         if config.examples_per_epoch > length and not mixed:
             raise ValueError(
                 f"data.examples_per_epoch={config.examples_per_epoch} exceeds the {length} "
@@ -213,25 +228,34 @@ class TrainBatches:
         """Tokens truncated from the examples read, on this host, since its creation."""
         return self._counter.tokens_cut
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Returns the iterator's position: the next step, and examples of its epoch before it.
 
-        It does not depend on the hosts.
+        It does not depend on the hosts. Composed batches add which sizes the epoch's batches had.
         """
         epoch, step = divmod(self._step, self.steps_per_epoch)
-        return {"step": self._step, "epoch": epoch, "examples": step * self._global_size}
+        state = {"step": self._step, "epoch": epoch, "examples": step * self._global_size}
+        if isinstance(self._order, ComposedOrder):
+            taken = self._order.taken(epoch, step)
+            examples = sum(size * batches for size, batches in taken)
+            return state | {"examples": examples, "taken": taken}
+        return state
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from a state of `get_state`, with any number of hosts and any batch size.
 
         If the batch size changed, the next batch begins with the first example that no batch had,
-        or up to a batch later, because batches begin at multiples of their size.
+        or up to a batch later, because batches begin at multiples of their size. Composed batches
+        are then composed anew out of the examples that no batch of the epoch had.
         """
         if "step" not in state:
             raise ValueError(f"No position of the data: expected {{'step': n}}, got {dict(state)}.")
         self.close()
         self._step = int(state["step"])
-        if "examples" in state:  # an earlier version saved the step alone
+        if "taken" in state and isinstance(self._order, ComposedOrder):
+            epoch, step = self._order.go_on(int(state["epoch"]), state["taken"])
+            self._step = epoch * self.steps_per_epoch + step
+        elif "examples" in state:  # an earlier version saved the step alone
             begun = -(-int(state["examples"]) // self._global_size)
             self._step = int(state["epoch"]) * self.steps_per_epoch + begun
 
@@ -246,7 +270,35 @@ class TrainBatches:
             "global_batch_size": self._global_size,
             "towers": list(self._processor.towers),
             **self._processor.fingerprint(),
-        }
+        } | self._composed()
+
+    def _composed(self) -> dict[str, Any]:
+        """What decides the batches beyond the plain order."""
+        made: dict[str, Any] = {}
+        if isinstance(self._order, ComposedOrder):
+            made["batches"] = [self._config.batches, self._order.fingerprint()]
+        if self._config.mixture_temperature != 1:
+            made["mixture_temperature"] = self._config.mixture_temperature
+        return made
+
+    @property
+    def told(self) -> str:
+        """How batches are composed, or a mixture's parts are drawn, in words; "" for the usual."""
+        if isinstance(self._order, ComposedOrder):
+            return self._order.told
+        if self._config.mixture_temperature == 1:
+            return ""
+        order = self._order
+        parts = ", ".join(
+            f"{100 * quota / order.per_epoch:.3g}% ({quota / length:.3g} times its {length})"
+            for quota, length in zip(order.quotas, order.lengths, strict=True)
+        )
+        return f"parts of an epoch of {order.per_epoch}: {parts}"
+
+    @property
+    def left_out(self) -> float | None:
+        """The share of examples that an epoch of composed batches leaves out; None for others."""
+        return self._order.left_out_share if isinstance(self._order, ComposedOrder) else None
 
     def close(self) -> None:
         """Ends the reader threads; the next batch starts them again."""
@@ -281,10 +333,42 @@ def train_batches(
     )
 
 
+def _order(
+    config: DataConfig, source: Source, global_batch_size: int, seed: int
+) -> GlobalOrder | ComposedOrder:
+    if config.batches:
+
+        def made(source: Source, size: int) -> Composition:
+            return compose(config.batches, source, size, seed)
+
+        return ComposedOrder(made, source, global_batch_size, config.examples_per_epoch)
+    return order_of_source(
+        source,
+        len(source),
+        per_epoch=config.examples_per_epoch,
+        seed=seed,
+        shuffle=config.shuffle,
+        temperature=config.mixture_temperature,
+    )
+
+
 def order_of_source(
-    source: Source, length: int, *, per_epoch: int, seed: int, shuffle: bool
+    source: Source,
+    length: int,
+    *,
+    per_epoch: int,
+    seed: int,
+    shuffle: bool,
+    temperature: float = 1.0,
 ) -> GlobalOrder:
-    """Returns the order of a source; a mixture (with `parts` and `weights`) keeps its shares."""
+    """Returns the order of a source; a mixture (with `parts` and `weights`) keeps its shares.
+
+    Args:
+      temperature: above 1 it brings the shares of a mixture closer to each other.
+    """
     lengths = tuple(len(part) for part in source.parts) or (length,)
-    weights = source.weights or lengths
-    return GlobalOrder(lengths, tuple(map(float, weights)), per_epoch or length, seed, shuffle)
+    weights = tuple(float(weight) for weight in source.weights or lengths)
+    if temperature != 1:
+        largest = max(weights)
+        weights = tuple((weight / largest) ** (1 / temperature) for weight in weights)
+    return GlobalOrder(lengths, weights, per_epoch or length, seed, shuffle)

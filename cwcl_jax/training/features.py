@@ -7,6 +7,7 @@ everything that determines the vectors, so another run with the same encoder and
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import jax
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.copies import cache_home
+from cwcl_jax.data.composers import ComposerError, features_read
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import given_as_features, reads_features
 from cwcl_jax.data.pipeline import train_batches
@@ -66,9 +68,13 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         return source
     _check_repeatable(config, locked, source, "config.data.keep_locked_features=True")
     check_inputs(blueprint.config)
-    # What batches ask of the settings: now, and not after hours of embedding.
+    # What batches ask of the settings: now, and not after hours of embedding. Only neighbours by
+    # features that are still to be made are looked for later.
+    data = config.data
+    if features_read(data.batches) in locked:
+        data = dataclasses.replace(data, batches="", validation_composed=False)
     train_batches(
-        config.data,
+        data,
         config.tower_names,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
@@ -83,6 +89,11 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         )  # fmt: skip
         folders.append(_keep(config, encoder, source, description, beat))
     return Embedded(source, folders)
+
+
+def composer_refused(config: ExperimentConfig, error: ComposerError) -> str:
+    """Returns why batches cannot be composed, with the setting that asks for it."""
+    return f"config.data.batches={config.data.batches!r}: {error}"
 
 
 def check_whole(config: ExperimentConfig, source: Source) -> None:

@@ -27,6 +27,12 @@ class Batches(Protocol):
     @property
     def tokens_cut(self) -> int: ...
 
+    @property
+    def left_out(self) -> float | None: ...
+
+    @property
+    def told(self) -> str: ...
+
     def __next__(self) -> dict[str, Any]: ...
 
     def get_state(self) -> dict[str, Any]: ...
@@ -108,6 +114,11 @@ class DeviceInput:
     def tokens_cut(self) -> int:
         """Number of tokens that this process's tokenizers truncated since its start."""
         return self._batches.tokens_cut
+
+    @property
+    def left_out(self) -> float | None:
+        """The share of examples that an epoch of composed batches leaves out; None for others."""
+        return self._batches.left_out
 
     def reset_wait(self) -> float:
         """Returns the seconds waited since the last call."""

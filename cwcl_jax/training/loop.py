@@ -306,6 +306,8 @@ class _Clock:
         self._start = time.perf_counter()
         counts = {"skipped": self._batches.skipped, "tokens_cut": self._batches.tokens_cut}
         skipped = {name: float(count) for name, count in counts.items() if count}
+        if self._batches.left_out is not None:
+            skipped["left_out"] = self._batches.left_out
         if previous is None or done == previous:
             return skipped
         self.seconds_per_step = seconds / (done - previous)

@@ -1,7 +1,7 @@
 """The user's code that a run names: recorded when it begins, compared when it is resumed.
 
 code.json holds name -> hash by the code's use: "towers" (encoders and modalities), "loss" (losses
-and weight functions), "data" (sources).
+and weight functions), "data" (sources and composers of batches).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from cwcl_jax.config import ExperimentConfig
+from cwcl_jax.data.composers import own_composer
 from cwcl_jax.data.sources import own_kinds
 from cwcl_jax.evaluation.tasks.base import Task
 from cwcl_jax.extension import code_hash, is_reference
@@ -29,7 +30,11 @@ def code_of(config: ExperimentConfig, parts: Collection[str] = ALL) -> dict[str,
     named = {
         "towers": lambda: [name for tower in towers for name in (tower.modality, tower.encoder)],
         "loss": lambda: [config.loss.name, config.loss.weight_function],
-        "data": lambda: own_kinds(config.data.train) + own_kinds(config.data.validation),
+        "data": lambda: [
+            *own_kinds(config.data.train),
+            *own_kinds(config.data.validation),
+            *own_composer(config.data.batches),
+        ],
     }
     return {part: _hashes(named[part]()) for part in parts}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
+from cwcl_jax.data.composers import ComposerError
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source
@@ -31,7 +32,7 @@ from cwcl_jax.training.distributed import (
 from cwcl_jax.training.embedding import check_features
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.evaluator import Evaluator
-from cwcl_jax.training.features import check_label_sets, training_source
+from cwcl_jax.training.features import check_label_sets, composer_refused, training_source
 from cwcl_jax.training.health import Health
 from cwcl_jax.training.input import Batches, DeviceInput
 from cwcl_jax.training.loop import Loop
@@ -188,6 +189,8 @@ def _begin(
         write_records(workdir, config, sources, _trained(blueprint), data)
         write_code(workdir, config)
     telling.before_training(blueprint, batches.source, evaluator, state)
+    if batches.told:
+        say(f"batches: {batches.told}")
     if validation is not None and held is not None:
         telling.of_validation(config, batches.source, held, validation)
     say(f"workdir {workdir}" + (f", resuming after step {start}" if start else "") + "\n")
@@ -264,6 +267,8 @@ def _open_batches(
         )
     except ConfigError:
         raise
+    except ComposerError as error:
+        raise ConfigError(composer_refused(config, error)) from error
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise ConfigError(

@@ -51,6 +51,7 @@ def tower_table(blueprint: Blueprint) -> str:
         format_table(_HEADER, rows)
         + f"\nloss {config.loss.name}{_guide(config)}, global batch {config.global_batch_size}"
         + (f" in {config.accumulation_steps} chunks" if config.accumulation_steps > 1 else "")
+        + (f" of {config.data.batches}" if config.data.batches else "")
         + f", {config.total_steps} steps, mesh ({mesh}) of {device} devices"
     )
 

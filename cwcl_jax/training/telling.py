@@ -66,6 +66,7 @@ def of_validation(
     say(
         f"validation: {validation.count} batches of {config.global_batch_size} of {len(held)} "
         f"examples, every {config.data.validation_every_steps} steps"
+        + (f", composed by {config.data.batches}" if config.data.validation_composed else "")
     )
     if told := overlap(config, train, held):
         say(f"warning: validation: {told}")

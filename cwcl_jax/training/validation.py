@@ -78,7 +78,15 @@ def validation_batches(config: ExperimentConfig, held: Source) -> TrainBatches:
             "size, so name more"
         )
     line = config.data.validation or config.data.train
-    data = dataclasses.replace(config.data, train=line, examples_per_epoch=0, shuffle=True)
+    composed = config.data.validation_composed
+    data = dataclasses.replace(
+        config.data,
+        train=line,
+        examples_per_epoch=0,
+        shuffle=True,
+        batches=config.data.batches if composed else "",
+        mixture_temperature=config.data.mixture_temperature if config.data.validation_share else 1,
+    )
     try:
         return train_batches(
             data,

@@ -18,7 +18,12 @@ from cwcl_jax.data.sources.base import (
 )
 from cwcl_jax.data.sources.coco import open_coco
 from cwcl_jax.data.sources.commands import open_commands
-from cwcl_jax.data.sources.embedded import Embedded, features_beside, open_embeddings
+from cwcl_jax.data.sources.embedded import (
+    Embedded,
+    columns_beside,
+    features_beside,
+    open_embeddings,
+)
 from cwcl_jax.data.sources.folders import open_folder
 from cwcl_jax.data.sources.made import open_made
 from cwcl_jax.data.sources.mixture import Mixture
@@ -87,9 +92,10 @@ _ON_STORES = (
 def open_source(line: str, *, cache_dir: str = "") -> Source:
     """Returns the source of a source line; parts joined by `::` become a `Mixture`.
 
-    Every kind also takes `weight=` (its share in a mixture) and `features_from=` (features of this
+    Every kind also takes `weight=` (its share in a mixture), `features_from=` (features of this
     source, separated by commas: folders of `cwcl_jax.embed`, or NAME:FILE with one row per
-    example). `cache_dir` receives the indexes of tars.
+    example) and `columns_from=` (NAME:FILE, separated by commas, with one value per example).
+    `cache_dir` receives the indexes of tars.
     """
     lines = parse_source_line(line)
     weights = [_weight(part) for part in lines]
@@ -172,7 +178,9 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
     places = line.options.get("features_from")
-    return features_beside(places, source) if places else source
+    source = features_beside(places, source) if places else source
+    columns = line.options.get("columns_from")
+    return columns_beside(columns, source) if columns else source
 
 
 def _called(opener: Callable[..., Any], line: SourceLine, cache_dir: str) -> Source:

@@ -17,6 +17,7 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
 from cwcl_jax.data.sources.base import ALL_FIELDS, NO_CLASSES, Example, Source, fingerprint_of
+from cwcl_jax.data.sources.beside import values_of
 from cwcl_jax.data.sources.named import (
     feature_vector,
     label_of,
@@ -57,6 +58,7 @@ class Arrays(Source):
         features: Mapping[str, str] | None = None,
         given: Mapping[str, str] | None = None,
     ):
+        self._arrays, self.column_names = arrays, tuple(arrays)
         raw, features = dict(raw or {}), dict(features or {})
         roles = _roles(arrays, given or {}, {*raw.values(), *features.values()}, name)
         if not raw and not features:
@@ -136,6 +138,16 @@ class Arrays(Source):
             texts = [clean(_as_text(v)) for v in value] if many else clean(_as_text(value))
             example["text"] = texts
         return example
+
+    def column(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            return super().column(name)
+        values = values_of(self._arrays[name])
+        if values.shape != (len(self),):
+            raise ValueError(
+                f"the array {name!r} has shape {values.shape}; a column has a value an example"
+            )
+        return values
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
         found = {
@@ -240,7 +252,8 @@ def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> No
         if role is None and (kind not in "biufV" or array.dtype.type is np.void):
             raise ValueError(
                 f"{where} holds no numbers, so it is neither raw input nor features; leave it out "
-                "of the file, or call it text or ids if it is one of these."
+                "of the file, call it text or ids if it is one of these, or name the others with "
+                "raw= and features=."
             )
     lengths = {key: array.shape[0] for key, array in arrays.items()}
     if len(set(lengths.values())) != 1:

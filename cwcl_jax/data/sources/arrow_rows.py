@@ -13,7 +13,7 @@ import pyarrow.types as pat
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.arrow_columns import Columns, plain_type, split_path
-from cwcl_jax.data.sources.base import ALL_FIELDS, Example, Source, fingerprint_of
+from cwcl_jax.data.sources.base import ALL_FIELDS, Example, Source, as_column, fingerprint_of
 from cwcl_jax.data.sources.files import read_bytes
 from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value, usable_rows
 from cwcl_jax.data.sources.texts import captions_of
@@ -140,6 +140,17 @@ class ArrowRows(Source):
                 break
         return found
 
+    def column(self, name: str) -> np.ndarray:
+        top, *members = split_path(name)
+        try:
+            parts = [_members(part, members) for part in self._store.column(top)]
+        except (KeyError, pa.ArrowException):
+            return super().column(name)
+        if not all(_is_scalar(part.type) for part in parts):
+            raise ValueError(f"the column {name!r} holds {parts[0].type}: no text and no number")
+        places = self._store.places(np.arange(len(self)))
+        return np.concatenate([_column_values(part) for part in parts])[places]
+
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
         with self._lock:
             if self._matrices is None:
@@ -188,8 +199,7 @@ class ArrowRows(Source):
         top, *members = split_path(path)
         known: set[str] = set()
         for part in self._store.column(top):
-            for member in members:
-                part = _COMPUTE.struct_field(part, member)
+            part = _members(part, members)
             kind = plain_type(part.type)
             if pat.is_integer(kind) or pat.is_boolean(kind):
                 return None
@@ -200,6 +210,24 @@ class ArrowRows(Source):
     @functools.cached_property
     def _places(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self._classes or ())}
+
+
+def _members(part: Any, members: Sequence[str]) -> pa.Array:
+    for member in members:
+        part = _COMPUTE.struct_field(part, member)
+    return part
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pat.is_dictionary(kind) else kind
+    return not (pat.is_nested(kind) or isinstance(kind, pa.BaseExtensionType))
+
+
+def _column_values(part: Any) -> np.ndarray:
+    """Integers without gaps as they are, all else as objects."""
+    if pat.is_integer(part.type) and not part.null_count:
+        return part.to_numpy(zero_copy_only=False)
+    return as_column(part.to_pylist())
 
 
 def _value(cells: Mapping[str, pa.Scalar], path: str) -> Any:
@@ -268,9 +296,7 @@ def _matrices(store: RowStore, features: Mapping[str, str]) -> dict[str, np.ndar
         top, *members = split_path(path)
         try:
             for part in store.column(top):
-                for member in members:
-                    part = _COMPUTE.struct_field(part, member)
-                parts.append(np.asarray(_stacked(part), np.float32))
+                parts.append(np.asarray(_stacked(_members(part, members)), np.float32))
                 if parts[-1].nbytes > room * len(part):
                     return {}
         except (BadExample, ValueError, TypeError, pa.ArrowException):

@@ -10,7 +10,7 @@ int16 samples and rate), "label" (an integer), "labels" (several, see `data.labe
 import difflib
 import hashlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -18,10 +18,12 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from cwcl_jax.data.skipping import BadExample
+
 Example = dict[str, Any]
 ALL_FIELDS = ("image", "text", "audio", "label", "labels", "features")
 # Options of a source line that every kind takes.
-SHARED_OPTIONS = ("features_from", "weight")
+SHARED_OPTIONS = ("features_from", "columns_from", "weight")
 NO_CLASSES = (
     "has no classes; choose a source with classes, or data.labels='text' for equal captions"
 )
@@ -37,6 +39,7 @@ class Source:
       taken: the column or member that each field comes from, if there was a choice.
       templates: the data set's own prompt templates, with {c} for the class, if it has any.
       durations: length of every example (float64; seconds of recordings), if known without reading.
+      column_names: what `column` gives beside "label" and "text", where that is known.
       embedded: names of the features that come with the examples.
       stores: feature caches (`data.embeddings.EmbeddingStore`) by name, which know their encoder.
       parts: the parts of a mixture, in order; () for any other source.
@@ -47,6 +50,7 @@ class Source:
     taken: Mapping[str, str] = MappingProxyType({})
     templates: Sequence[str] = ()
     durations: np.ndarray | None = None
+    column_names: Sequence[str] = ()
     embedded: Sequence[str] = ()
     stores: Mapping[str, Sequence[Any]] = MappingProxyType({})
     parts: Sequence["Source"] = ()
@@ -71,6 +75,26 @@ class Source:
         if not 0 <= index < len(self):
             raise IndexError(f"{type(self).__name__} has {len(self)} examples; asked for {index}")
         return self.read(index, ALL_FIELDS)
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns a value of every example: numbers, or objects (texts, None where there is none).
+
+        Here "label", and "text", the first caption as `data.labels="text"` compares it: all
+        examples are read for it, one by one.
+
+        Raises:
+          ValueError: there is no such column.
+        """
+        if name not in ("label", "text"):
+            known = [*self.column_names, "label", "text"]
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(
+                f"the data has no column {name!r}{hint} There are {', '.join(dict.fromkeys(known))}"
+                f"; columns_from={name}:FILE in the source line brings one from a file"
+            )
+        require_fields(self, (name,), "the data")
+        return as_column(_value_of(self, index, name) for index in range(len(self)))
 
     @property
     def lacks(self) -> Mapping[str, str]:
@@ -120,6 +144,9 @@ class SourceAround(Source):
     def embedded(self) -> Sequence[str]:
         return self.source.embedded
 
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(name)
+
     @property
     def stores(self) -> Mapping[str, Sequence[Any]]:
         return self.source.stores
@@ -168,12 +195,22 @@ def parse_source_line(line: str) -> list[SourceLine]:
 
 
 def call_with_options(
-    opener: Callable[..., Any], first: Any, line: SourceLine, shared: Mapping[str, Any]
+    opener: Callable[..., Any],
+    first: Any,
+    line: SourceLine,
+    shared: Mapping[str, Any],
+    *,
+    what: str = "source of kind",
+    further: Sequence[str] = SHARED_OPTIONS,
 ) -> Any:
     """Returns `opener(first, option=value...)`, with options converted to its annotated types.
 
     A parameter that is annotated with a dataclass stands for options named after its fields.
-    `shared` holds values that the opener may request by name, such as a cache folder.
+
+    Args:
+      shared: values that the opener may request by name, such as a cache folder.
+      what: is opened, in words.
+      further: options that someone else reads.
     """
     parameters = list(inspect.signature(opener).parameters.values())[1:]
     groups: dict[str, Any] = {
@@ -188,8 +225,8 @@ def call_with_options(
             close = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(
-                f"A source of kind {line.kind!r} has no option {name!r}.{hint} It has: "
-                f"{', '.join(sorted([*known, *SHARED_OPTIONS]))}."
+                f"A {what} {line.kind!r} has no option {name!r}.{hint} It has: "
+                f"{', '.join(sorted([*known, *further])) or 'none'}."
             )
         arguments[name] = _convert(line.kind, name, value, _type_of(known[name]))
     for name, group in groups.items():
@@ -223,6 +260,23 @@ def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
         raise ValueError(
             f"Option {name}={value!r} of {kind!r} must be of type {annotation.__name__}."
         ) from error
+
+
+def as_column(values: Iterable[Any]) -> np.ndarray:
+    """Returns (n,) objects, also where the values are sequences."""
+    listed = list(values)
+    column = np.empty(len(listed), object)
+    column[:] = listed
+    return column
+
+
+def _value_of(source: Source, index: int, field: str) -> Any:
+    try:
+        value = source.read(index, (field,)).get(field)
+    except BadExample:
+        return None
+    value = value[0] if isinstance(value, list) and value else value
+    return value.casefold() if isinstance(value, str) else value
 
 
 def require_fields(source: Source, fields: Collection[str], name: str) -> None:

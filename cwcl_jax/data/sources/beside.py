@@ -1,7 +1,10 @@
-"""Features from a file of arrays next to the examples: `features_from=NAME:FILE`."""
+"""Features and columns from a file of arrays next to the examples.
+
+`features_from=NAME:FILE` gives features, `columns_from=NAME:FILE` a column: one value per example.
+"""
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,3 +96,50 @@ class Beside(SourceAround):
     @functools.cached_property
     def _summary(self) -> list[tuple[object, ...]]:
         return summaries({self._name: self._rows})
+
+
+class ColumnBeside(SourceAround):
+    """A source whose column NAME comes from a file: entry i belongs to example i.
+
+    Args:
+      source: the examples.
+      name: of the column.
+      file: as `arrays:` opens it; with one array, or with one called NAME.
+    """
+
+    def __init__(self, source: Source, name: str, file: str):
+        super().__init__(source)
+        self._name, self._file = name, file
+        arrays = load_arrays(Path(file))
+        if name not in arrays and len(arrays) != 1:
+            raise ValueError(
+                f"columns_from={name}:{file} has the arrays {', '.join(arrays)}, none of which is "
+                f"called {name!r}; call it so, or keep it in a file of its own."
+            )
+        self._values = arrays[name if name in arrays else next(iter(arrays))]
+        if tuple(self._values.shape) != (len(source),):
+            raise ValueError(
+                f"columns_from={name}:{file} holds an array of shape {tuple(self._values.shape)}, "
+                f"the source {len(source)} examples: entry i must belong to example i."
+            )
+
+    def __reduce__(self):
+        return ColumnBeside, (self.source, self._name, self._file)
+
+    def column(self, name: str) -> np.ndarray:
+        return values_of(self._values) if name == self._name else self.source.column(name)
+
+    def vectors(self, indices: np.ndarray) -> Mapping[str, np.ndarray] | None:
+        return self.source.vectors(indices)
+
+    def fingerprint(self) -> str:
+        # Whoever uses the column tells what it holds.
+        return self.source.fingerprint()
+
+
+def values_of(array: Any) -> np.ndarray:
+    """Returns an opened array as a column: numbers as they are, texts as objects."""
+    values = np.asarray(array)
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8", "replace")
+    return values.astype(object) if values.dtype.kind == "U" else values

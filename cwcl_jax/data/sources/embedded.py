@@ -13,7 +13,7 @@ from cwcl_jax.data.sources.base import (
     SourceAround,
     fingerprint_of,
 )
-from cwcl_jax.data.sources.beside import Beside
+from cwcl_jax.data.sources.beside import Beside, ColumnBeside
 from cwcl_jax.data.sources.named import feature_vector
 from cwcl_jax.paths import to_path
 
@@ -43,6 +43,16 @@ def features_beside(text: str, source: Source) -> Source:
         source = Embedded(source, folders)
     for name, path in files:
         source = Beside(source, name, path)
+    return source
+
+
+def columns_beside(text: str, source: Source) -> Source:
+    """The source with the columns of `columns_from=`, NAME:FILE, several by commas."""
+    for entry in text.split(","):
+        name, path = named_place(entry)
+        if not name:
+            raise ValueError(f"columns_from={entry}: write NAME:FILE, such as speaker:speakers.npy")
+        source = ColumnBeside(source, name, os.path.expanduser(path))
     return source
 
 

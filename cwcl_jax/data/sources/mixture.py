@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
+from cwcl_jax.data.sources.base import Example, Source, fingerprint_of, require_fields
 
 
 class Mixture(Source):
@@ -51,6 +51,16 @@ class Mixture(Source):
         return {
             name: [store for part in self.parts for store in part.stores[name]] for name in known
         }
+
+    def column(self, name: str) -> np.ndarray:
+        """As `Source.column`; "part" is the number of the part that an example comes from."""
+        if name == "part":
+            return np.repeat(np.arange(len(self.parts)), np.diff(self.starts))
+        if name == "label":
+            require_fields(self, (name,), "the mixture")
+        found = [part.column(name) for part in self.parts]
+        numbers = all(column.dtype.kind in "iufb" for column in found)
+        return np.concatenate(found if numbers else [column.astype(object) for column in found])
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -19,6 +19,9 @@ class Subset(SourceAround):
         whole = self.source.durations
         return None if whole is None else whole[np.asarray(self.indices, np.int64)]
 
+    def column(self, name: str) -> np.ndarray:
+        return self.source.column(name)[np.asarray(self.indices, np.int64)]
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from cwcl_jax.copies import local_copy
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, fingerprint_of
+from cwcl_jax.data.sources.base import NO_CLASSES, Example, Source, as_column, fingerprint_of
 from cwcl_jax.data.sources.columns import StringColumn
 from cwcl_jax.data.sources.files import below, read_bytes, require_text_file
 from cwcl_jax.data.sources.table_columns import (
@@ -61,6 +61,9 @@ class TableSource(Source):
         self.columns = dict(columns)
         self._durations = durations
         self.hint = hint
+        # The rows of the file once more, for columns that no example holds.
+        self.column_names: Sequence[str] = ()
+        self.read_rows: Callable[[], Iterable[Mapping[str, Any]]] = tuple
         # Why a field has no column, though some may be it.
         self.unclear: dict[str, str] = {}
         self.root = to_path(root)
@@ -102,6 +105,16 @@ class TableSource(Source):
                 captions = value.split(_NEXT_CAPTION)
                 example[name] = captions if len(captions) > 1 else value
         return example
+
+    def column(self, name: str) -> np.ndarray:
+        if name not in self.column_names:
+            return super().column(name)
+        values = as_column(row.get(name) for row in self.read_rows())
+        if len(values) != len(self):
+            raise ValueError(
+                f"the file has {len(values)} rows now, and had {len(self)} when it was opened"
+            )
+        return values
 
     def locate(self, name: str) -> Path:
         """Returns the file that a path column refers to."""
@@ -294,7 +307,16 @@ def open_delimited(
         seen = [] if first is None else [first, *islice(rows, _TYPES_LOOKED_AT)]
         fields, unclear = named_fields(columns, path, seen, options)
         rows = chain(seen, rows)
-        return _table(rows, fields, unclear, labels, columns, path, root or file.parent)
+        table = _table(rows, fields, unclear, labels, columns, path, root or file.parent)
+    table.column_names = columns
+    table.read_rows = functools.partial(_delimited_rows, file, path, delimiter, style)
+    return table
+
+
+def _delimited_rows(file: Path, path: str, delimiter: str, style: int) -> Iterator[dict[str, str]]:
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
+        reader: Any = csv.DictReader(lines, delimiter=delimiter, quoting=style, strict=True)
+        yield from _checked_rows(reader, path)
 
 
 def _table(rows, fields, unclear, labels: str, columns, path: str, root: str | Path) -> TableSource:
@@ -356,7 +378,10 @@ def open_jsonl(
     rows = chain(first, rows)
     if "audio" in fields:
         rows = _whole_recordings(rows, path)
-    return _table(rows, fields, unclear, labels, columns, path, root or file.parent)
+    table = _table(rows, fields, unclear, labels, columns, path, root or file.parent)
+    table.column_names = columns
+    table.read_rows = functools.partial(rows_of_json_lines, file)
+    return table
 
 
 def _may_be_quoted(file: Path) -> bool:

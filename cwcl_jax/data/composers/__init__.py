@@ -1,0 +1,84 @@
+"""Which examples share a batch: composers by name, or of the user's.
+
+`groups:COLUMN?k=1`, `near:FEATURES?share=0.5&size=8`, or `module:function?option=value`, in the
+form of a source line. `base` says what a composer gives.
+"""
+
+import difflib
+from collections.abc import Callable
+
+from cwcl_jax.data.composers.base import ComposedOrder, ComposerError, Composition
+from cwcl_jax.data.composers.groups import compose_groups
+from cwcl_jax.data.composers.near import compose_near
+from cwcl_jax.data.composers.own import Own
+from cwcl_jax.data.sources.base import (
+    Source,
+    SourceLine,
+    call_with_options,
+    parse_source_line,
+)
+from cwcl_jax.extension import import_named
+
+__all__ = [
+    "COMPOSERS", "ComposedOrder", "ComposerError", "Composition", "compose", "features_read",
+    "own_composer",
+]  # fmt: skip
+
+COMPOSERS: dict[str, Callable[..., Composition]] = {"groups": compose_groups, "near": compose_near}
+
+
+def compose(line: str, source: Source, batch_size: int, seed: int) -> Composition:
+    """Composes the batches of a source as a line says.
+
+    Raises:
+      ComposerError: there is no such composer or option, or the batches cannot be made of this
+        source.
+    """
+    try:
+        parsed = _parsed(line)
+        if parsed.kind not in COMPOSERS:
+            function = import_named(parsed.kind, "composer")
+            return Own(function, parsed, source=source, batch_size=batch_size, seed=seed)
+        shared = {"source": source, "batch_size": batch_size, "seed": seed}
+        made = COMPOSERS[parsed.kind]
+        return call_with_options(made, parsed.path, parsed, shared, what="composer", further=())
+    except ComposerError:
+        raise
+    except ValueError as error:
+        raise ComposerError(str(error)) from error
+
+
+def own_composer(line: str) -> list[str]:
+    """Returns the "module:function" that a line names, if it is of the user's; imports nothing."""
+    try:
+        kind = _parsed(line).kind if line else ""
+    except ValueError:
+        return []
+    return [kind] if kind and kind not in COMPOSERS else []
+
+
+def features_read(line: str) -> str:
+    """Returns the name of the features that a line's composer reads; "" where it reads none."""
+    try:
+        parsed = _parsed(line)
+    except ValueError:
+        return ""
+    return parsed.path if parsed.kind == "near" else ""
+
+
+def _parsed(line: str) -> SourceLine:
+    """The parts of a line; one of the user's has its "module:function" as its kind."""
+    parts = parse_source_line(line)
+    if len(parts) != 1:
+        raise ComposerError(f"{line!r} names {len(parts)} composers; batches are composed by one")
+    (part,) = parts
+    if part.kind in COMPOSERS:
+        return part
+    if not part.path.isidentifier():
+        close = difflib.get_close_matches(part.kind, COMPOSERS, 1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ComposerError(
+            f"{line!r} names no composer{hint}; there are {', '.join(COMPOSERS)}, and "
+            "module:function of your own"
+        )
+    return SourceLine(f"{part.kind}:{part.path}", "", part.options)

@@ -1,0 +1,288 @@
+"""Batches of m groups with k examples of each; with k = 1 never two of a group.
+
+A pack is k examples of one group, and every batch holds m packs of different groups. Packs stand
+one behind another, those of a group together and the groups in a new random order every epoch, and
+are dealt to the T batches like cards: pack q to batch q mod T in round q // T. So two packs of a
+group, of which there are at most T, never meet. Only a group that is cut by the end of a round
+needs its place; all others are shuffled within their round, so that who meets whom is left to
+chance. Memory and time go with the groups of more than one pack: what stands at a position among
+the others is computed there (`order.permute`).
+"""
+
+import functools
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, Integer, Shaped
+
+from cwcl_jax.data.composers.base import ComposerError, Composition, digest
+from cwcl_jax.data.order import permute, permute_each
+from cwcl_jax.data.sources.base import Source
+
+# Sets the draws apart from those of the plain order.
+_SLOTS, _BATCHES, _ROUND, _SINGLES, _MEMBERS = 81, 82, 83, 84, 85
+_OF_THE_GROUP = 8
+_BLOCK = 1 << 20
+
+
+def compose_groups(
+    column: str, *, k: int = 1, source: Source, batch_size: int, seed: int
+) -> "Groups":
+    """Composes `groups:COLUMN?k=2`: k examples of each of batch_size / k groups.
+
+    Raises:
+      ComposerError: the column is not there or has gaps, or there are too few groups.
+    """
+    if not column:
+        raise ComposerError("groups: names no column; write groups:COLUMN, as groups:speaker?k=2")
+    try:
+        numbers = group_numbers(source.column(column), column, source)
+    except ComposerError:
+        raise
+    except ValueError as error:
+        raise ComposerError(str(error)) from error
+    return Groups(numbers, k=k, batch_size=batch_size, seed=seed, column=column)
+
+
+def group_numbers(
+    values: Shaped[np.ndarray, " n"], column: str, source: Source
+) -> Shaped[np.ndarray, " n"]:
+    """Returns the values of a column as integers, equal where these are.
+
+    Raises:
+      ComposerError: an example has no value, or one that cannot be compared.
+    """
+    if values.dtype.kind in "iu":
+        # What cat.codes and factorize of pandas and clusterings write for "none".
+        missing = values < 0 if values.dtype.kind == "i" else np.zeros(len(values), bool)
+        numbers = values
+    elif values.dtype.kind in "fb":
+        missing = np.isnan(values.astype(np.float64))
+        numbers = np.unique(values, return_inverse=True)[1]
+    else:
+        known: dict[Hashable, int] = {}
+        try:
+            found = (known.setdefault(_value(v), len(known)) for v in values.tolist())
+            numbers = np.fromiter(found, np.int64, len(values))
+        except TypeError as error:
+            raise ComposerError(
+                f"the column {column!r} holds lists or dicts; a group is one text or number an "
+                "example"
+            ) from error
+        missing = numbers == known.get(None, -1)
+    if missing.any():
+        first = int(np.argmax(missing))
+        name = source.read(first, ())["id"]
+        raise ComposerError(
+            f"{int(missing.sum())} of {len(values)} examples have no value in the column "
+            f"{column!r}, the first is example {first} ({name}), row {first + 1} of the data: fill "
+            "them in, or leave these rows out" + _remark(values)
+        )
+    return numbers
+
+
+def _remark(values: np.ndarray) -> str:
+    return " (a negative number counts as none)" if values.dtype.kind == "i" else ""
+
+
+def _value(value: Any) -> Hashable:
+    """A value as it is compared; None for none."""
+    if isinstance(value, str):
+        return value.strip() or None
+    return None if value is None or value != value else value
+
+
+class _Layout(NamedTuple):
+    """Where the groups of several packs stand in an epoch, and what of each round is free.
+
+    Attributes:
+      groups: in the epoch's order.
+      begins, ends: the places of their packs.
+      before: packs of such groups before each, none of them counted; one more entry than groups.
+      first, last: by round, the batches between which packs can be shuffled.
+    """
+
+    groups: Int64[np.ndarray, " g"]
+    begins: Int64[np.ndarray, " g"]
+    ends: Int64[np.ndarray, " g"]
+    before: Int64[np.ndarray, " starts"]
+    first: Int64[np.ndarray, " m"]
+    last: Int64[np.ndarray, " m"]
+
+
+class Groups(Composition):
+    """The batches of groups; see the module's text.
+
+    Replacements of an unusable example are others of its group, then examples of groups that the
+    batch does not have: only where a batch has two unusable examples, both of whose groups are
+    used up, can these be of one group.
+
+    Args:
+      numbers: group of every example, any integers.
+      k: examples of a group in a batch that has any of it.
+      column: where the groups come from, in words.
+    """
+
+    def __init__(
+        self,
+        numbers: Shaped[np.ndarray, " n"],
+        *,
+        k: int,
+        batch_size: int,
+        seed: int,
+        column: str = "groups",
+    ):
+        if k < 1 or batch_size % k:
+            raise ComposerError(
+                f"k={k} examples of each group do not fill a batch of {batch_size}: choose a k "
+                "that divides it"
+            )
+        self._k, self._per_batch, self._seed = k, batch_size // k, seed
+        self._members, self._starts = _by_group(numbers)
+        sizes = np.diff(self._starts)
+        packs = sizes // k
+        self.steps = _most_steps(packs, self._per_batch)
+        self._check(packs, column, batch_size)
+        packs = np.minimum(packs, self.steps)
+        small = int(sizes[packs == 0].sum())
+        self.left_out = {
+            f"in groups of fewer than {k}, in every epoch": small,
+            f"beyond a multiple of {k} in their group": int((sizes % k).sum()) - small,
+            "in groups of more than there are batches": int((sizes // k - packs).sum()) * k,
+        }
+        each = "never two of one" if k == 1 else f"{k} of each of {self._per_batch}"
+        self.told = f"groups by {column!r}, {each}; {len(sizes)} groups of {_range(sizes)} examples"
+        self._several = np.flatnonzero(packs > 1)
+        self._packs = packs[self._several].astype(np.int64)
+        self._single = np.flatnonzero(packs == 1).astype(self._members.dtype)
+        # Of two epochs: threads read ahead over the end of one.
+        self._layout = functools.lru_cache(2)(self._make_layout)
+        self._composed = functools.lru_cache(16)(self._compose)
+
+    def _check(self, packs: Integer[np.ndarray, " g"], column: str, batch_size: int) -> None:
+        usable = int((packs > 0).sum())
+        if usable < self._per_batch:
+            raise ComposerError(
+                f"a batch of {batch_size} with {self._k} examples of each group takes "
+                f"{self._per_batch} groups, but {column!r} has {usable} of at least {self._k}: "
+                "lower config.global_batch_size or raise k"
+            )
+
+    def _make_layout(self, epoch: int) -> _Layout:
+        count, rounds, steps = len(self._several), self._per_batch, self.steps
+        slots = np.empty(count, np.int64)
+        for start in range(0, count, _BLOCK):  # in the processor's cache
+            some = np.arange(start, min(count, start + _BLOCK))
+            total = count + len(self._single)
+            slots[some] = permute(some, total, self._seed, _SLOTS, epoch)
+        order = np.argsort(slots)
+        groups, packs = self._several[order], self._packs[order]
+        # Before a group in slot s stand s others, of which those of several packs take more room.
+        ends = slots[order] + 1 + np.cumsum(packs - 1)
+        begins = ends - packs
+        before = np.concatenate([[0], np.cumsum(packs)])
+        cuts = np.arange(1, rounds) * steps
+        cut = np.searchsorted(begins, cuts) - 1
+        inside = cut >= 0
+        behind, ahead = np.zeros_like(cuts), np.zeros_like(cuts)
+        behind[inside] = np.maximum(ends[cut[inside]] - cuts[inside], 0)
+        ahead[inside] = np.where(behind[inside] > 0, cuts[inside] - begins[cut[inside]], 0)
+        first = np.concatenate([[0], behind])
+        last = steps - np.concatenate([ahead, [0]])
+        return _Layout(groups, begins, ends, before, first, last)
+
+    def _compose(
+        self, epoch: int, step: int
+    ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"], Int64[np.ndarray, "m k"]]:
+        """Groups of a batch, the pack of each, and their examples."""
+        layout, seed = self._layout(epoch), self._seed
+        rounds = np.arange(self._per_batch)
+        dealt = int(permute(np.array([step]), self.steps, seed, _BATCHES, epoch)[0])
+        first, last = layout.first, layout.last
+        free = np.flatnonzero((dealt >= first) & (dealt < last))
+        places = np.full(self._per_batch, dealt)
+        places[free] = first[free] + permute_each(
+            dealt - first[free], (last - first)[free], rounds[free], seed, _ROUND, epoch
+        )
+        places += rounds * self.steps
+        groups, packs = np.empty_like(places), np.zeros_like(places)
+        near = np.searchsorted(layout.begins, places, side="right") - 1
+        among = np.zeros(len(places), bool)
+        if len(layout.ends):
+            among = (near >= 0) & (places < layout.ends[near])
+        groups[among] = layout.groups[near[among]]
+        packs[among] = places[among] - layout.begins[near[among]]
+        ranks = (places - layout.before[near + 1])[~among]
+        if ranks.size:
+            total = len(self._single)
+            groups[~among] = self._single[permute(ranks, total, seed, _SINGLES, epoch)]
+        return groups, packs, self._examples(epoch, groups, packs)
+
+    def _examples(
+        self, epoch: int, groups: Int64[np.ndarray, " m"], packs: Int64[np.ndarray, " m"]
+    ) -> Int64[np.ndarray, "m k"]:
+        ranks = packs[:, None] * self._k + np.arange(self._k)
+        each = np.repeat(groups, self._k)
+        return self._member(epoch, each, ranks.ravel()).reshape(ranks.shape)
+
+    def _member(
+        self, epoch: int, groups: Int64[np.ndarray, " n"], ranks: Int64[np.ndarray, " n"]
+    ) -> Int64[np.ndarray, " n"]:
+        """The examples of groups at ranks of the epoch's order in each group."""
+        starts = self._starts[groups].astype(np.int64)
+        sizes = self._starts[groups + 1] - starts
+        places = permute_each(ranks, sizes, groups, self._seed, _MEMBERS, epoch)
+        return self._members[starts + places].astype(np.int64)
+
+    def batch(self, epoch: int, step: int) -> Int64[np.ndarray, " b"]:
+        return self._composed(epoch, step)[2].ravel()
+
+    def replacements(self, epoch: int, step: int, row: int) -> Iterator[int]:
+        groups, packs, _ = self._composed(epoch, step)
+        place, rank = divmod(row, self._k)
+        group = int(groups[place])
+        size = int(self._starts[group + 1] - self._starts[group])
+        # Others of the group that no row of this pack takes, nor names as a replacement.
+        for far in range(rank, min(size - self._k, _OF_THE_GROUP * self._k), self._k):
+            behind = (int(packs[place]) * self._k + self._k + far) % size
+            yield int(self._member(epoch, np.array([group]), np.array([behind]))[0])
+        here = set(groups.tolist())
+        for other in self.others(epoch, step):
+            of, _, examples = self._composed(*other)
+            if int(of[place]) not in here:
+                yield int(examples[place, rank])
+
+    def fingerprint(self) -> str:
+        return digest(self._members, self._starts)
+
+
+def _by_group(
+    numbers: Shaped[np.ndarray, " n"],
+) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " starts"]]:
+    """Example numbers group by group, and where each group begins."""
+    narrow = np.int32 if len(numbers) < 1 << 31 else np.int64
+    members = np.argsort(numbers, kind="stable").astype(narrow)
+    inorder = numbers[members]
+    begins = np.flatnonzero(inorder[1:] != inorder[:-1]) + 1
+    starts = np.empty(len(begins) + 2, narrow)
+    starts[0], starts[1:-1], starts[-1] = 0, begins, len(numbers)
+    return members, starts
+
+
+def _most_steps(packs: Integer[np.ndarray, " g"], per_batch: int) -> int:
+    """The most batches that groups fill, of which none gives a batch two packs."""
+    sizes, counts = np.unique(packs, return_counts=True)
+    low, high = 0, int(packs.sum()) // per_batch
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (np.minimum(sizes, middle) * counts).sum() >= per_batch * middle:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _range(sizes: Integer[np.ndarray, " g"]) -> str:
+    low, high = int(sizes.min()), int(sizes.max())
+    return str(low) if low == high else f"{low} to {high}"

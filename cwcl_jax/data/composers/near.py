@@ -1,0 +1,240 @@
+"""Batches with near neighbours by given features, such as a locked tower's: hard negatives.
+
+The examples are put on a line on which neighbours are near in the features' space: all of them are
+cut into two halves of equal size, each half again, and so on, always across the direction in which
+the two halves differ most. The line is cut into cells of a few examples, elsewhere in every epoch.
+A share of each batch is whole cells, the rest are examples of other cells, drawn at random; every
+example stands in one batch of an epoch.
+
+The line is made of whole numbers, which computers add without rounding: all hosts, and a machine
+that resumes, find the same one.
+"""
+
+import functools
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int16, Int64
+
+from cwcl_jax.data.composers.base import ComposerError, Composition, digest
+from cwcl_jax.data.draws import Draws, hash_integers
+from cwcl_jax.data.order import permute
+from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.sources.base import Source
+
+_SHIFT, _CELLS, _OTHERS, _PROJECTION = 91, 92, 93, 94
+# Products of two vectors of this length, and sums of parts of them, are below 2^24: float32 holds
+# them exactly.
+_LENGTH = 2048
+# Wider features are projected at random: distances keep to some percent, and rows stay small.
+_WIDTH = 128
+_ROWS_AT_ONCE = 4096
+
+
+def compose_near(
+    features: str,
+    *,
+    share: float = 0.5,
+    size: int = 8,
+    source: Source,
+    batch_size: int,
+    seed: int,
+) -> "Near":
+    """Composes `near:FEATURES?share=0.5&size=8`: cells of `size` neighbours fill half a batch.
+
+    Raises:
+      ComposerError: the source has no such features, or cells do not fit into the batch.
+    """
+    if features not in source.embedded:
+        raise ComposerError(
+            f"near:{features} needs features of that name beside the examples (the data has "
+            f"{', '.join(source.embedded) or 'none'}): bring them in the source line, "
+            "features_from=NAME:FILE, or a folder of python -m cwcl_jax.embed; or let a locked "
+            "tower's be made by config.data.keep_locked_features=True"
+        )
+    if not 2 <= size <= batch_size or not 0 < share <= 1 or round(share * batch_size / size) < 1:
+        raise ComposerError(
+            f"size={size} neighbours and share={share} of a batch of {batch_size} make no cell: "
+            "size is at least 2, the share above 0 and at most 1, and share * batch at least size"
+        )
+    rows, usable = whole_vectors(source, features)
+    return Near(
+        rows, usable, share=share, size=size, batch_size=batch_size, seed=seed, features=features
+    )
+
+
+class Near(Composition):
+    """The batches of neighbours; see the module's text.
+
+    Args:
+      rows: features as `whole_vectors` gives them.
+      usable: which of them count; the others stand in no cell.
+      share: of a batch that is cells, rounded to whole ones.
+      size: examples of a cell.
+      features: where the rows come from, in words.
+    """
+
+    def __init__(
+        self,
+        rows: Int16[np.ndarray, "n d"],
+        usable: Bool[np.ndarray, " n"],
+        *,
+        share: float,
+        size: int,
+        batch_size: int,
+        seed: int,
+        features: str = "features",
+    ):
+        self._seed, self._size, self._batch_size = seed, size, batch_size
+        self._cells = min(round(share * batch_size / size), batch_size // size)
+        self.steps = len(rows) // batch_size
+        known = np.flatnonzero(usable)
+        line = known[neighbour_line(rows[known], size)]
+        self._known = len(known)
+        self._line = np.concatenate([line, np.flatnonzero(~usable)])
+        self._whole_cells = self._known // size
+        if self._whole_cells < max(1, self.steps * self._cells):
+            raise ComposerError(
+                f"{self._known} of {len(rows)} examples have features {features!r}, too few for "
+                f"{self._cells} cells of {size} in each of {self.steps} batches: lower share"
+            )
+        missing = len(rows) - self._known
+        self.told = (
+            f"near neighbours by {features!r}, {self._cells} cells of {size} in a batch of "
+            f"{batch_size}"
+            + (f" ({missing} examples without these features stand in none)" if missing else "")
+        )
+
+    def batch(self, epoch: int, step: int) -> Int64[np.ndarray, " b"]:
+        inside = self._cells * self._size
+        cells = step * self._cells + np.arange(self._cells)
+        places = self._cell_places(epoch, cells)[:, None] + np.arange(self._size)
+        count = self._batch_size - inside
+        others = self._other_places(epoch, step * count + np.arange(count))
+        places = np.concatenate([places.ravel(), others])
+        # Every epoch cuts the line elsewhere; its two ends count as neighbours.
+        shift = hash_integers(self._seed, _SHIFT, epoch) % max(1, self._known)
+        on_line = places < self._known
+        places[on_line] = (places[on_line] + shift) % max(1, self._known)
+        return self._line[places]
+
+    def _cell_places(self, epoch: int, cells: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, " c"]:
+        """Where cells begin on the line, by their number in the epoch's order."""
+        return permute(cells, self._whole_cells, self._seed, _CELLS, epoch) * self._size
+
+    def _other_places(self, epoch: int, ranks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Places of the examples that stand in no cell of a batch, in the epoch's order."""
+        taken = self.steps * self._cells
+        total = len(self._line) - taken * self._size
+        if not ranks.size:
+            return ranks
+        ranks = permute(ranks, total, self._seed, _OTHERS, epoch)
+        cells, places = np.divmod(ranks, self._size)
+        in_cells = cells < self._whole_cells - taken
+        places[in_cells] += self._cell_places(epoch, taken + cells[in_cells])
+        # Behind the last whole cell.
+        places[~in_cells] = ranks[~in_cells] + taken * self._size
+        return places
+
+    def fingerprint(self) -> str:
+        return digest(self._line)
+
+
+def whole_vectors(
+    source: Source, name: str
+) -> tuple[Int16[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
+    """Returns the features of all examples in whole numbers, and which examples have any.
+
+    They have length 2048, and are at most 128 wide.
+
+    Raises:
+      ComposerError: they are no vectors.
+    """
+    found: list[np.ndarray] = []
+    usable = np.ones(len(source), bool)
+    for start in range(0, len(source), _ROWS_AT_ONCE):
+        numbers = np.arange(start, min(len(source), start + _ROWS_AT_ONCE))
+        vectors = source.vectors(numbers)
+        rows = _one_by_one(source, numbers, name, usable) if vectors is None else vectors[name]
+        if rows.ndim != 2:
+            raise ComposerError(
+                f"near:{name} needs one vector an example; {name!r} is of shape {rows.shape[1:]}"
+            )
+        found.append(_whole(rows, usable[numbers]))
+    width = max(rows.shape[1] for rows in found)
+    return np.concatenate([_widened(rows, width) for rows in found]), usable
+
+
+def _one_by_one(
+    source: Source, numbers: Int64[np.ndarray, " n"], name: str, usable: Bool[np.ndarray, " all"]
+) -> np.ndarray:
+    """Vectors of examples, of which some may be unusable: these are marked, and 0."""
+    rows: dict[int, np.ndarray] = {}
+    for number in numbers.tolist():
+        try:
+            rows[number] = np.asarray(source.read(number, {"features"})["features"][name])
+        except (BadExample, KeyError):
+            usable[number] = False
+    shape = next(iter(rows.values())).shape if rows else (0,)
+    none = np.zeros(shape, np.float32)
+    return np.stack([rows.get(number, none) for number in numbers.tolist()])
+
+
+def _widened(rows: Int16[np.ndarray, "n e"], width: int) -> Int16[np.ndarray, "n d"]:
+    """Rows of a block without any usable example, as wide as the others."""
+    return rows if rows.shape[1] == width else np.zeros((len(rows), width), np.int16)
+
+
+def _whole(rows: np.ndarray, usable: Bool[np.ndarray, " n"]) -> Int16[np.ndarray, "n d"]:
+    whole = _of_length(rows.astype(np.float64))
+    if rows.shape[1] > _WIDTH:
+        whole = _of_length(whole @ _signs(rows.shape[1]))
+    whole[~usable] = 0
+    return whole.astype(np.int16)
+
+
+@functools.lru_cache(4)
+def _signs(width: int) -> np.ndarray:
+    draws = Draws(_PROJECTION, width)
+    return np.array([1.0 - 2 * draws.below(2) for _ in range(width * _WIDTH)]).reshape(width, -1)
+
+
+def _of_length(rows: np.ndarray) -> np.ndarray:
+    norms = np.sqrt((rows * rows).sum(axis=1, keepdims=True))
+    return np.rint(rows * (_LENGTH / np.maximum(norms, 1e-30)))
+
+
+def neighbour_line(rows: Int16[np.ndarray, "n d"], size: int) -> Int64[np.ndarray, " n"]:
+    """Returns row numbers in an order in which `size` rows, cut anywhere, are near each other.
+
+    Args:
+      rows: of length 2048 in whole numbers.
+    """
+    line = np.arange(len(rows))
+    parts = [(0, len(rows))]
+    while parts:
+        start, end = parts.pop()
+        if end - start <= size:
+            continue
+        inside = line[start:end]
+        middle = max(size, (end - start) // 2 // size * size)
+        order = _halved(rows[inside].astype(np.float32), middle)
+        line[start:end] = inside[order]
+        parts += [(start, start + middle), (start + middle, end)]
+    return line
+
+
+def _halved(rows: Float32[np.ndarray, "n d"], middle: int) -> Int64[np.ndarray, " n"]:
+    """Rows in an order of which the first `middle` are one half.
+
+    The direction leads from one of two distant rows to the other, then from the mean of one half
+    to that of the other.
+    """
+    one = rows[np.argmin(rows @ rows[0])]
+    other = rows[np.argmin(rows @ one)]
+    direction = other - one
+    for _ in range(2):
+        order = np.argsort(rows @ direction, kind="stable")
+        halves = rows[order[:middle]], rows[order[middle:]]
+        means = [np.rint(half.mean(axis=0, dtype=np.float64)) for half in halves]
+        direction = (means[1] - means[0]).astype(np.float32)
+    return order
