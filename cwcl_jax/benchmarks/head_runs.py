@@ -20,8 +20,8 @@ from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.recipes import PROJECTIONS, require
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
+from cwcl_jax.training.feature_cache import FeatureCache
 from cwcl_jax.training.features import training_source
-from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.state import (
     Blueprint,
     Leaves,
@@ -202,7 +202,7 @@ class HeadRuns:
         self._mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
         self._chunks: dict[Head, Chunk] = {}
         self._functions: dict[str, EncodeFunctions] = {}
-        self._kept: KeptRows | None = None
+        self._kept: FeatureCache | None = None
         self._begun: dict[Any, tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]] = {}
 
     def run(self, head: Head, seed: int) -> dict[str, float]:
@@ -216,7 +216,7 @@ class HeadRuns:
         values = {f"train/{name}": float(value) for name, value in metrics.items()}
         functions = self._functions.setdefault(head.projection, EncodeFunctions(blueprint))
         encoder = Encoder(functions, state.model_leaves, locked, config.total_steps)
-        self._kept = self._kept or KeptRows(encoder, sources)
+        self._kept = self._kept or FeatureCache(encoder, sources)
         self._kept.encoder = encoder
         results = run_tasks(
             config.evaluation,

@@ -58,6 +58,8 @@ class Modality:
       stream: sets the random draws of this modality apart from those of others.
       training_only: options that only training follows, such as random crops.
       has_border: whether `without_border` can cut something off.
+      views: an option of modalities with random inputs: training draws among so many fixed views
+        of each example (`data.views`); 0 for new random numbers each time.
     """
 
     name: ClassVar[str] = ""
@@ -65,6 +67,7 @@ class Modality:
     stream: ClassVar[int] = 0
     training_only: ClassVar[tuple[str, ...]] = ()
     has_border: ClassVar[bool] = False
+    views: ClassVar[int] = 0
 
     field: str = ""
 
@@ -122,18 +125,31 @@ class Modality:
         made = dataclasses.asdict(self)
         if self.field == type(self).__dataclass_fields__["field"].default:
             del made["field"]  # the usual field decides nothing that the source does not
+        if not self.views:
+            made.pop("views", None)
         return {k: v for k, v in made.items() if training or k not in self.training_only}
 
     def varies(self, source: Any) -> str:
-        """Says why inputs differ from epoch to epoch, and the remedy; "" where they do not.
+        """Says why random inputs are new in each epoch, and the remedy; "" where they are not.
 
-        Features of a locked encoder may be kept only where inputs stay the same.
+        Features of a locked encoder can be kept only of a list of inputs: one for each of an
+        example's `variants`, or for each of `views`.
 
         Args:
           source: the training data.
         """
         del source
         return ""
+
+    def variants(self, value: Any) -> Sequence[Any]:
+        """Returns the raw values that a value consists of, such as several captions.
+
+        `prepare` with draws takes one of them by its first number, without draws the first.
+
+        Raises:
+          BadExample: the value cannot be used.
+        """
+        return [value]
 
     def fitted(self, overrides: Mapping[str, Any]) -> "Modality":
         """Returns the inputs with what the encoder's own settings decide about them."""
@@ -296,6 +312,15 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
         if not low <= value <= high:
             wanted = f"at least {low}" if high == ENDLESS else f"between {low} and {high}"
             raise ValueError(f"{name}={value} must be {wanted}.")
+
+
+def check_views(views: int, varies: bool) -> None:
+    """Raises ValueError for a number of views that is none, or of inputs that do not vary."""
+    if views and (views < 2 or not varies):
+        raise ValueError(
+            f"views={views} must be 0 (no limit) or at least 2, the first of which evaluation "
+            "sees, and needs options that make them random."
+        )
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], first: int) -> list[Any]:
