@@ -57,9 +57,14 @@ def read_features(config: ExperimentConfig) -> Features:
         )
     arrays = {}
     for modality, store in stores.items():
-        vectors = [store[i][1] for i in range(len(store))]
-        width = store.description.shape[0]
-        arrays[modality] = np.stack([np.full(width, np.nan) if v is None else v for v in vectors])
+        vectors = [store.variants(i)[1] for i in range(len(store))]
+        if any(len(found) > 1 for found in vectors):
+            raise ConfigError(
+                f"heads are compared on one vector an example, and {store.folder} holds several "
+                "of some: leave out views, and keep one caption"
+            )
+        none = np.full((1, store.description.shape[0]), np.nan, np.float32)
+        arrays[modality] = np.concatenate([v if len(v) else none for v in vectors])
     usable = np.all([np.isfinite(array).all(axis=1) for array in arrays.values()], axis=0)
     u, v = (arrays[modality][usable].astype(np.float32) for modality in config.tower_names)
     return Features(u, v)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -65,16 +66,15 @@ class EveryInput:
     def _load(self, step: int, rows: np.ndarray) -> list[ExampleInputs]:
         indices = step * self._size + rows
         made = [self._load_one(int(i)) for i in indices[indices < len(self._source)]]
-        finished = [[{self._tower: value} for value in example.inputs] for example in made]
-        self._processor.finish([inputs for of_one in finished for inputs in of_one])
-        rows_of = [[inputs[self._tower] for inputs in of_one] for of_one in finished]
+        self._processor.finish([inputs for _, every, _ in made for inputs in every])
+        rows_of = [[inputs[self._tower] for inputs in every] for _, every, _ in made]
         return [
-            ExampleInputs(example.id, arrays, (*example.told, *self._remarks(arrays)))
-            for example, arrays in zip(made, rows_of, strict=True)
+            ExampleInputs(name, arrays, (*told, *self._remarks(arrays)))
+            for (name, _, told), arrays in zip(made, rows_of, strict=True)
         ]
 
-    def _load_one(self, index: int) -> ExampleInputs:
-        """The inputs of an example before `finish`."""
+    def _load_one(self, index: int) -> tuple[str, list[dict[str, Any]], tuple[str, ...]]:
+        """As `ExampleInputs`; inputs by tower, before `finish`."""
         processor, name = self._processor, ""
         try:
             example = self._source.read(index, processor.fields())
@@ -88,9 +88,9 @@ class EveryInput:
             self._counter.add_skipped(f"example {index} ({name or '?'})", error)
             with suppress(BadExample):
                 name = str(self._source.read(index, ())["id"])
-            return ExampleInputs(name, [])
+            return name, [], ()
         self._counter.add_read(1)
-        return ExampleInputs(name, inputs, told)
+        return name, [{self._tower: value} for value in inputs], told
 
     def _left_out(self, example: Example) -> Iterator[str]:
         """Whether evaluation reads one of several variants."""

@@ -220,7 +220,7 @@ def _features(
     several = (example.get("variants") or {}).get(name)
     if several is None or draws is None:
         return _named_features(example, name)
-    return draws.pick(several)
+    return several[draws.below(len(several))]
 
 
 def _named_features(example: Example, name: str) -> np.ndarray:

@@ -1,11 +1,17 @@
 """The feature cache of evaluations: runs that share it, and files that a crash broke."""
 
+import copy
+import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from cwcl_jax.config import from_config_dict, to_plain
+from cwcl_jax.data.embeddings import EmbeddingStore, EmbeddingWriter
+from cwcl_jax.data.sources import open_source
+from cwcl_jax.training import feature_cache
+from cwcl_jax.training.embedding import folder_description
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.feature_cache import FeatureCache, cache_folder
 from tests.training.toy import toy_config
@@ -14,19 +20,16 @@ TOKENS = np.random.default_rng(0).integers(4, 50, (3, 16)).astype(np.int32)
 INPUTS = {"tokens": TOKENS, "mask": np.ones((3, 16), bool)}
 
 
+SETTINGS = {
+    "data.keep_locked_features": True, "towers.image.tune": "all", "towers.text.tune": "none",
+    "towers.text.head": "none", "loss.weights_from": "text",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    config = toy_config(
-        **{
-            "data.keep_locked_features": True,
-            "data.cache_dir": str(tmp_path_factory.mktemp("cache")),
-            "towers.image.tune": "all",
-            "towers.text.tune": "none",
-            "towers.text.head": "none",
-            "loss.weights_from": "text",
-        }
-    )
-    return imported_encoder(config)
+    cache = {"data.cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    return imported_encoder(toy_config(**SETTINGS, **cache))
 
 
 @pytest.fixture
@@ -69,21 +72,16 @@ def test_a_broken_file_is_made_again(make, damage, caplog):
     assert make()._rows["text"].keys() == kept._rows["text"].keys()
 
 
-def test_features_of_another_encoder_preprocessing_or_dtype_are_not_found(make):
+def test_features_of_another_encoder_preprocessing_or_dtype_are_not_found(make, imported):
     kept = make()
     kept.encode("text", INPUTS)
     kept.save()
     assert make()._rows["text"]
-    config = kept.encoder.blueprint.config
+    encoder, folder = copy.copy(kept.encoder), kept.encoder.blueprint.config.data.cache_dir
+    blueprint, (_, sources) = encoder.blueprint, imported
     for changes in ({"seed": 1}, {"data.text.lower_case": True}, {"data.kept_dtype": "float16"}):
-        plain = to_plain(config)
-        for path, value in changes.items():
-            *parents, name = path.split(".")
-            place = plain
-            for parent in parents:
-                place = place[parent]
-            place[name] = value
-        encoder, sources = imported_encoder(from_config_dict(plain))
+        config = toy_config(**SETTINGS, **changes, **{"data.cache_dir": folder})
+        encoder.blueprint = dataclasses.replace(blueprint, config=config)
         other = FeatureCache(encoder, sources)
         assert other._rows["text"] == {}
     # What is rounded is rounded at once, so that a second evaluation sees the same.
@@ -92,3 +90,32 @@ def test_features_of_another_encoder_preprocessing_or_dtype_are_not_found(make):
     np.testing.assert_array_equal(features, features.astype(np.float16))
     other.save()
     np.testing.assert_array_equal(FeatureCache(encoder, sources).encode("text", INPUTS), first)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_process_writes_a_share_and_the_rest_where_it_is_alone(
+    imported, tmp_path, monkeypatch, capsys, shared
+):
+    encoder, sources = imported
+    config = toy_config(**SETTINGS, **{"data.cache_dir": str(tmp_path)})
+    source = open_source("scenes:train?n=18")
+    usual = folder_description(encoder, sources, source, "text", output="features", dtype="float32")
+    description = dataclasses.replace(usual, shard_size=4)
+    files = []
+
+    def meet(name, value, beat):
+        (folder,) = (tmp_path / "features").glob("text-*/")
+        files.append(sorted(int(file.name[8:13]) for file in folder.glob("vectors-*")))
+        if shared:
+            place = {"process_index": 0, "process_count": 2}
+            others = EmbeddingWriter(folder, description, **place)
+            feature_cache._write(others, config, encoder, source, beat)
+
+    process = SimpleNamespace(process_index=lambda: 1, process_count=lambda: 2)
+    monkeypatch.setattr(feature_cache, "jax", process)
+    monkeypatch.setattr(feature_cache, "meet", meet)
+    folder = feature_cache.keep(config, encoder, source, description, lambda: None)
+    assert files == [[1, 3]]
+    assert len(EmbeddingStore(folder)) == 18
+    told = capsys.readouterr().out
+    assert [told.count(f"each of {count} examples") for count in (8, 10)] == [1, 1]

@@ -77,8 +77,7 @@ def test_vectors_of_other_views_are_refused(tmp_path):
         training_source(views)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["captions", "views"])
+@pytest.mark.parametrize(("kind", "dtype"), [("captions", "float32"), ("views", "bfloat16")])
 def test_kept_features_are_those_of_the_inputs_that_training_draws(tmp_path, kind, dtype):
     """Ten batches, three epochs: the features and labels that the tower would have had."""
     captions = [f"{n}\n" + "\n".join(f"a {w} {n}" for w in "xyz"[: n % 4]) for n in range(24)]
