@@ -83,7 +83,7 @@ class EveryInput:
                 inputs = processor.every_input(example, self._tower)
             else:
                 inputs = [processor.eval_example(example)[self._tower]]
-            told = (*processor.lost(example).get(self._tower, ()), *self._left_out(example))
+            told = tuple(dict.fromkeys(self._told(example)))
         except BadExample as error:
             self._counter.add_skipped(f"example {index} ({name or '?'})", error)
             with suppress(BadExample):
@@ -92,13 +92,15 @@ class EveryInput:
         self._counter.add_read(1)
         return name, [{self._tower: value} for value in inputs], told
 
-    def _left_out(self, example: Example) -> Iterator[str]:
-        """Whether evaluation reads one of several variants."""
+    def _told(self, example: Example) -> Iterator[str]:
+        """What the inputs do not hold of the variants, and whether there are others."""
         modality = self._processor.raw.get(self._tower)
-        if self._every or modality is None:
+        if modality is None:
             return
         variants = modality.variants(example[modality.field])
-        if len(variants) > 1 and len(set(map(str, variants))) > 1:
+        for variant in variants if self._every else variants[:1]:
+            yield from modality.lost(variant)
+        if not self._every and len(variants) > 1 and len(set(map(str, variants))) > 1:
             yield "with several variants (captions), of which the first is embedded"
 
     def _remarks(self, arrays: list[dict[str, np.ndarray]]) -> list[str]:
