@@ -86,11 +86,9 @@ def embed(
         raise ConfigError(f"--tower={tower}: the towers are {sorted(config.towers)}")
     source = _source(config, line or config.data.train)
     encoder, sources = _encoder(config, workdir)
-    width = encoder.width(tower, what)
     description = folder_description(
-        encoder, sources, source, tower, output=what, dtype=dtype, width=width,
-        shard_size=shard_size,
-    )  # fmt: skip
+        encoder, sources, source, tower, output=what, dtype=dtype, shard_size=shard_size
+    )
     writer = _writer(output, description)
     share, data = _SHARES[errors], config.data
     if share is not None:
@@ -99,14 +97,18 @@ def embed(
     with IndependentStop() as stop, watchdog.phase("embedding"):
         finished = embed_source(
             encoder, source, writer, data,
-            output=what, batch_size=batch_size, progress=_report,
-            stop=lambda done: stop.requested(), watchdog=watchdog, told=told,
+            output=what, batch_size=batch_size, stop=lambda done: stop.requested(),
+            watchdog=watchdog, told=told,
         )  # fmt: skip
         finished = all_finished(finished, stop.requested, watchdog)
     for remark, count in told.items():
         print(f"warning: {count} of the examples embedded now are {remark}")
-    print(f"{len(source)} vectors of {width} {dtype} in {output}" if finished else "stopped")
-    return cli.DONE if finished else cli.PREEMPTED
+    if not finished:
+        print("stopped")
+        return cli.PREEMPTED
+    has = f"{description.told()} in {output}{writer.told_rounding()}"
+    print(f"{len(source)} examples, each with {has}")
+    return cli.DONE
 
 
 def _source(config: ExperimentConfig, line: str) -> Source:
@@ -145,13 +147,6 @@ def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str,
         return imported_encoder(config, devices=devices)
     encoder, _ = load_encoder(to_path(workdir), devices=devices)
     return encoder, tower_sources(to_path(workdir))
-
-
-def _report(done: int, total: int, seconds: float) -> None:
-    end = "\n" if done == total else "\r"
-    rate = done / max(seconds, 1e-9)
-    if sys.stderr.isatty() or done == total:
-        print(f"{done}/{total} embedded, {rate:.0f}/s", end=end, file=sys.stderr, flush=True)
 
 
 @cli.command(_define, config=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cwcl_jax.evaluation.compare import SavedItems
     from cwcl_jax.evaluation.results import TaskResult
     from cwcl_jax.training.encode import Encoder
-    from cwcl_jax.training.kept_rows import KeptRows
+    from cwcl_jax.training.feature_cache import FeatureCache
     from cwcl_jax.training.state import TowerSource
     from cwcl_jax.training.watchdog import Watchdog
 
@@ -87,7 +87,7 @@ def evaluate(options: Options) -> int:
 
 def _evaluate(options: Options, watchdog: Watchdog) -> int:
     from cwcl_jax.data.skipping import TooManyBadExamples
-    from cwcl_jax.training.kept_rows import KeptRows
+    from cwcl_jax.training.feature_cache import FeatureCache
 
     try:
         encoder, config, sources = _load(options)
@@ -96,7 +96,7 @@ def _evaluate(options: Options, watchdog: Watchdog) -> int:
             if options.audio or options.image:
                 _rank_one(options, encoder, config)
             else:
-                kept = KeptRows(encoder, sources)
+                kept = FeatureCache(encoder, sources)
                 _run_tasks(options, kept, with_tasks(config, options.tasks), sources)
                 kept.save()
     except (ValueError, FileNotFoundError, ImportError, TooManyBadExamples) as error:
@@ -172,7 +172,7 @@ def _load(options: Options) -> tuple[Encoder, ExperimentConfig, Mapping[str, Tow
 
 def _run_tasks(
     options: Options,
-    kept: KeptRows,
+    kept: FeatureCache,
     config: ExperimentConfig,
     sources: Mapping[str, TowerSource],
 ) -> None:

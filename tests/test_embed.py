@@ -156,11 +156,15 @@ def test_several_captions_and_many_unusable_examples_are_told(tmp_path, capsys):
         run(0.2)
     assert run(0.5) == DONE
     said = capsys.readouterr().out
-    assert "3 of the examples embedded now are with several captions" in said
+    assert "5 examples, each with a vector for each caption of 32 float16" in said
+    assert "with several variants" not in said
+    assert EmbeddingStore(tmp_path / "0.5").variants(1)[1].shape == (2, 32)
     assert "2 of the examples embedded now are unusable (text empty) and have no vector" in said
     with pytest.raises(TooManyBadExamples):
         run(0.9, errors="raise")
-    assert run(0.1, errors="skip") == DONE
+    assert run(0.1, errors="skip", what="embeds") == DONE
+    said = capsys.readouterr().out
+    assert "3 of the examples embedded now are with several variants (captions), of which" in said
 
 
 def test_unknown_tower_is_an_error(tmp_path):

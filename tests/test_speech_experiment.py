@@ -19,8 +19,8 @@ from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training import features as features_module
 from cwcl_jax.training import run as run_module
 from cwcl_jax.training.encode import imported_encoder
+from cwcl_jax.training.feature_cache import FeatureCache
 from cwcl_jax.training.features import training_source
-from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.run import train
 from cwcl_jax.training.step import TrainStep
 from tests.training.toy import TEXT
@@ -282,7 +282,7 @@ def test_kept_rows_equal_the_encoder_and_are_computed_once(tmp_path):
     tokens = np.random.default_rng(0).integers(4, 50, (4, 16)).astype(np.int32)
     inputs = {"tokens": tokens, "mask": np.ones((4, 16), bool)}
     expected = encoder.encode("text", inputs)
-    kept = KeptRows(encoder, sources)
+    kept = FeatureCache(encoder, sources)
     np.testing.assert_allclose(kept.encode("text", inputs), expected, atol=1e-6)
     kept.save()
     calls = []
@@ -292,7 +292,7 @@ def test_kept_rows_equal_the_encoder_and_are_computed_once(tmp_path):
         calls.append(set(given))
         return plain(modality, given, **more)
 
-    again = KeptRows(encoder, sources)
+    again = FeatureCache(encoder, sources)
     encoder.encode = counted
     np.testing.assert_allclose(again.encode("text", inputs), expected, atol=1e-6)
     assert calls == [{"features"}]

@@ -20,8 +20,8 @@ from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.recipes import PROJECTIONS, require
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
+from cwcl_jax.training.feature_cache import FeatureCache
 from cwcl_jax.training.features import training_source
-from cwcl_jax.training.kept_rows import KeptRows
 from cwcl_jax.training.state import (
     Blueprint,
     Leaves,
@@ -57,9 +57,14 @@ def read_features(config: ExperimentConfig) -> Features:
         )
     arrays = {}
     for modality, store in stores.items():
-        vectors = [store[i][1] for i in range(len(store))]
-        width = store.description.shape[0]
-        arrays[modality] = np.stack([np.full(width, np.nan) if v is None else v for v in vectors])
+        vectors = [store.variants(i)[1] for i in range(len(store))]
+        if any(len(found) > 1 for found in vectors):
+            raise ConfigError(
+                f"heads are compared on one vector an example, and {store.folder} holds several "
+                "of some: leave out views, and keep one caption"
+            )
+        none = np.full((1, store.description.shape[0]), np.nan, np.float32)
+        arrays[modality] = np.concatenate([v if len(v) else none for v in vectors])
     usable = np.all([np.isfinite(array).all(axis=1) for array in arrays.values()], axis=0)
     u, v = (arrays[modality][usable].astype(np.float32) for modality in config.tower_names)
     return Features(u, v)
@@ -204,7 +209,7 @@ class HeadRuns:
         self._mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
         self._chunks: dict[Head, Chunk] = {}
         self._functions: dict[str, EncodeFunctions] = {}
-        self._kept: KeptRows | None = None
+        self._kept: FeatureCache | None = None
         self._begun: dict[Any, tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]] = {}
 
     def run(self, head: Head, seed: int) -> dict[str, float]:
@@ -218,7 +223,7 @@ class HeadRuns:
         values = {f"train/{name}": float(value) for name, value in metrics.items()}
         functions = self._functions.setdefault(head.projection, EncodeFunctions(blueprint))
         encoder = Encoder(functions, state.model_leaves, locked, config.total_steps)
-        self._kept = self._kept or KeptRows(encoder, sources)
+        self._kept = self._kept or FeatureCache(encoder, sources)
         self._kept.encoder = encoder
         results = run_tasks(
             config.evaluation,

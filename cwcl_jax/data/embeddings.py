@@ -3,12 +3,14 @@
 A folder holds `description.json` and one file for every `shard_size` examples, in the source's
 order. The description states what the vectors depend on (weights, preprocessing, source); a folder
 that was made from anything else is refused. Files are distributed over hosts and appear only when
-complete, so an interrupted run continues with the missing ones.
+complete, so an interrupted run continues with the missing ones. An example has one vector, or
+several from which training draws (`data.views`); evaluation uses the first.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from cwcl_jax.paths import to_path
 _VERSION = 1
 _DESCRIPTION = "description.json"
 _AGAIN = "delete the folder and make the embeddings again"
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "float16": np.float16,
     "bfloat16": ml_dtypes.bfloat16,
     "float32": np.float32,
@@ -43,6 +45,8 @@ class EmbeddingDescription:
       weights: hash of the tower's weights.
       preprocessing: everything else that determines the vectors (sizes, tokenizer, pooling, ...).
       shard_size: examples in one file.
+      draws: what decides which inputs of an example have vectors, see `data.views.kept_draws`; {}
+        for evaluation's alone.
     """
 
     tower: str
@@ -53,16 +57,30 @@ class EmbeddingDescription:
     weights: str
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     shard_size: int = 8192
+    draws: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} of embeddings must be one of {list(_DTYPES)}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} of embeddings must be one of {list(DTYPES)}.")
 
     def to_json(self) -> str:
         values = asdict(self)
         # The name that the first version wrote: folders and fingerprints of then stay valid.
         values["modality"] = values.pop("tower")
+        if not self.draws:  # which it did not know
+            del values["draws"]
         return json.dumps({"version": _VERSION, **values}, indent=1, sort_keys=True)
+
+    def told(self) -> str:
+        """What an example has, for people."""
+        views = self.draws.get("views", {}).get("views")
+        several = f"{views} vectors" if views else "a vector for each caption"
+        return f"{several if self.draws else 'a vector'} of {self.shape[0]} {self.dtype}"
+
+    def fingerprint(self) -> str:
+        """What of it is news beside the source: which captions there are is none."""
+        known = self.draws == {"variants": "all"}
+        return (replace(self, draws={}) if known else self).to_json()
 
     @classmethod
     def read(cls, folder: str | Path) -> "EmbeddingDescription":
@@ -84,7 +102,7 @@ class EmbeddingDescription:
 
     def require(self, folder: str | Path, **expected: Any) -> None:
         """Raises ValueError if a field of this description is not as expected."""
-        actual = json.loads(self.to_json())
+        actual = {"draws": {}} | json.loads(self.to_json())
         for name, value in expected.items():
             wanted = json.loads(json.dumps(value))
             if actual[name] != wanted:
@@ -106,7 +124,11 @@ class EmbeddingDescription:
 
 
 class EmbeddingWriter:
-    """Writes one host's files: `for rows in writer.pending(): writer.write(rows, ...)`."""
+    """Writes one host's files: `for rows in writer.pending(): writer.write(rows, ...)`.
+
+    Attributes:
+      rounding: the largest |x - stored x| / |x| of the vectors written.
+    """
 
     def __init__(
         self,
@@ -118,12 +140,14 @@ class EmbeddingWriter:
     ):
         self.folder = to_path(folder)
         self.description = description
+        self.rounding = 0.0
         self._mine = range(process_index, description.shards, process_count)
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / _DESCRIPTION
         if file.exists():
             there = EmbeddingDescription.read(folder)
-            there.require(folder, **json.loads(description.to_json(), object_hook=_no_version))
+            wanted = {"draws": {}} | json.loads(description.to_json(), object_hook=_no_version)
+            there.require(folder, **wanted)
         else:
             with replacing(file) as partial:
                 partial.write_text(description.to_json())
@@ -134,29 +158,61 @@ class EmbeddingWriter:
         return [self.description.rows(s) for s, path in paths.items() if not path.exists()]
 
     def write(
-        self, rows: range, ids: Sequence[str], vectors: np.ndarray, valid: np.ndarray | None = None
+        self, rows: range, ids: Sequence[str], vectors: Sequence[np.ndarray] | np.ndarray
     ) -> None:
-        """Writes the file of `rows`; rows that are not `valid` keep their id without a vector."""
+        """Writes the file of `rows`: one vector of each example, (*shape), or several, (n, *shape).
+
+        An example without any (n = 0) keeps its id.
+
+        Raises:
+          ValueError: the shapes are not the description's, or numbers are too large for its dtype.
+        """
         from array_record.python.array_record_module import ArrayRecordWriter
 
         if not len(rows) == len(ids) == len(vectors):
             raise ValueError(f"{len(ids)} ids and {len(vectors)} vectors for {len(rows)} rows.")
-        if tuple(vectors.shape[1:]) != self.description.shape:
-            raise ValueError(
-                f"Vectors of shape {vectors.shape[1:]} where the description says "
-                f"{self.description.shape}."
-            )
+        shape = self.description.shape
+        several = [np.asarray(v)[None] if np.ndim(v) == len(shape) else v for v in vectors]
+        if wrong := [v.shape[1:] for v in several if v.shape[1:] != shape]:
+            raise ValueError(f"Vectors of shape {wrong[0]} where the description says {shape}.")
         path = self.description.shard_path(self.folder, rows.start // self.description.shard_size)
-        stored = np.asarray(vectors).astype(_DTYPES[self.description.dtype])
+        stored = [self._rounded(array) for array in several]
         with replacing(path) as partial:
             # One record a group: reads are at random, and floats hardly compress.
             writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
             for number, name in enumerate(ids):
                 # File names that are no UTF-8 hold lone surrogates.
                 key = name.encode("utf-8", "surrogateescape")
-                body = stored[number].tobytes() if valid is None or valid[number] else b""
-                writer.write(len(key).to_bytes(4, "little") + key + body)
+                writer.write(len(key).to_bytes(4, "little") + key + stored[number].tobytes())
             writer.close()
+
+    def told_rounding(self) -> str:
+        """What the dtype cost, for people; "" where it cost nothing."""
+        dtype = self.description.dtype
+        return (
+            f"; {dtype} moves them by at most {self.rounding:.2g} of their length"
+            if self.rounding
+            else ""
+        )
+
+    def _rounded(self, vectors: np.ndarray) -> np.ndarray:
+        """The vectors in the description's dtype."""
+        dtype = self.description.dtype
+        with np.errstate(over="ignore"):  # told below
+            stored = vectors.astype(DTYPES[dtype])
+        if not len(vectors) or vectors.dtype == stored.dtype:
+            return stored
+        exact = vectors.reshape(len(vectors), -1).astype(np.float64)
+        error = stored.reshape(exact.shape).astype(np.float64) - exact
+        if np.isinf(error).any():
+            raise ValueError(
+                f"Features reach {np.abs(exact).max():.3g}, which {dtype} cannot hold: store them "
+                "as bfloat16 or float32."
+            )
+        length = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float32).tiny)
+        worst = np.max(np.linalg.norm(error, axis=1) / length)
+        self.rounding = max(self.rounding, float(np.nan_to_num(worst)))
+        return stored
 
     def is_complete(self) -> bool:
         """Returns whether the files of all hosts exist."""
@@ -175,7 +231,10 @@ def missing_files(folder: str | Path, description: EmbeddingDescription) -> list
 
 
 class EmbeddingStore:
-    """Reads a complete folder: `store[i]` is the id and the float32 vector, None if unusable."""
+    """Reads a complete folder: `store[i]` is the id and the float32 vector, None if unusable.
+
+    Of several vectors it is the one that evaluation uses. Nothing is held in memory.
+    """
 
     def __init__(self, folder: str | Path):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -194,29 +253,41 @@ class EmbeddingStore:
             self._records = ArrayRecordDataSource(paths)
         except RuntimeError as error:
             raise self._damaged(error) from error
-        self._dtype = _DTYPES[self.description.dtype]
+        self._dtype = DTYPES[self.description.dtype]
 
     def __len__(self) -> int:
         return self.description.count
 
     def __getitem__(self, index: int) -> tuple[str, Float[np.ndarray, "..."] | None]:
+        name, vectors = self.variants(index)
+        return name, vectors[0] if len(vectors) else None
+
+    def variants(self, index: int) -> tuple[str, Float32[np.ndarray, "n ..."]]:
+        """The id and all vectors of an example; none where it is unusable."""
         ((name, body),) = self._read([index])
-        if not body:
-            return name, None
-        return name, self._vectors(body, self.description.shape)
+        return name, self._vectors(body, (-1, *self.description.shape))
 
     def rows(
         self, indices: Int64[np.ndarray, " n"]
     ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
-        """Returns ids and vectors of many examples at once; no vectors if one is unusable."""
-        parts = self._read(indices.tolist())
-        names, bodies = [name for name, _ in parts], [body for _, body in parts]
-        if not all(bodies):
+        """Like `stored`, but without vectors if one is not finite or all zero."""
+        names, vectors = self.stored(indices)
+        if vectors is None:
             return names, None
-        vectors = self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
         flat = vectors.reshape(len(vectors), -1)
         usable = np.isfinite(flat).all() and flat.any(axis=1).all()
         return names, vectors if usable else None
+
+    def stored(
+        self, indices: Int64[np.ndarray, " n"]
+    ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
+        """Ids and vectors of many examples in one call; None where one has not exactly one."""
+        parts = self._read(indices.tolist())
+        names, bodies = [name for name, _ in parts], [body for _, body in parts]
+        size = math.prod(self.description.shape) * np.dtype(self._dtype).itemsize
+        if any(len(body) != size for body in bodies):
+            return names, None
+        return names, self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
 
     def _read(self, indices: list[int]) -> list[tuple[str, bytes]]:
         """Ids and bytes of examples. The files hold checksums, which their reader compares."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from cwcl_jax.data.embeddings import DTYPES
 from cwcl_jax.modalities import MODALITIES, Modality
 from cwcl_jax.modalities.base import ENDLESS, check_ranges
 
@@ -55,8 +56,11 @@ class DataConfig:
     # tars, all else in the user's cache folder.
     cache_dir: str = ""
     # Run the locked encoders over the training data once, before the first step, and keep what they
-    # give: only for data that is the same in every epoch.
+    # give, for all captions of an example and all `views` of a tower's inputs. Features of prompts
+    # and test items are kept, too.
     keep_locked_features: bool = False
+    # What they are stored in: "float32", "bfloat16" or "float16". What rounding costs is told.
+    kept_dtype: str = "float32"
     # The run fails when a larger share of the examples read so far was unusable.
     max_skipped_share: float = 0.01
     # Training is refused when a larger share of a sample of the data is cut on its way to a tower,
@@ -75,6 +79,8 @@ class DataConfig:
     def __post_init__(self):
         if self.labels not in ("", "class", "text", "sets"):
             raise ValueError(f"labels={self.labels!r} is not one of '', 'class', 'text', 'sets'.")
+        if self.kept_dtype not in DTYPES:
+            raise ValueError(f"kept_dtype={self.kept_dtype!r} is not one of {', '.join(DTYPES)}.")
         check_ranges(
             self,
             examples_per_epoch=(0, ENDLESS),

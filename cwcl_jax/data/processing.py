@@ -12,8 +12,9 @@ from cwcl_jax.data.label_sets import labels_of, numbered
 from cwcl_jax.data.options import DataConfig, features_name, given_as_features, reads_features
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example
+from cwcl_jax.data.views import drawn_input, every_input
 from cwcl_jax.modalities import Modality, WrongInputs, stream_of
-from cwcl_jax.modalities.base import fitting, prepared
+from cwcl_jax.modalities.base import fitting
 from cwcl_jax.modalities.text import usable_captions
 
 Batch = dict[str, Any]
@@ -91,29 +92,42 @@ class Processor:
         """
         made: dict[str, Any] = {}
         for tower, modality in self.inputs.items():
-            if tower not in self.raw:
-                made[tower] = {"features": _features(example, tower, modality)}
-                continue
-            value = _field(example, modality.field)
-            if length is not None and modality.lengths:
-                modality = modality.fitting(value, length)
             draws = Draws(*key, *stream_of(tower, modality)) if key else None
-            made[tower] = self._prepared(tower, modality, value, draws)
+            if tower not in self.raw:
+                made[tower] = {"features": _features(example, tower, modality, draws)}
+                continue
+            if length is not None and modality.lengths:
+                modality = modality.fitting(_field(example, modality.field), length)
+            made[tower] = self._prepared(tower, modality, example, draws)
         if self.config.labels:
-            made["label"] = self._label(example, made)
+            made["label"] = self._label(example, made, key)
         if self.config.guide:
             made["guide"] = _named_features(example, self.config.guide)
         return made
 
     def _prepared(
-        self, tower: str, modality: Modality, value: Any, draws: Draws | None = None
+        self, tower: str, modality: Modality, example: Example, draws: Draws | None = None
     ) -> Any:
+        value = _field(example, modality.field)
         try:
-            return prepared(modality, value, draws)
+            return drawn_input(tower, modality, value, str(example["id"]), draws)
         except WrongInputs as error:
             raise WrongInputs(f"config.data.{tower}: {error}") from error
 
-    def _label(self, example: Example, made: Mapping[str, Any]) -> np.int32 | np.ndarray:
+    def every_input(self, example: Example, tower: str) -> list[Any]:
+        """All inputs of a tower that training draws among, before `finish`; evaluation's first."""
+        modality = self.inputs[tower]
+        if tower not in self.raw:
+            return [{"features": _features(example, tower, modality)}]
+        value = _field(example, modality.field)
+        try:
+            return every_input(tower, modality, value, str(example["id"]))
+        except WrongInputs as error:
+            raise WrongInputs(f"config.data.{tower}: {error}") from error
+
+    def _label(
+        self, example: Example, made: Mapping[str, Any], key: Sequence[int]
+    ) -> np.int32 | np.ndarray:
         """Equal for pairs that the options call alike; of sets a row of labels."""
         if self.config.labels == "sets":
             name = str(example["id"])
@@ -121,19 +135,26 @@ class Processor:
             return numbered(found, self.config.max_labels, name)
         if self.config.labels == "class":
             return _in_32_bits(_field(example, "label"))
-        # The caption that a tower reads, if one does, so that label and input agree.
-        read = [
-            made[tower]
-            for tower, modality in self.raw.items()
-            if modality.field == _CAPTIONS and isinstance(made[tower], str)
-        ]
-        text = read[0] if read else usable_captions(_field(example, _CAPTIONS))[0]
+        text = self._caption(example, made, key)
         return np.int32(zlib.crc32(text.casefold().encode()) & 0x7FFFFFFF)
+
+    def _caption(self, example: Example, made: Mapping[str, Any], key: Sequence[int]) -> str:
+        """The caption that a tower reads, or has features of, if one does; else the first."""
+        for tower, modality in self.inputs.items():
+            if modality.field != _CAPTIONS or reads_features(modality):
+                continue
+            read = made[tower]
+            if tower not in self.raw:  # so that labels are the same with a feature cache
+                draws = Draws(*key, *stream_of(tower, modality)) if key else None
+                read = self._prepared(tower, modality, example, draws)
+            if isinstance(read, str):
+                return read
+        return usable_captions(_field(example, _CAPTIONS))[0]
 
     def eval_example(self, example: Example) -> dict[str, Any]:
         """Returns the same as `train_example`, without any randomness."""
         return {
-            tower: self._prepared(tower, modality, _field(example, modality.field))
+            tower: self._prepared(tower, modality, example)
             if tower in self.raw
             else {"features": _features(example, tower, modality)}
             for tower, modality in self.inputs.items()
@@ -190,8 +211,15 @@ def _in_32_bits(label: int) -> np.int32:
     return np.int32(label if small else zlib.crc32(str(int(label)).encode()) & 0x7FFFFFFF)
 
 
-def _features(example: Example, tower: str, modality: Modality) -> np.ndarray:
-    return _named_features(example, features_name(tower, modality))
+def _features(
+    example: Example, tower: str, modality: Modality, draws: Draws | None = None
+) -> np.ndarray:
+    """The features of the input that `drawn_input` would draw."""
+    name = features_name(tower, modality)
+    several = (example.get("variants") or {}).get(name)
+    if several is None or draws is None:
+        return _named_features(example, name)
+    return several[draws.below(len(several))]
 
 
 def _named_features(example: Example, name: str) -> np.ndarray:

@@ -61,6 +61,8 @@ class Modality:
       stream: separates the random draws of this modality from those of others.
       training_only: options that only training uses, such as random crops.
       has_border: whether `without_border` can crop a border.
+      views: an option of modalities with random inputs: training draws among so many fixed views
+        of each example (`data.views`); 0 for new random numbers each time.
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +70,7 @@ class Modality:
     stream: ClassVar[int] = 0
     training_only: ClassVar[tuple[str, ...]] = ()
     has_border: ClassVar[bool] = False
+    views: ClassVar[int] = 0
 
     field: str = ""
 
@@ -125,18 +128,31 @@ class Modality:
         made = dataclasses.asdict(self)
         if self.field == type(self).__dataclass_fields__["field"].default:
             del made["field"]  # the default field adds nothing to the source's fingerprint
+        if not self.views:
+            made.pop("views", None)
         return {k: v for k, v in made.items() if training or k not in self.training_only}
 
     def varies(self, source: Any) -> str:
-        """Returns why inputs differ between epochs, and the remedy; "" if they do not differ.
+        """Returns why random inputs are new in each epoch, and the remedy; "" if they are not.
 
-        Features of a locked encoder may be stored only if its inputs stay the same.
+        Features of a locked encoder can be stored only for a list of inputs: one for each of an
+        example's `variants`, or for each of its `views`.
 
         Args:
           source: the training data.
         """
         del source
         return ""
+
+    def variants(self, value: Any) -> Sequence[Any]:
+        """Returns the raw values that a value consists of, such as several captions.
+
+        `prepare` with draws takes one of them by its first number, without draws the first.
+
+        Raises:
+          BadExample: the value cannot be used.
+        """
+        return [value]
 
     def fitted(self, overrides: Mapping[str, Any]) -> "Modality":
         """Returns the inputs with the options that the encoder's own settings determine."""
@@ -299,6 +315,15 @@ def check_ranges(options: Any, **ranges: tuple[float, float]) -> None:
         if not low <= value <= high:
             wanted = f"at least {low}" if high == ENDLESS else f"between {low} and {high}"
             raise ValueError(f"{name}={value} must be {wanted}.")
+
+
+def check_views(views: int, varies: bool) -> None:
+    """Raises ValueError for a number of views that is none, or of inputs that do not vary."""
+    if views and (views < 2 or not varies):
+        raise ValueError(
+            f"views={views} must be 0 (no limit) or at least 2, the first of which evaluation "
+            "sees, and needs options that make them random."
+        )
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], first: int) -> list[Any]:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
+from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges, check_views
 
 PROCESSOR = "preprocessor_config.json"
 FILTERS = {str(kind.name).lower(): kind for kind in Image.Resampling}
@@ -53,7 +53,7 @@ class ImageInputs(Modality):
     # A JPEG of 512x384 to 224x224 (data/README.md).
     core_seconds: ClassVar[float] = 0.0024
     stream: ClassVar[int] = 1
-    training_only: ClassVar[tuple[str, ...]] = ("crop_min_area", "flip")
+    training_only: ClassVar[tuple[str, ...]] = ("crop_min_area", "flip", "views")
     has_border: ClassVar[bool] = True
 
     field: str = "image"
@@ -61,6 +61,9 @@ class ImageInputs(Modality):
     # Smallest share of the picture that a random training crop covers; 0 = no random crop.
     crop_min_area: float = 0.0
     flip: bool = False
+    # Training draws among so many fixed views of each picture, the first of them evaluation's; 0 =
+    # a new random one each time. A feature cache needs a number (configs/README.md).
+    views: int = 0
     # Larger pictures are skipped and counted before any of their pixels are decoded.
     max_pixels: int = 64_000_000
     # Shorter side before the central crop (256 for ImageNet at 224); 0 = `size`.
@@ -75,6 +78,7 @@ class ImageInputs(Modality):
             raise ValueError(f"resample={self.resample!r} is not one of {', '.join(FILTERS)}.")
         if self.squash and self.eval_resize not in (0, self.size):
             raise ValueError("squash=True cuts nothing: leave out eval_resize.")
+        check_views(self.views, bool(self.crop_min_area or self.flip))
         check_ranges(self, size=(1, ENDLESS), crop_min_area=(0, 1), max_pixels=(1, ENDLESS))
         if self.eval_resize and self.eval_resize < self.size:
             raise ValueError(
@@ -109,7 +113,7 @@ class ImageInputs(Modality):
             return ""
         return (
             f"crop_min_area={self.crop_min_area} and flip={self.flip} change the pictures; set "
-            "them to 0 and False"
+            "views to a number of fixed ones, or them to 0 and False"
         )
 
     def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Int16
 from cwcl_jax.data.audio import as_int16, import_package, resample
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality
+from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_views
 
 Audio = bytes | tuple[np.ndarray, int]
 # Seconds beyond the ends of a window that the resampling filter gets to see.
@@ -46,7 +46,7 @@ class SpeechInputs(Modality):
 
     name: ClassVar[str] = "speech"
     stream: ClassVar[int] = 3
-    training_only: ClassVar[tuple[str, ...]] = ("random_crop",)
+    training_only: ClassVar[tuple[str, ...]] = ("random_crop", "views")
 
     field: str = "audio"
     # The rate of the speech encoders; recordings of any other rate are resampled to it.
@@ -54,6 +54,9 @@ class SpeechInputs(Modality):
     max_seconds: float = 10.0
     # Training takes a random window of a recording that is too long; evaluation its beginning.
     random_crop: bool = True
+    # Training draws among so many fixed windows of each recording, the first of them evaluation's;
+    # 0 = a new random one each time. A feature cache needs a number (configs/README.md).
+    views: int = 0
     # Seconds, ascending: batches of similar lengths are padded to one of these or to max_seconds;
     # () pads every batch to max_seconds. Needs a source that knows the durations of its recordings.
     buckets: tuple[float, ...] = ()
@@ -61,6 +64,7 @@ class SpeechInputs(Modality):
     bucket_window: int = 8
 
     def __post_init__(self):
+        check_views(self.views, self.random_crop)
         if self.sample_rate != 16_000:
             raise ValueError(
                 f"sample_rate={self.sample_rate} must be 16000, which the speech encoders take "
@@ -120,7 +124,7 @@ class SpeechInputs(Modality):
             return ""
         return (
             "random_crop=True changes the windows of recordings longer than "
-            f"max_seconds={self.max_seconds}; set it to False"
+            f"max_seconds={self.max_seconds}; set views to a number of fixed ones, or it to False"
         )
 
     def remarks(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,9 +15,6 @@ from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_ranges
 from cwcl_jax.modalities.tokenizer import NO_PROMPT, REPLACED, TextTokenizer, load_tokenizer
 from cwcl_jax.weights.sentence_folder import PROMPTS, TEXT_SETTINGS, read_text_settings
 
-# Number of examples that are checked for several captions, which depend on the source.
-_LOOKED_AT = 100
-
 
 @dataclasses.dataclass(frozen=True)
 class TextInputs(Modality):
@@ -96,11 +93,8 @@ class TextInputs(Modality):
                 del made[option]
         return made | {"vocabulary": self.loaded.fingerprint()}
 
-    def varies(self, source: Any) -> str:
-        found = with_several_captions(source, self.field)
-        if not found:
-            return ""
-        return f"{found}, of which every epoch takes another one; keep one caption an example"
+    def variants(self, value: Any) -> Sequence[str]:
+        return usable_captions(value)
 
     def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
         positions = getattr(settings, "max_tokens", self.max_tokens)
@@ -193,19 +187,6 @@ def usable_captions(value: Any) -> list[str]:
     if not usable:
         raise BadExample("text empty")
     return usable
-
-
-def with_several_captions(source: Any, field: str) -> str:
-    """Returns a note on an example with several captions, from a sample; "" if there is none."""
-    for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int):
-        try:
-            example = source.read(int(index), (field,))
-            captions = usable_captions(example.get(field) or "")
-        except BadExample:
-            continue
-        if len(set(captions)) > 1:
-            return f"{example['id']} has {len(captions)} captions"
-    return ""
 
 
 def _changed_at(tokenizer: str) -> float:

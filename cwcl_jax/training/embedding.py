@@ -7,27 +7,28 @@ everything that determines its inputs, and the source; any other folder is refus
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, to_plain
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
-from cwcl_jax.data.options import DataConfig, reads_features
-from cwcl_jax.data.pipeline import eval_batches
+from cwcl_jax.data.every_input import EveryInput, ExampleInputs
+from cwcl_jax.data.options import DataConfig, given_as_features, reads_features
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, Subset
+from cwcl_jax.data.views import kept_draws
 from cwcl_jax.extension import code_hash, is_reference
-from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training import coordination
 from cwcl_jax.training.encode import Encoder
 from cwcl_jax.training.state import Blueprint, TowerSource
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 
+Inputs = dict[str, np.ndarray]
 # Fields of a tower's settings that decide how it computes, but not what.
 _NO_INFLUENCE = (
     "weights", "tune", "lora_kernels", "lora_alpha", "head", "remat", "scan_layers", "attention",
@@ -42,20 +43,25 @@ def folder_description(
     *,
     output: str,
     dtype: str,
-    width: int,
-    shard_size: int,
+    shard_size: int = 8192,
 ) -> EmbeddingDescription:
-    """Returns the description that the folder will hold."""
+    """Returns the description that the folder will hold.
+
+    Features are of all inputs from which training draws, if there is a list of them.
+    """
     blueprint = encoder.blueprint
+    inputs = blueprint.config.data.inputs_of(modality)
+    every = output == "features" and not given_as_features(modality, inputs, source.embedded)
     return EmbeddingDescription(
         tower=modality,
-        shape=(width,),
+        shape=(encoder.width(modality, output),),
         dtype=dtype,
         count=len(source),
         source=source.fingerprint(),
         weights=weights_name(blueprint, sources, modality, encoder.step, output),
         preprocessing=preprocessing(blueprint.config, modality, output),
         shard_size=shard_size,
+        draws=kept_draws(modality, inputs) if every else {},
     )
 
 
@@ -103,7 +109,6 @@ def embed_source(
     *,
     output: str,
     batch_size: int,
-    progress: Callable[[int, int, float], None],
     stop: Callable[[int], bool],
     watchdog: Watchdog | None = None,
     told: Counter[str] | None = None,
@@ -114,9 +119,8 @@ def embed_source(
     continues from there.
 
     Args:
-      stop: called after each batch with the number of vectors done; True ends the work, and the
+      stop: called after each batch with the number of examples done; True ends the work, and the
           current file is not written.
-      progress: called with vectors done now, vectors to do, and seconds so far.
       told: receives remarks on examples for the user, with their counts.
 
     Raises:
@@ -125,28 +129,66 @@ def embed_source(
     """
     watchdog = watchdog or unwatched()
     told = Counter() if told is None else told
-    tower, unusable = writer.description.tower, Counter[str]()
+    description, unusable = writer.description, Counter[str]()
+    tower, every = description.tower, bool(description.draws)
     pending = writer.pending()
-    total, done, start = sum(map(len, pending)), 0, time.perf_counter()
+    total, done, largest, start = sum(map(len, pending)), 0, 0, time.perf_counter()
     for number, rows in enumerate(pending):
+        examples = EveryInput(Subset(source, rows), data, tower, every=every, batch_size=batch_size)
         ids: list[str] = []
-        vectors, valid = [], []
-        batches = eval_batches(Subset(source, rows), data, (tower,), batch_size=batch_size)
-        for batch in _trimmed(batches, len(rows)):
-            vectors.append(encoder.encode(tower, batch[tower], output=output))
-            told.update(_remarks(batch, tower, data))
-            ids += batch["id"]
-            valid.append(batch["valid"])
-            done += len(batch["id"])
-            progress(done, total, time.perf_counter() - start)
+        counts: list[int] = []
+        vectors = [np.zeros((0, *description.shape), np.float32)]
+        for batch, completed in _batches(examples, batch_size):
+            if batch:
+                largest = max(largest, len(batch))
+                vectors.append(_encoded(encoder, tower, batch, output, largest))
+            for example in completed:
+                ids.append(example.id)
+                counts.append(len(example.inputs))
+                told.update(example.told)
+            done += len(completed)
+            _report(done, total, time.perf_counter() - start)
             watchdog.beat(f"file {number + 1} of {len(pending)}")
             if stop(done) and done < total:
                 return False
-        unusable.update(batches.skipped)
+        unusable.update(examples.skipped)
         _check_share(unusable, done, total, data.max_skipped_share)
-        writer.write(rows, ids, np.concatenate(vectors), np.concatenate(valid))
+        writer.write(rows, ids, np.split(np.concatenate(vectors), np.cumsum(counts)[:-1]))
     told.update({f"unusable ({kind}) and have no vector": n for kind, n in unusable.items()})
     return True
+
+
+def _report(done: int, total: int, seconds: float) -> None:
+    if sys.stderr.isatty() or done == total:
+        end = "\n" if done == total else "\r"
+        rate = done / max(seconds, 1e-9)
+        print(f"{done}/{total} embedded, {rate:.0f}/s", end=end, file=sys.stderr, flush=True)
+
+
+def _batches(
+    examples: Iterable[ExampleInputs], size: int
+) -> Iterator[tuple[list[Inputs], list[ExampleInputs]]]:
+    """The inputs of the examples, `size` at a time, and the examples whose inputs end there."""
+    inputs: list[Inputs] = []
+    completed: list[ExampleInputs] = []
+    for example in examples:
+        inputs += example.inputs
+        completed.append(example)
+        while len(inputs) >= size:
+            ended = completed if len(inputs) == size else completed[:-1]
+            yield inputs[:size], ended
+            inputs, completed = inputs[size:], completed[len(ended) :]
+    if completed:
+        yield inputs, completed
+
+
+def _encoded(
+    encoder: Encoder, tower: str, inputs: Sequence[Inputs], output: str, size: int
+) -> np.ndarray:
+    """The rows of the inputs, filled up to the size of earlier batches for the same program."""
+    filled = [*inputs, *[inputs[-1]] * (size - len(inputs))]
+    batch = {name: np.stack([arrays[name] for arrays in filled]) for name in filled[0]}
+    return encoder.encode(tower, batch, output=output)[: len(inputs)]
 
 
 def all_finished(finished: bool, stop: Callable[[], bool], watchdog: Watchdog) -> bool:
@@ -163,27 +205,6 @@ def all_finished(finished: bool, stop: Callable[[], bool], watchdog: Watchdog) -
     return set(coordination.meet("embedded", str(finished), waiting)) == {"True"}
 
 
-def _trimmed(batches: Any, count: int) -> Iterator[dict[str, Any]]:
-    """The batches without the filling of the last one."""
-    for batch in batches:
-        rows = min(len(batch["id"]), count)
-        count -= rows
-        lists = {name: batch[name][:rows] for name in ("id", "captions", "lost")}
-        yield jax.tree.map(lambda leaf, rows=rows: leaf[:rows], _arrays(batch)) | lists
-
-
-def _remarks(batch: Mapping[str, Any], tower: str, data: DataConfig) -> Iterator[str]:
-    """What a person should know of the usable examples of a batch, a remark for each."""
-    texts = data.inputs_of(tower).field == "text" and not only_features(batch[tower])
-    for row in np.flatnonzero(batch["valid"]):
-        yield from batch["lost"][row].get(tower, ())
-        if texts and len(set(batch["captions"][row])) > 1:
-            yield "with several captions, of which the first is embedded"
-    if not only_features(batch[tower]):
-        for remark, rows in data.inputs_of(tower).remarks(batch[tower]).items():
-            yield from [remark] * int(np.sum(rows & batch["valid"]))
-
-
 def _check_share(unusable: Counter[str], done: int, total: int, limit: float) -> None:
     """Raises TooManyBadExamples; at the end also for the few that a share says nothing of before.
 
@@ -196,10 +217,6 @@ def _check_share(unusable: Counter[str], done: int, total: int, limit: float) ->
             f"{count} of {total} examples are unusable ({kinds}), more than the share "
             f"data.max_skipped_share={limit} allows. Repair the data or raise the limit."
         )
-
-
-def _arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray | Mapping)}
 
 
 def check_features(

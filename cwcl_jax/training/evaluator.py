@@ -14,7 +14,7 @@ from cwcl_jax.evaluation.runner import fingerprints, run_tasks, seen_in_training
 from cwcl_jax.files import side_output, write_text
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
-from cwcl_jax.training.kept_rows import KeptRows
+from cwcl_jax.training.feature_cache import FeatureCache
 
 
 class Evaluator:
@@ -86,7 +86,7 @@ class Evaluator:
         return self._workdir / "results.txt"
 
     def _results(self, encoder: Encoder) -> list[TaskResult]:
-        kept = KeptRows(encoder, tower_sources(self._workdir))
+        kept = FeatureCache(encoder, tower_sources(self._workdir))
         results = run_tasks(
             self._config.evaluation,
             encode=kept.encode,

@@ -1,39 +1,32 @@
-"""The training data with stored features of locked encoders, computed before the first step.
+"""The training data, checked, with features of locked encoders if the settings ask for them.
 
-It does the same as `python -m cwcl_jax.embed` and `features_from=` in the source line, without the
-two commands: `data.keep_locked_features=True`. The folder is in the cache and is named by
-everything that determines the vectors, so another run with the same encoder and data finds it.
+`data.keep_locked_features=True` does the same as `python -m cwcl_jax.embed` and `features_from=` in
+the source line, without the two commands: the folder is in the feature cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 
 from cwcl_jax.config import ConfigError, ExperimentConfig
-from cwcl_jax.copies import cache_home
 from cwcl_jax.data.composers import ComposerError, features_read
-from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.options import given_as_features, reads_features
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
 from cwcl_jax.data.survey import Loss, survey, survey_labels, too_much
-from cwcl_jax.files import locked
+from cwcl_jax.data.views import kept_draws, with_several_variants
+from cwcl_jax.modalities import Modality
 from cwcl_jax.modalities.tokenizer import OUTSIDE_SCENES
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
 from cwcl_jax.training.distributed import is_primary
-from cwcl_jax.training.embedding import embed_source, folder_description, from_cache
-from cwcl_jax.training.encode import Encoder, imported_encoder
+from cwcl_jax.training.embedding import folder_description, from_cache
+from cwcl_jax.training.encode import imported_encoder
+from cwcl_jax.training.feature_cache import keep
 from cwcl_jax.training.state import make_blueprint
-
-_BATCH = 256
-_SHARD = 8192
 
 
 def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda: None) -> Source:
@@ -50,6 +43,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     source = open_source(config.data.train, cache_dir=config.data.cache_dir)
     embedded = [tower for tower in config.towers if from_cache(config, tower, source)]
     _check_repeatable(config, embedded, source, "features_from=")
+    _check_draws(config, embedded, source)
     check_whole(config, source)
     check_label_sets(config, source)
     if not config.data.keep_locked_features:
@@ -84,10 +78,9 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     folders = []
     for tower in locked:
         description = folder_description(
-            encoder, sources, source, tower, output="features", dtype="float32",
-            width=encoder.width(tower, "features"), shard_size=_SHARD,
-        )  # fmt: skip
-        folders.append(_keep(config, encoder, source, description, beat))
+            encoder, sources, source, tower, output="features", dtype=config.data.kept_dtype
+        )
+        folders.append(str(keep(config, encoder, source, description, beat)))
     return Embedded(source, folders)
 
 
@@ -157,49 +150,40 @@ def _remedy(config: ExperimentConfig, loss: Loss) -> str:
     return f"name a tokenizer for your captions in {options}.tokenizer{hint}"
 
 
-def cache_folder(config: ExperimentConfig) -> Path:
-    """Returns the folder of stored features."""
-    return cache_home(config.data.cache_dir) / "features"
-
-
 def _check_repeatable(
     config: ExperimentConfig, towers: Sequence[str], source: Source, asked: str
 ) -> None:
-    """Raises ConfigError where a tower's inputs vary, but one vector stands for them."""
+    """Raises ConfigError where a tower's inputs are new ones in every epoch, without end."""
     for tower in towers:
-        if varied := config.data.inputs_of(tower).varies(source):
+        inputs = config.data.inputs_of(tower)
+        if not inputs.views and (varied := inputs.varies(source)):
             raise ConfigError(
                 f"{asked} needs inputs that are the same in every epoch, but config.data.{tower}: "
                 f"{varied}, or do without {asked}"
             )
 
 
-def _keep(
-    config: ExperimentConfig,
-    encoder: Encoder,
-    source: Source,
-    description: EmbeddingDescription,
-    beat: Callable[[], None],
-) -> str:
-    """Writes what is missing of the folder; other processes of this machine wait for it."""
-    name = hashlib.sha256(description.to_json().encode()).hexdigest()[:16]
-    folder = cache_folder(config) / f"{description.tower}-{name}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever holds the lock is watched by a watchdog of its own.
-    with locked(folder.with_suffix(".lock"), waiting=beat):
-        writer = EmbeddingWriter(folder, description)
-        if not writer.is_complete():
-            print(f"features of the locked {description.tower} encoder, once, into {folder}")
-            encoder.on_batch = beat
-            embed_source(
-                encoder, source, writer, config.data,
-                output="features", batch_size=_BATCH, progress=_report, stop=lambda step: False,
-            )  # fmt: skip
-    return str(folder)
+def _check_draws(config: ExperimentConfig, towers: Sequence[str], source: Source) -> None:
+    """Raises ConfigError where folders hold vectors of other inputs than training would draw."""
+    for tower in towers:
+        inputs = config.data.inputs_of(tower)
+        wanted = kept_draws(tower, inputs)
+        for store in source.stores.get(tower, ()):
+            draws, several = store.description.draws, ""
+            if draws == wanted:
+                continue
+            if not draws and not inputs.views:
+                several = with_several_variants(source, inputs)
+                if not several:
+                    continue
+            raise ConfigError(
+                f"features_from={store.folder} holds {store.description.told()} for an example, "
+                f"but training draws among {_told(inputs, several)}: make it again with "
+                "python -m cwcl_jax.embed and this config, or leave out features_from="
+            )
 
 
-def _report(done: int, total: int, seconds: float) -> None:
-    if sys.stderr.isatty() or done == total:
-        end = "\n" if done == total else "\r"
-        rate = done / max(seconds, 1e-9)
-        print(f"{done}/{total} embedded, {rate:.0f}/s", end=end, file=sys.stderr, flush=True)
+def _told(inputs: Modality, several: str) -> str:
+    if inputs.views:
+        return f"{inputs.views} views of this config's options"
+    return f"its captions ({several})" if several else "no such views"

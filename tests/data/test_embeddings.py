@@ -40,8 +40,10 @@ def _write(folder, description=None, hosts=1, valid=None):
         writer = EmbeddingWriter(folder, description, process_index=host, process_count=hosts)
         for rows in writer.pending():
             ids = [source.read(i, ())["id"] for i in rows]
-            some = None if valid is None else valid[rows.start : rows.stop]
-            writer.write(rows, ids, VECTORS[rows.start : rows.stop], some)
+            found = list(VECTORS[rows.start : rows.stop])
+            if valid is not None:
+                found = [v if valid[i] else v[None][:0] for i, v in zip(rows, found, strict=True)]
+            writer.write(rows, ids, found)
 
 
 @pytest.mark.parametrize("hosts", [1, 3])
@@ -58,11 +60,45 @@ def test_vectors_come_back_in_order_whatever_the_hosts(tmp_path, hosts):
 @pytest.mark.parametrize(
     ("dtype", "numpy_dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)]
 )
-def test_half_precision_is_rounded_once(tmp_path, dtype, numpy_dtype):
-    _write(tmp_path, _description(dtype=dtype))
+def test_half_precision_is_rounded_once_and_its_cost_is_told(tmp_path, dtype, numpy_dtype):
+    writer = EmbeddingWriter(tmp_path, _description(dtype=dtype, shard_size=COUNT))
+    writer.write(range(COUNT), ["a"] * COUNT, VECTORS)
     vector = EmbeddingStore(tmp_path)[3][1]
     assert vector.dtype == np.float32
-    np.testing.assert_array_equal(vector, VECTORS[3].astype(numpy_dtype).astype(np.float32))
+    stored = VECTORS.astype(numpy_dtype).astype(np.float32)
+    np.testing.assert_array_equal(vector, stored[3])
+    lengths = [np.linalg.norm(rows, axis=1) for rows in (stored - VECTORS, VECTORS)]
+    assert writer.rounding == pytest.approx(max(lengths[0] / lengths[1]), rel=1e-5)
+
+
+def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path):
+    writer = EmbeddingWriter(tmp_path, _description(dtype="float16", count=1))
+    with pytest.raises(ValueError, match=r"reach 7e\+04, which float16 cannot hold: .*bfloat16"):
+        writer.write(range(1), ["a"], np.full((1, DIM), 7e4, np.float32))
+    assert not list(tmp_path.glob("*.array_record*"))
+
+
+def test_an_example_may_have_several_vectors(tmp_path):
+    counts = np.arange(COUNT) % 4  # none where an example is unusable
+    source = open_source(LINE)
+    ids = [source.read(i, ())["id"] for i in range(COUNT)]
+    several = [VECTORS[i] + np.arange(n, dtype=np.float32)[:, None] for i, n in enumerate(counts)]
+    draws = {"draws": {"variants": "all"}, "shard_size": COUNT}
+    EmbeddingWriter(tmp_path, _description(**draws)).write(range(COUNT), ids, several)
+    store = EmbeddingStore(tmp_path)
+    opened = open_source(f"{LINE}&features_from={tmp_path}")
+    for index, vectors in enumerate(several):
+        np.testing.assert_array_equal(store.variants(index)[1], vectors)
+        if not counts[index]:
+            assert store[index][1] is None
+            continue
+        example = opened.read(index, ("features",))
+        np.testing.assert_array_equal(example["features"]["image"], VECTORS[index])
+        assert ("variants" in example) == (counts[index] > 1)
+    assert opened.vectors(np.array([1, 2])) is None
+    np.testing.assert_array_equal(opened.vectors(np.array([1, 5]))["image"], VECTORS[[1, 5]])
+    with pytest.raises(ValueError, match="stale: draws is"):
+        EmbeddingWriter(tmp_path, _description(shard_size=COUNT))
 
 
 def test_ids_of_file_names_that_are_no_utf8_come_back(tmp_path):

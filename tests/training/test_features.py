@@ -1,12 +1,15 @@
-"""Features are kept, or read, only where the inputs are the same in every epoch."""
+"""Features are kept, or read, only where the inputs that training draws can be listed."""
 
 import numpy as np
 import pytest
 
 from cwcl_jax.config import ConfigError
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
+from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, open_source
-from cwcl_jax.training.features import _check_repeatable, cache_folder, training_source
+from cwcl_jax.training.encode import imported_encoder
+from cwcl_jax.training.feature_cache import cache_folder
+from cwcl_jax.training.features import _check_repeatable, training_source
 from tests.data.making import jpeg, write_tar
 from tests.training.toy import toy_config
 
@@ -37,7 +40,7 @@ def _captions(path, *captions: str) -> str:
 
 
 @pytest.mark.parametrize("changes", [{"data.image.flip": True}, {"data.image.crop_min_area": 0.5}])
-def test_pictures_that_vary_are_refused_on_both_ways(tmp_path, changes):
+def test_pictures_that_vary_without_end_are_refused_on_both_ways(tmp_path, changes):
     kept = toy_config(**changes, **{"data.train": SOURCE, "data.keep_locked_features": True})
     with pytest.raises(ConfigError, match=r"keep_locked_features=True needs inputs.*flip="):
         training_source(kept)
@@ -60,14 +63,57 @@ def test_a_tower_without_an_encoder_takes_whatever_it_is_given(tmp_path):
         toy_config(**changes, **{"data.image.flip": True})
 
 
-def test_several_captions_are_refused_on_both_ways(tmp_path):
+def test_vectors_of_first_captions_are_refused_where_training_draws_others(tmp_path):
     line = _captions(tmp_path, "one", "two\n", "a red circle\nsomething round")
-    kept = toy_config(**TEXT_LOCKED, **{"data.train": line, "data.keep_locked_features": True})
-    with pytest.raises(ConfigError, match=r"0\.tar/2 has 2 captions"):
-        training_source(kept)
     read = toy_config(**TEXT_LOCKED, **{"data.train": _embedded(tmp_path / "e", line, "text")})
-    with pytest.raises(ConfigError, match=r"^features_from= .*0\.tar/2 has 2 captions"):
+    with pytest.raises(ConfigError, match=r"holds a vector of 4 .*captions \(.*0\.tar/2 has 2\)"):
         training_source(read)
+
+
+def test_vectors_of_other_views_are_refused(tmp_path):
+    line = _embedded(tmp_path, SOURCE, "image")
+    views = toy_config(**{"data.train": line, "data.image.flip": True, "data.image.views": 3})
+    with pytest.raises(ConfigError, match="training draws among 3 views"):
+        training_source(views)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("captions", "float32"), ("views", "bfloat16")])
+def test_kept_features_are_those_of_the_inputs_that_training_draws(tmp_path, kind, dtype):
+    """Ten batches, three epochs: the features and labels that the tower would have had."""
+    captions = [f"{n}\n" + "\n".join(f"a {w} {n}" for w in "xyz"[: n % 4]) for n in range(24)]
+    tower, changes = "text", {**TEXT_LOCKED, "data.labels": "text", "loss.duplicates": "masked"}
+    if kind == "views":
+        tower = "image"
+        changes = {"data.image.flip": True, "data.image.crop_min_area": 0.5, "data.image.views": 3}
+    changes |= {"data.train": _captions(tmp_path, *captions), "global_batch_size": 8}
+    config = toy_config(**changes)
+    kept = toy_config(
+        **changes, **{"data.keep_locked_features": True, "data.kept_dtype": dtype},
+        **{"data.cache_dir": str(tmp_path / "cache")},
+    )  # fmt: skip
+    encoder, _ = imported_encoder(config)
+    batches = [
+        train_batches(
+            made.data, made.tower_names, seed=0, global_batch_size=8, source=training_source(made)
+        )
+        for made in (config, kept)
+    ]
+    inputs = set()
+    for _ in range(10):
+        plain, cached = map(next, batches)
+        expected = encoder.encode(tower, plain[tower], output="features")
+        tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+        found = cached[tower]["features"]
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+        for name in {"index", "label"} & set(plain):
+            np.testing.assert_array_equal(plain[name], cached[name])
+        other = "image" if tower == "text" else "text"
+        for name, array in plain[other].items():
+            np.testing.assert_array_equal(array, cached[other][name])
+        inputs |= {row.tobytes() for row in next(iter(plain[tower].values()))}
+    assert len(inputs) > 30  # of 24 examples: others were drawn
+    for made in batches:
+        made.close()
 
 
 def test_one_caption_an_example_is_kept(tmp_path):

@@ -3,8 +3,9 @@
 `kind:path?option=value&option=value`, several joined by `::`. A source is a random-access list of
 examples, picklable and without jax. An example is a dict with an "id" and any of "image" (encoded
 bytes or a PIL image), "text" (one caption or a list of them), "audio" (encoded bytes or a pair of
-int16 samples and rate), "label" (an integer), "labels" (several, see `data.label_sets`) and
-"features" (name -> vector).
+int16 samples and rate), "label" (an integer), "labels" (several, see `data.label_sets`),
+"features" (name -> vector) and, where a feature cache holds several vectors of an example, which
+training draws among, "variants" (name -> (variants, ...), the vector in "features" first).
 """
 
 import difflib

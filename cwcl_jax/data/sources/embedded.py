@@ -86,17 +86,13 @@ class Embedded(SourceAround):
         if "features" in fields:
             found = dict(example.get("features") or {})
             for name_of_tower, store in self._stores.items():
-                name, vector = store[index]
+                name, vectors = store.variants(index)
                 if name != example["id"]:
                     raise ValueError(
                         f"Embedding {index} in {store.folder} belongs to {name!r}, the source's "
                         f"example is {example['id']!r}: make the embeddings again."
                     )
-                if vector is None:
-                    raise BadExample(
-                        "features missing", f"{name} was unusable when it was embedded"
-                    )
-                found[name_of_tower] = feature_vector(vector, name)
+                found[name_of_tower] = _add_variants(example, name_of_tower, vectors)
             example["features"] = found
         return example
 
@@ -111,7 +107,7 @@ class Embedded(SourceAround):
         return found if set(found) >= set(self.embedded) else None
 
     def fingerprint(self) -> str:
-        made = [(m, store.description.to_json()) for m, store in sorted(self._stores.items())]
+        made = [(m, store.description.fingerprint()) for m, store in sorted(self._stores.items())]
         return fingerprint_of("embedded", self.source.fingerprint(), made)
 
 
@@ -128,18 +124,33 @@ class EmbeddingsOnly(Source):
 
     def read(self, index: int, fields: Collection[str]) -> Example:
         del fields
-        name, vector = self.store[index]
-        if vector is None:
-            raise BadExample("features missing", f"{name} was unusable when it was embedded")
-        vector = feature_vector(vector, name)
-        return {"id": name, "features": {self.store.description.tower: vector}}
+        name, vectors = self.store.variants(index)
+        example: Example = {"id": name}
+        tower = self.store.description.tower
+        example["features"] = {tower: _add_variants(example, tower, vectors)}
+        return example
 
     def vectors(self, indices: np.ndarray) -> dict[str, np.ndarray] | None:
         _, rows = self.store.rows(indices)
         return None if rows is None else {self.store.description.tower: rows}
 
     def fingerprint(self) -> str:
-        return fingerprint_of("embeddings", self.store.description.to_json())
+        return fingerprint_of("embeddings", self.store.description.fingerprint())
+
+
+def _add_variants(example: Example, name: str, vectors: np.ndarray) -> np.ndarray:
+    """The first vector, evaluation's; the example receives all, where there are several.
+
+    Raises:
+      BadExample: there is none, or one of them is not finite or all zero.
+    """
+    if not len(vectors):
+        raise BadExample("features missing", f"{example['id']} was unusable when it was embedded")
+    for vector in vectors:
+        feature_vector(vector, example["id"])
+    if len(vectors) > 1:
+        example["variants"] = {**(example.get("variants") or {}), name: vectors}
+    return vectors[0]
 
 
 def open_embeddings(path: str) -> EmbeddingsOnly:
