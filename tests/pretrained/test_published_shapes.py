@@ -58,6 +58,18 @@ def older_dinov3(shapes):
     return {name.replace("model.layer.", "layer."): shape for name, shape in shapes.items()}
 
 
+def older_ast(shapes):
+    """Names from before transformers 5, in a class for classification."""
+    parts = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+    parts |= {"o_proj": "output.dense"}
+    renamed = {}
+    for name, shape in shapes.items():
+        name = re.sub(r"\b[qkvo]_proj\b", lambda match: parts[match[0]], name)
+        name = name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+        renamed[re.sub(r"\blayers\.", "encoder.layer.", name)] = shape
+    return renamed
+
+
 def older_waves(shapes):
     """Weight normalisation as PyTorch 1 named it."""
     names = {"parametrizations.weight.original0": "weight_g"}
