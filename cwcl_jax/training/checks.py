@@ -139,13 +139,18 @@ def _try_weights(loss: LossConfig) -> None:
 
 
 def check_task_inputs(
-    blueprint: Blueprint, tasks: Mapping[str, Task], sources: Mapping[str, TowerSource], step: int
+    blueprint: Blueprint,
+    tasks: Mapping[str, Task],
+    sources: Mapping[str, TowerSource],
+    step: int,
+    leaves: str = "trained",
 ) -> None:
     """Raises ConfigError where a task would feed a tower with what it does not read.
 
     Args:
       sources: where the towers' weights came from.
       step: of the run; 0 where it begins.
+      leaves: "trained", or "ema" for the averages of the trained ones.
     """
     config = blueprint.config
     for name, task in tasks.items():
@@ -156,7 +161,8 @@ def check_task_inputs(
                 source = open_source(line, cache_dir=config.data.cache_dir)
                 what = f"config.evaluation.tasks.{name}.{field}={line!r}"
                 check_features(
-                    blueprint, source, sources, towers=towers, what=what, step=step
+                    blueprint, source, sources,
+                    towers=towers, what=what, step=step, leaves=leaves,
                 )  # fmt: skip
         if reader in config.towers and partner in ("", reader):
             _check_reads_sentences(config, name, reader)

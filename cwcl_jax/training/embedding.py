@@ -53,7 +53,9 @@ def folder_description(
         dtype=dtype,
         count=len(source),
         source=source.fingerprint(),
-        weights=weights_name(blueprint, sources, modality, encoder.step, output),
+        weights=weights_name(
+            blueprint, sources, modality, encoder.step, output, leaves=encoder.weights
+        ),
         preprocessing=preprocessing(blueprint.config, modality, output),
         shard_size=shard_size,
     )
@@ -65,17 +67,23 @@ def weights_name(
     modality: str,
     step: int,
     output: str = "features",
+    *,
+    leaves: str = "trained",
 ) -> str:
     """What the tower's values are: a locked encoder's file or seed, else the run and its step.
 
     Embeds have passed through the head, which trains even where the encoder is locked, or is
     initialised by the run.
+
+    Args:
+      leaves: "trained", or "ema" for the averages of the trained ones.
     """
     sha256 = sources[modality].sha256
     if output == "features" and blueprint.features_are_locked(modality):
         return sha256 or f"initialised-seed-{blueprint.config.seed}"
     begun = f"-from-{sha256[:16]}" if sha256 else ""
-    return f"{config_hash(blueprint.config)}{begun}-step-{step}"
+    averages = "" if leaves == "trained" else f"-{leaves}"
+    return f"{config_hash(blueprint.config)}{begun}-step-{step}{averages}"
 
 
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
@@ -207,6 +215,7 @@ def check_features(
     towers: Collection[str] = (),
     what: str = "config.data.train",
     step: int = 0,
+    leaves: str = "trained",
 ) -> None:
     """Raises ConfigError where a source gives features that the tower's encoder would not give.
 
@@ -214,6 +223,7 @@ def check_features(
       towers: whose features are read; by default all.
       what: names the source in errors.
       step: of the run; 0 where it begins.
+      leaves: as for `weights_name`.
     """
     config = blueprint.config
     for tower in towers or config.towers:
@@ -229,7 +239,7 @@ def check_features(
                 "source line (raw=NAME)"
             )
         for store in stores:
-            _check_store(blueprint, tower, store, sources, what, step)
+            _check_store(blueprint, tower, store, sources, what, step, leaves)
 
 
 def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
@@ -244,6 +254,7 @@ def _check_store(
     sources: Mapping[str, TowerSource],
     what: str,
     step: int,
+    leaves: str,
 ) -> None:
     if not step and not blueprint.features_are_locked(tower):
         raise ConfigError(
@@ -254,7 +265,7 @@ def _check_store(
     try:
         store.description.require(
             store.folder,
-            weights=weights_name(blueprint, sources, tower, step),
+            weights=weights_name(blueprint, sources, tower, step, leaves=leaves),
             preprocessing=preprocessing(blueprint.config, tower, "features"),
         )
     except ValueError as error:
