@@ -49,6 +49,18 @@ def check_inputs(config: ExperimentConfig) -> None:
             raise ConfigError(_wrong_weights(name, tower) or str(error)) from error
 
 
+def check_patch_dropout(blueprint: Blueprint) -> None:
+    """Raises ConfigError for a share of patches to leave out where all of them are seen."""
+    for name, tower in blueprint.config.towers.items():
+        share = getattr(tower.encoder_settings(), "patch_dropout", 0.0)
+        if share and blueprint.features_are_locked(name):
+            raise ConfigError(
+                f"config.towers.{name}.overrides.patch_dropout={share} does nothing: the encoder "
+                f"is locked (tune={tower.tune!r}), and a locked encoder sees all patches; leave it "
+                "out, or train the encoder (tune='all', 'last:K', 'lora:R')"
+            )
+
+
 def _wrong_weights(name: str, tower: TowerConfig) -> str:
     """What is wrong with a tower's weights as a whole; "" where they are of its family.
 
