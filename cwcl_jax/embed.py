@@ -2,9 +2,10 @@
 
 By default these are the locked tower's features of the training data; a run whose source line has
 `features_from=DIR` then trains from them without running that tower. With `--workdir` the tower is
-that of a trained run, and `--what=embeds` writes the normalised embeddings after its head, for
-search and plots. An interrupted command continues where it stopped. A folder of files is also a
-source (`--source=folder:DIR`, pictures or recordings); unreadable files are counted.
+that of a trained run (`--step=best --weights=ema`: of another step, or its averages), and
+`--what=embeds` writes the normalised embeddings after its head, for search and plots. An
+interrupted command continues where it stopped. A folder of files is also a source
+(`--source=folder:DIR`, pictures or recordings); unreadable files are counted.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def _define(parser: ArgumentParser) -> None:
     add("--dtype", default="float16", choices=dtypes, help="stored as")
     add("--batch_size", type=cli.at_least(1), default=256, help="examples per call")
     add("--errors", default="limit", choices=[*_SHARES], help=_ERRORS)
+    add("--step", type=cli.step, help="checkpoint of --workdir, or best; default: the latest")
+    about = "of --workdir: as trained, or their moving averages"
+    add("--weights", default="trained", choices=["trained", "ema"], help=about)
 
 
 def embed(
@@ -63,6 +67,8 @@ def embed(
     batch_size: int = 256,
     shard_size: int = 8192,
     errors: str = "limit",
+    step: int | str | None = None,
+    weights: str = "trained",
     watchdog: Watchdog | None = None,
 ) -> int:
     """Embeds a source; returns the exit code.
@@ -72,6 +78,8 @@ def embed(
       workdir: a trained run, or "" for the weights that the config imports.
       line: source line, "" for the training data.
       errors: "limit", "skip" or "raise", as the option.
+      step: of `workdir`: a number, "best", or None for the latest.
+      weights: of `workdir`: "trained", or "ema" for the averages of the trained leaves.
 
     Raises:
       ConfigError: invalid settings, data or weights, or a folder of something else.
@@ -85,7 +93,7 @@ def embed(
     if tower not in config.towers:
         raise ConfigError(f"--tower={tower}: the towers are {sorted(config.towers)}")
     source = _source(config, line or config.data.train)
-    encoder, sources = _encoder(config, workdir)
+    encoder, sources = _encoder(config, workdir, step, weights)
     description = folder_description(
         encoder, sources, source, tower, output=what, dtype=dtype, shard_size=shard_size
     )
@@ -133,7 +141,9 @@ def _writer(output: str, description: EmbeddingDescription) -> EmbeddingWriter:
         raise ConfigError(str(error)) from error
 
 
-def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str, TowerSource]]:
+def _encoder(
+    config: ExperimentConfig, workdir: str, step: int | str | None, weights: str
+) -> tuple[Encoder, dict[str, TowerSource]]:
     """Returns a run's encoder, or the one that the config imports, and the source of its weights.
 
     Each process works on its own files with its own devices: nothing is exchanged.
@@ -144,8 +154,12 @@ def _encoder(config: ExperimentConfig, workdir: str) -> tuple[Encoder, dict[str,
 
     devices = jax.local_devices()
     if not workdir:
+        if step is not None or weights != "trained":
+            raise ConfigError(
+                "--step and --weights belong to --workdir: an imported model has one step"
+            )
         return imported_encoder(config, devices=devices)
-    encoder, _ = load_encoder(to_path(workdir), devices=devices)
+    encoder, _ = load_encoder(to_path(workdir), step, weights=weights, devices=devices)
     return encoder, tower_sources(to_path(workdir))
 
 
@@ -173,6 +187,8 @@ def main(options: Namespace) -> int:
             dtype=options.dtype,
             batch_size=options.batch_size,
             errors=options.errors,
+            step=options.step,
+            weights=options.weights,
             watchdog=watchdog,
         )
 

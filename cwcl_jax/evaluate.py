@@ -189,7 +189,8 @@ def _run_tasks(
         check_common(config.evaluation.tasks, others)
     check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
     encoder = kept.encoder
-    check_task_inputs(encoder.blueprint, config.evaluation.tasks, sources, encoder.step)
+    tasks = config.evaluation.tasks
+    check_task_inputs(encoder.blueprint, tasks, sources, encoder.step, encoder.weights)
     results = run_tasks(
         config.evaluation,
         encode=kept.encode,

@@ -4,6 +4,8 @@ Formats:
     safetensors   a folder for `cwcl_jax.load_model`: model.safetensors, cwcl_jax.json, tokenizer
     transformers  a folder for `transformers.VisionTextDualEncoderModel.from_pretrained`
     clip          a folder for transformers' `CLIPModel` and `CLIPProcessor`, for towers like CLIP's
+    image         the image tower as a folder for transformers' `AutoImageProcessor` and the class
+                  that its card names (`AutoModel` for a ViT, SigLIP, DINOv2 or DINOv3)
     sentence-transformers
                   the text tower as a folder for `sentence_transformers.SentenceTransformer`
     npz           the image tower as one file in AugReg's layout
@@ -25,11 +27,12 @@ from cwcl_jax.pretrained.augreg_npz import write_augreg_npz
 from cwcl_jax.pretrained.clip_folder import write_clip_folder
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
 from cwcl_jax.pretrained.folder import below, save_folder
+from cwcl_jax.pretrained.image_folder import write_image_folder
 from cwcl_jax.pretrained.model_card import write_card
 from cwcl_jax.pretrained.onnx_files import write_onnx
 from cwcl_jax.pretrained.sentence_folder import write_sentence_folder
 
-FORMATS = ("safetensors", "transformers", "clip", "sentence-transformers", "npz", "onnx")
+FORMATS = ("safetensors", "transformers", "clip", "image", "sentence-transformers", "npz", "onnx")
 
 
 def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> None:
@@ -40,6 +43,8 @@ def export(model: Model, output: Path, form: str, *, dtype: str = "float32") -> 
         write_dual_encoder(output, model.description, model.leaves)
     elif form == "clip":
         write_clip_folder(output, model.description, model.leaves)
+    elif form == "image":
+        write_image_folder(output, model.description, model.leaves)
     elif form == "sentence-transformers":
         write_sentence_folder(output, model.description, model.leaves)
     elif form == "npz":

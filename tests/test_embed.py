@@ -11,9 +11,9 @@ from cwcl_jax.config import ConfigError, from_config_dict
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import open_source
-from cwcl_jax.embed import embed
+from cwcl_jax.embed import embed, main
 from cwcl_jax.modalities.image import eval_pixels
-from cwcl_jax.training import stopping
+from cwcl_jax.training import encode, stopping
 from cwcl_jax.training.embedding import preprocessing, weights_name
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.metrics import read_json_lines
@@ -120,7 +120,26 @@ def test_embeds_are_named_by_head_and_step_and_features_by_the_encoder_alone():
 
     assert name(1, "features") == name(2, "features") == file.sha256
     names = {name(1, "embeds"), name(2, "embeds"), name(1, "embeds", TowerSource("", "34" * 32))}
-    assert len(names) == 3
+    averages = weights_name(blueprint, {"image": file}, "image", 1, "embeds", leaves="ema")
+    assert len(names | {averages}) == 4
+
+
+def test_another_step_and_averages_are_those_of_a_run(tmp_path, monkeypatch):
+    loaded = []
+
+    def load(workdir, step=None, **options):
+        loaded.append((workdir.name, step, options["weights"]))
+        raise ConfigError("loaded")
+
+    monkeypatch.setattr(encode, "load_encoder", load)
+    options = {"output": str(tmp_path / "out"), "step": "best", "weights": "ema", "line": SOURCE}
+    with pytest.raises(ConfigError, match="loaded"):
+        embed(toy_config(), workdir=str(tmp_path / "run"), **options)
+    assert loaded == [("run", "best", "ema")]
+    with pytest.raises(ConfigError, match="--step and --weights belong to --workdir"):
+        embed(toy_config(), workdir="", **options)
+    parsed = main.parse(["--workdir=run", "--output=out", "--step=best", "--weights=ema"])
+    assert (parsed.step, parsed.weights) == ("best", "ema")
 
 
 def test_interrupted_command_continues(tmp_path, monkeypatch):

@@ -27,8 +27,6 @@ _EDGE_SECONDS = 0.25
 _LOUDEST = 2.0
 # Peak of a recording (of 32767) below which it is inaudible.
 _SILENCE = 8
-# Seconds per position of an encoder with a position table: two frames of 10 ms.
-_POSITION_SECONDS = 0.02
 # Tolerated difference between a listed duration and the file's.
 _ROUNDED_SECONDS = 0.1
 _FULL_SCALE, _CLIPPED_SHARE = 32_700, 0.01
@@ -109,12 +107,11 @@ class SpeechInputs(Modality):
 
     def check(self, settings: Any, *, options: str, overrides: str, imported: bool) -> None:
         del imported
-        positions = getattr(settings, "max_positions", None)
-        if positions is not None and self.max_seconds > positions * _POSITION_SECONDS:
+        bound, seconds = getattr(settings, "longest", ("", ENDLESS))
+        if self.max_seconds > seconds:
             raise ValueError(
                 f"{options}.max_seconds={self.max_seconds:g}, but the tower hears "
-                f"{positions * _POSITION_SECONDS:g} s: lower it, or raise max_positions in "
-                f"{overrides}"
+                f"{seconds:g} s: lower it, or raise {bound} in {overrides}"
             )
 
     def varies(self, source: Any) -> str:

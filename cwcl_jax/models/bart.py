@@ -115,4 +115,6 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     return named(content, _NAMES) if content.get("model_type", "bart") == "bart" else {}
 
 
-BART = EncoderFamily(BartConfig, BartEncoder, "text", PRESETS, [_FILES], _read_config)
+BART = EncoderFamily(
+    BartConfig, BartEncoder, "text", PRESETS, [_FILES], _read_config, model_types=("bart",)
+)

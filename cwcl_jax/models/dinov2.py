@@ -213,4 +213,5 @@ DINOV2 = EncoderFamily(
     [_WITH_REGISTERS, _PLAIN],
     _read_config,
     read_processor=picture_size,
+    model_types=("dinov2", "dinov2_with_registers"),
 )

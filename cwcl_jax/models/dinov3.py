@@ -139,5 +139,12 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 DINOV3 = EncoderFamily(
-    Dinov3Config, Dinov3, "image", PRESETS, [_FILES], _read_config, read_processor=picture_size
+    Dinov3Config,
+    Dinov3,
+    "image",
+    PRESETS,
+    [_FILES],
+    _read_config,
+    read_processor=picture_size,
+    model_types=("dinov3_vit",),
 )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from cwcl_jax.extension import is_reference
 from cwcl_jax.models import (
+    audio_spectrogram,
     bart,
     bert,
     conv_speech,
@@ -63,6 +64,7 @@ ENCODERS: dict[str, EncoderFamily] = {
     "wav2vec2": wav2vec2.WAV2VEC2,
     "hubert": wav2vec2.HUBERT,
     "wavlm": wavlm.WAVLM,
+    "ast": audio_spectrogram.AST,
     "conv_speech": conv_speech.CONV_SPEECH,
     "precomputed": precomputed.PRECOMPUTED,
 }

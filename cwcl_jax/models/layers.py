@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -62,12 +63,27 @@ def _narrow_backward(residuals: Any, g: jax.Array) -> tuple[jax.Array, jax.Array
 _narrow.defvjp(_narrow_forward, _narrow_backward)
 
 
+# Where remat keeps the results of products it keeps the sum of an adapted layer, and not its parts.
+ADAPTED = "adapted"
+
+
 class Linear(nnx.Linear):
     """`nnx.Linear` by `affine`: computed in `dtype`, with gradients summed in float32."""
 
+    def adapt(self, a: Any, b: Any, scale: float) -> None:
+        """Makes it x W + scale (x A) B, in which W has no gradient (see `models.lora`)."""
+        self.lora_a = nnx.Param(a)
+        self.lora_b = nnx.Param(b)
+        self.lora_scale = scale
+
     def __call__(self, inputs: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+        x = inputs.astype(self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return affine(inputs.astype(self.dtype), self.kernel[...], bias)
+        if not hasattr(self, "lora_a"):
+            return affine(x, self.kernel[...], bias)
+        y = affine(x, lax.stop_gradient(self.kernel[...]), bias)
+        low = affine(x, self.lora_a[...], None)
+        return checkpoint_name(y + affine(low, self.lora_scale * self.lora_b[...], None), ADAPTED)
 
 
 class LayerNorm(nnx.LayerNorm):

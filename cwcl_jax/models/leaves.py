@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from cwcl_jax.models.lora import Adapter, effective
+from cwcl_jax.models.lora import Adapter, attach, effective
 
 Key = tuple[Any, ...]
 
@@ -33,8 +33,8 @@ class ModelDef:
       statistics: paths of the leaves that are running statistics.
       constants: paths of the leaves that never change.
       random: keys of the random state, and whether each is a key (else a count).
-      adapters: low-rank additions to kernels. Their leaves are leaves of the model, but the module
-          gets the sums.
+      adapters: low-rank additions to kernels. Their leaves are leaves of the model; the module gets
+          them beside the kernels, or gets the sums.
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -72,7 +72,7 @@ class ModelDef:
                 f"leaves do not fit the model: missing {missing[:5]} ({len(missing)} in all), "
                 f"unexpected {unexpected[:5]} ({len(unexpected)} in all)"
             )
-        leaves = effective(leaves, self.adapters)
+        leaves = effective(leaves, [x for x in self.adapters if not x.beside])
         state: dict[Any, Any] = {key: leaves[_path(key)] for key in self.keys}
         if self.random:
             first = jax.random.key(0) if key is None else key
@@ -80,7 +80,9 @@ class ModelDef:
                 place: jax.random.fold_in(first, number) if is_key else jnp.zeros((), jnp.uint32)
                 for number, (place, is_key) in enumerate(self.random)
             }
-        return nnx.merge(self.graphdef, nnx.from_flat_state(state))
+        module = nnx.merge(self.graphdef, nnx.from_flat_state(state))
+        attach(module, self.adapters, leaves)
+        return module
 
     def statistics_of(self, module: nnx.Module) -> dict[str, Any]:
         """Returns the current running statistics of a merged module, by path."""

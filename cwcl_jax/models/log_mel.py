@@ -60,7 +60,7 @@ def log_mel(
     missing = (count - 1) * HOP + WINDOW - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, max(missing, 0))))
     window = jnp.asarray(np.hanning(WINDOW + 1)[:-1], jnp.float32)
-    spectrum = jnp.fft.rfft(_windows(x, count) * window[None, None, :], axis=-1)
+    spectrum = jnp.fft.rfft(windows(x, count) * window[None, None, :], axis=-1)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     filters = jnp.asarray(mel_filters(spec), jnp.float32)
     mel = jnp.matmul(power, filters, precision="highest")
@@ -70,7 +70,7 @@ def log_mel(
     return jnp.maximum(values, top - spec.dynamic_range)
 
 
-def _windows(x: Float[Array, "b n"], count: int) -> Float[Array, "b t w"]:
+def windows(x: Float[Array, "b n"], count: int) -> Float[Array, "b t w"]:
     """Returns overlapping windows, concatenated from parts of 5 ms."""
     steps = HOP // _PART
     parts = WINDOW // _PART

@@ -1,8 +1,10 @@
 """LoRA: a locked kernel W and a trained low-rank addition, W + (alpha / R) A B.
 
 Hu et al. 2021, arXiv 2106.09685. `A` is drawn like a kernel and `B` is zero, so that a tower
-initially computes the same as before. Encoders do not know about it: `ModelDef.merge` replaces the
-kernels by the sums before a module is built, and an exported model holds the sums.
+initially computes the same as before. Encoders do not know about it. The package's own dense layers
+compute x W + (alpha / R) (x A) B, so that no gradient of a whole W is formed. Other kernels
+(convolutions, layers of the user's) are replaced by the sums in `ModelDef.merge` before a module is
+built. An exported model holds the sums.
 
 A kernel `.../query/kernel` of shape (in, out) gets the leaves `.../query/lora_a/kernel`, (in, R),
 and `.../query/lora_b/kernel`, (R, out). All axes before the last count as inputs, except the
@@ -13,12 +15,15 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from cwcl_jax.extension import is_reference
+from cwcl_jax.models.layers import Linear
 from cwcl_jax.models.tower import TowerConfig
 
 _TUNE = re.compile(r"(?:(.+)\+)?lora:(.*)")
@@ -36,6 +41,7 @@ class Adapter:
       rank: R.
       scale: alpha / R.
       layers: number of stacked layers, the kernel's first axis; 0 for a kernel of one layer.
+      beside: whether the kernel's layer computes the addition itself, beside its own product.
     """
 
     kernel: str
@@ -43,6 +49,7 @@ class Adapter:
     rank: int
     scale: float
     layers: int = 0
+    beside: bool = False
 
     @property
     def paths(self) -> tuple[str, str]:
@@ -98,6 +105,28 @@ def effective(leaves: Mapping[str, Any], adapters: Collection[Adapter]) -> dict[
     return result
 
 
+def dense_kernels(module: nnx.Module) -> frozenset[str]:
+    """Paths of the kernels whose layers can compute an addition beside their own product."""
+    return frozenset(f"{path}/kernel" for path in _dense_layers(module))
+
+
+def attach(module: nnx.Module, adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
+    """Gives their additions to the layers that compute them; other adapters are passed over."""
+    beside = [adapter for adapter in adapters if adapter.beside]
+    layers = _dense_layers(module) if beside else {}
+    for adapter in beside:
+        a, b = (leaves[path] for path in adapter.paths)
+        layers[adapter.kernel.removesuffix("/kernel")].adapt(a, b, adapter.scale)
+
+
+def _dense_layers(module: nnx.Module) -> dict[str, Linear]:
+    return {
+        "/".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(module)
+        if isinstance(layer, Linear)
+    }
+
+
 def split_tune(tune: str) -> tuple[str, str]:
     """Returns the part of `tune` for the tower's own leaves, and R; "" without LoRA."""
     match = _TUNE.fullmatch(tune)
@@ -105,13 +134,18 @@ def split_tune(tune: str) -> tuple[str, str]:
 
 
 def find_adapters(
-    leaves: Mapping[str, Any], trained: Collection[str], towers: Mapping[str, TowerConfig]
+    leaves: Mapping[str, Any],
+    trained: Collection[str],
+    towers: Mapping[str, TowerConfig],
+    dense: Collection[str] = (),
 ) -> tuple[Adapter, ...]:
     """Returns the adapters that the towers' settings request.
 
     Args:
       leaves: shapes of the leaves that could train, by path.
       trained: paths of those that train; a kernel among them gets no addition.
+      dense: see `dense_kernels`; a user's encoder gets sums all the same, as it may read the
+        kernels of its layers itself.
 
     Raises:
       ValueError: the rank is not a number or too large, an expression matches no kernel or only
@@ -132,7 +166,11 @@ def find_adapters(
                     f"tune={tower.tune!r}: every kernel that lora_kernels={tower.lora_kernels!r} "
                     "matches trains as a whole, and needs no addition"
                 )
-            found += [_adapter(path, leaves[path].shape, tower) for path in locked]
+            own = is_reference(tower.encoder)
+            for path in locked:
+                adapter = _adapter(path, leaves[path].shape, tower)
+                beside = path in dense and not own
+                found.append(dataclasses.replace(adapter, beside=beside))
         except ValueError as error:
             raise ValueError(f"towers.{name}: {error}") from error
     return tuple(found)

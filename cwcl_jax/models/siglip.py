@@ -286,5 +286,26 @@ def _read_text(content: Mapping[str, Any]) -> dict[str, Any]:
     return settings | {"projection": 0 if projection == settings["width"] else projection}
 
 
-SIGLIP = EncoderFamily(SiglipConfig, SiglipImage, "image", PRESETS, [VISION], _read_image)
-SIGLIP_TEXT = EncoderFamily(SiglipTextConfig, SiglipText, "text", TEXT_PRESETS, [TEXT], _read_text)
+def _types(part: str) -> tuple[str, ...]:
+    """What a config.json calls these models; those of any shape are refused when it is read."""
+    return ("siglip", f"siglip_{part}_model", "siglip2", f"siglip2_{part}_model")
+
+
+SIGLIP = EncoderFamily(
+    SiglipConfig,
+    SiglipImage,
+    "image",
+    PRESETS,
+    [VISION],
+    _read_image,
+    model_types=_types("vision"),
+)
+SIGLIP_TEXT = EncoderFamily(
+    SiglipTextConfig,
+    SiglipText,
+    "text",
+    TEXT_PRESETS,
+    [TEXT],
+    _read_text,
+    model_types=_types("text"),
+)

@@ -6,12 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from cwcl_jax.models.augment import SpeechAugment, augment_waveform, mask_spectrum
 from cwcl_jax.models.layers import affine
 from cwcl_jax.models.log_mel import HOP, MelSpec, frame_count, log_mel, to_float, valid
 from cwcl_jax.models.transformer import Execution
+
+
+def heard_samples(
+    inputs: Mapping[str, Any], augment: SpeechAugment, key: jax.Array | None
+) -> tuple[Float[Array, "b n"], Int[Array, " b"]]:
+    """Samples of {"waveform": (b, n), "length": (b,)} in [-1, 1), zero behind each end; the ends.
+
+    With a key as `augment` says.
+    """
+    waveform = inputs["waveform"]
+    length = jnp.minimum(inputs["length"], waveform.shape[1])
+    samples = jnp.where(valid(length, waveform.shape[1]), to_float(waveform), 0.0)
+    return augment_waveform(samples, length, augment, key)
 
 
 def masked_frames(
@@ -28,10 +41,7 @@ def masked_frames(
     With `hear_silence` the whole buffer is one clip, as Whisper reads it: see `log_mel`.
     """
     keys = (None, None) if key is None else jax.random.split(key, 2)
-    waveform = inputs["waveform"]
-    length = jnp.minimum(inputs["length"], waveform.shape[1])
-    samples = jnp.where(valid(length, waveform.shape[1]), to_float(waveform), 0.0)
-    samples, length = augment_waveform(samples, length, augment, keys[0])
+    samples, length = heard_samples(inputs, augment, keys[0])
     frames = valid(-(-length // HOP), frame_count(samples.shape[1]))
     features = log_mel(samples, None if hear_silence else frames, spec)
     return mask_spectrum(features, frames, augment, keys[1]), frames

@@ -114,5 +114,11 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 TEXT = EncoderFamily(
-    TextConfig, TextTransformer, "text", PRESETS, [clip_layouts.TEXT, open_clip.TEXT], _read_config
+    TextConfig,
+    TextTransformer,
+    "text",
+    PRESETS,
+    [clip_layouts.TEXT, open_clip.TEXT],
+    _read_config,
+    model_types=("clip", "clip_text_model"),
 )

@@ -22,8 +22,8 @@ class TowerConfig:
 
     encoder: str
     """"vit", "siglip", "dinov2", "dinov3"; "bert", "roberta", "modernbert", "mpnet", "bart",
-    "text", "siglip_text"; "whisper", "wav2vec2", "hubert", "wavlm", "conv_speech"; "precomputed";
-    or "module:Class" of your own."""
+    "text", "siglip_text"; "whisper", "wav2vec2", "hubert", "wavlm", "ast", "conv_speech";
+    "precomputed"; or "module:Class" of your own."""
     preset: str = ""
     """A size by name, for example "ViT-L/16", "tiny", "whisper-small", "MiniLM-L6"."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)

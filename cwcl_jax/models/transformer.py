@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from cwcl_jax.models.attention import attend
-from cwcl_jax.models.layers import Embed, LayerNorm, Linear
+from cwcl_jax.models.layers import ADAPTED, Embed, LayerNorm, Linear
 from cwcl_jax.models.numerics import activate, dropout
 
 
@@ -33,12 +33,11 @@ def _fused_attention(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 _either = jax.checkpoint_policies.save_from_both_policies
+_others = _either(jax.checkpoint_policies.save_only_these_names(ADAPTED), _fused_attention)
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,  # keep only a block's input
-    "dots": _either(jax.checkpoint_policies.dots_saveable, _fused_attention),
-    "dots_no_batch": _either(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _fused_attention
-    ),
+    "dots": _either(jax.checkpoint_policies.dots_saveable, _others),
+    "dots_no_batch": _either(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _others),
 }
 
 

@@ -349,4 +349,6 @@ VIT = EncoderFamily(
     PRESETS,
     [AUGREG, _TRANSFORMERS, clip_layouts.VISION, open_clip.VISION],
     _read_config,
+    # Masked autoencoders and MSN have the names of a ViT.
+    model_types=("vit", "vit_mae", "vit_msn", "clip", "clip_vision_model"),
 )

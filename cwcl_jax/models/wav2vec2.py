@@ -416,10 +416,12 @@ def layout(name: str, prefix: str) -> Layout:
     )
 
 
+# Both compute the same, so that either name opens either folder.
+_KINDS = ("wav2vec2", "hubert")
+
+
 def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    # Both compute the same, so either name may open either folder.
-    kinds = ("wav2vec2", "hubert")
-    return read_waves(content, NAMES) if content.get("model_type") in kinds else {}
+    return read_waves(content, NAMES) if content.get("model_type") in _KINDS else {}
 
 
 WAV2VEC2 = EncoderFamily(
@@ -430,6 +432,7 @@ WAV2VEC2 = EncoderFamily(
     [layout("wav2vec 2.0", "wav2vec2")],
     _read_config,
     read_processor=read_extractor,
+    model_types=_KINDS,
 )
 HUBERT = EncoderFamily(
     Wav2Vec2Config,
@@ -439,4 +442,5 @@ HUBERT = EncoderFamily(
     [layout("HuBERT", "hubert")],
     _read_config,
     read_processor=read_extractor,
+    model_types=_KINDS,
 )

@@ -141,4 +141,5 @@ WAVLM = EncoderFamily(
     [_FILES],
     _read_config,
     read_processor=read_extractor,
+    model_types=("wavlm",),
 )

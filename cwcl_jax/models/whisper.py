@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from cwcl_jax.models.augment import SpeechAugment
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.layer_names import layer_rules
-from cwcl_jax.models.log_mel import HOP, MelSpec
+from cwcl_jax.models.log_mel import HOP, SAMPLE_RATE, MelSpec
 from cwcl_jax.models.numerics import activate, dropout
 from cwcl_jax.models.pooling import pool
 from cwcl_jax.models.speech_frames import FrameConv, masked_frames, only
@@ -52,6 +52,11 @@ class WhisperConfig(SpeechAugment):
     dropout: float = 0.0
     attend_padding: bool = False
     pooling: str = "mean"
+
+    @property
+    def longest(self) -> tuple[str, float]:
+        """The field that bounds how much is heard, and the seconds that it allows."""
+        return "max_positions", 2 * self.max_positions * HOP / SAMPLE_RATE
 
 
 def _preset(width: int, depth: int, heads: int, mel_bins: int = 80) -> WhisperConfig:
@@ -203,4 +208,5 @@ WHISPER = EncoderFamily(
     fixed=("encoder/position_embedding",),
     # It was trained on windows of 30 s, with silence after shorter recordings.
     as_published={"attend_padding": True},
+    model_types=("whisper",),
 )

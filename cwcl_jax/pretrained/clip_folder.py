@@ -25,7 +25,7 @@ from cwcl_jax.pretrained.transformers_parts import (
 )
 from cwcl_jax.weights.writers import write_safetensors
 
-_BLOCK = {
+CLIP_BLOCK = {
     "norm1": "layer_norm1",
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -52,7 +52,7 @@ def write_clip_folder(
     picture, written = below(leaves, image), below(leaves, text)
     tokenizer: Any = description.inputs[text].loaded  # type: ignore[attr-defined]
     end = _end_token(description, text, tokenizer)
-    arrays = _vision_arrays(vision, picture) | _text_arrays(words, written)
+    arrays = clip_vision_arrays(vision, picture) | _text_arrays(words, written)
     arrays["visual_projection.weight"] = _projection(description, image, picture)
     arrays["text_projection.weight"] = _projection(description, text, written)
     arrays["logit_scale"] = np.asarray(leaves["logit_scale"], np.float32)
@@ -61,10 +61,10 @@ def write_clip_folder(
         "model_type": "clip",
         "projection_dim": description.embed_dim,
         "logit_scale_init_value": float(arrays["logit_scale"]),
-        "vision_config": _stack(vision, "clip_vision_model")
+        "vision_config": clip_stack(vision, "clip_vision_model")
         | {"image_size": vision.image_size, "patch_size": vision.patch_size}
         | {"projection_dim": description.embed_dim},
-        "text_config": _stack(words, "clip_text_model")
+        "text_config": clip_stack(words, "clip_text_model")
         | {"vocab_size": words.vocab_size, "max_position_embeddings": words.max_tokens}
         | {"eos_token_id": end, "bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
         | {"projection_dim": description.embed_dim},
@@ -143,18 +143,20 @@ def _ends_with(tokenizer: Any, end: int) -> bool:
     return int(made["tokens"][0][made["mask"][0]][-1]) == end
 
 
-def _stack(settings: Any, kind: str) -> dict[str, Any]:
+def clip_stack(settings: Any, kind: str) -> dict[str, Any]:
+    """The stack of a tower as the parts of CLIP's config.json name it."""
     config = stack_config(settings) | {"model_type": kind, "attention_dropout": 0.0}
     del config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]
     return config
 
 
 def _layers(arrays: Arrays, leaves: Arrays, depth: int, part: str) -> Arrays:
-    blocks(arrays, leaves, depth, _BLOCK, prefix=f"{part}.encoder.layers")
+    blocks(arrays, leaves, depth, CLIP_BLOCK, prefix=f"{part}.encoder.layers")
     return arrays
 
 
-def _vision_arrays(settings: Any, leaves: Arrays) -> Arrays:
+def clip_vision_arrays(settings: Any, leaves: Arrays) -> Arrays:
+    """The image tower's arrays without its projection, from its leaves by path below it."""
     part = "vision_model"
     arrays = {
         f"{part}.embeddings.class_embedding": leaves["encoder/class_token"].reshape(-1),

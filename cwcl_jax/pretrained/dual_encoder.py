@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.pretrained.folder import ModelDescription, below
+from cwcl_jax.pretrained.image_folder import vit_model
 from cwcl_jax.pretrained.transformers_parts import (
     Arrays,
-    blocks,
     dense,
     float32,
     image_processor,
-    stack_config,
     text_model,
     write_json,
 )
@@ -33,17 +32,6 @@ from cwcl_jax.weights.writers import write_safetensors
 
 # tanh(x) = x (1 - x^2 / 3 + ...): below float32's resolution for features up to 10.
 _TINY = 2.0**-14
-
-_VIT_BLOCK = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attention/query": "attention.attention.query",
-    "attention/key": "attention.attention.key",
-    "attention/value": "attention.attention.value",
-    "attention/out": "attention.output.dense",
-    "mlp/up": "intermediate.dense",
-    "mlp/down": "output.dense",
-}
 
 
 def write_dual_encoder(
@@ -116,29 +104,9 @@ def _vision(description: ModelDescription, leaves: Arrays) -> tuple[dict[str, An
             "the image tower's norm between embeddings and blocks, as in CLIP, does not fit a "
             "VisionTextDualEncoder's ViT: export as safetensors"
         )
-    config = stack_config(settings) | {
-        "model_type": "vit",
-        "image_size": settings.image_size,
-        "patch_size": settings.patch_size,
-        "qkv_bias": settings.qkv_bias,
-        "pooler_act": "linear",
-        "pooler_output_size": settings.width,
-    }
-    arrays = {
-        "embeddings.cls_token": leaves["encoder/class_token"],
-        "embeddings.position_embeddings": leaves["encoder/position_embedding"],
-        "embeddings.patch_embeddings.projection.weight": leaves[
-            "encoder/patch_embed/kernel"
-        ].transpose(3, 2, 0, 1),
-        "embeddings.patch_embeddings.projection.bias": leaves.get(
-            "encoder/patch_embed/bias", np.zeros(settings.width, np.float32)
-        ),
-        "pooler.dense.weight": np.eye(settings.width, dtype=np.float32),
-        "pooler.dense.bias": np.zeros(settings.width, np.float32),
-    }
-    blocks(arrays, leaves, settings.depth, _VIT_BLOCK)
-    dense(arrays, leaves, "encoder/norm", "layernorm")
-    return config, arrays, 1.0
+    model = vit_model(settings, leaves, None)
+    del model.config["architectures"]
+    return model.config, model.arrays, 1.0
 
 
 def _text(description: ModelDescription, leaves: Arrays) -> tuple[dict[str, Any], Arrays, float]:

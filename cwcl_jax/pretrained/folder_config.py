@@ -43,9 +43,12 @@ _UNSEEN = (
     "heads", "activation", "scale_embedding", "causal", "dilations", "position_offset",
     "pad_token", "rope_theta", "strides", "conv_activation", "stable_norm", "normalize_waveform",
     "max_distance", "global_every", "local_window", "global_theta", "local_theta",
+    "frequency_stride", "time_stride",
 )  # fmt: skip
 # and for these an error unless overridden by name.
-_FRONT_END = ("pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range")
+_FRONT_END = (
+    "pixel_mean", "pixel_std", "low_hz", "high_hz", "dynamic_range", "feature_mean", "feature_std",
+)  # fmt: skip
 
 
 def settings_of_folder(path: Path, encoder: str) -> dict[str, Any]:
@@ -250,9 +253,9 @@ def check_kind(path: Path, encoder: str) -> None:
     kind = _json(encoder_folder(_folder(path)) / "config.json").get("model_type")
     if kind is None or kind in family.model_types:
         return
-    if kind in PAIRS:
-        return  # the names in the file identify the tower
+    # A pair has two readers, and SigLIP 2 of any shape as well: the one of this tower's modality.
     readers = [name for name, other in ENCODERS.items() if kind in other.model_types]
+    readers.sort(key=lambda name: ENCODERS[name].modality != family.modality)
     raise WeightsMismatch(
         str(path),
         f"is a {kind}, as its config.json says, and no {' or '.join(family.model_types)}, which "

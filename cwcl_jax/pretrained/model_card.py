@@ -13,12 +13,14 @@ from typing import Any
 
 from cwcl_jax.files import parse_json, write_text
 from cwcl_jax.pretrained.folder import ModelDescription
+from cwcl_jax.pretrained.image_folder import opened_as
 
 # The hub's terms: which library opens an export, and which widget shows it.
 _LIBRARIES = {
     "sentence-transformers": ("sentence-transformers", "sentence-similarity"),
     "clip": ("transformers", "zero-shot-image-classification"),
     "transformers": ("transformers", "zero-shot-image-classification"),
+    "image": ("transformers", "image-feature-extraction"),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CITATION = """@inproceedings{srinivasa2023cwcl,
@@ -39,6 +41,14 @@ model, processor = CLIPModel.from_pretrained("{name}"), CLIPProcessor.from_pretr
     "transformers": """from transformers import VisionTextDualEncoderModel
 
 model = VisionTextDualEncoderModel.from_pretrained("{name}")""",
+    "image": """import torch
+from transformers import AutoImageProcessor, {opened_by}
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = {opened_by}.from_pretrained("{name}").eval()
+with torch.no_grad():
+    outputs = model(**processor(pictures, return_tensors="pt"))
+embeds = torch.nn.functional.normalize(outputs.{output})""",
     "safetensors": """import cwcl_jax
 
 model = cwcl_jax.load_model("{name}")""",
@@ -70,7 +80,7 @@ def write_card(
         _front(form, licence, bases),
         f"# {name}",
         _about(description, form),
-        _use(form, name),
+        _use(form, name, description),
         _training(description, source),
         _results(description, source),
         _limits(bases),
@@ -114,6 +124,7 @@ def _about(description: ModelDescription, form: str) -> str:
     )
     held = {
         "sentence-transformers": "This folder holds the text tower alone. ",
+        "image": "This folder holds the image tower alone. ",
         "npz": "The file beside this card holds the image tower alone. ",
     }.get(form, "")
     aligned = f"by the loss `{loss}` " if loss else ""
@@ -129,10 +140,12 @@ def _shown(weights: str) -> str:
     return f"`{weights if _HUB_ID.fullmatch(weights) or ':' in weights else Path(weights).name}`"
 
 
-def _use(form: str, name: str) -> str:
+def _use(form: str, name: str, description: ModelDescription) -> str:
     if form not in _USE:
         return ""
-    return "## Use\n\n```python\n" + _USE[form].format(name=name) + "\n```"
+    opened_by, output = opened_as(description) if form == "image" else ("", "")
+    code = _USE[form].format(name=name, opened_by=opened_by, output=output)
+    return f"## Use\n\n```python\n{code}\n```"
 
 
 def _record(source: Path | None, name: str) -> Any:

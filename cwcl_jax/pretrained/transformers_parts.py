@@ -16,6 +16,7 @@ HIDDEN_ACT = {
     "gelu_tanh": "gelu_pytorch_tanh",
     "quick_gelu": "quick_gelu",
     "relu": "relu",
+    "silu": "silu",
 }
 _BERT_BLOCK = {
     "attention/query": "attention.self.query",

@@ -49,6 +49,18 @@ def check_inputs(config: ExperimentConfig) -> None:
             raise ConfigError(_wrong_weights(name, tower) or str(error)) from error
 
 
+def check_patch_dropout(blueprint: Blueprint) -> None:
+    """Raises ConfigError for a share of patches to leave out where all of them are seen."""
+    for name, tower in blueprint.config.towers.items():
+        share = getattr(tower.encoder_settings(), "patch_dropout", 0.0)
+        if share and blueprint.features_are_locked(name):
+            raise ConfigError(
+                f"config.towers.{name}.overrides.patch_dropout={share} does nothing: the encoder "
+                f"is locked (tune={tower.tune!r}), and a locked encoder sees all patches; leave it "
+                "out, or train the encoder (tune='all', 'last:K', 'lora:R')"
+            )
+
+
 def _wrong_weights(name: str, tower: TowerConfig) -> str:
     """What is wrong with a tower's weights as a whole; "" where they are of its family.
 
@@ -139,13 +151,18 @@ def _try_weights(loss: LossConfig) -> None:
 
 
 def check_task_inputs(
-    blueprint: Blueprint, tasks: Mapping[str, Task], sources: Mapping[str, TowerSource], step: int
+    blueprint: Blueprint,
+    tasks: Mapping[str, Task],
+    sources: Mapping[str, TowerSource],
+    step: int,
+    leaves: str = "trained",
 ) -> None:
     """Raises ConfigError if a task would feed a tower with inputs that it does not read.
 
     Args:
       sources: origin of the towers' weights.
       step: step of the run; 0 at the beginning.
+      leaves: "trained", or "ema" for the averages of the trained ones.
     """
     config = blueprint.config
     for name, task in tasks.items():
@@ -156,7 +173,8 @@ def check_task_inputs(
                 source = open_source(line, cache_dir=config.data.cache_dir)
                 what = f"config.evaluation.tasks.{name}.{field}={line!r}"
                 check_features(
-                    blueprint, source, sources, towers=towers, what=what, step=step
+                    blueprint, source, sources,
+                    towers=towers, what=what, step=step, leaves=leaves,
                 )  # fmt: skip
         if reader in config.towers and partner in ("", reader):
             _check_reads_sentences(config, name, reader)

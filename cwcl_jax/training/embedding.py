@@ -58,7 +58,9 @@ def folder_description(
         dtype=dtype,
         count=len(source),
         source=source.fingerprint(),
-        weights=weights_name(blueprint, sources, modality, encoder.step, output),
+        weights=weights_name(
+            blueprint, sources, modality, encoder.step, output, leaves=encoder.weights
+        ),
         preprocessing=preprocessing(blueprint.config, modality, output),
         shard_size=shard_size,
         draws=kept_draws(modality, inputs) if every else {},
@@ -71,17 +73,23 @@ def weights_name(
     modality: str,
     step: int,
     output: str = "features",
+    *,
+    leaves: str = "trained",
 ) -> str:
     """Returns what a tower's values depend on: a locked encoder's file or seed, else run and step.
 
     Embeddings depend on the head, which trains even if the encoder is locked, or is initialised by
     the run.
+
+    Args:
+      leaves: "trained", or "ema" for the averages of the trained ones.
     """
     sha256 = sources[modality].sha256
     if output == "features" and blueprint.features_are_locked(modality):
         return sha256 or f"initialised-seed-{blueprint.config.seed}"
     begun = f"-from-{sha256[:16]}" if sha256 else ""
-    return f"{config_hash(blueprint.config)}{begun}-step-{step}"
+    averages = "" if leaves == "trained" else f"-{leaves}"
+    return f"{config_hash(blueprint.config)}{begun}-step-{step}{averages}"
 
 
 def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[str, Any]:
@@ -227,6 +235,7 @@ def check_features(
     towers: Collection[str] = (),
     what: str = "config.data.train",
     step: int = 0,
+    leaves: str = "trained",
 ) -> None:
     """Raises ConfigError if a source has features that the tower's encoder would not compute.
 
@@ -234,6 +243,7 @@ def check_features(
       towers: the towers whose features are read; by default all.
       what: names the source in errors.
       step: step of the run; 0 at the beginning.
+      leaves: as for `weights_name`.
     """
     config = blueprint.config
     for tower in towers or config.towers:
@@ -249,7 +259,7 @@ def check_features(
                 "source line (raw=NAME)"
             )
         for store in stores:
-            _check_store(blueprint, tower, store, sources, what, step)
+            _check_store(blueprint, tower, store, sources, what, step, leaves)
 
 
 def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:
@@ -264,6 +274,7 @@ def _check_store(
     sources: Mapping[str, TowerSource],
     what: str,
     step: int,
+    leaves: str,
 ) -> None:
     if not step and not blueprint.features_are_locked(tower):
         raise ConfigError(
@@ -274,7 +285,7 @@ def _check_store(
     try:
         store.description.require(
             store.folder,
-            weights=weights_name(blueprint, sources, tower, step),
+            weights=weights_name(blueprint, sources, tower, step, leaves=leaves),
             preprocessing=preprocessing(blueprint.config, tower, "features"),
         )
     except ValueError as error:

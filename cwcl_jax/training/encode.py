@@ -77,16 +77,25 @@ class Encoder:
       blueprint: structure of the model.
       mesh: devices; batches of any size are padded to a multiple of their number.
       step: number of training steps done.
+      weights: which leaves of that step these are, one of `WEIGHTS`.
       on_batch: called before each batch, equally often on all processes.
     """
 
-    def __init__(self, functions: EncodeFunctions, params: Leaves, locked: Leaves, step: int):
+    def __init__(
+        self,
+        functions: EncodeFunctions,
+        params: Leaves,
+        locked: Leaves,
+        step: int,
+        weights: str = "trained",
+    ):
         self._functions = functions
         self._params = params
         self._locked = locked
         self.blueprint = functions.blueprint
         self.mesh = functions.blueprint.mesh
         self.step = step
+        self.weights = weights
         self.on_batch: Callable[[], None] = lambda: None
 
     def encode(
@@ -208,7 +217,8 @@ def load_encoder(
 ) -> tuple[Encoder, ExperimentConfig]:
     """Returns the model of `restore` as an encoder, with the run's settings."""
     model = restore(workdir, step, weights=weights, devices=devices)
-    encoder = Encoder(EncodeFunctions(model.blueprint), model.params, model.locked, model.step)
+    functions = EncodeFunctions(model.blueprint)
+    encoder = Encoder(functions, model.params, model.locked, model.step, weights)
     return encoder, load_config(workdir)
 
 

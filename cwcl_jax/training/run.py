@@ -21,7 +21,12 @@ from cwcl_jax.modalities import WrongInputs
 from cwcl_jax.training import ema, sharding, telling
 from cwcl_jax.training.best import EVALUATION, VALIDATION, Best
 from cwcl_jax.training.checkpoint import Checkpoints
-from cwcl_jax.training.checks import check_inputs, check_own_loss, check_task_inputs
+from cwcl_jax.training.checks import (
+    check_inputs,
+    check_own_loss,
+    check_patch_dropout,
+    check_task_inputs,
+)
 from cwcl_jax.training.coordination import barrier, gather, meet
 from cwcl_jax.training.distributed import (
     check_agreement,
@@ -97,6 +102,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
         with ExitStack() as stack:
             batches, held = stack.enter_context(_open_batches(config, watchdog, stop))
             check_inputs(blueprint.config)
+            check_patch_dropout(blueprint)
             data = _fingerprint(batches, held)
             check_same_data(workdir, data, config)
             validation = _open_validation(blueprint, held, watchdog, stack)

@@ -22,7 +22,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
-from cwcl_jax.models.lora import Adapter, find_adapters
+from cwcl_jax.models.lora import Adapter, dense_kernels, find_adapters
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
 from cwcl_jax.pretrained import complete, folder_of, import_tower, logits_of
@@ -188,7 +188,9 @@ def make_blueprint(
         fixed = model_def.statistics | model_def.constants
         free = {path: leaf for path, leaf in abstract.items() if path not in fixed}
         decisions = decide(free, config.towers)
-        adapters = find_adapters(free, {p for p, x in decisions.items() if x}, config.towers)
+        whole = {path for path, is_trained in decisions.items() if is_trained}
+        dense = dense_kernels(model_def.merge(abstract))
+        adapters = find_adapters(free, whole, config.towers, dense)
     except ValueError as error:
         raise ConfigError(f"config.towers: {error}") from error
     trained = frozenset(
@@ -201,7 +203,7 @@ def make_blueprint(
     model_def = dataclasses.replace(model_def, adapters=adapters)
     trained, abstract = trained | set(added), abstract | added
     # A sum of a kernel and its addition is rounded once: such kernels stay as they are.
-    kept = trained | {adapter.kernel for adapter in adapters}
+    kept = trained | {adapter.kernel for adapter in adapters if not adapter.beside}
     if not any(path.startswith("towers/") for path in trained):
         raise ConfigError("no leaf of either tower trains; set config.towers.<modality>.tune")
     try:

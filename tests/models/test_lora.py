@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cwcl_jax.models.locking import decide
-from cwcl_jax.models.lora import Adapter, effective, find_adapters
+from cwcl_jax.models.lora import Adapter, dense_kernels, effective, find_adapters
+from cwcl_jax.models.transformer import Execution, linear
+from cwcl_jax.planning.work import count_work
 from tests.models.builders import abstract_two, filled
 from tests.models.test_towers import images, run, towers
 
@@ -66,6 +69,47 @@ def test_a_tower_starts_as_it_was_and_moves_with_b():
     np.testing.assert_array_equal(features(with_lora, leaves | added), plain)
     moved = added | {adapters[1].paths[1]: jnp.ones((3, 16))}
     assert np.abs(features(with_lora, leaves | moved) - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_additions_beside_the_kernels_give_what_the_sums_give(scan):
+    image = {"tune": "lora:3", "lora_alpha": 6.0, "scan_layers": scan}
+    configs = towers(image=image)
+    definition, shapes = abstract_two(configs)
+    dense = dense_kernels(definition.merge(filled(shapes)))
+    summed, beside = (find_adapters(shapes, (), configs, x) for x in ((), dense))
+    kinds = {adapter.kernel.split("/")[3]: adapter.beside for adapter in beside}
+    assert kinds == {"patch_embed": False, "blocks": True}
+    added = filled({p: x for y in summed for p, x in y.shapes().items()})
+    leaves = filled(shapes) | added
+
+    def features(adapters):
+        one = dataclasses.replace(definition, adapters=adapters)
+        return one.merge(leaves).towers["image"].features(images())
+
+    one, two = jax.tree.map(np.asarray, jax.jit(lambda: (features(summed), features(beside)))())
+    np.testing.assert_allclose(two, one, atol=1e-6 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_a_whole_kernel_is_not_formed(dtype):
+    rows, inputs, outputs, rank = 64, 32, 48, 2
+    layer = linear(inputs, outputs, Execution(dtype), nnx.Rngs(0), bias=False)
+    layer.adapt(jnp.ones((inputs, rank)), jnp.ones((rank, outputs)), 0.5)
+    graphdef, state = nnx.split(layer)
+
+    def gradients(x, a, b):
+        def total(x, a, b):
+            state["lora_a"], state["lora_b"] = nnx.Param(a), nnx.Param(b)
+            return jnp.sum(nnx.merge(graphdef, state)(x).astype(jnp.float32))
+
+        return jax.grad(total, (0, 1, 2))(x, a, b)
+
+    shapes = ((rows, inputs), (inputs, rank), (rank, outputs))
+    work = count_work(gradients, *(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes), devices=1)
+    # x W and the gradient of x through W; x A B and, for each of its products, two gradients.
+    low = 2 * rows * rank * (inputs + outputs)
+    assert work.total_flops <= 2 * (2 * rows * inputs * outputs) + 3 * low
 
 
 def test_kernels_that_train_get_no_addition():

@@ -9,10 +9,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cwcl_jax.config import ConfigError
 from cwcl_jax.models.encoders import encoder_config
 from cwcl_jax.models.vit import drop_patches
+from cwcl_jax.training import sharding
+from cwcl_jax.training.checks import check_patch_dropout
+from cwcl_jax.training.state import make_blueprint
 from tests.models.builders import filled
 from tests.models.test_towers import abstract_two, images, towers
+from tests.training.toy import toy_config
 
 # The value tells example and place: 100 * example + place, in every channel.
 PLACES = (100.0 * jnp.arange(8)[:, None] + jnp.arange(10)[None, :])[:, :, None] * jnp.ones(
@@ -63,6 +68,17 @@ def test_evaluation_sees_all_patches():
     np.testing.assert_array_equal(dropping.encoder.embed(pixels), plain.encoder.embed(pixels))
     for model, tokens in ((plain, 17), (dropping, 9)):
         assert jax.eval_shape(model.encoder.embed, pixels, key).shape == (2, tokens, 16)
+
+
+def test_a_locked_encoder_which_sees_all_patches_refuses_a_share():
+    def checked(tune):
+        changes = {"towers.image.overrides.patch_dropout": 0.5, "towers.image.tune": tune}
+        config = toy_config(**changes)
+        check_patch_dropout(make_blueprint(config, sharding.make_mesh(config.mesh)))
+
+    with pytest.raises(ConfigError, match=r"overrides\.patch_dropout=0\.5 does nothing: .*locked"):
+        checked("none")
+    checked("lora:2")
 
 
 def test_a_share_that_leaves_nothing_is_refused():

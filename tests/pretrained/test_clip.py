@@ -207,10 +207,17 @@ def test_presets_have_the_sizes_and_pixels_that_transformers_takes_for_granted()
 
 def test_a_tower_of_another_kind_is_named(tmp_path):
     clip(tmp_path)
+    for encoder, reader in (("bert", "text"), ("dinov2", "vit"), ("siglip_text", "text")):
+        config = TowerConfig(encoder, weights=str(tmp_path))
+        with pytest.raises(WeightsMismatch, match=rf"is a clip.*encoder to '{reader}'"):
+            import_tower(config, "x", {})
+    # Without config.json the names of the arrays tell.
+    (tmp_path / "config.json").rename(tmp_path / "kept")
     for encoder, expected in (("bert", "CLIP text file.*'text'"), ("whisper", "CLIP image file")):
         config = TowerConfig(encoder, "tiny", weights=str(tmp_path))
         with pytest.raises(WeightsMismatch, match=rf"looks like a {expected}"):
             import_tower(config, "x", {})
+    (tmp_path / "kept").rename(tmp_path / "config.json")
     # Every token sees every other in the preset "B"; in CLIP's tower it does not.
     config = complete(TowerConfig("text", weights=str(tmp_path), overrides={"causal": False}))
     _, shapes = one_tower(config)

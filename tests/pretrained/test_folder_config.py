@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cwcl_jax.models.encoders import encoder_config
+from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
 from cwcl_jax.pretrained.folder import ModelDescription, save_folder
@@ -70,6 +70,31 @@ def test_position_offset_and_other_model_types(tmp_path):
     broken = TowerConfig("roberta", weights=folder(tmp_path, model_type="roberta", hidden_act="x"))
     with pytest.raises(ValueError, match=r"config.json: activation 'x' is not supported"):
         complete(broken)
+
+
+@pytest.mark.parametrize("encoder", [name for name, x in ENCODERS.items() if x.model_types])
+def test_a_folder_of_an_unknown_model_is_refused_by_its_name(tmp_path, encoder):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(WeightsMismatch, match=rf"is a t5, .*'{encoder}' reads; no encoder reads"):
+        complete(TowerConfig(encoder, weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "kind", "reader"),
+    [
+        ("vit", "dinov2_with_registers", "dinov2"),
+        ("vit", "audio-spectrogram-transformer", "ast"),
+        ("dinov3", "siglip_vision_model", "siglip"),
+        ("bert", "siglip", "siglip_text"),
+        ("dinov2", "siglip", "siglip"),
+        ("whisper", "wavlm", "wavlm"),
+        ("wavlm", "hubert", "wav2vec2"),
+    ],
+)
+def test_the_encoder_that_reads_a_folder_is_named(tmp_path, encoder, kind, reader):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(WeightsMismatch, match=rf"is a {kind}, .*set .* encoder to '{reader}'"):
+        complete(TowerConfig(encoder, weights=str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", "null"])

@@ -11,6 +11,8 @@ import tokenizers
 from cwcl_jax.api import load_model
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import complete
+from cwcl_jax.training import sharding
+from cwcl_jax.training.state import initialise, make_blueprint
 from cwcl_jax.weights.rules import TRANSFORMS
 from tests.pretrained.against_torch import (
     close,
@@ -21,6 +23,7 @@ from tests.pretrained.against_torch import (
     transformers,
     unit,
 )
+from tests.training.toy import toy_config
 
 RNG = np.random.default_rng(0)
 # Two shapes: 3 x 3 patches of 4, and 2 x 2 patches of 6.
@@ -138,6 +141,29 @@ def test_a_siglip_folder_is_a_model_with_scale_and_bias(tmp_path):
     other = dataclasses.replace(text, pad_token=0)
     with pytest.raises(ValueError, match=r"id 0, and the tokenizer .* pads with 1"):
         ours.description.inputs["text"].check(other, options="x", overrides="y", imported=True)
+
+
+def test_a_run_with_the_sigmoid_loss_begins_with_the_scale_and_bias_of_its_siglip(tmp_path):
+    reference = siglip(tmp_path, SHAPES[0])
+    write_tokenizer(tmp_path)
+    towers = {
+        name: TowerConfig(encoder, weights=str(tmp_path), head="none")
+        for name, encoder in (("image", "siglip"), ("text", "siglip_text"))
+    }
+    changes = {"loss.name": "sigmoid", "embed_dim": 24, "data.image.size": 12}
+    changes |= {"data.text.max_tokens": 7, "data.text.tokenizer": str(tmp_path)}
+
+    def begun(**more):
+        config = dataclasses.replace(toy_config(**changes, **more), towers=towers)
+        state, _, _ = initialise(make_blueprint(config, sharding.make_mesh(config.mesh)))
+        return float(state.params["logit_scale"]), float(state.params["logit_bias"])
+
+    saved_ones = (reference.logit_scale.item(), reference.logit_bias.item())
+    assert begun() == pytest.approx(saved_ones)
+    fresh = toy_config().temperature
+    assert begun(**{"temperature.from_weights": False}) == pytest.approx(
+        (np.log(fresh.initial), fresh.bias)
+    )
 
 
 def test_the_second_siglips_padding_and_any_shape_are_told(tmp_path):

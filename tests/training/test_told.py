@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
 
 import jax.numpy as jnp
 import pytest
@@ -12,6 +11,7 @@ from cwcl_jax import cli
 from cwcl_jax.config import with_tasks
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.modalities import SpeechInputs
+from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training import sharding, telling
 from cwcl_jax.training.state import TrainState, make_blueprint
 from tests.training.toy import toy_config
@@ -44,7 +44,7 @@ def test_a_locked_tower_without_weights_is_warned_of(capsys, tune, warned):
 
 
 def test_more_seconds_than_a_whisper_hears_are_refused_before_the_start():
-    settings = types.SimpleNamespace(max_positions=1500)
+    settings = TowerConfig("whisper").encoder_settings()
     options = {"options": "config.data.speech", "overrides": "overrides", "imported": True}
     SpeechInputs(max_seconds=30.0).check(settings, **options)
     with pytest.raises(ValueError, match=r"max_seconds=31, but the tower hears 30 s"):
