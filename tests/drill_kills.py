@@ -4,8 +4,9 @@
 
 Four kinds in turns: while training (twice), while a complete run is evaluated again with another
 task, while a run is exported; training ends with an evaluation. Commands that end before they are
-killed do not count. After each kill every file of results must be whole or not there; then the run
-goes on, and at its end losses, results and export must be those of a run that nobody killed.
+killed do not count. After each kill every file of results must be whole or not there. The next kill
+of that kind hits the same run, until one comes too late; then losses, results and export must be
+those of a run that nobody killed.
 """
 
 from __future__ import annotations
@@ -113,37 +114,43 @@ def finish(workdir: Path, reference: dict[str, object], *kinds: str) -> None:
     assert left(workdir) == reference, workdir
 
 
+def begun(kind: str, folder: Path, turn: int) -> Path:
+    """The folder of a run that is to be killed: empty, or a complete run's without results."""
+    workdir = folder / f"{kind}-{turn}"
+    if kind != "train":
+        shutil.copytree(folder / "reference", workdir)
+        (workdir / "evaluated.json").unlink()
+        shutil.rmtree(workdir / "export")
+    return workdir
+
+
 def drill(folder: Path, count: int, seed: int) -> None:
     """Prints a line for each kill; raises for the first thing that is not right."""
     seconds = {}
     for kind in ("train", "again", "export"):
         seconds[kind], code, output = run(command(kind, folder / "reference"))
         assert code == 0, output
+    print(", ".join(f"{kind} takes {used:.1f} s" for kind, used in seconds.items()), flush=True)
     reference = left(folder / "reference")
-    rng, turns, started, killed = random.Random(seed), itertools.count(), None, Counter[str]()
-    while killed.total() < count:
-        turn = next(turns)
+    rng, killed, under_way = random.Random(seed), Counter[str](), dict[str, Path]()
+    for turn in itertools.count():
         kind = ("train", "train", "again", "export")[turn % 4]
-        workdir = folder / f"{kind}-{turn}"
-        if kind == "train":  # goes on with the one that was killed before
-            workdir = started = started or workdir
-        else:
-            shutil.copytree(folder / "reference", workdir)
-            (workdir / "evaluated.json").unlink()
-            shutil.rmtree(workdir / "export")
+        if kind not in under_way:
+            under_way[kind] = begun(kind, folder, turn)
+        workdir = under_way[kind]
         # Most of a start is imports and compilation: the later part is where files are written.
         _, code, _ = run(command(kind, workdir), rng.uniform(0.4, 1.0) * seconds[kind])
         check_whole(workdir)
         hit = code == -signal.SIGKILL
         killed.update([kind] * hit)
         print(f"{turn} {kind}: {'killed' if hit else code}", flush=True)
-        if kind == "train" and hit:
-            continue
-        finish(workdir, reference, *(["train"] * (kind == "train")), "again", "export")
-        shutil.rmtree(workdir)
-        started = None if kind == "train" else started
-    if started is not None:
-        finish(started, reference, "train", "again", "export")
+        over = list(under_way) if killed.total() == count else [] if hit else [kind]
+        for name in over:
+            workdir = under_way.pop(name)
+            finish(workdir, reference, *(["train"] * (name == "train")), "again", "export")
+            shutil.rmtree(workdir)
+        if killed.total() == count:
+            break
     told = ", ".join(f"{kind} {number}" for kind, number in killed.items())
     print(f"{count} kills ({told}): all files whole, losses, results and export as without them")
 
