@@ -25,7 +25,7 @@ def train(workdir, library=None, jumps="", **faults):
     environment["CLOCK_JUMPS"] = jumps
     if library:
         environment["LD_PRELOAD"] = str(library)
-    command = ["timeout", "-s", "KILL", "300", sys.executable, "-m", "cwcl_jax.train"]
+    command = ["timeout", "-s", "KILL", "900", sys.executable, "-m", "cwcl_jax.train"]
     command += ["--config=tests/training/toy_file.py", f"--workdir={workdir}"]
     command += ["--config.logging.every_steps=1", "--config.checkpoint.every_steps=2"]
     command += ["--config.logging.tensorboard=True"]
