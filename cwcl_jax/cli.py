@@ -104,7 +104,8 @@ class Command:
         except (*MISTAKES, OSError) as error:
             if os.environ.get("CWCL_TRACEBACK", "0") != "0":
                 traceback.print_exception(error)
-            print(f"error: {error}", file=sys.stderr)
+            # Of settings all that is wrong is told at once, a line for each.
+            print("error: " + str(error).replace("\n", "\nerror: "), file=sys.stderr)
             return exit_code(error)
         finally:
             # the folder of one command's config must not stay importable for another

@@ -19,7 +19,8 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,69 +105,81 @@ class ExperimentConfig:
 
 
 def check(config: ExperimentConfig) -> None:
-    """Raises ConfigError if two settings contradict each other."""
+    """Raises ConfigError with one line for each setting that contradicts another one."""
+    if problems := [*_contradictions(config)]:
+        raise ConfigError("\n".join(problems))
+
+
+def _contradictions(config: ExperimentConfig) -> Iterator[str]:
     if len(config.towers) != 2:
-        raise ConfigError(
-            f"config.towers must name two modalities, got {sorted(config.towers) or 'none'}"
-        )
-    if config.loss.weights_from not in config.towers:
-        raise ConfigError(
+        yield f"config.towers must name two modalities, got {sorted(config.towers) or 'none'}"
+    elif config.loss.weights_from not in config.towers:
+        yield (
             f"config.loss.weights_from={config.loss.weights_from!r} is not one of the towers "
             f"{sorted(config.towers)}"
         )
     if taken := sorted(set(config.towers) & {"index", *BESIDE}):
-        raise ConfigError(
+        yield (
             f"config.towers.{taken[0]}: a tower cannot be called so; {taken[0]!r} means something "
             "else in a batch"
         )
-    for field in ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim"):
+    counts = ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim")
+    for field in counts:
         if getattr(config, field) < 1:
-            raise ConfigError(f"config.{field} must be at least 1, got {getattr(config, field)}")
+            yield f"config.{field} must be at least 1, got {getattr(config, field)}"
     if config.global_batch_size == 1:
-        raise ConfigError(
+        yield (
             "config.global_batch_size=1 trains nothing: a pair alone has no other to be told from, "
             "and the loss 0"
         )
-    if config.global_batch_size % config.accumulation_steps:
-        raise ConfigError(
+    elif config.accumulation_steps > 0 and config.global_batch_size % config.accumulation_steps:
+        yield (
             f"config.global_batch_size={config.global_batch_size} is not divisible by "
             f"config.accumulation_steps={config.accumulation_steps}"
         )
     if config.dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}")
+        yield f"config.dtype must be 'float32' or 'bfloat16', got {config.dtype!r}"
     for name, tower in config.towers.items():
         if tower.dtype not in ("", "float32", "bfloat16"):
-            raise ConfigError(
+            yield (
                 f"config.towers.{name}.dtype must be 'float32' or 'bfloat16', or '' for the "
                 f"experiment's, got {tower.dtype!r}"
             )
-    profiled_steps(config)
-    _check_best(config)
-    for path, name in (
-        ("config", config.precision),
-        *((f"config.towers.{m}", t.precision) for m, t in config.towers.items() if t.precision),
-    ):
-        try:
-            require_precision(name)
-        except ValueError as error:
-            raise ConfigError(f"{path}.precision: {error}") from error
+    precisions = {"config": config.precision}
+    precisions |= {f"config.towers.{name}": t.precision for name, t in config.towers.items()}
+    for path, precision in precisions.items():
+        if precision or path == "config":
+            yield from _told(f"{path}.precision: ", require_precision, precision)
+    yield from _told("", profiled_steps, config)
+    yield from _unmeasured(config)
 
 
-def _check_best(config: ExperimentConfig) -> None:
-    """Raises ConfigError if the metric that selects the best step is never measured."""
+def _told(before: str, check: Callable[[Any], Any], value: Any) -> Iterator[str]:
+    """What the ValueError of a check says, behind these words; nothing where it raises none."""
+    try:
+        check(value)
+    except ValueError as error:
+        yield f"{before}{error}"
+
+
+def _unmeasured(config: ExperimentConfig) -> Iterator[str]:
+    """Yields a message if the metric that selects the best step is never measured."""
     name = config.checkpoint.best.rpartition(":")[0]
     kind, _, rest = name.partition("/")
+    tasks = list(config.evaluation.tasks)
     missing = ""
     if kind in ("validation", "validation_ema") and not config.data.validates:
         missing = "config.data.validation or config.data.validation_share"
     elif kind == "validation_ema" and not config.optimizer.ema_decay:
         missing = "config.optimizer.ema_decay"
-    elif kind == "evaluation" and rest.partition("/")[0] not in config.evaluation.tasks:
-        missing = f"one of the tasks {list(config.evaluation.tasks)} in its name"
+    elif kind == "evaluation" and not tasks:
+        missing = "a task in config.evaluation.tasks: there is none, so nothing is evaluated"
+    elif kind == "evaluation" and rest.partition("/")[0] not in tasks:
+        missing = f"one of the tasks {tasks} in its name, as in evaluation/{tasks[0]}/NUMBER:max"
     elif kind == "evaluation" and not config.evaluation.every_steps:
         missing = "config.evaluation.every_steps"
     if missing:
-        raise ConfigError(f"config.checkpoint.best={config.checkpoint.best} needs {missing}")
+        yield f"config.checkpoint.best={config.checkpoint.best} needs {missing}"
 
 
 def profiled_steps(config: ExperimentConfig) -> tuple[int, int] | None:
@@ -228,12 +241,35 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
 
     Raises:
       ConfigError: an unknown field (names the nearest known one), a value of the wrong type, or
-          settings that contradict each other.
+          settings that contradict each other; one line for each.
     """
     plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
-    plain["towers"] = convert(Mapping[str, TowerConfig], plain.get("towers", {}), "config.towers")
-    plain["data"] = _with_inputs(plain.get("data", {}), plain["towers"])
-    return convert(ExperimentConfig, plain, "config")
+    given = {name: plain.pop(name, {}) for name in ("towers", "data")}
+    parts = _all_told(
+        lambda: _with_data(given["towers"], given["data"]),
+        lambda: _converted(ExperimentConfig, plain, "config"),
+    )
+    return _made(ExperimentConfig, {**parts[0], **parts[1]}, "config")
+
+
+def _with_data(towers: Any, data: Any) -> dict[str, Any]:
+    """The towers, and the data, whose options are as the towers' inputs have them."""
+    made = convert(Mapping[str, TowerConfig], towers, "config.towers")
+    inputs = _with_inputs(data, made)
+    return {"towers": made, "data": convert(DataConfig, inputs, "config.data")}
+
+
+def _all_told(*calls: Callable[[], T]) -> list[T]:
+    """The results of all calls; a ConfigError with a line for each thing that is wrong."""
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return results
 
 
 def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
@@ -242,14 +278,12 @@ def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
         return data
     own = {field.name for field in dataclasses.fields(DataConfig)} - {"inputs"}
     kinds = MODALITIES | {name: _modality(name, tower) for name, tower in towers.items()}
-    for name in data:
-        if name not in own and name not in kinds:
-            raise ConfigError(_unknown(name, [*own, *kinds], "config.data"))
+    _require_known(data, [*own, *kinds], "config.data")
     used = [name for name, kind in kinds.items() if name in towers or kind().field]
-    inputs = {
-        name: convert(kinds[name], _given(data, name, kinds[name]), f"config.data.{name}")
-        for name in used
-    }
+    inputs = _each(
+        lambda name: convert(kinds[name], _given(data, name, kinds[name]), f"config.data.{name}"),
+        used,
+    )
     inputs |= {name: inputs[name].fitted(tower.overrides) for name, tower in towers.items()}
     return {k: v for k, v in data.items() if k in own} | {"inputs": inputs}
 
@@ -334,7 +368,7 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     if _is_mapping(origin):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a mapping, got {value!r}")
-        return {k: convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
+        return _each(lambda name: convert(arguments[1], value[name], f"{path}.{name}"), value)
     if origin is not None or not (kind is Any or inspect.isclass(kind)):
         raise ConfigError(_unsupported(kind, path))
     return _convert_scalar(kind, value, path)
@@ -357,6 +391,11 @@ def _convert_dataclass(cls: type[T], value: Any, path: str) -> T:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path} must hold the fields of {cls.__name__}, got {value!r}")
     cls, value = _variant(cls, value, path)
+    return _made(cls, _converted(cls, value, path), path)
+
+
+def _converted(cls: type, value: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The fields of a dataclass by name, each as its annotation has it."""
     try:
         hints = typing.get_type_hints(cls)
     except NameError as error:
@@ -364,10 +403,27 @@ def _convert_dataclass(cls: type[T], value: Any, path: str) -> T:
             f"{path}: an annotation of {cls.__name__} has no type: {error}"
         ) from error
     known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
-    for name in value:
-        if name not in known:
-            raise ConfigError(_unknown(name, known, path))
-    arguments = {k: convert(hints[k], v, f"{path}.{k}") for k, v in value.items()}
+    given = [name for name in value if name in known]
+    _, made = _all_told(
+        lambda: _require_known(value, known, path),
+        lambda: _each(lambda name: convert(hints[name], value[name], f"{path}.{name}"), given),
+    )
+    return made or {}
+
+
+def _require_known(names: Iterable[str], known: Sequence[str], path: str) -> None:
+    problems = [_unknown(name, [*known], path) for name in names if name not in known]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _each(function: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
+    """Name -> what the function gives; told together where it raises for several."""
+    names = list(names)
+    return dict(zip(names, _all_told(*(partial(function, n) for n in names)), strict=True))
+
+
+def _made(cls: type[T], arguments: Mapping[str, Any], path: str) -> T:
     try:
         return cls(**arguments)
     except ConfigError:

@@ -2,16 +2,19 @@
 
     python -m tests.drill_kills --count=30
 
-Four kinds in turns: while training, while the end of a run is evaluated, while a complete run is
-evaluated again with another task, while a run is exported. After each kill every file of results
-must be whole or not there; after the last one the run is finished, and its losses, results and
-export must be those of a run that nobody killed.
+Four kinds in turns: while training (twice), while a complete run is evaluated again with another
+task, while a run is exported; training ends with an evaluation. Commands that end before they are
+killed do not count. After each kill every file of results must be whole or not there. The next kill
+of that kind hits the same run, until one comes too late; then losses, results and export must be
+those of a run that nobody killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +44,38 @@ def command(kind: str, workdir: Path) -> list[str]:
     return ["cwcl_jax.train", CONFIG, STEPS, f"--workdir={workdir}", *again]
 
 
-def run(arguments: list[str], seconds: float | None = None) -> tuple[float, int, str]:
-    """Runs a command, killed after some seconds; how long it took, its code and what it said."""
-    start = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PJRT_NPROC": "32"},
-    )
+def run(arguments: list[str], seconds: float = math.inf) -> tuple[float, int, str]:
+    """Runs a command, killed when it used so much time of the processor, however busy that is.
+
+    Returns:
+      The seconds that it used, its exit code, what it said.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PJRT_NPROC": "32"},
+        )
+        used, status = 0.0, None
+        while status is None:
+            time.sleep(0.02)
+            used = max(used, processor_seconds(child.pid))
+            if used >= seconds:
+                child.send_signal(signal.SIGKILL)
+                child.wait()
+            status = child.poll()
+        said.seek(0)
+        return used, status, said.read()
+
+
+def processor_seconds(process: int) -> float:
+    """What a process has used so far; 0 where it is gone."""
     try:
-        output, _ = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        output, _ = child.communicate()
-    return time.monotonic() - start, child.returncode, output
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def check_whole(workdir: Path) -> None:
@@ -85,37 +105,54 @@ def left(workdir: Path) -> dict[str, object]:
     }
 
 
+def finish(workdir: Path, reference: dict[str, object], *kinds: str) -> None:
+    """Runs the commands to their ends and compares what they left."""
+    for kind in kinds:
+        _, code, output = run(command(kind, workdir))
+        assert code == 0, output
+        assert "Traceback" not in output, output
+    assert left(workdir) == reference, workdir
+
+
+def begun(kind: str, folder: Path, turn: int) -> Path:
+    """The folder of a run that is to be killed: empty, or a complete run's without results."""
+    workdir = folder / f"{kind}-{turn}"
+    if kind != "train":
+        shutil.copytree(folder / "reference", workdir)
+        (workdir / "evaluated.json").unlink()
+        shutil.rmtree(workdir / "export")
+    return workdir
+
+
 def drill(folder: Path, count: int, seed: int) -> None:
     """Prints a line for each kill; raises for the first thing that is not right."""
-    reference, killed = folder / "reference", folder / "killed"
     seconds = {}
     for kind in ("train", "again", "export"):
-        seconds[kind], code, output = run(command(kind, reference))
+        seconds[kind], code, output = run(command(kind, folder / "reference"))
         assert code == 0, output
-    shutil.copytree(reference, folder / "complete")
-    rng = random.Random(seed)
-    for number in range(count):
-        kind = ("train", "train", "again", "export")[number % 4]
-        workdir = killed
-        if kind != "train":  # of a complete run
-            workdir = folder / f"{kind}-{number}"
-            shutil.copytree(folder / "complete", workdir)
-            (workdir / "evaluated.json").unlink()
-            shutil.rmtree(workdir / "export")
-        # Most of a start is imports and compilation: the later half is where files are written.
+    print(", ".join(f"{kind} takes {used:.1f} s" for kind, used in seconds.items()), flush=True)
+    reference = left(folder / "reference")
+    rng, killed, under_way = random.Random(seed), Counter[str](), dict[str, Path]()
+    for turn in itertools.count():
+        kind = ("train", "train", "again", "export")[turn % 4]
+        if kind not in under_way:
+            under_way[kind] = begun(kind, folder, turn)
+        workdir = under_way[kind]
+        # Most of a start is imports and compilation: the later part is where files are written.
         _, code, _ = run(command(kind, workdir), rng.uniform(0.4, 1.0) * seconds[kind])
         check_whole(workdir)
-        print(f"{number} {kind}: {'killed' if code == -signal.SIGKILL else code}", flush=True)
-        if kind != "train":
-            for then in ("again", "export"):
-                _, code, output = run(command(then, workdir))
-                assert code == 0, output
-            assert left(workdir) == left(reference), workdir
-    for kind in ("train", "again", "export"):
-        _, code, output = run(command(kind, killed))
-        assert code == 0, output
-    assert left(killed) == left(reference)
-    print(f"{count} kills: all files whole, losses, results and export as without them")
+        hit = code == -signal.SIGKILL
+        killed.update([kind] * hit)
+        print(f"{turn} {kind}: {'killed' if hit else code}", flush=True)
+        over = list(under_way) if killed.total() == count else [] if hit else [kind]
+        for name in over:
+            workdir = under_way.pop(name)
+            finish(workdir, reference, *(["train"] * (name == "train")), "again", "export")
+            shutil.rmtree(workdir)
+        if killed.total() == count:
+            break
+    told = ", ".join(f"{kind} {number}" for kind, number in killed.items())
+    print(f"{count} kills ({told}): all files whole, losses, results and export as without them")
 
 
 def main() -> None:

@@ -30,6 +30,25 @@ def test_unknown_field_names_the_nearest_known_one():
         config_module.from_config_dict(plain)
 
 
+def test_all_that_is_wrong_is_told_at_once():
+    """A line each: types and names together, and what contradicts what together."""
+    plain = config_module.to_plain(toy_config())
+    plain |= {"seed": "x", "dtpe": "float32"}
+    plain["optimizer"] |= {"learnin_rate": 1.0, "clip_norm": "no"}
+    plain["towers"]["text"]["tne"] = "all"
+    with pytest.raises(ConfigError) as refused:
+        config_module.from_config_dict(plain)
+    told = str(refused.value)
+    assert len(told.splitlines()) == 5, told
+    assert all(name in told for name in ("'tne'", "'dtpe'", "config.seed", "'learnin_", "clip_n"))
+    with pytest.raises(ConfigError) as refused:
+        toy_config(total_steps=0, dtype="float61", profile="x", precision="most")
+    lines = str(refused.value).splitlines()
+    assert [line.split("=")[0].split(" ")[0] for line in lines] == [
+        "config.total_steps", "config.dtype", "config.precision:", "config.profile"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from cwcl_jax import files
+from tests.preloading import CLOCK, NO_FLOCK, compiled
 
-# flock() as on Lustre mounted without it.
-NO_FLOCK = """
-#include <errno.h>
-int flock(int fd, int operation) { errno = ENOLCK; return -1; }
-"""
 HOLDER = """
 import sys
 from pathlib import Path
 from cwcl_jax import files
 files._POLL, files._RENEW, files._STALE = 0.05, 0.2, 1.5
 waited = []
-waiting = waited.append if len(sys.argv) > 2 else None
+def waiting():
+    if not waited:
+        print("waits", flush=True)
+    waited.append(1)
 try:
-    with files.locked(Path(sys.argv[1]), waiting=(lambda: waiting(1)) if waiting else None):
-        print("holds", len(waited) > 0, flush=True)
+    with files.locked(Path(sys.argv[1]), waiting=waiting if len(sys.argv) > 2 else None):
+        print("holds", flush=True)
         sys.stdin.readline()
 except files.InUse as error:
     print("in use by", error, flush=True)
@@ -57,14 +54,10 @@ def environment(request, tmp_path):
     """Of processes on a file system with and without locks."""
     environ = dict(os.environ)
     if request.param == "no flock":
-        compiler = shutil.which("gcc") or shutil.which("cc")
-        if compiler is None:
-            pytest.skip("needs a C compiler")
-        (tmp_path / "none.c").write_text(NO_FLOCK)
-        library = tmp_path / "none.so"
-        command = [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "none.c"]
-        subprocess.run(command, check=True)
-        environ["LD_PRELOAD"] = str(library)
+        environ["LD_PRELOAD"] = str(compiled(tmp_path, NO_FLOCK))
+    if request.param == "clock":
+        environ["LD_PRELOAD"] = str(compiled(tmp_path, NO_FLOCK + CLOCK))
+        environ["CLOCK_JUMPS"] = f"{tmp_path}/forward=90000;{tmp_path}/back=-90000"
     return environ
 
 
@@ -89,18 +82,31 @@ def start(environment, tmp_path):
 
 def test_a_lock_keeps_others_out_and_names_its_holder(start):
     first = start()
-    assert first.stdout.readline() == "holds False\n"
+    assert first.stdout.readline() == "holds\n"
     assert start().stdout.readline().startswith("in use by process ")
     waits = start("wait")
-    time.sleep(0.5)
+    assert waits.stdout.readline() == "waits\n"
     first.communicate("\n")
-    assert waits.stdout.readline() == "holds True\n"
+    assert waits.stdout.readline() == "holds\n"
     waits.communicate("\n")
 
 
 def test_the_lock_of_a_process_that_died_is_free(start):
     first = start()
-    assert first.stdout.readline() == "holds False\n"
+    assert first.stdout.readline() == "holds\n"
+    os.killpg(first.pid, 9)
+    first.wait()
+    assert start().stdout.readline().startswith("holds")
+
+
+@pytest.mark.parametrize("environment", ["clock"], indirect=True)
+def test_a_clock_that_jumps_frees_no_lock(start, tmp_path):
+    """And holds none: what a dead process left is taken over in the time that passes."""
+    first = start()
+    assert first.stdout.readline() == "holds\n"
+    for jump in ("forward", "back"):
+        (tmp_path / jump).touch()
+        assert start().stdout.readline().startswith("in use by process ")
     os.killpg(first.pid, 9)
     first.wait()
     assert start().stdout.readline().startswith("holds")

@@ -62,6 +62,13 @@ def test_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     is_told(arguments, message, capsys)
 
 
+def test_each_wrong_setting_is_a_line(capsys):
+    wrong = ["--config.dtype=float61", "--config.total_steps=0"]
+    assert train.main(["--config=configs/lit_cwcl.py", *wrong]) == BAD_CONFIG
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line[:16] for line in lines] == ["error: config.to", "error: config.dt"]
+
+
 def is_told(arguments, message, capsys):
     assert train.main(arguments) == BAD_CONFIG
     said = capsys.readouterr().err

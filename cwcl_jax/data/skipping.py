@@ -9,7 +9,7 @@ from types import MappingProxyType
 _LOG = logging.getLogger(__name__)
 _NAMED_PER_KIND = 5
 # With few examples read, a share says nothing yet; below this many skips nothing is refused.
-_ALWAYS_ALLOWED = 10
+ALWAYS_ALLOWED = 10
 
 
 class BadExample(Exception):
@@ -83,12 +83,12 @@ class SkipCounter:
             self._kinds[error.kind] += 1
             of_kind, skipped = self._kinds[error.kind], self._kinds.total()
             seen = min(self.read + skipped, self.length or self.read + skipped)
-            if self._refusal is None and skipped > max(_ALWAYS_ALLOWED, self.max_share * seen):
+            if self._refusal is None and skipped > max(ALWAYS_ALLOWED, self.max_share * seen):
                 self._refusal = (
                     f"{skipped} of the {seen} examples read so far were unusable "
                     f"({_summary(self._kinds)}; last: {name}: {error}), more than the share "
-                    f"data.max_skipped_share={self.max_share} allows. Repair the data or raise "
-                    "the limit."
+                    f"data.max_skipped_share={self.max_share} allows. Repair the data, or give a "
+                    "larger share."
                 )
             refusal = self._refusal
         if of_kind <= _NAMED_PER_KIND:

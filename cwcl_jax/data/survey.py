@@ -1,7 +1,7 @@
 """Examines a sample of the training data before a run: what the towers will never see of it."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +38,19 @@ class LabelSets:
 
     Attributes:
       kinds: number of different labels.
-      mean: mean number of labels per example.
-      without: number of examples without labels, out of `of`.
+      counts: number of labels of each example.
       example: the labels of one example.
     """
 
     kinds: int
-    mean: float
-    without: int
-    of: int
+    counts: Sequence[int]
     example: str
 
     def __str__(self) -> str:
+        without = sum(not count for count in self.counts)
         return (
-            f"{self.mean:.1f} labels an example in a sample of {self.of}, {self.kinds} different "
-            f"ones, {self.without} examples without any; one has {self.example}"
+            f"{np.mean(self.counts):.1f} labels an example in a sample of {len(self.counts)}, "
+            f"{self.kinds} different ones, {without} examples without any; one has {self.example}"
         )
 
 
@@ -67,9 +65,7 @@ def survey_labels(source: Source, separator: str) -> LabelSets:
             continue
     example = max(sets, key=len, default=[])
     kinds = {label for found in sets for label in found}
-    mean = sum(map(len, sets)) / max(len(sets), 1)
-    without = sum(not found for found in sets)
-    return LabelSets(len(kinds), mean, without, len(sets), " | ".join(example))
+    return LabelSets(len(kinds), [len(found) for found in sets], " | ".join(example))
 
 
 def shape_of_features(source: Source, name: str) -> tuple[int, ...]:

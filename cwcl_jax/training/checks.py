@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,8 @@ from cwcl_jax.weights.readers import open_weights
 
 
 def check_inputs(config: ExperimentConfig) -> None:
-    """Raises ConfigError if the data cannot feed the towers or the loss."""
-    loss = resolve(config.loss)
-    if loss.needs_labels and not config.data.labels:
-        raise ConfigError(
-            f"config.loss.name={config.loss.name!r}, weight_function={loss.weights.text!r}, "
-            f"duplicates={loss.duplicates!r} needs labels: set --config.data.labels=class (the "
-            "source's classes), =text (pairs with equal captions) or =sets (several an example, "
-            "labels=COLUMN in the source line)"
-        )
-    _check_that_the_loss_reads(config)
+    """Raises ConfigError, with one line each, if the data cannot feed the towers or the loss."""
+    problems = [*_of_loss(config)]
     for name, tower in config.towers.items():
         settings = tower.encoder_settings()
         try:
@@ -46,7 +38,9 @@ def check_inputs(config: ExperimentConfig) -> None:
                 imported=bool(tower.weights),
             )
         except ValueError as error:
-            raise ConfigError(_wrong_weights(name, tower) or str(error)) from error
+            problems.append(_wrong_weights(name, tower) or str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_patch_dropout(blueprint: Blueprint) -> None:
@@ -74,25 +68,44 @@ def _wrong_weights(name: str, tower: TowerConfig) -> str:
     return ""
 
 
-def _check_that_the_loss_reads(config: ExperimentConfig) -> None:
-    """Raises ConfigError where the data brings what the loss does not read."""
+def _of_loss(config: ExperimentConfig) -> Iterator[str]:
+    """Says what the loss needs of the data and lacks, and what the data brings for nothing."""
     loss, data = resolve(config.loss), config.data
+    named = (
+        f"config.loss.name={config.loss.name!r} with weight_function={loss.weights.text!r}, "
+        f"duplicates={loss.duplicates!r}"
+    )
     reads = {"labels": loss.needs_labels, "guide": loss.needs_p}
     if is_own(config.loss.name):
         wanted = argument_names(import_named(config.loss.name, "loss"))
         reads = {"labels": "labels" in wanted, "guide": "p" in wanted}
+    if loss.needs_labels and not data.labels:
+        yield (
+            f"{named} needs labels: set --config.data.labels=class (the source's classes), =text "
+            "(pairs with equal captions) or =sets (several an example, labels=COLUMN in the "
+            "source line)"
+        )
     for option, read in reads.items():
         if getattr(data, option) and not read:
-            raise ConfigError(
-                f"config.data.{option}={getattr(data, option)!r} does nothing: "
-                f"config.loss.name={config.loss.name!r} with weight_function="
-                f"{loss.weights.text!r}, duplicates={loss.duplicates!r} does not read it"
+            yield (
+                f"config.data.{option}={getattr(data, option)!r} does nothing: {named} does not "
+                f"read it. {_READERS[option]}"
             )
     if data.guide and loss.needs_q:
-        raise ConfigError(
+        yield (
             f"config.data.guide={data.guide!r} does not go with config.loss.weighted='own', which "
             "weights each direction by its own modality; take weighted='both'"
         )
+
+
+# What to do where the data brings something that the loss does not read.
+_READERS = {
+    "labels": "Losses that do: config.loss.name=supervised or morphoclip; "
+    "config.loss.weight_function=labels; config.loss.duplicates=masked or positives. Or leave "
+    "config.data.labels out",
+    "guide": "Losses that do make weights of similarities, as config.loss.name=cwcl, or leave out "
+    "false negatives by them, as duplicates=relative0.05. Or leave config.data.guide out",
+}
 
 
 def check_own_loss(blueprint: Blueprint, source: Source) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _GOLDEN = 0x9E3779B9  # 2^32 divided by the golden ratio: an odd step through all words
-_BLOCK = 1 << 12  # words in one turn of the loop on a CPU: they stay in its nearest cache
+_BLOCK = 1 << 11  # words in one turn of the loop on a CPU: they stay in its nearest cache
 
 
 def digests(leaves: Mapping[str, Any]) -> dict[str, int]:

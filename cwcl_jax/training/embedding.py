@@ -223,7 +223,7 @@ def _check_share(unusable: Counter[str], done: int, total: int, limit: float) ->
         kinds = ", ".join(f"{kind}: {number}" for kind, number in sorted(unusable.items()))
         raise TooManyBadExamples(
             f"{count} of {total} examples are unusable ({kinds}), more than the share "
-            f"data.max_skipped_share={limit} allows. Repair the data or raise the limit."
+            f"data.max_skipped_share={limit} allows. Repair the data, or give a larger share."
         )
 
 

@@ -15,7 +15,14 @@ from cwcl_jax.config import ConfigError, ExperimentConfig
 from cwcl_jax.data.composers import ComposerError, features_read
 from cwcl_jax.data.options import given_as_features, reads_features
 from cwcl_jax.data.pipeline import train_batches
-from cwcl_jax.data.sources import Embedded, Source, check_training_line, open_source
+from cwcl_jax.data.skipping import ALWAYS_ALLOWED
+from cwcl_jax.data.sources import (
+    Embedded,
+    Source,
+    check_training_line,
+    open_source,
+    parse_source_line,
+)
 from cwcl_jax.data.survey import Loss, survey, survey_labels, too_much
 from cwcl_jax.data.views import kept_draws, with_several_variants
 from cwcl_jax.modalities import Modality
@@ -113,7 +120,7 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
         raise ConfigError(
             f"in a sample of config.data.train {loss}, more than the share "
             f"config.data.max_cut_share={config.data.max_cut_share} allows: "
-            f"{_remedy(config, loss)}, or raise the limit"
+            f"{_remedy(config, loss)}, or allow it by a larger --config.data.max_cut_share"
         )
 
 
@@ -124,17 +131,37 @@ def check_label_sets(config: ExperimentConfig, source: Source, what: str = "trai
       what: the field of `config.data` that names the source, "train" or "validation".
 
     Raises:
-      ConfigError: no example of a sample has any label.
+      ConfigError: no example of a sample has any label, or more of them than may be skipped have
+        more than `data.max_labels`.
     """
+    line, size = getattr(config.data, what), config.data.max_labels
     if config.data.labels != "sets":
+        named = any("labels" in part.options for part in parse_source_line(line))
+        if named and is_primary():
+            print(
+                f"warning: the labels= of config.data.{what} are not read: that takes "
+                "config.data.labels=sets, and a loss that goes by labels",
+                flush=True,
+            )
         return
     found = survey_labels(source, config.data.label_separator)
     if not found.kinds:
         raise ConfigError(
             f"config.data.labels='sets', but no example of a sample of config.data.{what}="
-            f"{getattr(config.data, what)!r} has labels: name their columns in the source line, "
-            "labels=COLUMN"
+            f"{line!r} has labels: name their columns in the source line, labels=COLUMN"
         )
+    too_many = [count for count in found.counts if count > size]
+    most = max(found.counts)
+    told = (
+        f"{len(too_many)} of {len(found.counts)} examples in a sample of config.data.{what} have "
+        f"more labels than config.data.max_labels={size}, up to {most}, and would be "
+        f"skipped: set --config.data.max_labels={most}"
+    )
+    expected = len(source) * len(too_many) / len(found.counts)
+    if expected > max(ALWAYS_ALLOWED, config.data.max_skipped_share * len(source)):
+        raise ConfigError(told)
+    if too_many and is_primary():
+        print(f"warning: {told}", flush=True)
     if is_primary() and what == "train":
         print(f"training data: {found}", flush=True)
 

@@ -226,6 +226,12 @@ def _read_msgpack(path: Path) -> InMemory:
             f"{path}: truncated, or not a Flax msgpack file ({type(error).__name__}): "
             "fetch it again"
         ) from error
+    for name, leaf in flat.items():
+        if not isinstance(leaf, np.ndarray | np.generic):
+            raise ValueError(
+                f"{path}: {name[:80]!r} is no array but {type(leaf).__name__}: the file is "
+                "damaged, or holds more than weights"
+            )
     return InMemory(str(path), {name.removeprefix("params/"): x for name, x in flat.items()})
 
 

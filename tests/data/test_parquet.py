@@ -281,6 +281,13 @@ def test_options_that_cannot_be_are_named(tmp_path, option, message):
         open_source(f"parquet:{tmp_path}/a.parquet?{option}")
 
 
+def test_integers_that_pandas_made_floats_get_a_remedy(tmp_path):
+    columns = {"class_id": pa.array([1.0, None])}
+    write_parquet(tmp_path / "a.parquet", table(2, **columns))
+    with pytest.raises(ValueError, match=r"is double, so .*label=.*astype\('Int64'\)"):
+        open_source(f"parquet:{tmp_path}/a.parquet?label=class_id")
+
+
 def test_a_folder_of_several_splits_asks_for_one(tmp_path):
     for split, count in (("train", 4), ("test", 2)):
         write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", table(count))

@@ -162,3 +162,14 @@ def test_a_file_is_checked_by_the_hash_that_came_with_it(tmp_path, kind):
     assert open_weights(path).read("a/kernel") is not None
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or was changed"):
         sha256_of(tmp_path)
+
+
+def test_a_msgpack_tree_that_holds_no_arrays_is_refused(tmp_path):
+    """As a flipped bit leaves it: the type of an entry is one byte."""
+    path = tmp_path / "model.msgpack"
+    content = bytearray(serialization.msgpack_serialize({"b": ARRAYS["b"]}))
+    # 0xc7, a length and a type: Flax gives arrays type 1, and leaves what it does not know.
+    content[content.index(b"\xc7") + 2] = 5
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="'b' is no array but ExtType"):
+        open_weights(path)

@@ -77,6 +77,7 @@ def test_numbers_belong_to_a_measure_by_their_name():
         ),
         ({"checkpoint.best": "evaluation/colour/top1:max"}, r"needs one of the tasks \['shape'\]"),
         ({"checkpoint.best": "evaluation/shape/top1:max"}, r"needs config\.evaluation\.every_s"),
+        ({"checkpoint.best": "evaluation/x:min", "evaluation.tasks": {}}, "tasks: there is none"),
         ({"data.validation_share": 0.1, "data.validation": "scenes:test"}, "exclude each other"),
         ({"data.validation_share": 1.0}, r"must lie in \[0, 1\)"),
         ({"optimizer.ema_decay": 1.0}, r"must lie in \[0, 1\)"),

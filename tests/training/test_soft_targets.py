@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 from cwcl_jax.cli import DONE, PREEMPTED
 from cwcl_jax.config import ConfigError, defaults, from_config_dict
 from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.sources import open_source
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training import run as run_module
 from cwcl_jax.training import sharding
 from cwcl_jax.training.checks import check_inputs
+from cwcl_jax.training.features import check_label_sets
 from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.run import train
 from cwcl_jax.training.state import initialise, make_blueprint
@@ -167,8 +171,8 @@ def test_a_run_goes_on_where_it_stopped(line, tmp_path, monkeypatch, capsys):
     ("changes", "message"),
     [
         ({"loss.name": "morphoclip"}, "needs labels: set --config.data.labels=class"),
-        ({"data.labels": "sets"}, "config.data.labels='sets' does nothing"),
-        ({"loss.name": "contrastive", "data.guide": "guide"}, "data.guide='guide' does nothing"),
+        ({"data.labels": "sets"}, "labels='sets' does nothing.*name=supervised"),
+        ({"loss.name": "contrastive", "data.guide": "guide"}, "guide='guide' does nothing.*=cwcl"),
         ({"loss.name": "softclip", "data.guide": "guide"}, "does not go with .*weighted='own'"),
     ],
 )
@@ -189,6 +193,27 @@ def test_what_the_data_lacks_is_refused_before_the_first_step(
 ):
     with pytest.raises(ConfigError, match=message):
         train(config_of(line.replace(remove, "other:" * (":" in remove)), **changes), tmp_path)
+
+
+def test_labels_that_nothing_reads_are_told(line, capsys):
+    check_label_sets(config_of(line), open_source(line))
+    assert "the labels= of config.data.train are not read" in capsys.readouterr().out
+
+
+def test_too_many_labels_are_told_before_the_first_step(line, tmp_path, capsys):
+    """Few of them as a warning, more than may be skipped as an error, with what would help."""
+    changes = FRAMES["label sets"][0] | {"data.max_labels": 1}
+    source = open_source(line)
+    told = (
+        r"examples in a sample of config\.data\.train have more labels .*max_labels=1, up to (\d)"
+    )
+    with pytest.raises(ConfigError, match=told) as refused:
+        check_label_sets(config_of(line, **changes), source)
+    most = int(re.search(told, str(refused.value))[1])
+    check_label_sets(config_of(line, **changes | {"data.max_skipped_share": 0.99}), source)
+    assert re.search(told, capsys.readouterr().out)
+    check_label_sets(config_of(line, **changes | {"data.max_labels": most}), source)
+    assert "max_labels" not in capsys.readouterr().out
 
 
 def test_a_validation_line_without_labels_is_refused_before_the_first_step(line, tmp_path):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,69 +11,21 @@ import pytest
 
 from cwcl_jax.cli import DONE, FAILED
 from cwcl_jax.training.metrics import read_json_lines
-
-# Fails calls on files whose path contains FAULT_PATH: those named in FAULT_CALLS, with FAULT_ERRNO,
-# after the first FAULT_AFTER bytes or so were written (0: at once).
-FAULTS = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/types.h>
-#include <unistd.h>
-static long written = 0;
-static int fails(int fd, const char *call, size_t count) {
-  const char *path = getenv("FAULT_PATH"), *calls = getenv("FAULT_CALLS");
-  char link[64], name[4096];
-  if (!path || !calls || !strstr(calls, call)) return 0;
-  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-  ssize_t length = readlink(link, name, sizeof name - 1);
-  if (length < 0) return 0;
-  name[length] = 0;
-  if (!strstr(name, path)) return 0;
-  const char *after = getenv("FAULT_AFTER");
-  long start = written;
-  written += count;
-  if (after && start < atol(after)) return 0;
-  errno = atoi(getenv("FAULT_ERRNO"));
-  return 1;
-}
-#define WRAP(result, call, name, arguments, ...) \
-  result name arguments { \
-    static result (*real) arguments = 0; \
-    if (!real) real = dlsym(RTLD_NEXT, #name); \
-    return fails(fd, call, count) ? -1 : real(__VA_ARGS__); \
-  }
-WRAP(ssize_t, "write", write, (int fd, const void *b, size_t count), fd, b, count)
-WRAP(ssize_t, "write", pwrite, (int fd, const void *b, size_t count, off_t o), fd, b, count, o)
-WRAP(ssize_t, "write", pwrite64, (int fd, const void *b, size_t count, off64_t o), fd, b, count, o)
-WRAP(ssize_t, "read", read, (int fd, void *b, size_t count), fd, b, count)
-WRAP(ssize_t, "read", pread, (int fd, void *b, size_t count, off_t o), fd, b, count, o)
-WRAP(ssize_t, "read", pread64, (int fd, void *b, size_t count, off64_t o), fd, b, count, o)
-"""
+from tests.preloading import CLOCK, FILES, compiled
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    folder = tmp_path_factory.mktemp("faults")
-    (folder / "faults.c").write_text(FAULTS)
-    path = folder / "faults.so"
-    command = [compiler, "-shared", "-fPIC", "-o", path, folder / "faults.c", "-ldl"]
-    subprocess.run(command, check=True)
-    return path
+    return compiled(tmp_path_factory.mktemp("faults"), FILES)
 
 
-def train(workdir, library=None, options=(), **faults):
+def train(workdir, library=None, options=(), jumps="", **faults):
     """A run of four steps, saved at the second, under faults; what it left and said."""
     environment = os.environ | {f"FAULT_{name}": str(value) for name, value in faults.items()}
+    environment["CLOCK_JUMPS"] = jumps
     if library:
         environment["LD_PRELOAD"] = str(library)
-    command = ["timeout", "-s", "KILL", "300", sys.executable, "-m", "cwcl_jax.train"]
+    command = ["timeout", "-s", "KILL", "900", sys.executable, "-m", "cwcl_jax.train"]
     command += ["--config=tests/training/toy_file.py", f"--workdir={workdir}"]
     command += ["--config.logging.every_steps=1", "--config.checkpoint.every_steps=2"]
     command += ["--config.logging.tensorboard=True", *options]
@@ -141,3 +93,33 @@ def whole(tmp_path_factory):
     assert train(workdir).returncode == DONE
     (workdir / "results.txt").unlink()
     return workdir
+
+
+def saved_at(checkpoint):
+    """The time of day, in seconds, at which a save began, as orbax writes it down."""
+    metadata = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
+    return metadata["init_timestamp_nsecs"] / 1e9
+
+
+@pytest.mark.multiprocess
+def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
+    """By a day and an hour forward after the first step, and by as much back after the first save.
+
+    All limits of time are far below that.
+    """
+    workdir = tmp_path / "run"
+    jumps = f"{workdir}/metrics.jsonl=90000;{workdir}/checkpoints/2=-90000"
+    done = train(workdir, compiled(tmp_path, CLOCK), jumps)
+    assert done.returncode == DONE, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "watchdog" not in done.stderr
+    records, undisturbed = (
+        [r for r in read_json_lines(folder / "metrics.jsonl") if "loss" in r]
+        for folder in (workdir, whole)
+    )
+    assert [r["loss"] for r in records] == [r["loss"] for r in undisturbed]
+    # What is told of time is time that passed.
+    assert all(0 <= r["seconds_per_step"] < 300 for r in records if r["step"] > 1)
+    begun = [saved_at(workdir / "checkpoints" / step) for step in ("2", "4")]
+    assert begun[1] - begun[0] < -170_000  # the clock did jump
+    assert (workdir / "results.json").read_text() == (whole / "results.json").read_text()

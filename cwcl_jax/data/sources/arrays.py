@@ -16,7 +16,14 @@ import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
-from cwcl_jax.data.sources.base import ALL_FIELDS, NO_CLASSES, Example, Source, fingerprint_of
+from cwcl_jax.data.sources.base import (
+    ALL_FIELDS,
+    NO_CLASSES,
+    OF_FLOATS,
+    Example,
+    Source,
+    fingerprint_of,
+)
 from cwcl_jax.data.sources.beside import values_of
 from cwcl_jax.data.sources.named import (
     feature_vector,
@@ -240,10 +247,15 @@ def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> No
         role, kind = roles.get(key), array.dtype.kind
         if array.ndim == 0:
             raise ValueError(f"{where} has no axis of examples; leave it out of the file.")
+        floats = OF_FLOATS if kind == "f" else ""
         if role == "label" and (array.ndim != 1 or kind not in "iubUSO"):
-            raise ValueError(f"{where} must hold one integer, or one class name, an example.")
+            raise ValueError(
+                f"{where} must hold one integer, or one class name, an example.{floats}"
+            )
         if role == "labels" and (array.ndim not in (1, 2) or kind not in "iuUSO"):
-            raise ValueError(f"{where} must hold integers or strings, one or a row an example.")
+            raise ValueError(
+                f"{where} must hold integers or strings, one or a row an example.{floats}"
+            )
         if role == "id" and (array.ndim != 1 or kind not in "iuUSO"):
             raise ValueError(
                 f"{where} must hold one integer or string an example; floats lose the last digits "

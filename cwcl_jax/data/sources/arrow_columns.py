@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as pat
 
-from cwcl_jax.data.sources.base import NO_CLASSES
+from cwcl_jax.data.sources.base import NO_CLASSES, OF_FLOATS
 from cwcl_jax.data.sources.named import ColumnOptions, parse_names
 
 _MEDIA = ("Image", "Audio")
@@ -180,9 +180,10 @@ class _There:
         # A column of this very name comes before a member of a struct.
         path = min(paths, key=lambda path: path.count("."))
         if not _fits(kind, self.types[path]):
+            floats = kind in ("label", "labels") and pat.is_floating(self.types[path])
             raise ValueError(
                 f"The column {asked!r} of {self.name} is {self.types[path]}, so it cannot be "
-                f"{option}=: that takes {_WANTED[kind]}."
+                f"{option}=: that takes {_WANTED[kind]}.{OF_FLOATS if floats else ''}"
             )
         return path
 

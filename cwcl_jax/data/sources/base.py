@@ -29,6 +29,12 @@ NO_CLASSES = (
     "has no classes; choose a source with classes, or data.labels='text' for equal captions"
 )
 
+# What to do about labels that became floats.
+OF_FLOATS = (
+    " pandas makes floats of integers where some are missing: make them integers again, "
+    ".astype('Int64') of a column and -1 for what is missing in an array, or strings."
+)
+
 
 class Source:
     """A random-access list of examples: the interface of all sources.
