@@ -69,7 +69,7 @@ def cwcl_loss(
         config = dataclasses.replace(config, weight_function=weight_function)
     frame = resolve(config, own)
     if targets is not None and (weight_function or config.weight_function):
-        raise ValueError("weight_function does nothing beside targets; leave one of them out.")
+        raise ValueError("targets replace weight_function; leave one of them out.")
     by_labels = frame.needs_labels
     read = {
         "weights_from": (weights_from, frame.guided or (frame.needs_p and targets is None)),
@@ -90,7 +90,7 @@ def refuse_unread(name: str, read: dict[str, tuple[object, bool]]) -> None:
     for argument, (value, used) in read.items():
         if value is not None and not used:
             raise ValueError(
-                f"{argument} does nothing in name={name!r} with these options; leave it out, or "
+                f"{argument} has no effect with name={name!r} and these options; leave it out, or "
                 "choose a name, weight_function or duplicates that reads it."
             )
 

@@ -40,7 +40,9 @@ def check_pair(u: Array, v: Array) -> None:
 def check_rows(name: str, x: Array, n: int) -> None:
     """Raises unless `x` has `n` rows."""
     if x.shape[0] != n:
-        raise ValueError(f"{name} has {x.shape[0]} rows but u has {n}; row i of all is pair i.")
+        raise ValueError(
+            f"{name} has {x.shape[0]} rows but u has {n}; row i of every array belongs to pair i."
+        )
 
 
 def check_weights_from(p: Array, n: int) -> None:
@@ -54,7 +56,7 @@ def check_labels(labels: Array, n: int) -> None:
     if labels.ndim not in (1, 2) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels must be one integer for each pair, got {labels.dtype} of shape "
-            f"{tuple(labels.shape)} (or a set: a row of integers, filled up with -1)."
+            f"{tuple(labels.shape)} (or a set: a row of integers, padded with -1)."
         )
     check_rows("labels", labels, n)
 

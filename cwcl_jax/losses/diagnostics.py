@@ -23,7 +23,7 @@ _NAMES = (("rows", "u_to_v"), ("columns", "v_to_u"))
 def of_softmax(
     frame, inputs, closed, tiling, losses, stats, rows, scale, engine
 ) -> dict[str, Array]:
-    """Returns the scalars of one call of the tiled loss; the README explains each name."""
+    """Returns the scalars of one call of the tiled loss, by name."""
     out = {f"loss_{name}": losses[side] for side, name in _NAMES}
     out["inverse_temperature"] = scale
     if not frame.config.diagnostics:

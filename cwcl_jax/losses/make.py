@@ -157,7 +157,7 @@ def own_loss(function: Any, name: str) -> LossFn:
     unknown = [argument for argument in wanted if argument not in _ARGUMENTS]
     if unknown:
         raise ValueError(
-            f"{name!r} takes an argument {unknown[0]!r}; a loss is given any of "
+            f"{name!r} takes an argument {unknown[0]!r}; the arguments of a loss are "
             f"{', '.join(_ARGUMENTS)}."
         )
 
@@ -169,7 +169,7 @@ def own_loss(function: Any, name: str) -> LossFn:
         result = call(**{argument: values[argument] for argument in wanted})
         loss, reported = result if isinstance(result, tuple) else (result, {})
         if jnp.shape(loss) != ():
-            raise ValueError(f"{name!r} must return a scalar, got the shape {jnp.shape(loss)}.")
+            raise ValueError(f"{name!r} must return a scalar, got shape {jnp.shape(loss)}.")
         scale = jnp.exp(jnp.asarray(logit_scale))
         out = {"loss": loss, "inverse_temperature": scale} | dict(reported)
         return loss, jax.tree.map(jax.lax.stop_gradient, out)
@@ -218,8 +218,8 @@ def _splitting_axes(config: LossConfig, mesh: Mesh | None, axes) -> tuple[str, .
     found = tuple(axis for axis in wanted if axis in mesh.axis_names)
     if not found and mesh.size > 1 and config.form not in ("dense", "fused"):
         raise ValueError(
-            f"the mesh has axes {tuple(mesh.axis_names)}, none of axes={wanted}: pass axes=, those "
-            "that split the batch."
+            f"the mesh has axes {tuple(mesh.axis_names)}, none of which is in axes={wanted}: pass "
+            "axes=, the mesh axes that split the batch."
         )
     return found
 
@@ -234,7 +234,9 @@ def _mix(frame: Frame, progress: Scalar | None, like: Array) -> Any:
     if not frame.needs_progress:
         return frame.mix[0]
     if progress is None:
-        raise ValueError(f"progress is needed by mix={frame.mix}; pass a share of the run.")
+        raise ValueError(
+            f"progress is needed by mix={frame.mix}; pass the fraction of the run, from 0 to 1."
+        )
     shares = jnp.asarray(frame.mix, wide(like))
     return jnp.interp(jnp.asarray(progress, wide(like)), jnp.linspace(0, 1, len(shares)), shares)
 

@@ -245,8 +245,8 @@ def _frame_of_own_loss(config: LossConfig, function: Callable | None) -> Frame:
     set_ = [name for name in _OF_PRESETS if getattr(config, name) not in ("", (), None)]
     if set_ or function is not None:
         raise ValueError(
-            f"name={config.name!r} is a loss of your own, which {(set_ or ['weight_function'])[0]} "
-            "does not reach: leave it out."
+            f"name={config.name!r} is your own loss, which does not read "
+            f"{(set_ or ['weight_function'])[0]}: leave that out."
         )
     from cwcl_jax.losses.make import own_loss
 
@@ -260,7 +260,7 @@ def _frame_of_own_loss(config: LossConfig, function: Callable | None) -> Frame:
 def _not_open(option: str, value: Any, name: str, preset: Preset) -> str:
     able = [other for other, x in PRESETS.items() if option in x.open]
     return (
-        f"{option}={value!r} contradicts the preset {name!r}, whose own is "
+        f"{option}={value!r} contradicts the preset {name!r}, which sets "
         f"{getattr(preset, option)!r}; leave it out, or use a name that takes it: "
         f"{', '.join(able)}."
     )
@@ -317,30 +317,30 @@ def _check_frame(frame: Frame, given: dict[str, Any]) -> None:
     weights, name = frame.weights, frame.config.name
     if frame.weighted == "own" and not weights.of_features:
         raise ValueError(
-            f"weighted='own' with weight_function={weights.text!r}: it has no similarities of a "
-            "modality; use weighted='both'."
+            f"weighted='own' with weight_function={weights.text!r}, which uses no similarities of "
+            "features; use weighted='both'."
         )
     if "detach_weights" in given and not weights.of_features:
         raise ValueError(
-            f"detach_weights does nothing with weight_function={weights.text!r}, which reads no "
+            f"detach_weights has no effect with weight_function={weights.text!r}, which reads no "
             "features; leave it out."
         )
     if "negatives" in frame.terms and (frame.kind != "softmax" or weights.name == "identity"):
         raise ValueError(
-            f"terms='negatives' of {name!r}: its negatives have no targets; take softclip or cwcl."
+            f"terms='negatives' of {name!r}: its negatives have no targets; use softclip or cwcl."
         )
     if frame.guided and (weights.calibrated or weights.name == "distance"):
         raise ValueError(
-            f"duplicates={frame.duplicates!r} does not go with weight_function={weights.text!r}; "
-            "use another of the two."
+            f"duplicates={frame.duplicates!r} cannot be combined with "
+            f"weight_function={weights.text!r}; change one of the two."
         )
     if frame.kind == "none" and not frame.terms:
-        raise ValueError(f"name={name!r} has no loss left; give terms, as 'cosine=1'.")
+        raise ValueError(f"name={name!r} computes no loss; set terms, as in 'cosine=1'.")
     given_twice = frame.duplicates == "positives" and "weight_function" in PRESETS[name].open
     if given_twice and weights.name == "labels":
         raise ValueError(
-            "duplicates='positives' does nothing beside weight_function='labels': equal labels "
-            "weigh 1 already; leave it out."
+            "duplicates='positives' has no effect with weight_function='labels': equal labels "
+            "already have weight 1; leave it out."
         )
     check_weight_gradient(frame)
 

@@ -108,9 +108,9 @@ def _constant(parameter):
 @_constant.defjvp
 def _no_gradient(primals, tangents):
     raise TypeError(
-        "weight_function has a parameter of its own that a gradient is asked for, which the tiled "
-        "forms do not have; train it with form='dense' and detach_weights=False, or pass the "
-        "parameter through jax.lax.stop_gradient."
+        "weight_function depends on a parameter that needs a gradient, which the tiled forms do "
+        "not compute; train it with form='dense' and detach_weights=False, or pass the parameter "
+        "through jax.lax.stop_gradient."
     )
 
 
@@ -145,7 +145,7 @@ class UserFunction:
         if weights.shape != cosine.shape:
             raise ValueError(
                 f"weight_function maps cosines of shape {cosine.shape} to {weights.shape}; it must "
-                "work entry by entry."
+                "work elementwise."
             )
         return weights
 

@@ -203,7 +203,7 @@ def test_a_gradient_of_targets_is_dense_or_an_error():
 def test_weights_for_a_loss_without_any_are_errors(name):
     u, v, p = arrays()
     config = LossConfig(name=name)
-    with pytest.raises(ValueError, match="weights_from does nothing"):
+    with pytest.raises(ValueError, match="weights_from has no effect"):
         cwcl_loss(u, v, weights_from=p, logit_scale=1.0, config=config)
     with pytest.raises(ValueError, match="leave targets out"):
         make_loss(config)(u, v, None, 1.0, -1.0, targets=jnp.eye(8))
@@ -283,13 +283,13 @@ def test_arguments_that_do_nothing_are_refused():
         with pytest.raises(ValueError, match=message):
             cwcl_loss(u, v, logit_scale=1.0, config=config, **given)
 
-    refused("weight_function does nothing beside targets", weight_function="relu", targets=targets)
-    refused("weights_from does nothing", weights_from=p, targets=targets)
-    refused("labels does nothing", weights_from=p, labels=labels)
-    refused("v_weights_from does nothing", weights_from=p, v_weights_from=p)
-    refused("logit_bias does nothing", weights_from=p, logit_bias=-1.0)
-    refused("progress does nothing", weights_from=p, progress=0.5)
-    with pytest.raises(ValueError, match="labels does nothing"):
+    refused("targets replace weight_function", weight_function="relu", targets=targets)
+    refused("weights_from has no effect", weights_from=p, targets=targets)
+    refused("labels has no effect", weights_from=p, labels=labels)
+    refused("v_weights_from has no effect", weights_from=p, v_weights_from=p)
+    refused("logit_bias has no effect", weights_from=p, logit_bias=-1.0)
+    refused("progress has no effect", weights_from=p, progress=0.5)
+    with pytest.raises(ValueError, match="labels has no effect"):
         contrastive_loss(u, v, logit_scale=1.0, labels=labels)
 
 
@@ -303,7 +303,7 @@ def test_a_parameter_of_ones_own_weight_function_is_trained_or_refused_by_name()
         )[0]  # fmt: skip
 
     for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.jit(loss))):
-        with pytest.raises(TypeError, match="weight_function has a parameter"):
+        with pytest.raises(TypeError, match="weight_function depends on a parameter"):
             gradient(2.0)
     # As a constant it may be traced.
     assert float(jax.jit(loss)(2.0)) == pytest.approx(float(loss(2.0)), rel=1e-6)
@@ -346,9 +346,11 @@ def test_a_loss_and_a_weight_function_by_module_and_name():
     named = make_loss(LossConfig(weight_function=HERE + "ten_line_weights"))(u, v, p, 1.0)[0]
     relu = make_loss(LossConfig(weight_function="relu2"))(u, v, p, 1.0)[0]
     assert float(named) == pytest.approx(float(relu), rel=1e-6)
-    with pytest.raises(ValueError, match=r"an argument 'teacher'; a loss is given any of u, v, p"):
+    with pytest.raises(
+        ValueError, match=r"an argument 'teacher'; the arguments of a loss are u, v, p"
+    ):
         make_loss(LossConfig(name=HERE + "unknown_argument"))
     with pytest.raises(ValueError, match="must return a scalar"):
         make_loss(LossConfig(name=HERE + "not_a_scalar"))(u, v, p, 1.0)
-    with pytest.raises(ValueError, match="a loss of your own, which mix does not reach"):
+    with pytest.raises(ValueError, match="your own loss, which does not read mix"):
         LossConfig(name=HERE + "ten_line_loss", mix=(0.5,))

@@ -66,12 +66,12 @@ def test_a_sigmoid_loss_has_no_directions(option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weighted": "own", "weight_function": "labels"}, "no similarities of a modality"),
-        ({"weight_function": "uniform", "detach_weights": True}, "detach_weights does nothing"),
+        ({"weighted": "own", "weight_function": "labels"}, "no similarities of features"),
+        ({"weight_function": "uniform", "detach_weights": True}, "detach_weights has no effect"),
         ({"name": "contrastive", "terms": ("negatives=1",)}, "its negatives have no targets"),
-        ({"name": "supervised", "duplicates": "positives"}, "duplicates='positives' does nothing"),
-        ({"name": "regression", "terms": ("cosine=0",)}, "has no loss left"),
-        ({"weight_function": "calibrated", "duplicates": "absolute0.1"}, "does not go with"),
+        ({"name": "supervised", "duplicates": "positives"}, "duplicates='positives' has no effect"),
+        ({"name": "regression", "terms": ("cosine=0",)}, "computes no loss"),
+        ({"weight_function": "calibrated", "duplicates": "absolute0.1"}, "cannot be combined with"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_an_error(options, message):

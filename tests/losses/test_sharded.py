@@ -140,7 +140,9 @@ def test_a_sharded_form_without_a_mesh_is_an_error():
 @pytest.mark.parametrize("form", ["auto", "gathered", "ring"])
 def test_a_mesh_with_none_of_the_axes_is_an_error(form):
     mesh = mesh_of(4, names=("dp",))
-    with pytest.raises(ValueError, match=r"axes \('dp',\), none of axes=\('data', 'fsdp'\)"):
+    with pytest.raises(
+        ValueError, match=r"axes \('dp',\), none of which is in axes=\('data', 'fsdp'\)"
+    ):
         make_loss(LossConfig(form=form), mesh=mesh)
     make_loss(LossConfig(form=form), mesh=mesh, axes="dp")
     make_loss(LossConfig(form="dense"), mesh=mesh)

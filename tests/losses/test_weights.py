@@ -68,7 +68,7 @@ def test_centred_embeds_have_no_mean_and_unit_norm():
 
 
 def test_a_function_that_is_not_entry_by_entry_is_an_error():
-    with pytest.raises(ValueError, match="must work entry by entry"):
+    with pytest.raises(ValueError, match="must work elementwise"):
         weights.UserFunction(lambda c: c.sum(axis=1))(jnp.ones((2, 2)), 1.0)
 
 
