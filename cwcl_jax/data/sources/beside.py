@@ -110,7 +110,7 @@ class ColumnBeside(SourceAround):
     def __init__(self, source: Source, name: str, file: str):
         super().__init__(source)
         self._name, self._file = name, file
-        arrays = load_arrays(Path(file))
+        arrays = load_arrays(to_path(file))
         if name not in arrays and len(arrays) != 1:
             raise ValueError(
                 f"columns_from={name}:{file} has the arrays {', '.join(arrays)}, none of which is "
