@@ -605,9 +605,9 @@ def test_the_example_runs_as_its_text_says(tmp_path, monkeypatch):
         assert export_command.main(["--source=run", "--output=model"]) == DONE
         sys.modules.pop("eeg")
         again = load_model("model", allow_code=True)
+        with np.load("test.npz") as data:
+            rows = again.encode_items("eeg", list(data["eeg"][:3]))
+        # A text of the words of the small tokenizer.
+        assert (rows.shape, again.encode_text("a red star").shape) == ((3, 128), (1, 128))
     finally:
         sys.modules.pop("eeg", None)
-    with np.load("test.npz") as data:
-        rows = again.encode_items("eeg", list(data["eeg"][:3]))
-    # A text of the words of the small tokenizer.
-    assert (rows.shape, again.encode_text("a red star").shape) == ((3, 128), (1, 128))
