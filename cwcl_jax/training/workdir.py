@@ -15,6 +15,7 @@ lock              held by the run that is using the folder
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import platform
@@ -105,7 +106,8 @@ def only_user(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of the folder: two would write the same checkpoints and records.
 
     Raises:
-      ConfigError: another run is using it, or nothing can be written there.
+      ConfigError: another run is using it, or nothing can be written there. On a file system that
+        is mounted read-only nobody writes, and a complete run can be shown.
     """
     make_folder(workdir)
     path = workdir / "lock"
@@ -114,6 +116,9 @@ def only_user(workdir: Path) -> Iterator[None]:
             stack.enter_context(locked(path))
         except PermissionError as error:
             raise ConfigError(f"{path} cannot be written; give another --workdir") from error
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
         except InUse as error:
             raise ConfigError(
                 f"another run is using {workdir} ({error}); wait for its end, stop it, or give "
