@@ -240,7 +240,7 @@ def _require_hub(kind: Any, name: str) -> None:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise FileNotFoundError("there is no such folder")
     try:
-        kind.from_pretrained(name, local_files_only=True)
+        kind.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
@@ -268,9 +268,15 @@ def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
     try:
         if not folder.exists():
             _require_hub(AutoTokenizer, name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Left out, transformers would ask the person at the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"The tokenizer {name!r} brings code of its own (auto_map), which is never run: "
+                "save it as a tokenizer.json, and name that file."
+            ) from error
         raise ValueError(
             f"No tokenizer could be read from tokenizer={name!r}: give a folder with "
             f"tokenizer.json, such a file itself, or a hub name that can be reached ({reason})."

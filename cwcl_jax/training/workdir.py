@@ -16,6 +16,7 @@ place             on an object store alone: written to see whether it can be
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import platform
@@ -131,7 +132,8 @@ def only_user(workdir: Path) -> Iterator[None]:
     """Keeps other runs out of the folder, because two would write the same checkpoints and records.
 
     Raises:
-      ConfigError: another run is using it, or nothing can be written there.
+      ConfigError: another run is using it, or nothing can be written there. On a file system that
+        is mounted read-only nobody writes, and a complete run can be shown.
     """
     make_folder(workdir)
     path = workdir / "lock"
@@ -140,6 +142,9 @@ def only_user(workdir: Path) -> Iterator[None]:
             stack.enter_context(locked(path))
         except PermissionError as error:
             raise ConfigError(f"{path} cannot be written; give another --workdir") from error
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
         except InUse as error:
             raise ConfigError(
                 f"another run is using {workdir} ({error}); wait for its end, stop it, or give "

@@ -167,3 +167,15 @@ def test_a_folder_without_a_tokenizer_is_named_before_an_empty_one_is_made(tmp_p
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="No tokenizer stands in the folder"):
         load_tokenizer(TextInputs(tokenizer=str(tmp_path)))
+
+
+def test_the_code_of_a_tokenizer_is_never_run(tmp_path):
+    folder, ran = tmp_path / "tokenizer", tmp_path / "ran"
+    folder.mkdir()
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "vocab.json").write_text("{}")
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ValueError, match=r"brings code of its own .* never run"):
+        load_tokenizer(str(folder))
+    assert not ran.exists()

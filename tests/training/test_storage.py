@@ -11,6 +11,7 @@ import pytest
 
 from cwcl_jax.cli import DONE, FAILED
 from cwcl_jax.training.metrics import read_json_lines
+from cwcl_jax.training.workdir import only_user
 from tests.preloading import CLOCK, FILES, compiled
 
 
@@ -84,6 +85,25 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(whole, libra
     assert last.startswith("error: [Errno 5] ")
     assert "damaged" not in done.stdout + done.stderr
     assert sorted(p for p in (whole / "checkpoints").rglob("*")) == before
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder with a file, on a file system that is mounted read-only."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    calls = (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder])
+    if os.geteuid() or any(subprocess.run(call, check=False).returncode for call in calls):
+        pytest.skip("mounting read-only is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_folder_that_nobody_can_write_needs_no_lock(read_only):
+    """So that a complete run in it can be shown."""
+    with only_user(read_only), pytest.raises(OSError, match="Read-only file system"):
+        (read_only / "lock").touch()
 
 
 @pytest.fixture(scope="module")
