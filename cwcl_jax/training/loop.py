@@ -177,8 +177,9 @@ class Loop:
             self._progress.end()
             self._say(f"warning: {warning}")
         speed = clock.lap(done)
-        if speed:
-            values |= speed | self._meter.read(clock.seconds_per_step)
+        values |= speed
+        if "seconds_per_step" in speed:
+            values |= self._meter.read(clock.seconds_per_step)
         else:  # before anything is timed
             self._meter.prepare(batch.arrays)
             clock.restart()

@@ -50,8 +50,8 @@ def tower_table(blueprint: Blueprint) -> str:
     return (
         format_table(_HEADER, rows)
         + f"\nloss {config.loss.name}{_guide(config)}, global batch {config.global_batch_size}"
+        + (f" by {config.data.batches}" if config.data.batches else "")
         + (f" in {config.accumulation_steps} chunks" if config.accumulation_steps > 1 else "")
-        + (f" of {config.data.batches}" if config.data.batches else "")
         + f", {config.total_steps} steps, mesh ({mesh}) of {device} devices"
     )
 

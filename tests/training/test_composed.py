@@ -22,7 +22,7 @@ def table():
     speakers = np.random.default_rng(0).permutation([f"s{i % 9}" for i in range(60)])
     return pd.DataFrame(
         {
-            "audio": [f"{i}.wav" for i in range(60)],
+            "image": [f"{i}.jpg" for i in range(60)],
             "text": [f"caption, {i // 2}" for i in range(60)],
             "speaker": speakers,
             "kind": np.arange(60) % 7,
@@ -44,7 +44,7 @@ def written(table, folder, kind):
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_columns_of_tables_that_pandas_wrote_make_groups(table, tmp_path, kind):
     line = written(table, tmp_path, kind)
-    line += "?audio=audio" if kind != "parquet" else "?text=text"
+    line += "?image=image" if kind != "parquet" else "?text=text"
     source = open_source(line)
     for column in ("speaker", "kind"):
         made = compose(f"groups:{column}?k=2", source, 6, seed=0)
@@ -69,8 +69,7 @@ def test_a_table_with_gaps_is_refused_before_the_start(table, tmp_path, kind, co
         **{
             "data.train": line,
             "data.batches": f"groups:{column}",
-            "towers.image.encoder": "text",
-            "towers.image.overrides": {"width": 32, "depth": 1, "heads": 2},
+            "data.max_cut_share": 1.0,
             "evaluation.tasks": {},
         }
     )
@@ -87,7 +86,7 @@ def test_buckets_and_batches_exclude_each_other():
     from cwcl_jax.modalities import SpeechInputs
 
     inputs = {"speech": SpeechInputs(max_seconds=3.0, buckets=(1.0, 2.0))}
-    config = DataConfig(train="commands:train?n=40", batches="groups:label", inputs=inputs)
+    config = DataConfig(train="commands:train?n=40", batches="groups:text", inputs=inputs)
     with pytest.raises(ValueError, match="exclude each other"):
         TrainBatches(config, ("speech",), seed=0, global_batch_size=4)
 
@@ -135,7 +134,7 @@ def test_a_run_takes_neighbours_of_the_features_that_it_made_itself(tmp_path, ca
     )
     assert train(config, tmp_path / "run") == DONE
     told = capsys.readouterr().out
-    assert "global batch 16 in 2 chunks of near:image?size=4" in told
+    assert "global batch 16 by near:image?size=4 in 2 chunks" in told
     assert (
         "batches: near neighbours by 'image', 2 cells of 4 in a batch of 16; an epoch is 2 batches "
         "and leaves out 20% of 40 examples: 8 at the end of an epoch"

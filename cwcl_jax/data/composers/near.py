@@ -1,10 +1,9 @@
 """Batches with near neighbours by given features, such as a locked tower's: hard negatives.
 
 The examples are put on a line on which neighbours are near in the features' space: all of them are
-cut into two halves of equal size, each half again, and so on, always across the direction in which
-the two halves differ most. The line is cut into cells of a few examples, elsewhere in every epoch.
-A share of each batch is whole cells, the rest are examples of other cells, drawn at random; every
-example stands in one batch of an epoch.
+cut into two parts by two means, none below a quarter, each part again, and so on. The line is cut
+into cells of a few examples, elsewhere in every epoch. A share of each batch is whole cells, the
+rest are examples of other cells, drawn at random; every example stands in one batch of an epoch.
 
 The line is made of whole numbers, which computers add without rounding: all hosts, and a machine
 that resumes, find the same one.
@@ -28,6 +27,7 @@ _LENGTH = 2048
 # Wider features are projected at random: distances keep to some percent, and rows stay small.
 _WIDTH = 128
 _ROWS_AT_ONCE = 4096
+_ROUNDS = 3
 
 
 def compose_near(
@@ -159,7 +159,7 @@ def whole_vectors(
             raise ComposerError(
                 f"near:{name} needs one vector an example; {name!r} is of shape {rows.shape[1:]}"
             )
-        found.append(_whole(rows, usable[numbers]))
+        found.append(whole_rows(rows, usable[numbers]))
     width = max(rows.shape[1] for rows in found)
     return np.concatenate([_widened(rows, width) for rows in found]), usable
 
@@ -184,7 +184,8 @@ def _widened(rows: Int16[np.ndarray, "n e"], width: int) -> Int16[np.ndarray, "n
     return rows if rows.shape[1] == width else np.zeros((len(rows), width), np.int16)
 
 
-def _whole(rows: np.ndarray, usable: Bool[np.ndarray, " n"]) -> Int16[np.ndarray, "n d"]:
+def whole_rows(rows: np.ndarray, usable: Bool[np.ndarray, " n"]) -> Int16[np.ndarray, "n d"]:
+    """Returns features in whole numbers, of length 2048 and at most 128 wide."""
     whole = _of_length(rows.astype(np.float64))
     if rows.shape[1] > _WIDTH:
         whole = _of_length(whole @ _signs(rows.shape[1]))
@@ -216,25 +217,29 @@ def neighbour_line(rows: Int16[np.ndarray, "n d"], size: int) -> Int64[np.ndarra
         if end - start <= size:
             continue
         inside = line[start:end]
-        middle = max(size, (end - start) // 2 // size * size)
-        order = _halved(rows[inside].astype(np.float32), middle)
+        order, cut = _two_parts(rows[inside].astype(np.float32))
         line[start:end] = inside[order]
-        parts += [(start, start + middle), (start + middle, end)]
+        parts += [(start, start + cut), (start + cut, end)]
     return line
 
 
-def _halved(rows: Float32[np.ndarray, "n d"], middle: int) -> Int64[np.ndarray, " n"]:
-    """Rows in an order of which the first `middle` are one half.
+def _two_parts(rows: Float32[np.ndarray, "n d"]) -> tuple[Int64[np.ndarray, " n"], int]:
+    """Rows in an order whose first ones are one part, and how many these are: a quarter or more.
 
-    The direction leads from one of two distant rows to the other, then from the mean of one half
-    to that of the other.
+    The direction leads from one of two distant rows to the other, then from the mean of one part to
+    that of the other, and the cut lies between the means: so a cluster is seldom cut in two.
     """
+    count = len(rows)
     one = rows[np.argmin(rows @ rows[0])]
     other = rows[np.argmin(rows @ one)]
-    direction = other - one
-    for _ in range(2):
-        order = np.argsort(rows @ direction, kind="stable")
-        halves = rows[order[:middle]], rows[order[middle:]]
-        means = [np.rint(half.mean(axis=0, dtype=np.float64)) for half in halves]
-        direction = (means[1] - means[0]).astype(np.float32)
-    return order
+    for _ in range(_ROUNDS):
+        direction = other - one
+        along = rows @ direction
+        order = np.argsort(along, kind="stable")
+        between = (other.astype(np.float64) + one) @ direction / 2
+        cut = int((along < between).sum())
+        cut = min(max(cut, count // 4, 1), count - max(count // 4, 1))
+        means = [part.mean(axis=0, dtype=np.float64) for part in (rows[order[:cut]],
+                                                                  rows[order[cut:]])]  # fmt: skip
+        one, other = (np.rint(mean).astype(np.float32) for mean in means)
+    return order, cut
