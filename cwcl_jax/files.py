@@ -30,6 +30,8 @@ _POLL = 0.5
 # For files that act as locks: seconds after which the holder writes its file again, and after which
 # a file without new writes is considered abandoned.
 _RENEW, _STALE = 5.0, 30.0
+# As `_STALE` on an object store, where a write may be tried again for a minute.
+_STALE_ON_STORE = 90.0
 
 
 class InUse(Exception):
@@ -99,8 +101,9 @@ def locked(path: Path, *, waiting: Callable[[], None] | None = None) -> Iterator
 
     On a file system without locks, or an object store, a file next to `path` acts as the lock. It
     is created exclusively (on a store by a conditional request), rewritten every few seconds, and
-    taken over by the next process half a minute after its owner died. A process that slept for
-    longer than that may believe for a few seconds that it still holds the lock.
+    taken over by the next process half a minute (on a store, a minute and a half) after its owner
+    died. A process that slept for longer than that may believe for a few seconds that it still
+    holds the lock.
 
     Args:
       waiting: called twice a second while another process holds the lock; without it, nothing
@@ -198,7 +201,8 @@ def _remove_if_abandoned(path: Path, waiting: Callable[[], None]) -> None:
     No clock is compared with another machine's. Two processes that find the same file abandoned
     remove it one after the other, and the second one only if it is still the same.
     """
-    before, end = _text(path), time.monotonic() + _STALE
+    stale = _STALE_ON_STORE if isinstance(path, StorePath) else _STALE
+    before, end = _text(path), time.monotonic() + stale
     while time.monotonic() < end:
         time.sleep(_POLL)
         waiting()

@@ -118,7 +118,7 @@ def test_a_lock_has_one_holder(bucket, monkeypatch):
 
 
 def test_a_lock_whose_holder_died_is_taken_over(bucket, monkeypatch):
-    monkeypatch.setattr(files, "_STALE", 0.1)
+    monkeypatch.setattr(files, "_STALE_ON_STORE", 0.1)
     monkeypatch.setattr(files, "_POLL", 0.01)
     (bucket / "lock.held").write_text("process 1 on elsewhere, abc, 7")
     with locked(bucket / "lock"):
