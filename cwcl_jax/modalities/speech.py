@@ -63,8 +63,8 @@ class SpeechInputs(Modality):
     def __post_init__(self):
         if self.sample_rate != 16_000:
             raise ValueError(
-                f"sample_rate={self.sample_rate} must be 16000, which the speech encoders take "
-                "every waveform for; recordings of any rate are resampled to it."
+                f"sample_rate={self.sample_rate} must be 16000, the rate that the speech encoders "
+                "expect; recordings of any rate are resampled to it."
             )
         if not 1 <= self.sample_rate * self.max_seconds < ENDLESS:
             raise ValueError(f"max_seconds={self.max_seconds} must be a positive number.")
@@ -108,7 +108,7 @@ class SpeechInputs(Modality):
         positions = getattr(settings, "max_positions", None)
         if positions is not None and self.max_seconds > positions * _POSITION_SECONDS:
             raise ValueError(
-                f"{options}.max_seconds={self.max_seconds:g}, but the tower hears "
+                f"{options}.max_seconds={self.max_seconds:g}, but the tower has positions for "
                 f"{positions * _POSITION_SECONDS:g} s: lower it, or raise max_positions in "
                 f"{overrides}"
             )
@@ -242,7 +242,9 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         # soundfile's message contains the buffer's address; the attribute has only the reason.
         reason = getattr(error, "error_string", str(error))
         if data[4:8] == b"ftyp":
-            reason = "M4A and MP4 are not read: write FLAC or WAV, with `ffmpeg -i x.m4a x.flac`"
+            reason = (
+                "M4A and MP4 are not supported: write FLAC or WAV, with `ffmpeg -i x.m4a x.flac`"
+            )
         raise BadExample("audio unreadable", reason) from error
 
 
