@@ -76,7 +76,7 @@ def test_position_offset_and_other_model_types(tmp_path):
 def test_a_config_that_holds_no_settings_is_named(tmp_path, content):
     config = TowerConfig("bert", weights=folder(tmp_path))
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config.json: holds a \w+, not settings by name"):
+    with pytest.raises(ValueError, match=r"config.json: holds a \w+, not a JSON object"):
         complete(config)
 
 
