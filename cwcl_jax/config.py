@@ -116,16 +116,16 @@ def check(config: ExperimentConfig) -> None:
         )
     if taken := sorted(set(config.towers) & {"index", *BESIDE}):
         raise ConfigError(
-            f"config.towers.{taken[0]}: a tower cannot be called so; {taken[0]!r} means something "
-            "else in a batch"
+            f"config.towers.{taken[0]}: a tower cannot have this name; {taken[0]!r} means "
+            "something else in a batch"
         )
     for field in ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim"):
         if getattr(config, field) < 1:
             raise ConfigError(f"config.{field} must be at least 1, got {getattr(config, field)}")
     if config.global_batch_size == 1:
         raise ConfigError(
-            "config.global_batch_size=1 trains nothing: a pair alone has no other to be told from, "
-            "and the loss 0"
+            "config.global_batch_size=1 trains nothing: a single pair has no negatives, and the "
+            "loss is 0"
         )
     if config.global_batch_size % config.accumulation_steps:
         raise ConfigError(
@@ -346,7 +346,7 @@ def _is_mapping(origin: Any) -> bool:
 
 def _unsupported(kind: Any, path: str) -> str:
     return (
-        f"{path} is annotated {kind}, which no setting can be; use str, int, float, bool, a "
+        f"{path} is annotated {kind}, which settings do not support; use str, int, float, bool, a "
         "dataclass, tuple[T, ...], Mapping[str, T] or T | None"
     )
 
@@ -398,7 +398,9 @@ def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
         names = [name.strip() for name in chosen.split(",")]
         unknown = [name for name in names if name not in tasks]
         if unknown:
-            raise ConfigError(f"--tasks={chosen}: no task {unknown[0]!r}; there are {list(tasks)}")
+            raise ConfigError(
+                f"--tasks={chosen}: unknown task {unknown[0]!r}; the tasks are {list(tasks)}"
+            )
         tasks = {name: tasks[name] for name in names}
     if not tasks:
         raise ConfigError("there are no tasks: name a JSON file of tasks in --tasks")
@@ -444,5 +446,5 @@ def parse_argument(argument: str, **options: Any) -> dict[str, Any]:
             result[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
             wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-            raise ConfigError(f"the config's argument {entry!r}: {wanted} is wanted") from error
+            raise ConfigError(f"the config's argument {entry!r}: {wanted} is expected") from error
     return result

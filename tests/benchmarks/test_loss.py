@@ -22,8 +22,8 @@ def test_every_measurement_is_written_down(tmp_path):
     ("option", "message"),
     [
         ("--sizes=1024", "'1024' is not N x d"),
-        ("--forms=fused cwcl;star", "'star' is none of fused cwcl; fused cwcl, u constant;"),
-        ("--dtypes=int8", "'int8' is none of float32"),
+        ("--forms=fused cwcl;star", "'star' is not one of fused cwcl; fused cwcl, u constant;"),
+        ("--dtypes=int8", "'int8' is not one of float32"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, capsys):
