@@ -231,7 +231,7 @@ class Model:
             found = np.shape(inputs[name])
             if len(found) != 1 + len(shape) or (exact and found[1:] != shape) or len(counts) > 1:
                 raise ValueError(
-                    f"the {tower} tower reads {name} of shape {('b', *shape)}, one row an item: "
+                    f"the {tower} tower reads {name} of shape {('b', *shape)}, one row per item: "
                     f"not {found}".replace("'b'", "b")
                 )
 
@@ -331,7 +331,7 @@ def load_model(
     is_run = (folder / "config.json").exists() and (folder / "checkpoints").is_dir()
     if interpolate is not None and not is_run:
         raise ValueError(
-            f"{folder} is no workdir of a run: interpolate={interpolate} needs one, for the "
+            f"{folder} is not the workdir of a run: interpolate={interpolate} needs one, for the "
             "weights that its towers started from"
         )
     if not is_run and folder.exists():

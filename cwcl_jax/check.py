@@ -37,10 +37,14 @@ _PACKAGES = (
 
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seconds", type=float, default=420.0, help="no measurement begins after so long")
-    cli.switch(parser, "tiny", False, "small sizes, for two CPU cores: does it all run?")
+    add(
+        "--seconds", type=float, default=420.0, help="seconds after which no new measurement starts"
+    )
+    cli.switch(
+        parser, "tiny", False, "small sizes for two CPU cores, to see whether every check runs"
+    )
     add("--only", type=cli.words, default=[], help="names of the checks to run; all by default")
-    add("--output", type=cli.folder, default="runs/check", help="of check.txt and check.json")
+    add("--output", type=cli.folder, default="runs/check", help="folder of the report")
 
 
 def checks_of(config: ExperimentConfig | None, *, tiny: bool) -> list[tuple[str, float, Check]]:
@@ -93,7 +97,7 @@ def devices(machine: Machine) -> Iterator[Finding]:
     )
     advice = unused_gpu(os.environ).removeprefix("warning: ")
     if not advice and device.platform != "cpu" and machine.chip is None:
-        advice = "its peaks are not in planning/chips.py: speeds stand without a judgement"
+        advice = "its peaks are not in planning/chips.py: speeds are reported without a verdict"
     values = found | {"kind": device.device_kind, "flags": compiler_flags(os.environ)}
     yield Finding("devices", LOOK if advice else PASS, said, advice, values)
 
@@ -117,7 +121,7 @@ def main(options: Namespace) -> int:
         known = [name for name, *_ in checks]
         for name in options.only:
             if name not in known:
-                raise ConfigError(f"--only={name}: no such check; known: {', '.join(known)}")
+                raise ConfigError(f"--only={name}: unknown check; known: {', '.join(known)}")
         found = []
         for finding in run_checks(machine, [c for c in checks if c[0] in (options.only or known)]):
             found.append(finding)

@@ -81,7 +81,9 @@ class Command:
         if self._config:
             parser.add_argument("--config", metavar="FILE[:ARGUMENT]", help=_CONFIG_HELP)
         self._define(parser)
-        parser.add_argument("--verbosity", type=int, default=-1, help="0: the libraries' lines too")
+        parser.add_argument(
+            "--verbosity", type=int, default=-1, help="0 also shows the libraries' messages"
+        )
         options, rest = parser.parse_known_args(argv)
         options.argv = argv
         named = getattr(options, "config", None)
@@ -243,7 +245,7 @@ def with_settings(config: Mapping[str, Any], settings: Sequence[_Setting]) -> di
             value = {"true": True, "false": False}.get(text.lower(), text)
         if not name and not isinstance(value, dict):
             raise ConfigError(
-                f'{option}={text}: settings by name are wanted, as {option}.NAME=VALUE or "'
+                f'{option}={text}: settings by name are expected, as {option}.NAME=VALUE or "'
                 "{'NAME': VALUE}\""
             )
         own = dict(towers[tower].get("overrides") or {})
@@ -326,7 +328,7 @@ def names(known: Sequence[str], separator: str = ",") -> Callable[[str], list[st
         chosen = [name.strip() for name in text.split(separator)]
         for name in chosen:
             if name not in known:
-                raise ArgumentTypeError(f"{name!r} is none of {f'{separator} '.join(known)}")
+                raise ArgumentTypeError(f"{name!r} is not one of {f'{separator} '.join(known)}")
         return chosen
 
     return parse
@@ -356,7 +358,7 @@ def step(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no step: a number, or 'best'") from None
+        raise ArgumentTypeError(f"{text!r} is not a step: give a number, or 'best'") from None
 
 
 def at_least(least: int) -> Callable[[str], int]:

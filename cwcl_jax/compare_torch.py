@@ -90,8 +90,8 @@ def read_embeds(path: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: logit_scale must be one finite number, it is {scale}.")
     if scale.item() > _LARGEST_LOG:
         raise ValueError(
-            f"{path}: logit_scale={scale.item():g} is no log of 1/tau (4.6 for CLIP's 100) but "
-            "seems to be 1/tau itself, as OpenCLIP's models return it; save np.log of it."
+            f"{path}: logit_scale={scale.item():g} is not the log of 1/tau (4.6 for CLIP's 100) "
+            "but seems to be 1/tau itself, as OpenCLIP's models return it; save np.log of it."
         )
     if "p" not in arrays:
         print(f"{path} has no p: the similarity weights come from u")
@@ -322,18 +322,18 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
     where = "runs/compare_torch"
-    add("--output", type=cli.folder, default=where, help="folder of the results")
+    add("--output", type=cli.folder, default=where, help="folder for the results")
     add("--losses", type=cli.names(losses), default=losses)
     add("--forms", type=cli.names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
     add("--dtypes", type=cli.names(list(TOLERANCES)), default=dtypes)
     add("--sizes", type=cli.sizes, help="N x d, comma-separated; default: 256x64")
     add("--inverse_temperatures", type=cli.positives, help="1 / tau; default: 14.3,100")
     devices = len(jax.devices())
-    add("--devices", type=cli.at_least(1), default=devices, help="of the sharded forms")
+    add("--devices", type=cli.at_least(1), default=devices, help="devices of the sharded forms")
     # A ring of one device is not a ring, so there is nothing to compare with it.
     processes = 2 if devices > 1 else 0
-    add("--processes", type=cli.at_least(0), default=processes, help="of PyTorch; 0: left out")
-    add("--steps", type=cli.at_least(0), default=100, help="of training; 0 leaves it out")
+    add("--processes", type=cli.at_least(0), default=processes, help="PyTorch processes; 0: none")
+    add("--steps", type=cli.at_least(0), default=100, help="training steps; 0: none")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -346,7 +346,7 @@ def check(options: argparse.Namespace) -> None:
     if not (options.processes or combinations(options)):
         raise ConfigError("--forms=pytorch has no --dtypes=tf32: nothing is left to compare")
     if options.embeds and options.sizes:
-        raise ConfigError("--sizes is of embeds made here; --embeds brings its own: leave one out")
+        raise ConfigError("--sizes is for random embeds; --embeds has its own: leave one out")
     if options.embeds and "logit_scale" in options.embeds and options.inverse_temperatures:
         raise ConfigError("--inverse_temperatures and a logit_scale in --embeds: leave one out")
     if options.embeds and len(options.embeds["u"]) < multiple(options):

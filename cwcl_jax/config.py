@@ -120,8 +120,8 @@ def _contradictions(config: ExperimentConfig) -> Iterator[str]:
         )
     if taken := sorted(set(config.towers) & {"index", *BESIDE}):
         yield (
-            f"config.towers.{taken[0]}: a tower cannot be called so; {taken[0]!r} means something "
-            "else in a batch"
+            f"config.towers.{taken[0]}: a tower cannot have this name; {taken[0]!r} means "
+            "something else in a batch"
         )
     counts = ("total_steps", "global_batch_size", "accumulation_steps", "embed_dim")
     for field in counts:
@@ -129,8 +129,8 @@ def _contradictions(config: ExperimentConfig) -> Iterator[str]:
             yield f"config.{field} must be at least 1, got {getattr(config, field)}"
     if config.global_batch_size == 1:
         yield (
-            "config.global_batch_size=1 trains nothing: a pair alone has no other to be told from, "
-            "and the loss 0"
+            "config.global_batch_size=1 trains nothing: a single pair has no negatives, and the "
+            "loss is 0"
         )
     elif config.accumulation_steps > 0 and config.global_batch_size % config.accumulation_steps:
         yield (
@@ -380,7 +380,7 @@ def _is_mapping(origin: Any) -> bool:
 
 def _unsupported(kind: Any, path: str) -> str:
     return (
-        f"{path} is annotated {kind}, which no setting can be; use str, int, float, bool, a "
+        f"{path} is annotated {kind}, which settings do not support; use str, int, float, bool, a "
         "dataclass, tuple[T, ...], Mapping[str, T] or T | None"
     )
 
@@ -454,7 +454,9 @@ def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
         names = [name.strip() for name in chosen.split(",")]
         unknown = [name for name in names if name not in tasks]
         if unknown:
-            raise ConfigError(f"--tasks={chosen}: no task {unknown[0]!r}; there are {list(tasks)}")
+            raise ConfigError(
+                f"--tasks={chosen}: unknown task {unknown[0]!r}; the tasks are {list(tasks)}"
+            )
         tasks = {name: tasks[name] for name in names}
     if not tasks:
         raise ConfigError("there are no tasks: name a JSON file of tasks in --tasks")
@@ -500,5 +502,5 @@ def parse_argument(argument: str, **options: Any) -> dict[str, Any]:
             result[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:
             wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-            raise ConfigError(f"the config's argument {entry!r}: {wanted} is wanted") from error
+            raise ConfigError(f"the config's argument {entry!r}: {wanted} is expected") from error
     return result

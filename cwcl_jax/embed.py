@@ -39,15 +39,15 @@ _ERRORS = (
 
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", default="", help="a trained run, in place of --config")
-    add("--output", required=True, help="folder of the embeddings")
-    add("--tower", default="", help="by name; default: the locked one (U)")
+    add("--workdir", default="", help="workdir of a trained run, instead of --config")
+    add("--output", required=True, help="folder for the embeddings")
+    add("--tower", default="", help="name of the tower; default: the locked one (U)")
     add("--modality", default="", help=SUPPRESS)  # its former name
     add("--source", default="", help="source line; default: the training data")
     what = ["features", "embeds"]
-    add("--what", default="features", choices=what, help="before or after the head")
+    add("--what", default="features", choices=what, help="outputs before or after the head")
     dtypes = ["float16", "bfloat16", "float32"]
-    add("--dtype", default="float16", choices=dtypes, help="stored as")
+    add("--dtype", default="float16", choices=dtypes, help="dtype of the stored vectors")
     add("--batch_size", type=cli.at_least(1), default=256, help="examples per call")
     add("--errors", default="limit", choices=[*_SHARES], help=_ERRORS)
     add("--step", type=cli.step, help="checkpoint of --workdir, or best; default: the latest")

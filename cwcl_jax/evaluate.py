@@ -62,7 +62,7 @@ def _define(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", default=getattr(Options, name), help=text)
     about = "checkpoint to evaluate, or best; default: the latest"
     parser.add_argument("--step", type=cli.step, help=about)
-    about = "of the run: as trained, or their moving averages"
+    about = "the run's weights: as trained, or their moving averages"
     parser.add_argument("--weights", default="trained", choices=["trained", "ema"], help=about)
 
 
@@ -134,7 +134,7 @@ def _check(options: Options) -> None:
 def _check_single(options: Options) -> None:
     for name in ("tasks", "compare", "output"):
         if getattr(options, name):
-            raise ConfigError(f"--{name} has no use with --audio or --image, which run no task")
+            raise ConfigError(f"--{name} has no effect with --audio or --image, which run no task")
     path = options.audio or options.image
     if not Path(path).is_file():
         raise ConfigError(f"{path}: there is no such file")
@@ -146,8 +146,8 @@ def _typed_classes(classes: str) -> list[str]:
 
     if "," not in classes and not Path(classes).expanduser().is_file():
         raise ConfigError(
-            f"--classes={classes}: this is one class, and no file; give two or more, separated by "
-            "commas, or a file with one a line"
+            f"--classes={classes}: this is one class and not a file; give two or more, separated "
+            "by commas, or a file with one a line"
         )
     given = read_class_names(classes)
     return given if isinstance(given, list) else [names[0] for names in given.values() if names]
@@ -214,7 +214,7 @@ def _seen(config: ExperimentConfig) -> dict[str, str]:
     try:
         train = open_source(config.data.train, cache_dir=config.data.cache_dir)
     except (FileNotFoundError, ValueError, ImportError) as error:
-        print(f"the training data is not at hand, to compare the tasks' data with it: {error}")
+        print(f"the tasks' data was not compared with the training data: {error}")
         return {}
     return seen_in_training(config.evaluation, train, config.data)
 

@@ -80,12 +80,17 @@ def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="workdir of a run, or an exported folder")
     add("--output", required=True, type=to_path, help="folder to write; a file for npz")
-    add("--format", default="safetensors", choices=FORMATS, help="what to write")
-    add("--dtype", default="float32", choices=["float32", "float16"], help="numbers of an npz")
+    add("--format", default="safetensors", choices=FORMATS, help="format of the files")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16"],
+        help="dtype of the arrays of an npz",
+    )
     add("--step", type=cli.step, help="checkpoint of the run, or best; default: the latest")
-    about = "of the run: as trained, or their moving averages"
+    about = "the run's weights: as trained, or their moving averages"
     add("--weights", default="trained", choices=["trained", "ema"], help=about)
-    between = "share between a run's start weights (0) and its trained ones (1): WiSE-FT"
+    between = "point between the run's start weights (0) and its trained ones (1): WiSE-FT"
     add("--interpolate", type=float, metavar="SHARE", help=between)
     add("--license", default="unknown", help="for the model card, as the hub names it")
     about = "import the modules that an exported folder names, which runs them"

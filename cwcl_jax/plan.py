@@ -29,8 +29,8 @@ def _define(parser: ArgumentParser) -> None:
     add("--mesh", required=True, help="chip and number of devices, for example a100x4")
     cli.switch(parser, "compile", True, "do not compile the step: work and state only")
     cli.switch(parser, "search", True, "do not compile more batches to find the largest one")
-    cli.switch(parser, "variants", False, "also say what other settings would change")
-    about = "share of the roofline that a real run is taken to reach"
+    cli.switch(parser, "variants", False, "also report what other settings would change")
+    about = "fraction of the roofline that a real run is assumed to reach"
     add("--efficiency", type=float, default=0.5, help=about)
     add("--output", default="", help="also write the plan to this file")
 
@@ -62,7 +62,7 @@ def plan(
     from cwcl_jax.planning.estimate import Planner
 
     if not 0 < efficiency <= 1:
-        raise ConfigError(f"--efficiency={efficiency}: a share between 0 and 1")
+        raise ConfigError(f"--efficiency={efficiency}: a fraction between 0 and 1")
     planner = Planner(*parse_mesh(mesh), compile_step=compile_step)
     try:
         config = without_files(config)

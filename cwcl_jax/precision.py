@@ -26,7 +26,7 @@ def require_precision(name: str) -> None:
     """Raises ValueError unless a tower can have this precision."""
     if name not in PRECISIONS:
         raise ValueError(
-            f"{name!r} is none of {', '.join(PRECISIONS)}; bfloat16 is a tower's dtype"
+            f"{name!r} is not one of {', '.join(PRECISIONS)}; bfloat16 is a tower's dtype"
         )
 
 

@@ -42,7 +42,7 @@ def set_loss(config: Any, options: Mapping[str, Any]) -> None:
     loss, weights = options["loss"], options["weights"]
     if loss != "cwcl" and weights != "affine":
         raise ConfigError(
-            f"weights={weights} goes with loss=cwcl, and loss={loss} has no weights or its own: "
+            f"weights={weights} is an option of loss=cwcl; loss={loss} has no weights or its own: "
             "leave one of them out"
         )
     word, value = ("weights", weights) if loss == "cwcl" else ("loss", loss)

@@ -28,12 +28,12 @@ def _define(parser: ArgumentParser) -> None:
     add("--figure", type=cli.counts, default=[], help="numbers of figures, 5 to 8")
     add("--ablation", type=cli.words, default=[], help="weights, speech_weights, batch")
     add("--scale", choices=["embedded", "paper"], default="embedded", help="which runs")
-    add("--seeds", type=cli.at_least(1), default=3, help="seeds 0, 1, ... of every run")
-    add("--steps", type=cli.at_least(0), default=0, help="of every run; 0: the config's")
-    add("--output", type=Path, default=Path("runs/reproduction"), help="folder of the page")
-    add("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
-    add("--scenes", default="", help="more of configs/lit_cwcl.py's argument")
-    add("--speech", default="", help="more of configs/speech_cwcl.py's argument")
+    add("--seeds", type=cli.at_least(1), default=3, help="number of seeds (0, 1, ...) per run")
+    add("--steps", type=cli.at_least(0), default=0, help="steps per run; 0: the config's")
+    add("--output", type=Path, default=Path("runs/reproduction"), help="folder for the page")
+    add("--runs", type=Path, default=Path("runs/reproduce"), help="folder for the runs")
+    add("--scenes", default="", help="additions to the argument of configs/lit_cwcl.py")
+    add("--speech", default="", help="additions to the argument of configs/speech_cwcl.py")
 
 
 def reproduce(
@@ -152,7 +152,7 @@ def main(options: Namespace) -> int:
             made_by=shlex.join(["python", "-m", "cwcl_jax.reproduce", *options.argv]),
         )
     except KeyboardInterrupt:
-        print("\nstopped between two runs; the same command goes on", file=sys.stderr)
+        print("\nstopped between two runs; the same command continues", file=sys.stderr)
         return cli.PREEMPTED
     print(f"\nwritten: {page}")
     return cli.DONE

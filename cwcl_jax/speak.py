@@ -17,8 +17,8 @@ from cwcl_jax.data.sources.spoken import Spoken
 
 
 def _define(parser: ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="source line of spoken sentences")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the recordings")
+    parser.add_argument("source", metavar="SOURCE", help="source line of sentences to synthesise")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder for the recordings")
 
 
 @cli.command(_define)
@@ -28,7 +28,9 @@ def main(options: Namespace) -> None:
         source = open_source(options.source)
         source = source.source if isinstance(source, Recorded) else source
         if not isinstance(source, Spoken):
-            raise ConfigError("only spoken sources are written: put spoken: before the source line")
+            raise ConfigError(
+                "only spoken: sources can be written: put spoken: before the source line"
+            )
         record(source, options.folder)
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error

@@ -31,7 +31,7 @@ def test_settings_of_an_encoder_are_added_to_those_of_the_config():
 def test_settings_of_no_tower_and_no_settings_are_named():
     with pytest.raises(ConfigError, match=r"towers\.sound\.overrides: the towers are speech, text"):
         overrides("--config.towers.sound.overrides.width=1")
-    with pytest.raises(ConfigError, match="settings by name are wanted"):
+    with pytest.raises(ConfigError, match="settings by name are expected"):
         overrides("--config.towers.text.overrides=7")
 
 

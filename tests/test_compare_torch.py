@@ -57,9 +57,9 @@ def test_embeds_that_cannot_be_compared_are_errors(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--losses=cwcl,foo", "'foo' is none of cwcl, contrastive, sigmoid, xclr"),
-        ("--forms=foo", "'foo' is none of pytorch, dense"),
-        ("--dtypes=int8", "'int8' is none of float64"),
+        ("--losses=cwcl,foo", "'foo' is not one of cwcl, contrastive, sigmoid, xclr"),
+        ("--forms=foo", "'foo' is not one of pytorch, dense"),
+        ("--dtypes=int8", "'int8' is not one of float64"),
         ("--sizes=256", "'256' is not N x d"),
         ("--inverse_temperatures=14.3,-1", "above 0"),
         ("--devices=1000", "--devices=1000: there are"),

@@ -163,7 +163,7 @@ def test_config_argument_options():
     }
     with pytest.raises(ConfigError, match="did you mean 'loss'"):
         parse_argument("los=cwcl", **options)
-    with pytest.raises(ConfigError, match="a whole number is wanted"):
+    with pytest.raises(ConfigError, match="a whole number is expected"):
         parse_argument("batch=many", **options)
 
 

@@ -49,7 +49,9 @@ def test_products_are_as_exact_as_the_config_says(chip, changes, names):
 
 @pytest.mark.parametrize("where", ["precision", "towers.text.precision"])
 def test_an_unknown_precision_is_refused(where):
-    with pytest.raises(ConfigError, match=r"precision: 'tf32' is none of highest, high, default"):
+    with pytest.raises(
+        ConfigError, match=r"precision: 'tf32' is not one of highest, high, default"
+    ):
         wide_config(**{where: "tf32"})
 
 

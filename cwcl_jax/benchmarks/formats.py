@@ -101,8 +101,10 @@ def measure(
 
 
 def _define(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=cli.at_least(_FILES), default=2000, help="of a format")
-    about = "different ones among them"
+    parser.add_argument(
+        "--pictures", type=cli.at_least(_FILES), default=2000, help="pictures per format"
+    )
+    about = "number of different pictures"
     parser.add_argument("--distinct", type=cli.at_least(1), default=200, help=about)
     harness.define_rates(parser, "formats", rounds=5)
 

@@ -24,12 +24,14 @@ T = TypeVar("T")
 def define(parser: argparse.ArgumentParser, name: str) -> None:
     """Adds the option that every benchmark has."""
     where = f"runs/benchmark_{name}"
-    parser.add_argument("--output", type=cli.folder, default=where, help="folder of the results")
+    parser.add_argument("--output", type=cli.folder, default=where, help="folder for the results")
 
 
 def define_job(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a benchmark whose measurements run in fresh processes."""
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds of a measurement")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="limit of a measurement in seconds"
+    )
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
 
 
@@ -50,10 +52,15 @@ def report(output: Path, name: str, tables: Mapping[str, Sequence[Row]], columns
 def define_rates(parser: argparse.ArgumentParser, name: str, rounds: int) -> None:
     """Adds the options of a benchmark of rates."""
     add = parser.add_argument
-    add("--seconds", type=float, default=2.0, help="length of each measurement")
-    add("--threads", type=cli.at_least(0), default=0, help="0: one for each usable core")
+    add("--seconds", type=float, default=2.0, help="seconds per measurement")
+    add("--threads", type=cli.at_least(0), default=0, help="reader threads; 0: one per usable core")
     add("--batch", type=cli.at_least(1), default=128, help="pictures in a batch")
-    add("--rounds", type=cli.at_least(1), default=rounds, help="kinds alternate; medians count")
+    add(
+        "--rounds",
+        type=cli.at_least(1),
+        default=rounds,
+        help="rounds over all kinds; medians are reported",
+    )
     define(parser, name)
 
 

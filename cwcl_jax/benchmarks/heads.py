@@ -37,14 +37,29 @@ from cwcl_jax.reproduction.measures import Spread, difference
 def _define(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--losses", type=cli.words, default="contrastive,affine", help="short names")
-    add("--seeds", type=cli.at_least(1), default=3, help="seeds 0, 1, ... of heads and order")
-    add("--projections", type=cli.words, default=[], help="trained,none; by default the config's")
-    add("--batches", type=cli.counts, default=[], help="sizes, learning rate in proportion")
-    add("--steps", type=cli.counts, default=[], help="of a head; by default the config's examples")
-    add("--group", type=cli.at_least(1), default=1, help="near duplicates that come together")
-    add("--tasks", default="", help="names, or a JSON file; by default all of the config's")
-    add("--baseline", default="contrastive", help="the loss that gains are over")
-    about = "file of all results; it is continued"
+    add(
+        "--seeds",
+        type=cli.at_least(1),
+        default=3,
+        help="number of seeds (0, 1, ...) of heads and order",
+    )
+    add("--projections", type=cli.words, default=[], help="trained,none; default: the config's")
+    add(
+        "--batches",
+        type=cli.counts,
+        default=[],
+        help="batch sizes; the learning rate scales with them",
+    )
+    add(
+        "--steps",
+        type=cli.counts,
+        default=[],
+        help="steps per head; default: as many examples as in the config",
+    )
+    add("--group", type=cli.at_least(1), default=1, help="near duplicates per group in a batch")
+    add("--tasks", default="", help="names, or a JSON file; default: all tasks of the config")
+    add("--baseline", default="contrastive", help="loss that the gains are measured against")
+    about = "file of all results; an existing one is continued"
     add("--output", type=Path, default=Path("heads.json"), help=about)
 
 

@@ -183,11 +183,26 @@ def _define(parser: argparse.ArgumentParser) -> None:
     def forms(text: str) -> list[str]:
         return list(PRESET_FORMS) if text == "presets" else known(text)
 
-    add("--forms", type=forms, default=list(FORMS), help="separated by ;, or presets: every one")
+    add(
+        "--forms",
+        type=forms,
+        default=list(FORMS),
+        help="names separated by ;, or presets for all presets",
+    )
     dtypes = cli.names(["float32", "bfloat16", "float16"])
-    add("--dtypes", type=dtypes, default="float32", help="on a GPU also bfloat16")
-    add("--seconds", type=float, default=10.0, help="least time of a measurement")
-    add("--dense_gb", type=float, default=8.0, help="leave out larger dense forms")
+    add(
+        "--dtypes",
+        type=dtypes,
+        default="float32",
+        help="dtypes; bfloat16 and float16 are meant for GPUs",
+    )
+    add("--seconds", type=float, default=10.0, help="minimum seconds per measurement")
+    add(
+        "--dense_gb",
+        type=float,
+        default=8.0,
+        help="limit in GB above which dense forms are left out",
+    )
     harness.define(parser, "loss")
     harness.define_job(parser)
 

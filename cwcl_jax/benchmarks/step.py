@@ -194,13 +194,13 @@ COMPUTED = (
 
 def _define(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--processes", type=cli.counts, default="1,2,4", help="numbers of them")
-    add("--devices", type=cli.at_least(1), default=1, help="devices of each process")
-    add("--platform", choices=("cpu", "cuda"), default="cpu", help="kind of devices")
-    add("--examples", type=cli.at_least(1), default=64, help="of each device")
-    add("--forms", type=cli.names(FORMS), default=list(FORMS), help="of the loss")
-    add("--steps", type=cli.at_least(2), default=12, help="the first is not counted")
-    add("--peer", choices=("", "torch"), default="", help="race the step's parts with PyTorch")
+    add("--processes", type=cli.counts, default="1,2,4", help="numbers of processes")
+    add("--devices", type=cli.at_least(1), default=1, help="devices per process")
+    add("--platform", choices=("cpu", "cuda"), default="cpu", help="platform of the devices")
+    add("--examples", type=cli.at_least(1), default=64, help="examples per device")
+    add("--forms", type=cli.names(FORMS), default=list(FORMS), help="forms of the loss")
+    add("--steps", type=cli.at_least(2), default=12, help="steps; the first is not timed")
+    add("--peer", choices=("", "torch"), default="", help="compare the step's parts with PyTorch")
     harness.define(parser, "step")
     harness.define_job(parser)
 

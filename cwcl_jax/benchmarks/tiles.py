@@ -166,7 +166,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--losses", type=cli.names(list(PRESETS)), default="cwcl")
     add("--sizes", type=cli.sizes, default="16384x768", help="N x d, comma-separated")
     add("--dtypes", type=cli.names(["float32", "bfloat16"]), default="bfloat16,float32")
-    add("--tiles", default="default", help="rows x columns, or default, by comma")
+    add("--tiles", default="default", help="rows x columns, or default, comma-separated")
 
 
 @cli.command(_define)

@@ -149,7 +149,7 @@ def attention(machine: Machine) -> Iterator[Finding]:
         if not max(errors) < 3e-2:
             verdict, advice = FAIL, "set config.towers.<name>.attention='xla' and report it"
         elif machine.is_gpu and chosen != "cudnn":
-            verdict, advice = LOOK, "the warning above says why cuDNN's kernel is not taken"
+            verdict, advice = LOOK, "the warning above says why cuDNN's kernel is not used"
         elif times[chosen] > 1.1 * times["xla"]:
             verdict, advice = LOOK, "config.towers.<name>.attention='xla' is faster here"
         yield Finding(f"attention, {name}", verdict, said, advice, times | {"error": max(errors)})

@@ -40,7 +40,7 @@ def peaks(machine: Machine) -> Iterator[Finding]:
             f"products, {name}",
             LOOK if slow else PASS,
             f"{rate / 1e12:.3g} TFLOP/s{share_of(rate, peak)}",
-            "look at clocks, power limit and who else uses the device" if slow else "",
+            "check the clocks, the power limit and other users of the device" if slow else "",
             {"tflops": rate / 1e12},
         )
     size = 2**22 if machine.tiny else 2**30
@@ -53,7 +53,7 @@ def peaks(machine: Machine) -> Iterator[Finding]:
         "memory",
         LOOK if slow else PASS,
         f"{rate / 1e9:.4g} GB/s{share_of(rate, peak)}",
-        "look at who else uses the device" if slow else "",
+        "check for other users of the device" if slow else "",
         {"gb_per_s": rate / 1e9},
     )
 
@@ -133,7 +133,7 @@ def collectives(machine: Machine) -> Iterator[Finding]:
         f"all-reduce over {count} devices",
         LOOK if slow else PASS,
         f"{rate / 1e9:.3g} GB/s sent by each{share_of(rate, peak)}",
-        "NCCL_DEBUG=INFO says which links it uses" if slow else "",
+        "NCCL_DEBUG=INFO shows which links it uses" if slow else "",
         {"gb_per_s": rate / 1e9},
     )
 

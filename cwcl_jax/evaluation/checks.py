@@ -42,8 +42,8 @@ def check_in_distribution(config: EvaluationConfig) -> None:
     for name, base in _shifted(config).items():
         if base not in ranked:
             raise ValueError(
-                f"evaluation.tasks.{name}: in_distribution={base!r} is no "
-                f"classification task of this run; there are {ranked}"
+                f"evaluation.tasks.{name}: in_distribution={base!r} is not a classification task "
+                f"of this run; its tasks are {ranked}"
             )
 
 

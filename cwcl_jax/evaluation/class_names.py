@@ -94,7 +94,7 @@ def _prompt_names(
         if not source_names:
             raise ValueError(
                 f"source {task.source!r} has no class names; set class_names to a file with one "
-                "name a line, in the order of the labels."
+                "name per line, in the order of the labels."
             )
         return [_checked((name,), label) for label, name in enumerate(source_names)]
     given = read_class_names(task.class_names)
@@ -124,9 +124,10 @@ def _in_order_of(
     moved = [name for label, name in enumerate(ours) if place.get(name, label) != label]
     if moved:
         raise ValueError(
-            f"class_names={task.class_names!r} has {moved[0]!r} in another place than the source, "
-            "whose other classes it calls otherwise: give a mapping, a .tsv file with the source's "
-            f"name and yours on each line (the source's: {', '.join(source_names[:5])}, ...)."
+            f"class_names={task.class_names!r} has {moved[0]!r} at another index than the source "
+            "and also other names, so the order is in doubt: give a mapping, a .tsv file with the "
+            f"source's name and yours on each line (the source's: {', '.join(source_names[:5])}, "
+            "...)."
         )
     return given
 
@@ -142,7 +143,7 @@ def _mapped(
     if source_names is None:
         raise ValueError(
             f"class_names={task.class_names!r} maps names, but source {task.source!r} has none of "
-            "its own; give a plain list, one name a line."
+            "its own; give a plain list, one name per line."
         )
     missing = [name for name in source_names if name not in given]
     if missing and task.unmapped_classes == "error":
@@ -205,7 +206,7 @@ def _read_subset(spec: str) -> set[str]:
     path = Path(spec).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"class_subset={spec!r} is not a file; give one class name or index a line."
+            f"class_subset={spec!r} is not a file; give one class name or index per line."
         )
     return {line.strip() for line in read_text(path).splitlines() if line.strip()}
 
@@ -230,7 +231,7 @@ def _name_warnings(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
         found = [name for name in counts if pattern.fullmatch(name.strip())]
         if found:
             warnings.append(
-                f"{len(found)} class name(s) {kind}, such as {found[0]!r}, which say nothing in a "
+                f"{len(found)} class name(s) {kind}, such as {found[0]!r}, which mean nothing in a "
                 "prompt: set class_names to a .tsv file with the source's name and the words for "
                 "it on each line."
             )
@@ -251,6 +252,6 @@ def _position_warning(
     if not renamed or Path(task.class_names).suffix == ".json":
         return ()
     return (
-        f"class_names were taken by their place, since the source calls {len(renamed)} classes "
-        f"otherwise: {', '.join(renamed[:5])}; a .tsv file that maps names leaves no doubt.",
+        f"class_names were matched by index, since {len(renamed)} names differ from the source's: "
+        f"{', '.join(renamed[:5])}; a .tsv file that maps names removes the doubt.",
     )

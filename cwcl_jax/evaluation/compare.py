@@ -108,7 +108,7 @@ def pair_up(
             common = _on_common_items(*pair)
             if common is None:
                 notes.append(
-                    f"{task}: not compared, it ran on other items ({counts}) in the two runs."
+                    f"{task}: not compared, since the two runs used different items ({counts})."
                 )
                 continue
             pair = common
@@ -145,9 +145,9 @@ def _differences(a: SavedItems, b: SavedItems) -> list[str]:
         if np.array_equal(a[key], b[key]):
             continue
         if key.startswith("prompts"):
-            lines.append(f"other prompts in the two runs, {a[key][0]} and {b[key][0]}.")
+            lines.append(f"different prompts in the two runs, {a[key][0]} and {b[key][0]}.")
         elif key in _SAME:
-            lines.append(f"other {_SAME[key]} in the two runs.")
+            lines.append(f"different {_SAME[key]} in the two runs.")
     return lines
 
 
@@ -190,7 +190,7 @@ def comparison_table(
         tuple(rows),
         (
             "Paired: McNemar's exact test, or sign flips where items come in groups; bootstrap "
-            "intervals. The runs are one seed each: other seeds may differ by more.",
+            "intervals. The runs have one seed each: other seeds may differ by more.",
             *notes,
         ),
     )

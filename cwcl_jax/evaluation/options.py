@@ -24,7 +24,7 @@ class EvaluationConfig:
         for name in self.tasks:
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"evaluation.tasks: {name!r} cannot name a task (its files are called after "
+                    f"evaluation.tasks: {name!r} cannot name a task (its files are named after "
                     "it); use letters, digits, '_', '-' and '.'."
                 )
         if self.batch_size < 1:

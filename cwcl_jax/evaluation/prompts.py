@@ -84,7 +84,7 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 def load_templates(spec: str) -> tuple[str, ...]:
     """Returns a named list, or the templates of a user's file.
 
-    The file has one template a line (.txt) or is a JSON list of templates.
+    The file has one template per line (.txt) or is a JSON list of templates.
     """
     if spec in NAMED:
         return NAMED[spec]
@@ -92,14 +92,14 @@ def load_templates(spec: str) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(
             f"templates={spec!r} is neither a named list {sorted(NAMED)} nor a file; give the path "
-            "of a text file with one template a line, where {c} stands for the class name."
+            "of a text file with one template per line, where {c} stands for the class name."
         )
     lines = read_json(path) if path.suffix == ".json" else read_text(path).splitlines()
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
         raise ValueError(f"{path}: expected a JSON list of template strings.")
     templates = tuple(canonical(line) for line in lines if line.strip())
     if not templates:
-        raise ValueError(f"{path} holds no template; write one a line, with {{c}} for the class.")
+        raise ValueError(f"{path} holds no template; write one per line, with {{c}} for the class.")
     return templates
 
 
@@ -114,7 +114,7 @@ def canonical(template: str) -> str:
     if unknown:
         problem = f"the unknown field {{{unknown[0]}}}"
     elif set("{}") & set(_FIELD.sub("", template)):
-        problem = "a brace without its partner"
+        problem = "an unmatched brace"
     elif not fields:
         problem = "no field"
     else:

@@ -65,9 +65,9 @@ def read_baselines(path: Path) -> dict[str, list[tuple[float, float]]]:
         try:
             inside, shifted = float(pair[0] or ""), float(pair[1] or "")
         except ValueError as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {pair} are no numbers.") from error
+            raise ValueError(f"{path}, line {reader.line_num}: {pair} are not numbers.") from error
         if not (0.0 <= inside <= 1.0 and 0.0 <= shifted <= 1.0):
-            raise ValueError(f"{path}: accuracies are shares in 0..1, not {(inside, shifted)}.")
+            raise ValueError(f"{path}: accuracies are fractions in 0..1, not {(inside, shifted)}.")
         points.setdefault(row["task"], []).append((inside, shifted))
     return points
 
@@ -119,7 +119,7 @@ def robustness_table(
         own, inner = (set(by_name[n].extras.get("class_names", ())) for n in (name, base))
         if own != inner:
             notes.append(
-                f"{name} and {base} have other classes ({len(own)} against {len(inner)}): "
+                f"{name} and {base} have different classes ({len(own)} against {len(inner)}): "
                 "compare with a task that has class_subset set to the same classes."
             )
     if points and not baselines:
@@ -129,7 +129,7 @@ def robustness_table(
     header = ("task", "in distribution", "its top-1 %", "top-1 %", "change", "ratio")
     return Table(
         "Robustness to distribution shift",
-        (*header, "usual top-1 %", "effective robustness"),
+        (*header, "expected top-1 %", "effective robustness"),
         tuple(rows),
         tuple(notes),
     )

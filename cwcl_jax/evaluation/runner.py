@@ -169,8 +169,8 @@ class Runner:
             return self.encode
         if self.features is None:
             raise ValueError(
-                "features='features' needs an encoder that gives the values before its projection "
-                "head; use features='embeds' with this one."
+                "features='features' needs an encoder that returns the features before its "
+                "projection head; use features='embeds' with this one."
             )
         return self.features
 
@@ -190,7 +190,7 @@ class Runner:
             yield batch
         for remark, count in counts.items():
             if count:
-                self.warn(f"{count} {tower} item(s) are {remark}; they take part as they are.")
+                self.warn(f"{count} {tower} item(s) are {remark}; they are evaluated as they are.")
 
 
 def run_task(
@@ -234,7 +234,7 @@ def run_task(
 def _completed(result: Any, task: Task, runner: Runner) -> TaskResult:
     """Returns a result with its warnings and times, and with plain floats as metrics."""
     if not isinstance(result, TaskResult):
-        raise ValueError(f"run() of a {task.kind} task returned {result!r}, and no TaskResult.")
+        raise ValueError(f"run() of a {task.kind} task returned {result!r}, not a TaskResult.")
     return replace(
         result,
         metrics={key: float(value) for key, value in result.metrics.items()},

@@ -10,7 +10,7 @@ from cwcl_jax.evaluation.results import TaskResult
 _INTERVALS = (
     "Intervals: bootstrap over the test items of this one run; results.json has all of them."
 )
-_GROUPS = "Where texts stand behind the items, all items of one text are drawn together."
+_GROUPS = "Where several items share a text, all items of one text are drawn together."
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def modality_class(name: str) -> type[Modality]:
         return MODALITIES[name]
     found: Any = import_named(name, "modality")
     if not (isinstance(found, type) and issubclass(found, Modality)):
-        raise ValueError(f"modality {name!r} is no subclass of cwcl_jax.modalities.Modality")
+        raise ValueError(f"modality {name!r} is not a subclass of cwcl_jax.modalities.Modality")
     if not dataclasses.is_dataclass(found) or "__init__" not in vars(found):
         raise ValueError(
             f"modality {name!r} must be a dataclass: @dataclasses.dataclass(frozen=True)"

@@ -291,7 +291,7 @@ def fitting(modality: Modality, arrays: Mapping[str, Any]) -> dict[str, np.ndarr
     said = {name: f"{dtype}{list(shape)}" for name, (shape, dtype) in specs.items()}
     found = {name: f"{array.dtype}{list(array.shape)}" for name, array in made.items()}
     kind = type(modality).__name__
-    raise WrongInputs(f"{kind} gives {found} for one example, but {kind}.arrays() says {said}")
+    raise WrongInputs(f"{kind} gives {found} for one example, but {kind}.arrays() declares {said}")
 
 
 def _fits(name: str, array: np.ndarray, spec: ArraySpec) -> bool:

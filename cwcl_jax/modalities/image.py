@@ -77,13 +77,13 @@ class ImageInputs(Modality):
         if self.resample not in FILTERS:
             raise ValueError(f"resample={self.resample!r} is not one of {', '.join(FILTERS)}.")
         if self.squash and self.eval_resize not in (0, self.size):
-            raise ValueError("squash=True cuts nothing: leave out eval_resize.")
+            raise ValueError("squash=True crops nothing: leave out eval_resize.")
         check_views(self.views, bool(self.crop_min_area or self.flip))
         check_ranges(self, size=(1, ENDLESS), crop_min_area=(0, 1), max_pixels=(1, ENDLESS))
         if self.eval_resize and self.eval_resize < self.size:
             raise ValueError(
-                f"eval_resize={self.eval_resize} leaves nothing to cut size={self.size} out of; "
-                "make it at least size, or 0 for size itself."
+                f"eval_resize={self.eval_resize} is smaller than size={self.size}, which is "
+                "cropped out of it; make it at least size, or 0 for size itself."
             )
 
     def arrays(self) -> dict[str, ArraySpec]:
@@ -135,7 +135,7 @@ class ImageInputs(Modality):
         if different:
             flags = " ".join(f"--{options}.{name}={value}" for name, value in different.items())
             raise ValueError(
-                f"the {PROCESSOR} beside the weights prepares pictures in another way: set {flags}"
+                f"the {PROCESSOR} next to the weights prepares pictures differently: set {flags}"
             )
 
     def without_border(self, value: Any, pixels: int) -> Image.Image:
@@ -318,7 +318,7 @@ def _to_bytes(values: np.ndarray, mode: str, clear: int | None) -> np.ndarray:
     """
     largest = values.max()
     if not np.isfinite(largest):
-        raise ValueError("pixels that are no numbers")
+        raise ValueError("pixels that are not numbers")
     scales = (1.0, 255.0, 65535.0, largest)[0 if mode == "F" else 1 :]
     full = next(scale for scale in scales if largest <= scale)
     levels = np.clip(values / full * 255, 0, 255).astype(np.uint8)

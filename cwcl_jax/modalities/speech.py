@@ -65,8 +65,8 @@ class SpeechInputs(Modality):
         check_views(self.views, self.random_crop)
         if self.sample_rate != 16_000:
             raise ValueError(
-                f"sample_rate={self.sample_rate} must be 16000, which the speech encoders take "
-                "every waveform for; recordings of any rate are resampled to it."
+                f"sample_rate={self.sample_rate} must be 16000, the rate that the speech encoders "
+                "expect; recordings of any rate are resampled to it."
             )
         if not 1 <= self.sample_rate * self.max_seconds < ENDLESS:
             raise ValueError(f"max_seconds={self.max_seconds} must be a positive number.")
@@ -110,7 +110,7 @@ class SpeechInputs(Modality):
         bound, seconds = getattr(settings, "longest", ("", ENDLESS))
         if self.max_seconds > seconds:
             raise ValueError(
-                f"{options}.max_seconds={self.max_seconds:g}, but the tower hears "
+                f"{options}.max_seconds={self.max_seconds:g}, but the tower has positions for "
                 f"{seconds:g} s: lower it, or raise {bound} in {overrides}"
             )
 
@@ -243,7 +243,9 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         # soundfile's message contains the buffer's address; the attribute has only the reason.
         reason = getattr(error, "error_string", str(error))
         if data[4:8] == b"ftyp":
-            reason = "M4A and MP4 are not read: write FLAC or WAV, with `ffmpeg -i x.m4a x.flac`"
+            reason = (
+                "M4A and MP4 are not supported: write FLAC or WAV, with `ffmpeg -i x.m4a x.flac`"
+            )
         raise BadExample("audio unreadable", reason) from error
 
 

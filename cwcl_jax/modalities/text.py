@@ -69,7 +69,7 @@ class TextInputs(Modality):
         listed = [items] if isinstance(items, str) else list(items)
         for number, text in enumerate(listed):
             if not isinstance(text, str):
-                raise ValueError(f"item {number} of the texts is {text!r}, which is no string")
+                raise ValueError(f"item {number} of the texts is {text!r}, which is not a string")
         return listed
 
     def lost(self, value: Any) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ class TextInputs(Modality):
         theirs = read_text_settings(folder)
         if theirs.lower_case and not self.lower_case:
             raise ValueError(
-                f"{folder}: {TEXT_SETTINGS} makes small letters of all texts (do_lower_case): set "
+                f"{folder}: {TEXT_SETTINGS} puts all texts in lower case (do_lower_case): set "
                 f"--{options}.lower_case=True"
             )
         if theirs.prompt and not self.prompt:
@@ -144,14 +144,14 @@ class TextInputs(Modality):
             )
         if theirs.prompts and not self.prompt:
             logging.warning(
-                "%s: texts have no prompt, as by default in sentence-transformers; the model knows "
+                "%s: texts have no prompt, as by default in sentence-transformers; the model has "
                 "%s: choose with --%s.prompt",
                 folder, ", ".join(f"{n} {p!r}" for n, p in theirs.prompts.items()), options,
             )  # fmt: skip
         if theirs.max_tokens is not None and self.max_tokens > theirs.max_tokens:
             logging.warning(
                 "%s: sentence-transformers cuts this model's texts at %d tokens, %s.max_tokens is "
-                "%d: longer ones get another embedding than there",
+                "%d: longer texts get another embedding than there",
                 folder, theirs.max_tokens, options, self.max_tokens,
             )  # fmt: skip
 

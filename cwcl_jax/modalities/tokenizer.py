@@ -221,7 +221,7 @@ def _from_file(name: str) -> tuple[Any, dict[str, str]]:
         named = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     except Exception as error:  # the library raises no narrower one
         raise ValueError(
-            f"tokenizer={name!r} (with {_SETTINGS} beside it) cannot be read: {error}"
+            f"tokenizer={name!r} (with {_SETTINGS} next to it) cannot be read: {error}"
         ) from error
     # A token is written with its flags, or alone.
     tokens = {
@@ -262,7 +262,7 @@ def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
     ):
         # transformers would create an empty tokenizer that has only special tokens.
         raise ValueError(
-            f"No tokenizer stands in the folder tokenizer={name!r}: it holds no tokenizer.json, "
+            f"The folder tokenizer={name!r} has no tokenizer: it holds no tokenizer.json, "
             "vocabulary or sentencepiece model; save the tokenizer there, or name its own folder"
         )
     try:

@@ -115,8 +115,8 @@ def _cudnn_refuses(shape: tuple[int, ...], dtype: jnp.dtype, masked: bool, causa
     except (NotImplementedError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logging.warning(
-            "attention of %d tokens, %d heads of %d is XLA's, not cuDNN's fused kernel, which is "
-            "refused here: %s", *shape, reason,
+            "attention of %d tokens, %d heads of %d runs in XLA, not in cuDNN's fused kernel, "
+            "which cannot run here: %s", *shape, reason,
         )  # fmt: skip
         return reason
     return ""

@@ -39,7 +39,7 @@ def decide(paths: Iterable[str], towers: Mapping[str, TowerConfig]) -> dict[str,
             below[match[1]].append(match[2])
         else:
             raise ValueError(
-                f"no tower decides about leaf {path!r}; the towers are {', '.join(towers)}"
+                f"leaf {path!r} belongs to no tower; the towers are {', '.join(towers)}"
             )
     for modality, names in below.items():
         try:
@@ -69,7 +69,7 @@ def _trained(names: list[str], tower: TowerConfig) -> set[str]:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         if not matched:
             raise ValueError(
-                f"{pattern!r} is none of all, none, head, last:K, lora:R, and as a regex it "
+                f"{pattern!r} is not one of all, none, head, last:K, lora:R, and as a regex it "
                 f"matches no leaf below the tower; paths look like {', '.join(names[:3])}"
             )
         trained |= matched

@@ -185,7 +185,7 @@ def _matched(kernels: list[str], tower: TowerConfig) -> list[str]:
         for field in ("lora_kernels", "lora_alpha"):
             if getattr(tower, field) != getattr(default, field):
                 raise ValueError(
-                    f"{field}={getattr(tower, field)!r} is of no use with tune={tower.tune!r}: "
+                    f"{field}={getattr(tower, field)!r} has no effect with tune={tower.tune!r}: "
                     "set tune='lora:R', with the rank R"
                 )
         return []

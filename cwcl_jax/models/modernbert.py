@@ -287,7 +287,8 @@ def _of_layers(content: Mapping[str, Any]) -> dict[str, Any]:
         if pattern == list(kinds):
             return {"global_every": every}
     raise ValueError(
-        "layer_types is no pattern in which the first and every N-th layer after it see all tokens"
+        "layer_types is not a pattern in which the first and every N-th layer after it see all "
+        "tokens"
     )
 
 

@@ -86,7 +86,9 @@ def _part(content: Mapping[str, Any], part: str, usual: Mapping[str, Any]) -> di
             raise ValueError(f"model_cfg.{part}_cfg.{name}={value!r} is not supported")
     settings = dict(usual) | {name: given[name] for name in known if name in given}
     if not isinstance(settings.get("layers"), int) or not isinstance(settings.get("width"), int):
-        raise ValueError(f"model_cfg.{part}_cfg is no transformer of one width: not supported")
+        raise ValueError(
+            f"model_cfg.{part}_cfg is not a transformer with a single width: not supported"
+        )
     return settings
 
 

@@ -74,7 +74,7 @@ def _arguments(kind: Any) -> dict[str, inspect.Parameter]:
 def _class_of(encoder: str) -> Any:
     kind = import_named(encoder, "encoder")
     if not (isinstance(kind, type) and issubclass(kind, (nnx.Module, linen.Module))):
-        raise ValueError(f"encoder {encoder!r} is no class of flax.nnx or flax.linen modules")
+        raise ValueError(f"encoder {encoder!r} is not a class of flax.nnx or flax.linen modules")
     return kind
 
 
@@ -159,9 +159,11 @@ def _width(encoder: str, module: OwnEncoder, sample: Mapping[str, Any]) -> int:
     if not isinstance(made, jax.ShapeDtypeStruct) or made.ndim != 2 or made.shape[0] != 2:
         found = getattr(made, "shape", type(made).__name__)
         raise ValueError(
-            f"encoder {encoder!r} must give features of shape (b, f), one row for each example; "
-            f"for b=2 it gives {found}"
+            f"encoder {encoder!r} must return features of shape (b, f), one row for each example; "
+            f"for b=2 it returns {found}"
         )
     if not jnp.issubdtype(made.dtype, jnp.floating):
-        raise ValueError(f"encoder {encoder!r} must give floating-point features, not {made.dtype}")
+        raise ValueError(
+            f"encoder {encoder!r} must return floating-point features, not {made.dtype}"
+        )
     return int(made.shape[1])

@@ -77,7 +77,7 @@ class Wav2Vec2Config(SpeechAugment):
         if not len(self.conv_widths) == len(self.kernels) == len(self.strides) > 0:
             raise ValueError(
                 f"conv_widths {self.conv_widths}, kernels {self.kernels} and strides "
-                f"{self.strides} must name as many convolutions"
+                f"{self.strides} must have equal lengths"
             )
         if self.conv_norm not in ("group", "layer"):
             raise ValueError(f"conv_norm is 'group' or 'layer', not {self.conv_norm!r}")

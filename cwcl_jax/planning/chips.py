@@ -122,8 +122,8 @@ def parse_mesh(text: str) -> tuple[Chip, int]:
     chip = _chip(name)
     if match is None or chip is None:
         raise ConfigError(
-            f"--mesh={text}: no chip of that name; {_hint(name)}known: {', '.join(_known())}; "
-            "write the number of devices behind it, as in a100x4"
+            f"--mesh={text}: unknown chip; {_hint(name)}known: {', '.join(_known())}; append the "
+            "number of devices, as in a100x4"
         )
     devices = int(match[2] or 1)
     if not 1 <= devices <= _MOST_DEVICES:

@@ -27,7 +27,7 @@ _OPTIMIZER_TRAFFIC = 7
 # dispatched ahead.
 _BATCHES_AHEAD = 1
 CUDNN_WANTS = (
-    "it wants an NVIDIA GPU, bfloat16 or float16, and head sizes in multiples of 8 up to 128"
+    "it needs an NVIDIA GPU, bfloat16 or float16, and head sizes in multiples of 8 up to 128"
 )
 
 

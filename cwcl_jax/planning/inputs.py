@@ -44,9 +44,9 @@ def _without_file(modality: str, tower: TowerConfig) -> TowerConfig:
         except (OSError, ValueError) as error:
             presets = ", ".join(encoder_family(tower.encoder).presets)
             raise ConfigError(
-                f"the {modality} tower's sizes stand in its weights, {tower.weights}, which are "
-                f"not here; name a preset instead: --config.towers.{modality}.preset=... "
-                f"({presets})"
+                f"the {modality} tower's sizes are read from its weights, {tower.weights}, which "
+                "are not on this machine; name a preset instead: "
+                f"--config.towers.{modality}.preset=... ({presets})"
             ) from error
     return dataclasses.replace(tower, weights="")
 

@@ -82,7 +82,7 @@ def _memory(base: Estimate, missing: str) -> str:
         fits = "fits" if base.bytes <= base.limit else "DOES NOT FIT"
         lines.append(f"{fits} {share}")
     if base.refused:
-        lines.append(f"XLA for {base.chip.name} does not take the step: {base.refused}")
+        lines.append(f"XLA for {base.chip.name} does not compile the step: {base.refused}")
     return "\n".join(lines)
 
 
@@ -119,7 +119,7 @@ def _input(base: Estimate, efficiency: float) -> str:
     rate = config.global_batch_size / (base.times.roofline / efficiency) / base.devices
     return (
         f"input at {efficiency:.0%} of the roofline: {rate:,.0f} examples/s for each device, "
-        f"decoded by {max(rate * seconds, 0.1):,.1f} cores where files are of a usual size; one "
+        f"decoded by {max(rate * seconds, 0.1):,.1f} cores at typical file sizes; one "
         "process for each device"
     )
 
@@ -172,9 +172,9 @@ def variants_table(rows: Iterable[tuple[str, Estimate | ConfigError]]) -> str:
 def _notes(base: Estimate) -> str:
     lines = ["GB are 10^9 bytes. Nothing was run."]
     if base.chip.is_gpu and (fused := base.work.fused_attentions):
-        lines.append(f"attention is cuDNN's in {fused} places of the forward passes")
+        lines.append(f"attention runs in cuDNN in {fused} places of the forward passes")
     elif base.chip.is_gpu:
-        lines.append(f"cuDNN's attention is not taken: {CUDNN_WANTS}")
+        lines.append(f"cuDNN's attention is not used: {CUDNN_WANTS}")
     if base.compiled:
         lines.append(f"lowered and compiled in {base.compiled.seconds:.0f} s")
     return "\n".join(lines)

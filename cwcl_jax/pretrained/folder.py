@@ -177,8 +177,7 @@ def check_code_is_allowed(file: Path, allow_code: bool) -> None:
     if named and not allow_code:
         raise PermissionError(
             f"{file} names code that is not part of this package: {', '.join(sorted(set(named)))}. "
-            "Loading it would import and run these modules; where you trust them, say "
-            "allow_code=True"
+            "Loading it would import and run these modules; if you trust them, pass allow_code=True"
         )
 
 

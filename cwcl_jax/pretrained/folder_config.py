@@ -85,7 +85,7 @@ def _json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{file}: holds a {type(content).__name__}, not settings by name: fetch it again"
+            f"{file}: holds a {type(content).__name__}, not a JSON object: fetch it again"
         )
     return content
 
@@ -288,8 +288,8 @@ def _check_sentence_parts(path: Path, config: TowerConfig) -> None:
             str(path),
             f"pools by {theirs.pooling!r}, as its {theirs.pooling_file.parent.name} says, and "
             f"{name} by {ours.pooling!r}",
-            remedy=f"set the tower's pooling to {theirs.pooling!r}; another one on purpose is "
-            "said in its overrides",
+            remedy=f"set the tower's pooling to {theirs.pooling!r}; put "
+            "a different one on purpose into its overrides",
         )
 
 

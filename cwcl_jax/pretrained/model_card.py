@@ -125,7 +125,7 @@ def _about(description: ModelDescription, form: str) -> str:
     held = {
         "sentence-transformers": "This folder holds the text tower alone. ",
         "image": "This folder holds the image tower alone. ",
-        "npz": "The file beside this card holds the image tower alone. ",
+        "npz": "The file next to this card holds the image tower alone. ",
     }.get(form, "")
     aligned = f"by the loss `{loss}` " if loss else ""
     return (
@@ -216,10 +216,14 @@ def _row(record: Mapping[str, Any], metric: str, value: Any) -> str:
 
 def _limits(bases: Sequence[str]) -> str:
     lines = [
-        "- What the training data and the towers' own training lack or lean to is in the embeds.",
-        "- Measured only on the tasks above, if there are any: measure on data of your own.",
-        "- Texts longer, recordings longer and pictures of other shapes than the inputs' are cut.",
+        "- Gaps and biases of the training data, and of the towers' earlier training, are in the "
+        "embeds.",
+        "- Measured only on the tasks above, if there are any: measure on your own data.",
+        "- Texts and recordings longer than the inputs are truncated, pictures of other shapes "
+        "cropped.",
     ]
     if bases:
-        lines.append(f"- The licences of {', '.join(bases)} hold for what was made of them.")
+        lines.append(
+            f"- The licences of {', '.join(bases)} also apply to models derived from them."
+        )
     return "## Limits\n\n" + "\n".join(lines)

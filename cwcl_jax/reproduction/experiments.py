@@ -279,7 +279,7 @@ SCENE_WEIGHTS = {
     "relu1": "relu",
     "relu2": "relu squared",
     "relu4": "relu to the 4th",
-    "calibrated0.5": "calibrated, own pair half",
+    "calibrated0.5": "calibrated, positive pair half",
     "uniform": "uniform (no similarities)",
 }
 SPEECH_WEIGHTS = ("uniform0.53", "relu2", "calibrated_relu0.5")
@@ -315,7 +315,7 @@ def _ablate_weights(scale: Scale) -> Experiment:
         "Weight functions, scenes, top-1 and R@1",
         _beside_affine(scene_runs(scale), more),
         _ABLATED,
-        "The same runs, but for the function that turns the locked tower's cosines into weights.",
+        "The runs differ only in the function that turns the locked tower's cosines into weights.",
     )
 
 
@@ -326,8 +326,8 @@ def _ablate_speech_weights(scale: Scale) -> Experiment:
         "Weight functions, spoken sentences, top-1 and R@1; # general templates",
         _beside_affine(speech_runs(scale), more),
         _class_columns(scale, "rank{}@1") | _retrieval("speech", "text", (1,)),
-        "From scratch, the same runs but for the function that turns the locked tower's cosines "
-        "into weights; uniform0.53 knows no similarities.",
+        "Runs from scratch that differ only in the function that turns the locked tower's cosines "
+        "into weights; uniform0.53 uses no similarities.",
     )
 
 

@@ -69,7 +69,7 @@ def difference(a: Spread, b: Spread) -> Spread:
 def verdict(change: Spread) -> str:
     """Returns what the seeds say about a difference."""
     if len(change.values) == 1:
-        return "one seed: nothing can be said"
+        return "one seed: no conclusion"
     if change.interval is None:
         return "the same in every seed: no interval"
     low, high = change.interval

@@ -152,7 +152,7 @@ def _read(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(
-            f"{path} is not whole: delete it; the run in its folder then goes on from where it is"
+            f"{path} is incomplete: delete it; the run in its folder then continues"
         ) from error
 
 

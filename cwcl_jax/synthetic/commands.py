@@ -303,7 +303,7 @@ def sentence(intent: str, split: str, *key: int) -> str:
         made = expand(draws.pick(INTENTS[intent]), draws)
         if split_of(made) == split:
             return made
-    raise RuntimeError(f"the intent {intent!r} has hardly any sentence in the split {split!r}")
+    raise RuntimeError(f"the intent {intent!r} has too few sentences in the split {split!r}")
 
 
 def training_sentence(*key: int) -> str:

@@ -80,7 +80,7 @@ class _Engine:
             import espeakng_loader
         except ImportError as error:
             raise ImportError(
-                "Spoken sentences need espeak-ng: pip install 'cwcl_jax[speech]'."
+                "Synthesised speech needs espeak-ng: pip install 'cwcl_jax[speech]'."
             ) from error
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
@@ -111,7 +111,7 @@ class _Engine:
             data, len(data), 0, _BY_CHARACTER, 0, _UTF8_AND_END_PAUSE, None, None
         )
         if code != 0:
-            raise RuntimeError(f"espeak-ng could not speak {text!r} (code {code}).")
+            raise RuntimeError(f"espeak-ng could not synthesise {text!r} (code {code}).")
         return np.concatenate(self._pieces) if self._pieces else np.zeros(0, np.int16)
 
 

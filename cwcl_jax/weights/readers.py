@@ -124,7 +124,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name in found.values():
         # A name with folders could point anywhere, and an index could point at itself.
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix == ".json":
-            raise ValueError(f"{index}: {name!r} is not the name of a weights file beside it")
+            raise ValueError(f"{index}: {name!r} is not the name of a weights file next to it")
     return found
 
 

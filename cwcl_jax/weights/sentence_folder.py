@@ -116,8 +116,8 @@ def read_sentence_folder(folder: Path, *, pooling_is_chosen: bool = False) -> Se
             )
         if _ORDER.index(kind) < place or (kind != "Dense" and _ORDER.index(kind) == place > 0):
             raise ValueError(
-                f"{file}: {kind} ({module.get('path')}) stands where a tower has none: known is "
-                f"the order {', '.join(_ORDER)}"
+                f"{file}: {kind} ({module.get('path')}) is in a place where a tower has none: the "
+                f"known order is {', '.join(_ORDER)}"
             )
         place = _ORDER.index(kind)
         if kind == "Pooling":
@@ -131,7 +131,7 @@ def read_sentence_folder(folder: Path, *, pooling_is_chosen: bool = False) -> Se
 def _modules(file: Path) -> list[Mapping[str, Any]]:
     content = parse_json(file.read_bytes())
     if not isinstance(content, list) or not all(isinstance(m, Mapping) for m in content):
-        raise ValueError(f"{file}: is no list of modules: fetch it again")
+        raise ValueError(f"{file}: is not a list of modules: fetch it again")
     return content
 
 
@@ -142,7 +142,7 @@ def _kind(module: Mapping[str, Any]) -> str:
 def _settings(file: Path) -> Mapping[str, Any]:
     content = parse_json(file.read_bytes()) if file.exists() else {}
     if not isinstance(content, Mapping):
-        raise ValueError(f"{file}: holds no settings by name: fetch it again")
+        raise ValueError(f"{file}: is not a JSON object: fetch it again")
     return content
 
 
@@ -178,7 +178,7 @@ def _dense(file: Path) -> str:
     places = content.get("module_input_name"), content.get("module_output_name")
     if content.get("use_residual") or not set(places) <= set(_EMBEDDING):
         raise ValueError(
-            f"{file}: a residual, or another place than the sentence's embedding, is not supported"
+            f"{file}: a residual, or an input other than the sentence embedding, is not supported"
         )
     theirs = str(content.get("activation_function", "torch.nn.modules.activation.Tanh"))
     activation = _ACTIVATIONS.get(theirs.rpartition(".")[2])
@@ -253,7 +253,7 @@ def read_text_settings(folder: Path) -> TextSettings:
     chosen = content.get("default_prompt_name")
     if chosen and chosen not in (content.get("prompts") or {}):
         raise ValueError(
-            f"{root / PROMPTS}: default_prompt_name {chosen!r} is none of its prompts: "
+            f"{root / PROMPTS}: default_prompt_name {chosen!r} is not one of its prompts: "
             f"{', '.join(prompts) or 'none'}"
         )
     longest = transformer.get("max_seq_length")

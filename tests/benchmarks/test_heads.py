@@ -84,7 +84,7 @@ def test_tasks_are_chosen_by_name():
     base = config("head,init=x")
     assert list(with_tasks(base, "alignment").evaluation.tasks) == ["alignment"]
     assert with_tasks(base, "") == base
-    with pytest.raises(ConfigError, match="--tasks=intents: no task 'intents'; there are"):
+    with pytest.raises(ConfigError, match="--tasks=intents: unknown task 'intents'; the tasks are"):
         with_tasks(base, "intents")
 
 

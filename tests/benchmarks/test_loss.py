@@ -33,8 +33,8 @@ def test_pytorch_is_measured_alike(monkeypatch):
     ("option", "message"),
     [
         ("--sizes=1024", "'1024' is not N x d"),
-        ("--forms=fused cwcl;star", "'star' is none of fused cwcl; fused cwcl, u constant;"),
-        ("--dtypes=int8", "'int8' is none of float32"),
+        ("--forms=fused cwcl;star", "'star' is not one of fused cwcl; fused cwcl, u constant;"),
+        ("--dtypes=int8", "'int8' is not one of float32"),
     ],
 )
 def test_mistakes_end_with_exit_code_2_before_anything_runs(option, message, capsys):

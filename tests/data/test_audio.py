@@ -250,5 +250,5 @@ def test_a_wav_whose_writer_did_not_know_its_length_is_read():
 
 
 def test_an_m4a_is_named_with_the_way_out():
-    with pytest.raises(BadExample, match=r"M4A and MP4 are not read: write FLAC"):
+    with pytest.raises(BadExample, match=r"M4A and MP4 are not supported: write FLAC"):
         _decoded(b"\0\0\0\x20ftypM4A " + bytes(100))

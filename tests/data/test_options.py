@@ -22,7 +22,7 @@ from tests.data.making import pairs, write_tar
         (ImageInputs, {"crop_min_area": -0.1}, "crop_min_area"),
         (ImageInputs, {"crop_min_area": float("nan")}, "crop_min_area"),
         (ImageInputs, {"max_pixels": 0}, "max_pixels"),
-        (ImageInputs, {"size": 64, "eval_resize": 32}, "eval_resize=32 leaves nothing"),
+        (ImageInputs, {"size": 64, "eval_resize": 32}, "eval_resize=32 is smaller than size=64"),
         (ImageInputs, {"eval_resize": -1}, "eval_resize"),
         (TextInputs, {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         (SpeechInputs, {"sample_rate": 0}, "sample_rate"),

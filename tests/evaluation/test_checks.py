@@ -74,5 +74,5 @@ def test_baselines_and_in_distribution_tasks(tmp_path):
     check_file()
     check_in_distribution(EvaluationConfig(tasks=tasks))
     tasks["a"] = Retrieval(source=SHAPE)
-    with pytest.raises(ValueError, match=r"tasks\.b: in_distribution='a' is no classification"):
+    with pytest.raises(ValueError, match=r"tasks\.b: in_distribution='a' is not a classification"):
         check_in_distribution(EvaluationConfig(tasks=tasks))

@@ -125,11 +125,11 @@ def test_the_sources_own_names_in_another_order_are_mapped_by_name(tmp_path):
 
 
 def test_names_of_which_some_are_the_sources_in_another_place_are_refused():
-    with pytest.raises(ValueError, match=r"'dog' in another place.*\.tsv"):
+    with pytest.raises(ValueError, match=r"'dog' at another index.*\.tsv"):
         resolve_classes(["cat", "dog", "ape"], task(class_names="dog,tiger,ape"))
     renamed = resolve_classes(["cat", "dog", "ape"], task(class_names="kitten,dog,ape"))
     assert renamed.titles == ["kitten", "dog", "ape"]
-    assert "by their place" in renamed.warnings[0]
+    assert "matched by index" in renamed.warnings[0]
     assert "cat = kitten" in renamed.warnings[0]
 
 
@@ -138,5 +138,5 @@ def test_names_of_which_some_are_the_sources_in_another_place_are_refused():
 )
 def test_names_that_are_no_words_are_warned_of_with_the_remedy(names):
     (warning,) = resolve_classes(names, task()).warnings
-    assert "say nothing in a prompt" in warning
+    assert "mean nothing in a prompt" in warning
     assert "class_names" in warning

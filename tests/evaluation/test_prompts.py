@@ -56,7 +56,7 @@ def test_user_file_is_read_with_any_way_to_write_the_placeholder(tmp_path):
     [
         ("a photo of a {name}", "unknown field {name}"),
         ("a photo", "no field"),
-        ("a photo of {c", "brace without its partner"),
+        ("a photo of {c", "an unmatched brace"),
     ],
 )
 def test_bad_template_is_named_with_its_problem(template, message):

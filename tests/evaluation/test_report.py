@@ -140,7 +140,7 @@ def test_runs_on_other_items_are_compared_on_those_of_both(sources, tmp_path, mo
     assert {row[0].partition("/")[0] for row in table.rows} == {"shape"}
     assert "shape: on the 12 items that both have, of 15 and 12." in table.notes
     (left_out,) = [note for note in table.notes if note.startswith("pairs")]
-    assert "not compared, it ran on other items (3 and 2)" in left_out
+    assert "not compared, since the two runs used different items (3 and 2)" in left_out
     write_report([results_of(BAD)[0]], tmp_path / "both", model="old")
     expected = against([results_of(GOOD)[0]], tmp_path / "both", tmp_path / "new")[0]
     assert table.rows == expected.rows
@@ -159,10 +159,10 @@ def test_what_differs_beside_the_model_is_said(sources, tmp_path, monkeypatch):
 
     assert notes("shape") == ()
     plain = notes("shape", templates="name", template_counts=())
-    assert plain == ("shape: other prompts in the two runs, simple (30) and name (3).",)
+    assert plain == ("shape: different prompts in the two runs, simple (30) and name (3).",)
     renamed = notes("shape", class_names="circle,square,moon")
     assert "shape: other class names in the two runs." in renamed
-    assert "shape: other prompts in the two runs, simple (30) and simple (30)." in renamed
+    assert "shape: different prompts in the two runs, simple (30) and simple (30)." in renamed
     give_sources(monkeypatch, pairs=Memory([0, 1, 2], texts=["circle", "square", "star"]))
     assert notes("pairs") == ("pairs: other captions in the two runs.",)
     numbers = [0, 1, 2] * 5

@@ -58,7 +58,7 @@ def test_without_baselines_no_line_is_assumed():
 def test_other_classes_are_pointed_out():
     table = robustness_table([result("i", 0.6), result("a", 0.2, "i", ("a",))])
     assert table is not None
-    assert "other classes (1 against 2)" in table.notes[0]
+    assert "different classes (1 against 2)" in table.notes[0]
 
 
 def test_in_distribution_task_that_cannot_be_compared_with_is_a_note():
@@ -96,7 +96,7 @@ def test_baseline_file_is_checked(tmp_path):
     with pytest.raises(ValueError, match="shares"):
         read_baselines(path)
     path.write_text("task,in_distribution,shifted\nsketch,0.5\n")
-    with pytest.raises(ValueError, match=r"baselines\.csv, line 2: .* are no numbers"):
+    with pytest.raises(ValueError, match=r"baselines\.csv, line 2: .* are not numbers"):
         read_baselines(path)
     with pytest.raises(FileNotFoundError, match="robustness_baselines"):
         read_baselines(tmp_path / "absent.csv")

@@ -105,7 +105,7 @@ def test_subset_leaves_out_items_and_candidates_and_says_so(monkeypatch, tmp_pat
     assert result.items["ids"].tolist() == ["item-0", "item-2", "item-3"]
     assert result.metrics["top1"] == 1.0  # grey 3 is no square any more
     assert result.chance["top1"] == 0.5
-    assert "1 of 4 items belong to classes that are no candidates" in result.warnings[0]
+    assert "1 of 4 items belong to classes that are not candidates" in result.warnings[0]
 
 
 def test_duplicate_class_names_are_warned_of_and_tie_to_the_lower_index(monkeypatch):
@@ -469,7 +469,7 @@ def test_a_sources_own_templates_are_the_usual_ones(monkeypatch):
         == "simple"
     )
     source.templates = ()
-    with pytest.raises(ValueError, match="brings no templates"):
+    with pytest.raises(ValueError, match="has no templates"):
         run(ZeroShot(source="memory:x", templates="source"), Analytic(MODEL, AXES))
 
 

@@ -101,7 +101,7 @@ def test_float_pictures_have_the_scale_of_their_values(full):
 
 def test_float_pictures_that_hold_no_numbers_are_bad_examples():
     data = encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF")
-    with pytest.raises(BadExample, match="no numbers"):
+    with pytest.raises(BadExample, match="not numbers"):
         eval_pixels(data, ImageInputs(size=8))
 
 

@@ -330,8 +330,8 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
     [
         ({"towers.wave.encoder": "nowhere:Encoder"}, "no module 'nowhere'.*PYTHONPATH"),
         ({"towers.wave.encoder": "own_waves:Encoders"}, "has no 'Encoders'"),
-        ({"towers.wave.encoder": "own_waves:NUMBER"}, "no class of flax.nnx or flax.linen"),
-        ({"towers.wave.encoder": "own_waves:Flat"}, r"shape \(b, f\).*b=2 it gives \(2,\)"),
+        ({"towers.wave.encoder": "own_waves:NUMBER"}, "not a class of flax.nnx or flax.linen"),
+        ({"towers.wave.encoder": "own_waves:Flat"}, r"shape \(b, f\).*b=2 it returns \(2,\)"),
         ({"towers.wave.encoder": "own_waves:Remembering"}, "module/seen is a Cache"),
         ({"towers.wave.encoder": "own_waves:Plain"}, r"'window' .*nnx\.data"),
         ({"towers.wave.encoder": "own_waves:Undecided"}, "built: .*an argument train or determ"),
@@ -339,7 +339,7 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"towers.wave.preset": "tiny"}, "your own and has no preset"),
         ({"towers.wave.scan_layers": True}, "scan_layers and remat are for the built-in"),
         ({"towers.wave.modality": ""}, "does not say what it reads"),
-        ({"towers.wave.modality": "own_waves:Encoder"}, "no subclass of .*Modality"),
+        ({"towers.wave.modality": "own_waves:Encoder"}, "not a subclass of .*Modality"),
         ({"towers.wave.modality": "sound"}, "unknown modality 'sound'"),
         ({"loss.name": "own_waves:odd_loss"}, "config.loss: .*takes an argument 'w'"),
         ({"loss.name": "own_waves:nothing"}, "config.loss: .* has no 'nothing'"),
@@ -448,7 +448,7 @@ def test_an_export_is_loaded_only_where_its_code_is_allowed(trained, own, tmp_pa
     waves = [np.sin(np.arange(8.0) * k).astype(np.float32) for k in (1, 2, 3)]
     rows = again.encode_items("wave", waves)
     for wrong in (np.ones((2, 9)), np.ones(8), np.ones((2, 8, 1))):
-        with pytest.raises(ValueError, match=r"signal of shape \(b, 8\), one row an item: not"):
+        with pytest.raises(ValueError, match=r"signal of shape \(b, 8\), one row per item: not"):
             again.encode("wave", {"signal": wrong})
     with pytest.raises(ValueError, match=r"features of shape \(b, 16\)"):
         again.encode("wave", {"features": np.ones((2, 15))})

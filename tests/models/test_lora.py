@@ -131,7 +131,7 @@ def test_kernels_that_train_get_no_addition():
         ({"tune": "lora:"}, "R of lora:R is missing"),
         ({"tune": "lora:2", "lora_alpha": -1.0}, "lora_alpha=-1.0"),
         ({"tune": "all+lora:2"}, "trains as a whole"),
-        ({"tune": "head", "lora_alpha": 4.0}, "lora_alpha=4.0 is of no use with tune='head'"),
+        ({"tune": "head", "lora_alpha": 4.0}, "lora_alpha=4.0 has no effect with tune='head'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(text, message):

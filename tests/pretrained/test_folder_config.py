@@ -101,7 +101,7 @@ def test_the_encoder_that_reads_a_folder_is_named(tmp_path, encoder, kind, reade
 def test_a_config_that_holds_no_settings_is_named(tmp_path, content):
     config = TowerConfig("bert", weights=folder(tmp_path))
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config.json: holds a \w+, not settings by name"):
+    with pytest.raises(ValueError, match=r"config.json: holds a \w+, not a JSON object"):
         complete(config)
 
 

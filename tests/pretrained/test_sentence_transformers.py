@@ -177,7 +177,7 @@ def test_what_a_folder_does_to_texts_is_asked_for_by_name(tmp_path):
     prompts = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
     write_json(tmp_path / "config_sentence_transformers.json", prompts)
     inputs = TextInputs(max_tokens=8)
-    with pytest.raises(ValueError, match=r"small letters.*--data.text.lower_case=True"):
+    with pytest.raises(ValueError, match=r"lower case.*--data.text.lower_case=True"):
         inputs.check_files(tmp_path, "data.text")
     small = dataclasses.replace(inputs, lower_case=True)
     with pytest.raises(ValueError, match=r"puts 'query: ' .*--data.text.prompt='query: '.*'none'"):
@@ -187,7 +187,9 @@ def test_what_a_folder_does_to_texts_is_asked_for_by_name(tmp_path):
     write_json(
         tmp_path / "config_sentence_transformers.json", prompts | {"default_prompt_name": "x"}
     )
-    with pytest.raises(ValueError, match="default_prompt_name 'x' is none of its prompts: query"):
+    with pytest.raises(
+        ValueError, match="default_prompt_name 'x' is not one of its prompts: query"
+    ):
         small.check_files(tmp_path, "data.text")
 
 
@@ -248,11 +250,11 @@ DENSE = {"in_features": 8, "out_features": 3, "bias": True}
     ("kinds", "dense", "message"),
     [
         (["LSTM"], {}, r"also pass through 2_LSTM \(sentence_transformers.models.LSTM\)"),
-        (["Normalize", "Dense"], {}, r"Dense \(3_Dense\) stands where a tower has none"),
-        (["Pooling"], {}, r"Pooling \(2_Pooling\) stands where a tower has none"),
+        (["Normalize", "Dense"], {}, r"Dense \(3_Dense\) is in a place where a tower has none"),
+        (["Pooling"], {}, r"Pooling \(2_Pooling\) is in a place where a tower has none"),
         (["Dense"], {"activation_function": "my.Own"}, "activation 'my.Own' is not supported"),
         (["Dense"], {"use_residual": True}, "a residual"),
-        (["Dense"], {"module_input_name": "token_embeddings"}, "another place than the sentence's"),
+        (["Dense"], {"module_input_name": "token_embeddings"}, "an input other than the sentence"),
     ],
 )
 def test_modules_that_a_tower_does_not_have_are_refused(tmp_path, kinds, dense, message):

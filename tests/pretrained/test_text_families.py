@@ -218,7 +218,7 @@ def test_the_patterns_of_modernbert_are_read_from_older_and_newer_files():
         ({"norm_bias": True}, "norm_bias: a ModernBERT with biases"),
         ({"rope_scaling": {"type": "yarn"}}, "only plain rotary"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types is no pattern"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types is not a pattern"),
     ],
 )
 def test_a_modernbert_of_another_kind_is_refused(content, message):

@@ -169,7 +169,7 @@ def test_settings_that_are_refused_leave_the_record_of_the_run_before(tmp_path):
 def test_a_record_that_is_cut_off_is_named(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "reproduce.json").write_text('{"command": ["py')
-    with pytest.raises(ConfigError, match=r"reproduce\.json is not whole: delete it"):
+    with pytest.raises(ConfigError, match=r"reproduce\.json is incomplete: delete it"):
         RunMaker(tmp_path, say=lambda text: None).complete(script("a", "pass"))
 
 

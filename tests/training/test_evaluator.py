@@ -14,7 +14,7 @@ from tests.training.toy import toy_config
         ("class_names", "/nowhere/names.txt", "is not a file"),
         ("templates", "templats.txt", "is neither a named list"),
         ("tower", "speech", "the model has no 'speech' tower"),
-        ("in_distribution", "imagenet", "in_distribution='imagenet' is no classification task"),
+        ("in_distribution", "imagenet", "in_distribution='imagenet' is not a classification task"),
     ],
 )
 def test_wrong_tasks_are_found_at_the_start(tmp_path, field, value, message):

@@ -221,7 +221,7 @@ def test_interpolation_without_a_start_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"interpolate=1\.5: 0 is the start"):
         load_model(finished / "run", interpolate=1.5)
     main([f"--source={finished / 'run'}", f"--output={tmp_path / 'export'}"])
-    with pytest.raises(ValueError, match="is no workdir of a run"):
+    with pytest.raises(ValueError, match="is not the workdir of a run"):
         load_model(tmp_path / "export", interpolate=0.5)
     blueprint, state, locked = setup()
     message = r"interpolate=0\.5 .*towers/text/.*random.*towers\.text\.weights='' names no"

@@ -47,7 +47,7 @@ def test_more_seconds_than_a_whisper_hears_are_refused_before_the_start():
     settings = TowerConfig("whisper").encoder_settings()
     options = {"options": "config.data.speech", "overrides": "overrides", "imported": True}
     SpeechInputs(max_seconds=30.0).check(settings, **options)
-    with pytest.raises(ValueError, match=r"max_seconds=31, but the tower hears 30 s"):
+    with pytest.raises(ValueError, match=r"max_seconds=31, but the tower has positions for 30 s"):
         SpeechInputs(max_seconds=31.0).check(settings, **options)
 
 

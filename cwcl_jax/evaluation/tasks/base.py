@@ -61,7 +61,8 @@ class Task(ABC):
         at_least(0, self, "max_items", "bootstrap", "seed")
         if not 0.0 < self.confidence < 1.0:
             raise ValueError(
-                f"task field confidence={self.confidence}: give a share between 0 and 1, e.g. 0.95."
+                f"task field confidence={self.confidence}: give a fraction between 0 and 1, e.g. "
+                "0.95."
             )
 
     @classmethod

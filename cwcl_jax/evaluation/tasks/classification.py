@@ -180,7 +180,7 @@ def _usable(
         names = ", ".join(classes.titles[c] for c in empty[:5])
         lost = int(np.isin(labels, empty).sum())
         runner.warn(
-            f"{len(empty)} class(es) have no {chosen.name} sentence ({names}): they are no "
+            f"{len(empty)} class(es) have no {chosen.name} sentence ({names}): they are not "
             f"candidates there, and their {lost} item(s) count as wrong."
         )
     return usable

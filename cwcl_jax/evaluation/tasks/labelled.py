@@ -65,8 +65,8 @@ def candidates(task: Labelled, runner: Runner) -> tuple[View, Classes]:
         return view, classes
     kept = np.flatnonzero(classes.of_labels(runner.labels(view)) >= 0)
     runner.warn(
-        f"{len(view) - len(kept)} of {len(view)} items belong to classes that are no candidates, "
-        "and take no part."
+        f"{len(view) - len(kept)} of {len(view)} items belong to classes that are not candidates, "
+        "and are left out."
     )
     if not len(kept):
         raise ValueError("no item belongs to a candidate class; check class_subset.")
@@ -87,6 +87,6 @@ def embed_items(
     if distinct < len(items):
         runner.warn(
             f"{len(items) - distinct} of {len(items)} items of {task.source} repeat the "
-            f"{task.tower} input of an earlier one, and count as often as they stand there."
+            f"{task.tower} input of an earlier one; every repetition counts."
         )
     return items, classes.of_labels(items.labels)

@@ -119,8 +119,8 @@ def run_probe(name: str, task: Probe, runner: Runner) -> TaskResult:
     tested, test_labels, classes = classified_items(task, runner, output=task.features)
     if train_classes.names != classes.names:
         raise ValueError(
-            f"train_source={task.train_source!r} and source={task.source!r} have other classes or "
-            "another order; give both the same class_names."
+            f"train_source={task.train_source!r} and source={task.source!r} have different classes "
+            "or a different order; give both the same class_names."
         )
     fitted = set(trained.content)
     if known := sum(key in fitted for key in tested.content):

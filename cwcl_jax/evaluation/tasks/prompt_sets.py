@@ -76,7 +76,7 @@ def task_templates(task: "Classification", own: Sequence[str] = ()) -> tuple[str
     name = task.templates or (SOURCES_OWN if own else task.usual_templates())
     if name != "dataset":
         if name == SOURCES_OWN and not own:
-            raise ValueError(f"templates={name!r}, but {task.source!r} brings no templates.")
+            raise ValueError(f"templates={name!r}, but {task.source!r} has no templates.")
         loaded = own if name == SOURCES_OWN else prompts.load_templates(name)
         templates = tuple(map(prompts.canonical, loaded))
         for k in task.template_counts:
