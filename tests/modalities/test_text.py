@@ -177,5 +177,5 @@ def test_the_code_of_a_tokenizer_is_never_run(tmp_path):
     (folder / "vocab.json").write_text("{}")
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
     with pytest.raises(ValueError, match=r"brings code of its own .* never run"):
-        load_tokenizer(str(folder))
+        load_tokenizer(TextInputs(tokenizer=str(folder)))
     assert not ran.exists()
