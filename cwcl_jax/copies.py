@@ -19,7 +19,7 @@ from cwcl_jax.files import locked, replacing, write_text
 from cwcl_jax.paths import StorePath, is_url, to_path, version_of
 from cwcl_jax.progress import beat
 
-_VERSIONS = "versions.json"
+_VERSIONS = ".versions.json"
 _SECONDS_BETWEEN_NEWS = 20.0
 _AT_ONCE = 8
 
@@ -45,12 +45,13 @@ def local_copy(path: Path, cache_dir: str = "") -> Path:
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
+      ValueError: a name below it leads out of the folder.
     """
     if not isinstance(path, StorePath):
         return path
     folder = disk_home(cache_dir) / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", waiting=beat):
+    with locked(folder / ".lock", waiting=beat):
         _bring(path, folder)
     return folder / path.name
 
@@ -60,9 +61,12 @@ def _bring(path: StorePath, folder: Path) -> None:
     info = path.info()
     found = {path: info} if info["type"] == "file" else path.files()
     start = len(str(path.parent)) + 1
-    wanted = {str(file)[start:]: list(version_of(said)) for file, said in found.items()}
+    wanted = {str(file)[start:]: version_of(said) for file, said in found.items()}
+    if bad := [name for name in wanted if ".." in name.split("/")]:
+        raise ValueError(f"{path} holds {bad[0]!r}, whose name leads out of the folder")
     try:
-        had = json.loads((folder / _VERSIONS).read_text(encoding="utf-8"))
+        kept = json.loads((folder / _VERSIONS).read_text(encoding="utf-8"))
+        had = {name: tuple(version) for name, version in kept.items()}
     except (OSError, ValueError):
         had = {}
     for name in had.keys() - wanted.keys():

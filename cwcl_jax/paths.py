@@ -166,16 +166,28 @@ class StorePath(PosixPath):
 
     # Writing
 
-    def open(self, mode: str = "r", *_: Any, **options: Any) -> Any:  # pyright: ignore
+    def open(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Any:
         """Opens for reading, by ranges, or for writing, whole at `close`; appending is refused."""
-        if "r" in mode and "+" not in mode:
-            wanted = {k: v for k, v in options.items() if k in ("encoding", "errors", "newline")}
-            wanted = wanted if "b" not in mode else {}
-            return self._call("open", mode, block_size=_CHUNK, **wanted)
-        if mode.replace("b", "").replace("t", "") not in ("w", "x"):
+        kind = mode.replace("b", "").replace("t", "")
+        if kind not in ("r", "w", "x"):
             raise ValueError(f"{self} cannot be opened with mode={mode!r}: objects are whole")
-        store = self.write_new if "x" in mode else self.write_bytes
-        return _Written(store) if "b" in mode else _WrittenText(store)
+        if kind != "r":
+            store = self.write_new if kind == "x" else self.write_bytes
+            return _Written(store) if "b" in mode else _WrittenText(store)
+        raw = _Ranges(self)
+        if buffering == 0:
+            return raw
+        buffered = io.BufferedReader(raw, _CHUNK)
+        if "b" in mode:
+            return buffered
+        return io.TextIOWrapper(buffered, encoding or "utf-8", errors, newline)
 
     def write_bytes(self, data: Any) -> int:
         self._call("pipe_file", bytes(data))
@@ -240,10 +252,38 @@ class StorePath(PosixPath):
             file.unlink(missing_ok=True)
         return StorePath(str(place))
 
-    rename = replace
+    rename = replace  # pyright: ignore[reportAssignmentType]
 
     def __reduce__(self) -> Any:
         return StorePath, (str(self),)
+
+
+class _Ranges(io.RawIOBase):
+    """An object to read; each read is a request."""
+
+    def __init__(self, path: StorePath):
+        self._path, self._at = path, 0
+        self._size, _ = path.version()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        data = self._path.read_range(self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 class _Written(io.BytesIO):
@@ -270,11 +310,12 @@ class _WrittenText(io.TextIOWrapper):
     """Text in UTF-8 that is stored as `_Written` is."""
 
     def __init__(self, store: Callable[[bytes], int]):
-        super().__init__(_Written(store), encoding="utf-8", newline="")
+        self._raw = _Written(store)
+        super().__init__(self._raw, encoding="utf-8", newline="")
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         if kind is not None:
-            self.buffer.__exit__(kind, *rest)
+            self._raw.__exit__(kind, *rest)
         super().__exit__(kind, *rest)
 
 
@@ -291,11 +332,12 @@ def client(scheme: str) -> Any:
     It keeps no listings, since other processes write too.
     """
     import fsspec
+    from fsspec.config import conf
 
     os.environ.setdefault("EPATH_USE_TF", "false")  # one library, whatever is installed
-    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", _S3_RETRIES)
+    conf.setdefault("s3", {}).setdefault("config_kwargs", _S3_RETRIES)
     for name in {scheme, {"gs": "gcs", "gcs": "gs"}.get(scheme, scheme)}:
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+        conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     try:
         return fsspec.filesystem(scheme)
     except ImportError as error:

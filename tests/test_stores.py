@@ -252,6 +252,9 @@ def test_a_copy_is_made_once_and_again_after_a_change(bucket, requests):
     assert (local_copy(bucket / "a") / "x.txt").read_text() == "changed"
     assert not (copy / "sub" / "y.txt").exists()
     assert local_copy(copy) == copy
+    fsspec.filesystem("memory").pipe_file("/bucket/b/../../c", b"")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        local_copy(bucket / "b")
 
 
 def test_a_folder_is_put_large_files_first(bucket, requests, tmp_path):

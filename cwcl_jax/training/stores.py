@@ -78,7 +78,9 @@ def _s3_settings() -> dict[str, Any]:
     """Server and region as botocore finds them, where they are not Amazon's own."""
     store = client("s3")
     store.connect()
-    settings: dict[str, Any] = {}
+    # Each object of a checkpoint has one writer, and the workdir one user. With conditions a write
+    # whose answer was lost would fail when it is tried again: its first attempt made the object.
+    settings: dict[str, Any] = {"use_conditional_write": False}
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         settings["aws_credentials"] = {"type": "environment"}
     endpoint = store.s3.meta.endpoint_url

@@ -111,7 +111,7 @@ def _readable(path: Path) -> Iterator[Any]:
     if not isinstance(path, StorePath):
         yield path
         return
-    with path.open("rb") as opened:
+    with path.open("rb", buffering=0) as opened:
         yield opened
 
 
