@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("command", filter(QUICK.search, RUNNABLE))
+@pytest.mark.parametrize("command", [c for c in RUNNABLE if QUICK.search(c)])
 def test_a_quick_command_runs_as_written(command, folder, monkeypatch):
     """In this process where it is one of ours: its imports and programs are there already."""
     monkeypatch.chdir(folder)
@@ -30,6 +30,17 @@ def test_a_quick_command_runs_as_written(command, folder, monkeypatch):
     else:
         code = drill_commands.run(command, folder, timeout=100).code
     assert code == 0
+
+
+COMMANDS = sorted({found[1] for c in RUNNABLE if (found := re.search(r"-m (cwcl_jax\.\S+)", c))})
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_of_every_documented_command(module, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).main(["--help"])
+    assert end.value.code == 0
+    assert f"usage: python -m {module}" in capsys.readouterr().out
 
 
 def test_a_command_comes_after_those_that_make_its_runs():
