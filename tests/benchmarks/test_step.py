@@ -1,7 +1,5 @@
 """The bytes of a step that are computed on paper are those of the compiled program."""
 
-import dataclasses
-
 import pytest
 
 from cwcl_jax.benchmarks import step
@@ -9,18 +7,7 @@ from cwcl_jax.benchmarks.harness import markdown
 
 
 @pytest.mark.parametrize("form", step.FORMS)
-def test_formula_gives_the_bytes_of_the_program(form, monkeypatch):
-    whole = step.experiment
-
-    def shallow(batch, form):
-        config = whole(batch, form)
-        towers = {
-            name: dataclasses.replace(tower, overrides={"depth": 1})
-            for name, tower in config.towers.items()
-        }
-        return dataclasses.replace(config, towers=towers)
-
-    monkeypatch.setattr(step, "experiment", shallow)
+def test_formula_gives_the_bytes_of_the_program(form):
     # Four devices of this process stand for four processes: the program is the same.
     row = step.measure({"form": form, "examples": 16, "steps": 2})
     assert row["devices"] == 4
