@@ -1,7 +1,7 @@
-"""Between object stores and this machine's disk: local copies to read, folders to put there whole.
+"""Transfers between object stores and the local disk: copies for reading, and uploads of results.
 
-What is read at random by memory maps or libraries of its own (weights, tokenizers, arrays, kept
-embeds, Arrow files) is copied once, and again when the store's object was written anew.
+Objects that are read at random by memory maps or by other libraries (weights, tokenizers, arrays,
+stored embeddings, Arrow files) are copied once, and again if the object was rewritten.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _AT_ONCE = 8
 
 
 def cache_home(cache_dir: str = "") -> Path:
-    """Where this package keeps what it made: `cache_dir`, or the user's cache folder without it."""
+    """Returns the folder for what this package stores: `cache_dir`, by default the user's cache."""
     if cache_dir:
         return to_path(cache_dir).expanduser()
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -33,15 +33,15 @@ def cache_home(cache_dir: str = "") -> Path:
 
 
 def disk_home(cache_dir: str = "") -> Path:
-    """As `cache_home`, on this machine's disk also where `cache_dir` is on an object store."""
+    """Returns `cache_home`, or the user's cache if `cache_dir` is on an object store."""
     return cache_home("" if is_url(cache_dir) else cache_dir)
 
 
 def local_copy(path: Path, cache_dir: str = "") -> Path:
-    """Returns a local path with what is at `path`: itself, or a copy of an object or folder.
+    """Returns a local path with the content of `path`: itself, or a copy of an object or folder.
 
-    A copy is kept below `cache_dir`, or the user's cache folder where that is "" or on a store;
-    processes of one machine share it, one of them copies.
+    Copies are stored below `cache_dir`, or in the user's cache folder if that is "" or on a store.
+    The processes of a machine share a copy, which one of them makes.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
@@ -96,10 +96,10 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def writing(output: Path) -> Iterator[Path]:
-    """A local path to write a file or folder to, which is `output` itself or goes there at the end.
+    """Yields a local path for a file or folder: `output`, or one that is uploaded there at the end.
 
-    Large files go first: the small ones say what a folder holds, so a folder that a kill left half
-    way is none. After an error nothing is put.
+    Large files are uploaded first. The small ones describe a folder, so that a folder of an
+    interrupted upload is not valid. After an error nothing is uploaded.
     """
     if not isinstance(output, StorePath):
         yield output

@@ -1,7 +1,8 @@
-"""Paths on object stores (`s3://bucket/run`, `gs://...`) that are used as local ones are.
+"""Paths on object stores (`s3://bucket/run`, `gs://...`) with the interface of local paths.
 
-Below stands fsspec, which orbax's own paths (`etils.epath`), zarr and pyarrow stand on too; epath's
-are no `pathlib.Path`, know four schemes, and cannot create a file only where there is none.
+They are based on fsspec, as are orbax's own paths (`etils.epath`), zarr and pyarrow. The paths of
+epath are not used: they are not `pathlib.Path`s, know only four schemes, and cannot create a file
+only if it does not exist.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
-# Seconds between attempts, each of which holds those of the client library.
+# Seconds between attempts; each attempt includes the retries of the client library.
 _WAITS = (2.0, 8.0)
-# s3fs' own number of attempts is of a second together.
+# By default the attempts of s3fs last only a second in total.
 _S3_RETRIES = {"retries": {"mode": "standard", "total_max_attempts": 6}}
 _CHUNK = 1 << 20
-# The package that a scheme needs, and the extra of this package that brings it.
+# The package that a scheme needs, and the extra of this package that installs it.
 _CLIENTS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
-# Where checkpoints can be written: to what tensorstore has drivers for.
+# Schemes for checkpoints: those for which tensorstore has drivers.
 CHECKPOINT_SCHEMES = ("s3", "gs")
-# What trying again does not change.
+# Errors that another attempt cannot repair.
 _FINAL = (
     FileNotFoundError,
     FileExistsError,
@@ -42,13 +43,13 @@ _FINAL = (
 
 
 def to_path(path: str | os.PathLike[str]) -> Path:
-    """Returns a path that is used as a `pathlib.Path`; one with `://` is on an object store."""
+    """Returns a path with the interface of `pathlib.Path`; one with `://` is on an object store."""
     text = os.fspath(path)
     return StorePath(text) if "://" in text else Path(text)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is on an object store."""
+    """Returns whether a path is on an object store."""
     return "://" in os.fspath(path)
 
 
@@ -59,9 +60,8 @@ class StoreError(OSError):
 class StorePath(PosixPath):
     """A path on an object store. Objects are written whole; folders are prefixes of names.
 
-    Every operation is tried again for about a minute, with growing pauses, while the store gives
-    errors that may pass. What a local path gives as an error, this gives too; StoreError for the
-    rest.
+    While the store returns temporary errors, every operation is retried for about a minute, with
+    growing pauses. The errors of local paths are raised as such, all others as StoreError.
     """
 
     __slots__ = ()
@@ -72,11 +72,11 @@ class StorePath(PosixPath):
 
     @property
     def scheme(self) -> str:
-        """What stands before `://`."""
+        """The part before `://`."""
         return str(self).partition("://")[0]
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """A method of fsspec's on this path."""
+        """Returns the result of a method of fsspec on this path."""
         store = client(self.scheme)
         return _retried(lambda: getattr(store, method)(str(self), *arguments, **options), str(self))
 
@@ -87,10 +87,10 @@ class StorePath(PosixPath):
     # What a path is
 
     def info(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Returns what the store says of the object or prefix.
+        """Returns what the store reports about the object or prefix.
 
         Raises:
-          FileNotFoundError: there is neither.
+          FileNotFoundError: neither exists.
         """
         return self._call("info")
 
@@ -113,13 +113,13 @@ class StorePath(PosixPath):
         return False
 
     def stat(self, **_: Any) -> os.stat_result:
-        """Size and kind alone: the rest is 0 (see `version`)."""
+        """Returns only size and kind; everything else is 0 (see `version`)."""
         found = self.info()
         mode = modes.S_IFDIR if found["type"] == "directory" else modes.S_IFREG
         return os.stat_result((mode, 0, 0, 1, 0, 0, int(found.get("size") or 0), 0, 0, 0))
 
     def version(self) -> tuple[int, str]:
-        """Returns size and a text that changes when the object is written anew."""
+        """Returns size in bytes and a text that changes when the object is rewritten."""
         return version_of(self.info())
 
     def absolute(self) -> StorePath:
@@ -138,7 +138,7 @@ class StorePath(PosixPath):
         return self._call("cat_file")
 
     def read_range(self, offset: int, size: int) -> bytes:
-        """Returns up to `size` bytes from `offset` on, in one request."""
+        """Returns up to `size` bytes from `offset`, in one request."""
         return self._call("cat_file", start=offset, end=offset + size) if size else b""
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, **_: Any) -> str:
@@ -146,7 +146,7 @@ class StorePath(PosixPath):
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def download(self, target: Path) -> None:
-        """Writes the object into a local file."""
+        """Writes the object to a local file."""
         self._call("get_file", str(target))
 
     # Lists
@@ -160,7 +160,7 @@ class StorePath(PosixPath):
         return iter([path for path in found if path != self])
 
     def files(self) -> dict[StorePath, dict[str, Any]]:
-        """Returns all objects below this prefix, with what the store says of each, by name."""
+        """Returns all objects below this prefix, sorted, with what the store reports about each."""
         found = self._call("find", detail=True)
         return {self._url(name): found[name] for name in sorted(found)}
 
@@ -174,7 +174,11 @@ class StorePath(PosixPath):
         errors: str | None = None,
         newline: str | None = None,
     ) -> Any:
-        """Opens for reading, by ranges, or for writing, whole at `close`; appending is refused."""
+        """Opens for reading (by ranges) or writing (whole, at `close`).
+
+        Raises:
+          ValueError: another mode, such as appending.
+        """
         kind = mode.replace("b", "").replace("t", "")
         if kind not in ("r", "w", "x"):
             raise ValueError(f"{self} cannot be opened with mode={mode!r}: objects are whole")
@@ -198,17 +202,17 @@ class StorePath(PosixPath):
         return len(data)
 
     def write_new(self, data: Any) -> int:
-        """Writes an object that must not be there yet, by a conditional request.
+        """Writes an object that must not exist yet, by a conditional request; returns its size.
 
         Raises:
-          FileExistsError: it is there.
+          FileExistsError: it exists.
         """
         data = bytes(data)
         try:
             self._call("pipe_file", data, mode="create")
         except (FileExistsError, OSError):
-            # An answer may be lost: then the second attempt finds what the first one wrote, which
-            # differs from what others write.
+            # The answer may be lost: then the second attempt finds what the first one wrote, which
+            # differs from what other processes write.
             try:
                 there = self.read_bytes()
             except FileNotFoundError:
@@ -222,17 +226,17 @@ class StorePath(PosixPath):
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
         del mode
         if not exist_ok:
-            self.write_new(uuid.uuid4().bytes)  # see there
+            self.write_new(uuid.uuid4().bytes)  # random, as `write_new` requires
         elif not self.exists():
             self.write_bytes(b"")
 
     def upload(self, file: Path) -> None:
-        """Writes the object from a local file, in parts where it is large."""
+        """Writes the object from a local file, in parts if it is large."""
         store = client(self.scheme)
         _retried(lambda: store.put_file(str(file), str(self)), str(self))
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Does nothing: there are no folders, only names."""
+        """Does nothing: a store has no folders, only names."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -242,7 +246,7 @@ class StorePath(PosixPath):
                 raise
 
     def replace(self, target: str | os.PathLike[str]) -> StorePath:
-        """Copies the object, or all below the prefix, and removes the old names: not at once."""
+        """Copies the object, or all below the prefix, and removes the old names; not atomic."""
         store, place = client(self.scheme), to_path(target)
         files = [self] if self.is_file() else list(self.files())
         for file in files:
@@ -259,7 +263,7 @@ class StorePath(PosixPath):
 
 
 class _Ranges(io.RawIOBase):
-    """An object to read; each read is a request."""
+    """An object opened for reading; each read is a request."""
 
     def __init__(self, path: StorePath):
         self._path, self._at = path, 0
@@ -287,7 +291,7 @@ class _Ranges(io.RawIOBase):
 
 
 class _Written(io.BytesIO):
-    """A buffer that is stored when it is closed, unless an exception ends its `with`."""
+    """A buffer that is stored when it is closed, except if an exception ends its `with` block."""
 
     def __init__(self, store: Callable[[bytes], int]):
         super().__init__()
@@ -307,7 +311,7 @@ class _Written(io.BytesIO):
 
 
 class _WrittenText(io.TextIOWrapper):
-    """Text in UTF-8 that is stored as `_Written` is."""
+    """UTF-8 text that is stored as `_Written` is."""
 
     def __init__(self, store: Callable[[bytes], int]):
         self._raw = _Written(store)
@@ -320,21 +324,24 @@ class _WrittenText(io.TextIOWrapper):
 
 
 def version_of(info: dict[str, Any]) -> tuple[int, str]:
-    """Returns size and a text that changes when an object is written anew, out of its `info`."""
+    """Returns size in bytes, and a text that changes when an object is rewritten."""
     names = ("ETag", "etag", "generation", "md5Hash", "LastModified", "mtime", "updated", "created")
     said = [str(info[name]) for name in names if info.get(name)]
     return int(info.get("size") or 0), hashlib.sha256("\n".join(said).encode()).hexdigest()[:32]
 
 
 def client(scheme: str) -> Any:
-    """fsspec's client of a scheme, as `etils.epath` gets it too; a fork gets one of its own.
+    """Returns fsspec's client of a scheme, which `etils.epath` uses too; a fork gets its own.
 
-    It keeps no listings, since other processes write too.
+    It does not cache listings, because other processes write too.
+
+    Raises:
+      ValueError: fsspec does not know the scheme, or a package is missing.
     """
     import fsspec
     from fsspec.config import conf
 
-    os.environ.setdefault("EPATH_USE_TF", "false")  # one library, whatever is installed
+    os.environ.setdefault("EPATH_USE_TF", "false")  # always the same library, whatever is installed
     conf.setdefault("s3", {}).setdefault("config_kwargs", _S3_RETRIES)
     for name in {scheme, {"gs": "gcs", "gcs": "gs"}.get(scheme, scheme)}:
         conf.setdefault(name, {}).setdefault("use_listings_cache", False)
@@ -349,7 +356,12 @@ def client(scheme: str) -> Any:
 
 
 def _retried(action: Callable[[], Any], name: str) -> Any:
-    """What `action` gives, tried again while the store gives errors that may pass."""
+    """Returns the result of `action`, retried while the store returns temporary errors.
+
+    Raises:
+      PermissionError: credentials are missing or invalid.
+      StoreError: the last attempt failed, too.
+    """
     for wait in (*_WAITS, None):
         try:
             return action()
@@ -367,13 +379,13 @@ def _retried(action: Callable[[], Any], name: str) -> Any:
 
 
 class Growing:
-    """A file that grows: appended where it is local, written whole now and then on a store.
+    """A file that grows: appended if it is local, and rewritten now and then on a store.
 
-    Only one process may write it. What a kill loses on a store are the seconds since the last
-    `flush`; what is local is there when `append` returns.
+    Only one process may write it. A killed process loses what it appended since the last `flush` if
+    the file is on a store; a local file has it when `append` returns.
     """
 
-    # Seconds between two writes of an object, and their share of the time at most.
+    # Seconds between two writes of an object, and the maximal fraction of time for them.
     _EVERY, _SHARE = 10.0, 0.02
 
     def __init__(self, path: Path):
@@ -385,14 +397,14 @@ class Growing:
         if is_url(path):
             self._data = bytearray(path.read_bytes() if path.exists() else b"")
         else:
-            # Without a buffer: what could not be written must not be tried again by `close`.
+            # Unbuffered: `close` must not try again to write what could not be written.
             self._file = path.open("ab", buffering=0)
 
     def append(self, data: bytes) -> None:
-        """Appends.
+        """Appends the bytes.
 
         Raises:
-          OSError: it could not be written as a whole; names the file.
+          OSError: not all could be written. The error names the file.
         """
         if self._file is not None:
             _append_whole(self._file, data, self._path)
@@ -404,7 +416,7 @@ class Growing:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is new to the store."""
+        """Writes new data to the store."""
         with self._lock:
             if self._file is not None or not self._changed:
                 return
@@ -415,7 +427,7 @@ class Growing:
             self._due = start + max(self._EVERY, taken / self._SHARE)
 
     def close(self) -> None:
-        """Writes what is new and closes the file."""
+        """Writes new data and closes the file."""
         self.flush()
         if self._file is not None:
             self._file.close()
@@ -426,5 +438,5 @@ def _append_whole(file: Any, data: bytes, path: Path) -> None:
         written = file.write(data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    if written != len(data):  # what a full disk took
+    if written != len(data):  # the disk is full after a part
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -50,11 +50,11 @@ def in_the_projects_folder(monkeypatch):
         ),
         (
             ["--config=configs/lit_cwcl.py", "--workdir=memory://bucket/run"],
-            "--workdir=memory://bucket/run: checkpoints are written to s3 and gs alone",
+            "--workdir=memory://bucket/run: checkpoints can be written only to s3 and gs",
         ),
         (
             ["--config=configs/lit_cwcl.py", "--workdir=README.md"],
-            "--workdir=README.md cannot be made: File exists",
+            "--workdir=README.md cannot be created: File exists",
         ),
     ],
 )

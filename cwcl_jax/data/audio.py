@@ -8,7 +8,7 @@ from jaxtyping import Int16
 
 from cwcl_jax.data.skipping import BadExample
 
-# Lossy codecs pass full scale by a little; floats far beyond it were never scaled to it.
+# Lossy codecs exceed full scale slightly; floats far beyond it were never scaled to [-1, 1].
 _LOUDEST = 8.0
 
 
@@ -28,8 +28,8 @@ def as_int16(samples: np.ndarray) -> Int16[np.ndarray, " n"]:
     if not peak <= most:
         raise BadExample(
             "audio unreadable",
-            f"the largest of its samples ({samples.dtype}) is {peak}, at most "
-            f"{'1' if floats else '32768'} is expected",
+            f"its largest sample ({samples.dtype}) is {peak}; expected at most "
+            f"{'1' if floats else '32768'}",
         )
     mono = samples.mean(axis=1) if samples.ndim == 2 else samples
     return np.clip(np.rint(mono * full), -32768, 32767).astype(np.int16)

@@ -43,7 +43,7 @@ class BucketedOrder:
         self._size = batch_size
         self._window = window
         self._steps = steps
-        # Threads read rows of neighbouring batches: a few windows are under way at a time.
+        # Threads read rows of neighbouring batches, so a few windows are in use at a time.
         self._cached = functools.lru_cache(8)(self._batches)
 
     def batch(self, epoch: int, step: int) -> tuple[Int64[np.ndarray, " b"], float]:

@@ -45,8 +45,8 @@ class EmbeddingDescription:
       weights: hash of the tower's weights.
       preprocessing: everything else that determines the vectors (sizes, tokenizer, pooling, ...).
       shard_size: examples in one file.
-      draws: what decides which inputs of an example have vectors, see `data.views.kept_draws`; {}
-        for evaluation's alone.
+      draws: determines which inputs of an example have vectors, see `data.views.kept_draws`; {}
+        for evaluation's input only.
     """
 
     tower: str
@@ -65,20 +65,24 @@ class EmbeddingDescription:
 
     def to_json(self) -> str:
         values = asdict(self)
-        # The name that the first version wrote: folders and fingerprints of then stay valid.
+        # The key that the first version wrote, so that older folders and fingerprints stay valid.
         values["modality"] = values.pop("tower")
-        if not self.draws:  # which it did not know
+        if not self.draws:  # the first version did not write it
             del values["draws"]
         return json.dumps({"version": _VERSION, **values}, indent=1, sort_keys=True)
 
     def told(self) -> str:
-        """What an example has, for people."""
+        """Returns what an example has, as text for users."""
         views = self.draws.get("views", {}).get("views")
         several = f"{views} vectors" if views else "a vector for each caption"
         return f"{several if self.draws else 'a vector'} of {self.shape[0]} {self.dtype}"
 
     def fingerprint(self) -> str:
-        """What of it is news beside the source: which captions there are is none."""
+        """Returns the text by which the folder enters a source's fingerprint.
+
+        A folder with a vector for each caption of the examples counts the same as one with a single
+        vector, because the captions are already part of the source.
+        """
         known = self.draws == {"variants": "all"}
         return (replace(self, draws={}) if known else self).to_json()
 
@@ -98,7 +102,7 @@ class EmbeddingDescription:
                 return cls(**{**values, "tower": tower, "shape": tuple(values["shape"])})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}); {_AGAIN}.") from error
-        raise ValueError(f"{file} is of another version; make the embeddings again.")
+        raise ValueError(f"{file} was written by another version; make the embeddings again.")
 
     def require(self, folder: str | Path, **expected: Any) -> None:
         """Raises ValueError if a field of this description is not as expected."""
@@ -174,31 +178,35 @@ class EmbeddingWriter:
         shape = self.description.shape
         several = [np.asarray(v)[None] if np.ndim(v) == len(shape) else v for v in vectors]
         if wrong := [v.shape[1:] for v in several if v.shape[1:] != shape]:
-            raise ValueError(f"Vectors of shape {wrong[0]} where the description says {shape}.")
+            raise ValueError(f"Vectors have shape {wrong[0]}, but the description says {shape}.")
         path = self.description.shard_path(self.folder, rows.start // self.description.shard_size)
         stored = [self._rounded(array) for array in several]
         with replacing(path) as partial:
-            # One record a group: reads are at random, and floats hardly compress.
+            # One record per group: reads are random, and floats hardly compress.
             writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
             for number, name in enumerate(ids):
-                # File names that are no UTF-8 hold lone surrogates.
+                # File names that are not UTF-8 contain lone surrogates.
                 key = name.encode("utf-8", "surrogateescape")
                 writer.write(len(key).to_bytes(4, "little") + key + stored[number].tobytes())
             writer.close()
 
     def told_rounding(self) -> str:
-        """What the dtype cost, for people; "" where it cost nothing."""
+        """Returns the rounding error of the dtype, as text for users; "" if there is none."""
         dtype = self.description.dtype
         return (
-            f"; {dtype} moves them by at most {self.rounding:.2g} of their length"
+            f"; {dtype} changes them by at most {self.rounding:.2g} of their norm"
             if self.rounding
             else ""
         )
 
     def _rounded(self, vectors: np.ndarray) -> np.ndarray:
-        """The vectors in the description's dtype."""
+        """Returns the vectors in the description's dtype, and updates `rounding`.
+
+        Raises:
+          ValueError: a value is too large for the dtype.
+        """
         dtype = self.description.dtype
-        with np.errstate(over="ignore"):  # told below
+        with np.errstate(over="ignore"):  # overflow raises an error below
             stored = vectors.astype(DTYPES[dtype])
         if not len(vectors) or vectors.dtype == stored.dtype:
             return stored
@@ -247,7 +255,7 @@ class EmbeddingStore:
                 f"The embeddings in {folder} are not complete ({len(missing)} of "
                 f"{self.description.shards} files are missing); run the same embed command again."
             )
-        local = local_copy(self.folder)  # array_record reads local files alone
+        local = local_copy(self.folder)  # array_record can read only local files
         paths = [str(self.description.shard_path(local, s)) for s in range(self.description.shards)]
         try:
             self._records = ArrayRecordDataSource(paths)
@@ -263,14 +271,14 @@ class EmbeddingStore:
         return name, vectors[0] if len(vectors) else None
 
     def variants(self, index: int) -> tuple[str, Float32[np.ndarray, "n ..."]]:
-        """The id and all vectors of an example; none where it is unusable."""
+        """Returns the id and all vectors of an example, (n, *shape); n = 0 if it is unusable."""
         ((name, body),) = self._read([index])
         return name, self._vectors(body, (-1, *self.description.shape))
 
     def rows(
         self, indices: Int64[np.ndarray, " n"]
     ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
-        """Like `stored`, but without vectors if one is not finite or all zero."""
+        """Returns the same as `stored`, but None as vectors if one is not finite or all zero."""
         names, vectors = self.stored(indices)
         if vectors is None:
             return names, None
@@ -281,7 +289,10 @@ class EmbeddingStore:
     def stored(
         self, indices: Int64[np.ndarray, " n"]
     ) -> tuple[list[str], Float32[np.ndarray, "n ..."] | None]:
-        """Ids and vectors of many examples in one call; None where one has not exactly one."""
+        """Returns ids and vectors of several examples, read in one call.
+
+        The vectors are None if one of the examples does not have exactly one.
+        """
         parts = self._read(indices.tolist())
         names, bodies = [name for name, _ in parts], [body for _, body in parts]
         size = math.prod(self.description.shape) * np.dtype(self._dtype).itemsize
@@ -290,9 +301,9 @@ class EmbeddingStore:
         return names, self._vectors(b"".join(bodies), (len(bodies), *self.description.shape))
 
     def _read(self, indices: list[int]) -> list[tuple[str, bytes]]:
-        """Ids and bytes of examples. The files hold checksums, which their reader compares."""
+        """Returns ids and bytes of examples; the reader verifies the checksums in the files."""
         try:
-            if len(indices) == 1:  # the other call starts threads
+            if len(indices) == 1:  # the call for several records starts threads
                 return [_parts(self._records[indices[0]])]
             return [_parts(record) for record in self._records.__getitems__(indices)]
         except (RuntimeError, UnicodeError) as error:
@@ -306,6 +317,6 @@ class EmbeddingStore:
 
 
 def _parts(record: bytes) -> tuple[str, bytes]:
-    """Id and vector of a record."""
+    """Returns the id and the bytes of the vectors of a record."""
     end = 4 + int.from_bytes(record[:4], "little")
     return record[4:end].decode("utf-8", "surrogateescape"), record[end:]

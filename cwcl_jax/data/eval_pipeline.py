@@ -17,7 +17,7 @@ from cwcl_jax.data.skipping import BadExample, SkipCounter
 from cwcl_jax.data.sources import Source, open_source
 
 _LOG = logging.getLogger(__name__)
-# What tasks may ask about an example, beside its inputs.
+# Fields of an example that tasks may read in addition to its inputs.
 _BESIDE = ("text", "label")
 
 
@@ -44,9 +44,7 @@ class EvalBatches:
         process_count: int = 1,
     ):
         if batch_size % process_count:
-            raise ValueError(
-                f"batch_size={batch_size} cannot be dealt to {process_count} hosts; use a multiple."
-            )
+            raise ValueError(f"batch_size={batch_size} is not divisible by {process_count} hosts.")
         self.source = source
         self._processor = Processor(config, towers, source.embedded)
         self._fields = self._processor.fields()
@@ -83,7 +81,7 @@ class EvalBatches:
     def _load(
         self, counter: SkipCounter, step: int, rows: np.ndarray
     ) -> list[tuple[int, Any, Any]]:
-        """Example numbers, inputs (None where unusable) and examples of some rows of a batch."""
+        """Returns number, inputs (None if unusable) and example of some rows of a batch."""
         indices = step * self._size + self._first_row + rows
         loaded = [self._load_one(int(index), counter) for index in indices]
         self._processor.finish([inputs for _, inputs, _ in loaded if inputs is not None])
@@ -104,7 +102,11 @@ class EvalBatches:
         return index, inputs, example
 
     def _read(self, index: int) -> dict[str, Any]:
-        """What the inputs need, which must be readable, and captions and label, which need not."""
+        """Returns the example with captions and label, if these can be read.
+
+        Raises:
+          BadExample: a field that the inputs need cannot be read.
+        """
         with suppress(BadExample):
             return self.source.read(index, {*self._fields, *_BESIDE})
         example = self.source.read(index, self._fields)
@@ -115,13 +117,13 @@ class EvalBatches:
                 if not self._told.is_set():
                     self._told.set()
                     _LOG.warning(
-                        "Example %d (%s) goes without its %s: %s (others are not named)",
+                        "Example %d (%s) is used without its %s: %s (further ones are not logged)",
                         index, example["id"], field, error,
                     )  # fmt: skip
         return example
 
     def _fill(self, rows: Sequence[tuple[int, Any, Any]]) -> Batch:
-        """One batch of the rows; unusable ones repeat a usable example."""
+        """Returns one batch of the rows; unusable ones repeat the inputs of a usable example."""
         some = next((inputs for _, inputs, _ in rows if inputs is not None), None)
         if some is None:
             some = self._any_usable()
@@ -136,9 +138,13 @@ class EvalBatches:
         return batch
 
     def _any_usable(self) -> dict[str, Any]:
-        """Inputs to fill a block with that has none of its own.
+        """Returns the inputs of the first usable example, to fill a block without any.
 
-        These examples are counted where their own turn comes; here only to stop as early.
+        The examples are counted when the pass reads them. A counter of its own stops this search
+        after as many unusable ones.
+
+        Raises:
+          ValueError: no example is usable.
         """
         counter = SkipCounter(self._config.max_skipped_share)
         for index in range(len(self.source)):
@@ -150,7 +156,7 @@ class EvalBatches:
 
 
 def _captions(value: str | Sequence[str] | None) -> list[str]:
-    """All captions that hold any text, possibly none."""
+    """Returns all captions that are not blank, possibly none."""
     options = [value] if isinstance(value, str) else value or []
     return [text.strip() for text in options if text and text.strip()]
 

@@ -1,4 +1,4 @@
-"""All inputs of one tower, example by example: what a feature cache is made of."""
+"""All inputs of one tower, example by example, from which a feature cache is made."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,12 @@ from cwcl_jax.data.sources import Example, Source
 
 @dataclass(frozen=True)
 class ExampleInputs:
-    """What a tower reads of one example.
+    """The inputs of one example for a tower.
 
     Attributes:
-      id: of the example.
-      inputs: arrays by name, evaluation's first; [] where the example is unusable.
-      told: what a person should know of it, each completing "12 of the examples are ...".
+      id: id of the example.
+      inputs: arrays by name, evaluation's input first; [] if the example is unusable.
+      told: remarks for users, each completing "12 of the examples are ...".
     """
 
     id: str
@@ -34,8 +34,8 @@ class EveryInput:
     """The inputs of all examples of a source in order; iterate as often as needed.
 
     Args:
-      every: whether all that training draws among, and not only what evaluation reads.
-      batch_size: examples that are read ahead while the caller works on some.
+      every: whether to yield all inputs that training draws from, or only evaluation's.
+      batch_size: number of examples that are read ahead.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class EveryInput:
         ]
 
     def _load_one(self, index: int) -> tuple[str, list[dict[str, Any]], tuple[str, ...]]:
-        """As `ExampleInputs`; inputs by tower, before `finish`."""
+        """Returns id, inputs by tower (before `finish`) and remarks of an example."""
         processor, name = self._processor, ""
         try:
             example = self._source.read(index, processor.fields())
@@ -93,7 +93,7 @@ class EveryInput:
         return name, [{self._tower: value} for value in inputs], told
 
     def _told(self, example: Example) -> Iterator[str]:
-        """What the inputs do not hold of the variants, and whether there are others."""
+        """Yields what the inputs lack of the variants, and whether variants were left out."""
         modality = self._processor.raw.get(self._tower)
         if modality is None:
             return
@@ -104,7 +104,7 @@ class EveryInput:
             yield "with several variants (captions), of which the first is embedded"
 
     def _remarks(self, arrays: list[dict[str, np.ndarray]]) -> list[str]:
-        """What the modality remarks on evaluation's input."""
+        """Returns the modality's remarks on evaluation's input."""
         modality = self._processor.raw.get(self._tower)
         if modality is None or not arrays:
             return []

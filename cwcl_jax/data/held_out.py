@@ -17,7 +17,7 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources import Mixture, Source
 from cwcl_jax.data.sources.base import Example, SourceAround, fingerprint_of
 
-# Sets this draw apart from those of the order.
+# Separates this random stream from those of the order.
 _STREAM = 71
 _LOOKED_AT, _NEIGHBOURS = 64, 2
 
@@ -41,11 +41,11 @@ def hold_out(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     count = round(share * length)
     if not 0 < count < length:
         raise ValueError(
-            f"validation_share={share} of {length} examples holds out {count}: name a "
-            f"{'smaller' if count else 'larger'} share, or a source of its own in validation"
+            f"validation_share={share} of {length} examples holds out {count}: choose a "
+            f"{'smaller' if count else 'larger'} share, or set validation to a separate source"
         )
     held = np.sort(permute(np.arange(count), length, seed, _STREAM))
-    # The j-th of the others is j + k, where k held ones come before it.
+    # The j-th of the kept examples is j + k if k held-out ones precede it.
     before = held - np.arange(count)
 
     def kept(places: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -116,9 +116,9 @@ def shared_with_neighbours(held: Source, fields: Collection[str]) -> str:
     if not found:
         return ""
     return (
-        f"{found} of {looked_at} validation examples have the {' or '.join(sorted(fields))} of a "
-        "training example beside them: their loss is no held-out loss. Name a source of other "
-        "examples in config.data.validation"
+        f"{found} of {looked_at} validation examples have the same {' or '.join(sorted(fields))} "
+        "as a training example next to them, so their loss is not a held-out loss. Set "
+        "config.data.validation to a source of other examples"
     )
 
 

@@ -11,7 +11,7 @@ def inside_package(spec: str) -> Path:
       FileNotFoundError: there is no such package, or it has no such path.
     """
     package, _, inside = spec.partition("/")
-    # Finding a top-level package does not run its code; of a dotted name its parent would run.
+    # Locating a top-level package does not run its code; a dotted name would run its parent's.
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise FileNotFoundError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from cwcl_jax.data.skipping import BadExample
 
-# Two strings with nothing but blanks between them, as numpy prints several.
+# Two strings with only white space between them, as in a printed numpy array.
 _WITHOUT_COMMA = re.compile(r"""['"]\s+['"]""")
 
 
@@ -45,7 +45,7 @@ def _flat(value: Any, separator: str, example: str) -> Iterable[str]:
             inside = isinstance(item, (list, tuple, set, frozenset, np.ndarray))
             yield from _flat(item, "" if inside else separator, example)
     elif not isinstance(value, str):
-        # Whole numbers that a column with gaps turned into floats.
+        # Integers that a column with gaps converted to floats.
         whole = isinstance(value, float) and value.is_integer()
         yield str(int(value)) if whole else str(value)
     else:
@@ -58,7 +58,11 @@ def _flat(value: Any, separator: str, example: str) -> Iterable[str]:
 
 
 def _printed_list(text: str, example: str) -> Sequence[Any]:
-    """The members of a list in a string; () where it is none, such as a name in brackets."""
+    """Returns the members of a list in a string; () if it is not a list, such as "[name]".
+
+    Raises:
+      BadExample: it looks like a list and cannot be read.
+    """
     if not (text.startswith("[") and text.endswith("]")):
         return ()
     try:
@@ -69,7 +73,8 @@ def _printed_list(text: str, example: str) -> Sequence[Any]:
     if broken or _WITHOUT_COMMA.search(text):
         raise BadExample(
             "labels unreadable",
-            f"{example}: {text[:60]!r} looks like a list and is none; write ['a', 'b']",
+            f"{example}: {text[:60]!r} looks like a list but cannot be read as one; write "
+            "['a', 'b']",
         )
     return found if isinstance(found, list) else ()
 

@@ -8,7 +8,7 @@ from cwcl_jax.data.embeddings import DTYPES
 from cwcl_jax.modalities import MODALITIES, Modality
 from cwcl_jax.modalities.base import ENDLESS, check_ranges
 
-# What a batch may hold beside the arrays of the towers, for the loss.
+# What a batch may contain for the loss, in addition to the towers' arrays.
 BESIDE = ("label", "guide")
 
 
@@ -27,53 +27,53 @@ class DataConfig:
     """
 
     train: str = "scenes:train"
-    # Examples that one epoch draws, without replacement, from all; 0 = all of them.
+    # Number of examples in an epoch, drawn from all without replacement; 0 = all.
     examples_per_epoch: int = 0
     shuffle: bool = True
-    # Which examples share a batch: groups:COLUMN?k=1, near:FEATURES?share=0.5&size=8, or
-    # module:function of your own; "" = drawn at random. See `data.composers`.
+    # Which examples share a batch: groups:COLUMN?k=1, near:FEATURES?share=0.5&size=8, or your own
+    # module:function; "" = random batches. See `data.composers`.
     batches: str = ""
-    # Shares of a mixture's parts: p ~ n^(1/temperature) of their lengths n, or of the weights that
-    # the line gives them. 1 = as they are, large = equal shares.
+    # Shares of a mixture's parts: p ~ n^(1/temperature), where n are their lengths or the weights
+    # in the line. 1 = proportional to n, large = equal shares.
     mixture_temperature: float = 1.0
-    # What makes two pairs of a batch alike, for losses that go by labels: "class" (the source's
-    # labels), "text" (equal captions, whatever their case), "sets" (several labels an example,
-    # `labels=COLUMN` of the source line), "" = pairs carry no label.
+    # Which pairs of a batch have equal labels, for losses that use labels: "class" (the source's
+    # labels), "text" (equal captions, ignoring case), "sets" (several labels per example,
+    # `labels=COLUMN` of the source line), "" = no labels.
     labels: str = ""
-    # Of sets: what stands between the labels of one string ("" = a string is one label), and the
-    # most that an example may have; one with more is unusable.
+    # For sets: the separator of labels in one string ("" = a string is one label), and the maximal
+    # number of labels; an example with more is unusable.
     label_separator: str = ";"
     max_labels: int = 8
-    # Features that come with the examples and that no tower reads, by their name: the loss makes
-    # its weights (or masks) of them in place of U's own. "" = of U's own.
+    # Name of features that come with the examples and that no tower reads: the loss computes its
+    # weights (or masks) from them instead of from U's features. "" = from U's.
     guide: str = ""
     inputs: Mapping[str, Modality] = field(default_factory=usual_inputs)
     # Reader threads; 0 = one for each core that this process may use, at most 16.
     threads: int = 0
-    # Batches kept ready on the host.
+    # Batches that are read ahead on the host.
     prefetch: int = 2
-    # Where indexes of tars, spoken sentences and locked features are kept; "" = indexes beside the
-    # tars, all else in the user's cache folder.
+    # Folder for indexes of tars, spoken sentences and locked features; "" = indexes next to the
+    # tars, everything else in the user's cache folder.
     cache_dir: str = ""
-    # Run the locked encoders over the training data once, before the first step, and keep what they
-    # give, for all captions of an example and all `views` of a tower's inputs. Features of prompts
-    # and test items are kept, too.
+    # Run the locked encoders over the training data once, before the first step, and store their
+    # features, for all captions of an example and all `views` of a tower's inputs. Features of
+    # prompts and test items are stored, too.
     keep_locked_features: bool = False
-    # What they are stored in: "float32", "bfloat16" or "float16". What rounding costs is told.
+    # Dtype of stored features: "float32", "bfloat16" or "float16". The rounding error is logged.
     kept_dtype: str = "float32"
-    # The run fails when a larger share of the examples read so far was unusable.
+    # The run fails if a larger share of the examples read so far is unusable.
     max_skipped_share: float = 0.01
-    # Training is refused when a larger share of a sample of the data is cut on its way to a tower,
-    # at max_tokens or max_seconds, or spelt in letters by the package's own tokenizer.
+    # Training is refused if a larger share of a sample of the data is truncated for a tower (at
+    # max_tokens or max_seconds), or spelt in single letters by the package's own tokenizer.
     max_cut_share: float = 0.5
-    # A source line whose loss is measured during training; or a seeded share of `train` that is
-    # held out of training for it.
+    # Source line of the data for the held-out loss during training; or the share of `train` that is
+    # held out for it (chosen by the seed).
     validation: str = ""
     validation_share: float = 0.0
-    # Interval of this measure, and how many global batches it takes, always the same ones.
+    # Steps between these measurements, and the number of global batches, always the same ones.
     validation_every_steps: int = 100
     validation_batches: int = 8
-    # Whether its batches are composed as `batches` says; else they are drawn at random.
+    # Whether these batches are composed as `batches` says; otherwise they are random.
     validation_composed: bool = False
 
     def __post_init__(self):
@@ -93,12 +93,12 @@ class DataConfig:
             validation_batches=(1, ENDLESS),
         )
         if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must lie in [0, 1).")
+            raise ValueError(f"validation_share={self.validation_share} must be in [0, 1).")
         if self.validation and self.validation_share:
-            raise ValueError("validation and validation_share exclude each other: unset one.")
+            raise ValueError("validation and validation_share cannot be combined: unset one.")
 
         if self.batches and not self.shuffle:
-            raise ValueError("batches needs shuffle=True: a composer draws an order of its own.")
+            raise ValueError("batches needs shuffle=True: a composer determines the order itself.")
         if self.validation_composed and not (self.batches and self.validates):
             raise ValueError("validation_composed needs batches, and a validation.")
         if not 0 < self.mixture_temperature < math.inf:

@@ -15,10 +15,10 @@ from jaxtyping import Int64, UInt64
 from cwcl_jax.data.draws import hash_integers
 
 _ROUNDS = 6
-# Sizes of a few: with 6 rounds some images are 7 % likelier than others, with 12 at most 1 %.
+# Rounds for sizes of a few: after 6 some images are 7 % likelier than others, after 12 at most 1 %.
 _ROUNDS_OF_SMALL = 12
-# A few positions of a permutation cost a millisecond, mostly numpy's calls, and all of a small one
-# some milliseconds: up to this size it is computed once.
+# A few positions of a permutation take a millisecond, mostly calls of numpy, and all positions of
+# a small one take some milliseconds: up to this size the whole permutation is computed and cached.
 _KEPT = 1 << 16
 
 
@@ -38,7 +38,7 @@ def _walk(positions: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = _round_keys(size, *key)
     values = _feistel(positions.astype(np.uint64), half, keys)
-    # The network permutes a power of four that is at least `size`: walk on until inside.
+    # The network permutes range(a power of four >= `size`): apply it until values are inside.
     outside = values >= size
     while outside.any():
         values[outside] = _feistel(values[outside], half, keys)
@@ -57,13 +57,13 @@ def permute_each(
     each: Int64[np.ndarray, " n"],
     *key: int,
 ) -> Int64[np.ndarray, " n"]:
-    """Images of single positions, each under a permutation of its own.
+    """Returns the image of each position under its own permutation.
 
     Args:
       positions: position i is below sizes[i].
-      each: names the permutation of range(sizes[i]), together with `key`.
+      each: selects the permutation of range(sizes[i]), together with `key`.
     """
-    # As many bits as the largest position has; numpy has no bit_length for arrays.
+    # Number of bits of the largest position; numpy has no bit_length for arrays.
     bits = np.frexp((sizes - 1).astype(np.float64))[1]
     half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
     own = _scramble(each.astype(np.uint64) ^ np.uint64(hash_integers(*key)))
@@ -88,7 +88,7 @@ def _feistel(
 
 
 def _scramble(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """The finaliser of SplitMix64 on an array."""
+    """Returns SplitMix64's finaliser of each element."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

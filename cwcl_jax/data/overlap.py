@@ -1,4 +1,4 @@
-"""Whether two sources share examples: training data is no test data."""
+"""Detects examples that two sources share, so that nobody trains on test data."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Example, Source
 
-# Reading an id may cost a row of a file: some of the ids tell of an overlap that is large.
+# Reading an id may read a row of a file, and a sample of the ids reveals a large overlap.
 _LOOKED_FOR, _SEARCHED = 512, 20_000
 _COMPARED = 8
 

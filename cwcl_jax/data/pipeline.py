@@ -28,8 +28,8 @@ __all__ = ["EvalBatches", "TrainBatches", "eval_batches", "reader_threads", "tra
 
 _MAX_REPLACEMENTS = 200
 _ENDLESS = 1 << 53
-# Rows that a thread takes in one go where nothing is decoded; an unusable one among them costs
-# reading them one by one.
+# Rows that a thread loads in one call if nothing is decoded. If one of them is unusable, they are
+# read again one by one.
 _VECTOR_CHUNK = 256
 
 
@@ -56,8 +56,7 @@ class TrainBatches:
         """
         if global_batch_size % process_count:
             raise ValueError(
-                f"global_batch_size={global_batch_size} cannot be dealt to {process_count} hosts; "
-                "use a multiple of their number."
+                f"global_batch_size={global_batch_size} is not divisible by {process_count} hosts."
             )
         if source is None:
             check_training_line(config.train)
@@ -94,9 +93,9 @@ class TrainBatches:
         durations = self.source.durations
         if durations is None:
             raise ValueError(
-                f"data.{tower}.buckets={modality.lengths[:-1]} needs to know how long the examples "
-                f"of {config.train!r} are, and this source does not; set data.{tower}.buckets=(), "
-                "give a manifest a column duration (seconds), or read spoken sentences with "
+                f"data.{tower}.buckets={modality.lengths[:-1]} needs the lengths of the examples, "
+                f"which {config.train!r} does not provide; set data.{tower}.buckets=(), add a "
+                "column duration (seconds) to a manifest, or read synthesised sentences with "
                 "keep=auto."
             )
         return BucketedOrder(
@@ -113,20 +112,20 @@ class TrainBatches:
         if config.guide and config.guide not in self.source.embedded:
             raise ValueError(
                 f"{config.train!r} has no features {config.guide!r}, which data.guide names (it "
-                f"has {', '.join(self.source.embedded) or 'none'}); bring them in the source line, "
+                f"has {', '.join(self.source.embedded) or 'none'}); add them in the source line, "
                 f"features={config.guide}:COLUMN or features_from={config.guide}:FILE."
             )
         if config.batches and self._processor.with_lengths:
             tower = self._processor.with_lengths
             raise ValueError(
-                f"data.batches={config.batches} and data.{tower}.buckets exclude each other: "
+                f"data.batches={config.batches} and data.{tower}.buckets cannot be combined: "
                 "buckets put examples of similar length into a batch."
             )
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"An epoch of {self.examples_per_epoch} examples (data.examples_per_epoch="
                 f"{config.examples_per_epoch}, {length} in {config.train!r}) is smaller than "
-                f"global_batch_size={self._global_size}; lower the batch or bring more data."
+                f"global_batch_size={self._global_size}; lower the batch size or add data."
             )
 
     def _check_epoch(self, config: DataConfig, length: int) -> None:
@@ -139,8 +138,8 @@ class TrainBatches:
         mixed = self.source.weights is not None or tempered
         if mixed and config.batches:
             raise ValueError(
-                f"data.batches={config.batches} takes every example once an epoch: leave weight= "
-                "and data.mixture_temperature out."
+                f"data.batches={config.batches} uses every example at most once per epoch: leave "
+                "out weight= and data.mixture_temperature."
             )
         if config.examples_per_epoch > length and not mixed:
             raise ValueError(
@@ -162,7 +161,7 @@ class TrainBatches:
         return batch
 
     def _load(self, step: int, rows: np.ndarray) -> Batch:
-        """Some rows of a batch for `join`: inputs, and example numbers as "index"."""
+        """Returns some rows of a batch for `join`: inputs, and example numbers as "index"."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         positions = step_in_epoch * self._global_size + self._first_row + rows
         length = None
@@ -185,7 +184,7 @@ class TrainBatches:
         return collect([inputs | {"index": np.int64(index)} for index, inputs in loaded])
 
     def _load_vectors(self, indices: np.ndarray) -> Batch | None:
-        """The rows as arrays, where the source has nothing but vectors and all are usable."""
+        """Returns the rows as arrays, or None if not all inputs are vectors or one is unusable."""
         if self._processor.raw or self._config.labels:
             return None
         found = self.source.vectors(indices)
@@ -200,14 +199,18 @@ class TrainBatches:
     def _load_one(
         self, epoch: int, position: int, index: int, length: float | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """The example of a position, or the first usable one of its replacements."""
+        """Returns number and inputs of a position's example, or of its first usable replacement.
+
+        Raises:
+          RuntimeError: too many replacements in a row are unusable.
+        """
         fields = self._processor.fields()
         for attempt in range(1, _MAX_REPLACEMENTS + 1):
             name = f"example {index}"
             try:
                 example = self.source.read(index, fields)
                 name = f"{name} ({example['id']})"
-                # Keyed by the position, not by the host or thread that happens to read it.
+                # Keyed by the position, so that the host and thread that read it have no effect.
                 key = (self._seed, 21, epoch, position) if self._random else ()
                 return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
@@ -229,9 +232,10 @@ class TrainBatches:
         return self._counter.tokens_cut
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the iterator's position: the next step, and examples of its epoch before it.
+        """Returns the position: the next step, its epoch, and the examples of that epoch before it.
 
-        It does not depend on the hosts. Composed batches add which sizes the epoch's batches had.
+        It does not depend on the hosts. Composed batches add `taken`: which sizes the epoch's
+        batches had.
         """
         epoch, step = divmod(self._step, self.steps_per_epoch)
         state = {"step": self._step, "epoch": epoch, "examples": step * self._global_size}
@@ -244,18 +248,20 @@ class TrainBatches:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from a state of `get_state`, with any number of hosts and any batch size.
 
-        If the batch size changed, the next batch begins with the first example that no batch had,
-        or up to a batch later, because batches begin at multiples of their size. Composed batches
-        are then composed anew out of the examples that no batch of the epoch had.
+        If the batch size changed, the next batch begins at the first unused example, or up to a
+        batch later, because batches begin at multiples of their size. Composed batches are then
+        composed anew from the examples of the epoch that are still unused.
         """
         if "step" not in state:
-            raise ValueError(f"No position of the data: expected {{'step': n}}, got {dict(state)}.")
+            raise ValueError(
+                f"Invalid position of the data: expected {{'step': n}}, got {dict(state)}."
+            )
         self.close()
         self._step = int(state["step"])
         if "taken" in state and isinstance(self._order, ComposedOrder):
             epoch, step = self._order.go_on(int(state["epoch"]), state["taken"])
             self._step = epoch * self.steps_per_epoch + step
-        elif "examples" in state:  # an earlier version saved the step alone
+        elif "examples" in state:  # an earlier version saved only the step
             begun = -(-int(state["examples"]) // self._global_size)
             self._step = int(state["epoch"]) * self.steps_per_epoch + begun
 
@@ -273,7 +279,7 @@ class TrainBatches:
         } | self._composed()
 
     def _composed(self) -> dict[str, Any]:
-        """What decides the batches beyond the plain order."""
+        """Returns what determines the batches beyond the plain order."""
         made: dict[str, Any] = {}
         if isinstance(self._order, ComposedOrder):
             made["batches"] = [self._config.batches, self._order.fingerprint()]
@@ -283,7 +289,7 @@ class TrainBatches:
 
     @property
     def told(self) -> str:
-        """How batches are composed, or a mixture's parts are drawn, in words; "" for the usual."""
+        """Text on how batches are composed, or a mixture's parts are drawn; "" for the default."""
         if isinstance(self._order, ComposedOrder):
             return self._order.told
         if self._config.mixture_temperature == 1:
@@ -297,7 +303,7 @@ class TrainBatches:
 
     @property
     def left_out(self) -> float | None:
-        """The share of examples that an epoch of composed batches leaves out; None for others."""
+        """Share of the examples that an epoch of composed batches leaves out; None for others."""
         return self._order.left_out_share if isinstance(self._order, ComposedOrder) else None
 
     def close(self) -> None:

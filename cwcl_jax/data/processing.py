@@ -42,8 +42,8 @@ class Processor:
             if reads_features(modality) and not modality.field:
                 raise ValueError(
                     f"The source has no features for the tower {tower!r} (it has "
-                    f"{', '.join(embedded) or 'none'}): name the array in "
-                    f"config.data.{tower}.field, or bring it in the source line."
+                    f"{', '.join(embedded) or 'none'}): set config.data.{tower}.field to the "
+                    "array's name, or add the features in the source line."
                 )
 
     def fields(self) -> set[str]:
@@ -115,7 +115,10 @@ class Processor:
             raise WrongInputs(f"config.data.{tower}: {error}") from error
 
     def every_input(self, example: Example, tower: str) -> list[Any]:
-        """All inputs of a tower that training draws among, before `finish`; evaluation's first."""
+        """Returns all inputs of a tower from which training draws, evaluation's first.
+
+        They are not processed by `finish` yet.
+        """
         modality = self.inputs[tower]
         if tower not in self.raw:
             return [{"features": _features(example, tower, modality)}]
@@ -128,7 +131,7 @@ class Processor:
     def _label(
         self, example: Example, made: Mapping[str, Any], key: Sequence[int]
     ) -> np.int32 | np.ndarray:
-        """Equal for pairs that the options call alike; of sets a row of labels."""
+        """Returns the label, equal for pairs that count as equal; for sets a row of labels."""
         if self.config.labels == "sets":
             name = str(example["id"])
             found = labels_of(_field(example, "labels"), self.config.label_separator, name)
@@ -139,12 +142,13 @@ class Processor:
         return np.int32(zlib.crc32(text.casefold().encode()) & 0x7FFFFFFF)
 
     def _caption(self, example: Example, made: Mapping[str, Any], key: Sequence[int]) -> str:
-        """The caption that a tower reads, or has features of, if one does; else the first."""
+        """Returns the caption that a tower reads or has features of, otherwise the first one."""
         for tower, modality in self.inputs.items():
             if modality.field != _CAPTIONS or reads_features(modality):
                 continue
             read = made[tower]
-            if tower not in self.raw:  # so that labels are the same with a feature cache
+            # prepared here too, so that a feature cache does not change the labels
+            if tower not in self.raw:
                 draws = Draws(*key, *stream_of(tower, modality)) if key else None
                 read = self._prepared(tower, modality, example, draws)
             if isinstance(read, str):
@@ -199,14 +203,14 @@ def _field(example: Example, name: str) -> Any:
     if value is None:
         raise BadExample(
             f"{name} missing",
-            f"the source gave {', '.join(example)} (config.data.<tower>.field names what a tower "
-            "reads)",
+            f"the example has only {', '.join(example)}; set config.data.<tower>.field to the "
+            "field that the tower reads",
         )
     return value
 
 
 def _in_32_bits(label: int) -> np.int32:
-    """The label, or a hash of it where it is too large."""
+    """Returns the label, or a hash of it if it does not fit into 32 bits."""
     small = -(1 << 31) <= label < 1 << 31
     return np.int32(label if small else zlib.crc32(str(int(label)).encode()) & 0x7FFFFFFF)
 
@@ -214,7 +218,7 @@ def _in_32_bits(label: int) -> np.int32:
 def _features(
     example: Example, tower: str, modality: Modality, draws: Draws | None = None
 ) -> np.ndarray:
-    """The features of the input that `drawn_input` would draw."""
+    """Returns the features of the input that `drawn_input` would draw."""
     name = features_name(tower, modality)
     several = (example.get("variants") or {}).get(name)
     if several is None or draws is None:

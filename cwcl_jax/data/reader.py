@@ -11,8 +11,8 @@ import numpy as np
 
 from cwcl_jax.data.options import DataConfig
 
-# Positions that one reader thread prepares in one go: enough to hide the cost of handing over,
-# few enough that the threads share the first batch.
+# Rows that a reader thread loads in one call: enough to hide the cost of passing them on, and few
+# enough to distribute the first batch over the threads.
 CHUNK = 16
 
 
@@ -60,10 +60,10 @@ class ChunkedReader:
         self._idle = threading.Condition()
 
     def _load_chunk(self, opening: object, number: int) -> Any:
-        """One chunk; None for a thread that asks late, after the close of what it was started by.
+        """Returns one chunk; None if the reader was closed after this thread was started.
 
-        Such a thread may not be gone when `start` begins again, and what it would count as read or
-        skipped is counted by the new ones.
+        Such a thread may still run when `start` begins again. The rows that it would count as read
+        or skipped are counted by the new threads.
         """
         step, chunk = divmod(int(number), self._per_batch)
         with self._idle:

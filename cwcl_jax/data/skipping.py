@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 _LOG = logging.getLogger(__name__)
 _NAMED_PER_KIND = 5
-# With few examples read, a share says nothing yet; below this many skips nothing is refused.
+# A share of few examples says little: up to this many skipped examples nothing is refused.
 ALWAYS_ALLOWED = 10
 
 
@@ -86,9 +86,9 @@ class SkipCounter:
             if self._refusal is None and skipped > max(ALWAYS_ALLOWED, self.max_share * seen):
                 self._refusal = (
                     f"{skipped} of the {seen} examples read so far were unusable "
-                    f"({_summary(self._kinds)}; last: {name}: {error}), more than the share "
-                    f"data.max_skipped_share={self.max_share} allows. Repair the data, or give a "
-                    "larger share."
+                    f"({_summary(self._kinds)}; last: {name}: {error}), a larger share than "
+                    f"data.max_skipped_share={self.max_share}. Repair the data, or raise this "
+                    "limit."
                 )
             refusal = self._refusal
         if of_kind <= _NAMED_PER_KIND:

@@ -1,4 +1,4 @@
-"""Examines a sample of the training data before a run: what the towers will never see of it."""
+"""Examines a sample of the training data before a run: what the towers would lose of it."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -49,8 +49,9 @@ class LabelSets:
     def __str__(self) -> str:
         without = sum(not count for count in self.counts)
         return (
-            f"{np.mean(self.counts):.1f} labels an example in a sample of {len(self.counts)}, "
-            f"{self.kinds} different ones, {without} examples without any; one has {self.example}"
+            f"{np.mean(self.counts):.1f} labels per example in a sample of {len(self.counts)}, "
+            f"{self.kinds} different ones, {without} examples without any; for example: "
+            f"{self.example}"
         )
 
 
@@ -118,7 +119,7 @@ def _says_something(modality: Modality) -> bool:
 
 
 def _remarks(modality: Modality, value: Any) -> list[str]:
-    """All remarks about a raw value and its arrays."""
+    """Returns all remarks on a raw value and its arrays."""
     found = list(modality.lost(value))
     if type(modality).remarks is not Modality.remarks:
         (arrays,) = modality.finish([modality.prepare(value)])

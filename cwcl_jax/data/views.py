@@ -1,8 +1,9 @@
-"""Inputs of one example that training draws among, where there is a list of them.
+"""The inputs of an example that training draws from, if there is a list of them.
 
-Several captions, or `views=K` of a tower's inputs: the view that evaluation sees and K - 1 random
-ones. Those go by the example's id alone. They are the same for every seed, epoch and place in the
-data, so that a feature cache can hold them; the run's seed draws which of them a step reads.
+These are its captions, or `views=K` inputs of a tower: the view that evaluation sees and K - 1
+random ones. The random views depend only on the example's id. They are the same for every seed,
+epoch and place in the data, so that a feature cache can hold them; the run's seed determines which
+of them a step reads.
 """
 
 import hashlib
@@ -16,21 +17,21 @@ from cwcl_jax.data.sources import Source
 from cwcl_jax.modalities import Modality, stream_of
 from cwcl_jax.modalities.base import prepared
 
-# Sets these draws apart from the pipeline's.
+# Separates these random streams from the pipeline's.
 _VIEWS = 22
-# Whether examples have several variants is a matter of the source: a few of them tell.
+# Whether examples have several variants depends on the source; a few examples suffice to see it.
 _LOOKED_AT = 100
 
 
 def drawn_input(tower: str, modality: Modality, value: Any, name: str, draws: Draws | None) -> Any:
-    """Prepares what training, or without `draws` evaluation, reads of the example `name`."""
+    """Returns the prepared input of the example `name`: drawn, or evaluation's without `draws`."""
     if draws is not None and modality.views:
         draws = _view(tower, modality, name, draws.below(modality.views))
     return prepared(modality, value, draws)
 
 
 def every_input(tower: str, modality: Modality, value: Any, name: str) -> list[Any]:
-    """Prepares all that `drawn_input` draws one of, by its first number; evaluation's is first."""
+    """Returns all prepared inputs from which `drawn_input` draws; evaluation's is first."""
     if modality.views:
         views = [_view(tower, modality, name, number) for number in range(modality.views)]
         return [prepared(modality, value, draws) for draws in views]
@@ -38,7 +39,7 @@ def every_input(tower: str, modality: Modality, value: Any, name: str) -> list[A
 
 
 def _view(tower: str, modality: Modality, name: str, number: int) -> Draws | None:
-    """The random numbers of a view; the first has none."""
+    """Returns the random numbers of a view; None for the first, which is evaluation's."""
     if not number:
         return None
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
@@ -46,7 +47,7 @@ def _view(tower: str, modality: Modality, name: str, number: int) -> Draws | Non
 
 
 def kept_draws(tower: str, modality: Modality) -> dict[str, Any]:
-    """What decides `every_input` beside evaluation's own options; {} for one input an example."""
+    """Returns what determines `every_input` besides evaluation's options; {} for one input each."""
     if modality.views:
         return {"views": modality.fingerprint(), "stream": list(stream_of(tower, modality))}
     several = type(modality).variants is not Modality.variants
@@ -54,7 +55,7 @@ def kept_draws(tower: str, modality: Modality) -> dict[str, Any]:
 
 
 def with_several_variants(source: Source, modality: Modality) -> str:
-    """Names an example with several variants, out of some spread over the source; "" if none."""
+    """Returns a note on an example with several variants, from a sample; "" if there is none."""
     for index in np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int):
         try:
             example = source.read(int(index), (modality.field,))

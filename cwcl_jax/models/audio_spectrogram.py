@@ -1,8 +1,8 @@
 """Audio Spectrogram Transformer: Gong et al. 2021, arXiv 2104.01778.
 
-A ViT over the spectrogram of a recording: overlapping square patches, two tokens in front (DeiT's,
-for class and distillation, arXiv 2012.12877), whose mean is the feature. It always hears the same
-length: a shorter recording is followed by frames of zeros, as its authors pad it, and they count.
+A ViT on the spectrogram of a recording: overlapping square patches after two tokens (DeiT's class
+and distillation tokens, arXiv 2012.12877), whose mean is the feature. The input always has the same
+length: a shorter recording is padded with frames of zeros, as by the authors, without a mask.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from cwcl_jax.weights.readers import Weights
 from cwcl_jax.weights.rules import Layout, Rule
 from cwcl_jax.weights.views import flax_names, without_prefix
 
-# The tokens before the patches.
+# Number of tokens before the patches.
 _FIRST = 2
 
 
@@ -44,7 +44,7 @@ class AstConfig(SpeechAugment):
 
     mel_bins: int = 128
     max_frames: int = 1024
-    """10 ms each; what is heard of every recording, zeros behind a shorter one."""
+    """Number of frames, 10 ms each; shorter recordings are padded with zeros."""
     patch_size: int = 16
     frequency_stride: int = 10
     time_stride: int = 10
@@ -57,13 +57,14 @@ class AstConfig(SpeechAugment):
     qkv_bias: bool = True
     dropout: float = 0.0
     patch_dropout: float = 0.0
-    """Share of the patches that a training step leaves out, others for every recording (PaSST,
-    Koutini et al. 2022, arXiv 2110.05069); nothing is left out in evaluation."""
+    """Share of the patches that a training step leaves out, different ones for every recording
+    (PaSST, Koutini et al. 2022, arXiv 2110.05069); evaluation uses all patches.
+    """
     pooling: str = "cls"
-    """"cls" is the mean of the two tokens in front; "mean" is over the patches."""
+    """"cls" is the mean of the two tokens before the patches; "mean" is over the patches."""
     feature_mean: float = -4.2677393
     feature_std: float = 4.5689974
-    """Log powers become (x - mean) / (2 std); these are AudioSet's."""
+    """Log powers become (x - mean) / (2 std); the defaults are AudioSet's statistics."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,42 +80,42 @@ class AstConfig(SpeechAugment):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along frequency and along time."""
+        """Number of patches along frequency and along time."""
         sizes = (self.mel_bins, self.frequency_stride), (self.max_frames, self.time_stride)
         rows, columns = ((size - self.patch_size) // stride + 1 for size, stride in sizes)
         return rows, columns
 
     @property
     def samples(self) -> int:
-        """Samples that all frames together read."""
+        """Number of samples that all frames together read."""
         return (self.max_frames - 1) * HOP + WINDOW
 
     @property
     def longest(self) -> tuple[str, float]:
-        """The field that bounds how much is heard, and the seconds that it allows."""
+        """Name of the field that limits the length of a recording, and the limit in seconds."""
         return "max_frames", self.samples / SAMPLE_RATE
 
 
-# The published ones, by the stride of their patches: arXiv 2104.01778, tables 2 and 5.
+# The published models, by the stride of their patches: arXiv 2104.01778, tables 2 and 5.
 PRESETS = {
     f"AST-B/{stride}": AstConfig(frequency_stride=stride, time_stride=stride)
     for stride in (10, 12, 14, 16)
 }
-# A second of speech; mean and spread of Speech Commands.
+# One second of speech; mean and standard deviation of Speech Commands.
 PRESETS["AST-B-speech-commands"] = AstConfig(
     max_frames=128, feature_mean=-6.845978, feature_std=5.5654526
 )
 
 
 def _overlapping(x: jax.Array, size: int, stride: int, axis: int) -> jax.Array:
-    """Windows along an axis, whose places get the axis behind it: slices, and not a gather."""
+    """Returns windows along an axis, whose places are on the next axis; slices, not a gather."""
     reach = (x.shape[axis] - size) // stride * stride + 1
     parts = [jax.lax.slice_in_dim(x, i, i + reach, stride, axis) for i in range(size)]
     return jnp.stack(parts, axis=axis + 1)
 
 
 class SpectrogramPatches(nnx.Module):
-    """Overlapping patches times one kernel. Kernel: (frequency, time, 1, width)."""
+    """Overlapping patches times one kernel of shape (frequency, time, 1, width)."""
 
     def __init__(self, config: AstConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         size = config.patch_size
@@ -164,7 +165,11 @@ class SpectrogramTransformer(nnx.Module):
     def frames(
         self, inputs: Mapping[str, Any], key: jax.Array | None = None
     ) -> Float[Array, "b t f"]:
-        """Normalised filter banks of `max_frames` frames, those of zeros behind a recording too."""
+        """Returns normalised filter banks of `max_frames` frames, padded with frames of zeros.
+
+        Raises:
+          ValueError: the waveforms are longer than the frames.
+        """
         config = self.config
         if inputs["waveform"].shape[1] > config.samples:
             field, seconds = config.longest
@@ -186,11 +191,11 @@ class SpectrogramTransformer(nnx.Module):
     def embed(
         self, features: Float[Array, "b t f"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The two tokens and the patches, with their positions; with a key perhaps fewer patches.
+        """Returns the two tokens and the patches, with their positions; a key may drop patches.
 
-        Patches of one band of frequencies stand together, in the order of time.
+        Patches of one frequency band are next to each other, in the order of time.
         """
-        # Sums and repeats in float32, so that the gradients over the batch are summed in it too.
+        # Sum and broadcast in float32, so that gradients over the batch are summed in float32, too.
         x = self.patch_embed(features).astype(jnp.float32)
         first = [
             jnp.broadcast_to(token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
@@ -198,7 +203,7 @@ class SpectrogramTransformer(nnx.Module):
         ]
         x = jnp.concatenate([*first, x], axis=1) + self.position_embedding[...].astype(x.dtype)
         if key is not None and self.config.patch_dropout:
-            # A key of its own: `dropout` below draws from the key itself.
+            # A separate key, because `dropout` below uses `key` itself.
             own = jax.random.fold_in(key, 1)
             x = drop_patches(x, self.config.patch_dropout, own, first=_FIRST)
         return dropout(x.astype(self.execution.dtype), self.config.dropout, key)
@@ -206,7 +211,7 @@ class SpectrogramTransformer(nnx.Module):
     def tokens(
         self, features: Float[Array, "b t f"], key: jax.Array | None = None
     ) -> Float[Array, "b s d"]:
-        """The sequence after the final norm, from filter banks."""
+        """Returns the sequence after the final norm, computed from filter banks."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         x = apply_blocks(
             self.blocks,
@@ -227,7 +232,7 @@ class SpectrogramTransformer(nnx.Module):
         return jnp.mean(pooled, axis=1)
 
 
-# Names of these files, as transformers writes them: published ones, then those of newer versions.
+# Names in these files, as transformers writes them: published ones, then those of newer versions.
 _L = r"(?:encoder/layer|layers)/(\d+)"
 _OURS = r"encoder/blocks/\1"
 _PARTS = (("query", "q"), ("key", "k"), ("value", "v"))
@@ -262,7 +267,7 @@ _FILES = Layout(
         Rule(rf"{_L}/(?:output/dense|mlp/fc2)/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
         Rule(r"layernorm/(scale|bias)", r"encoder/norm/\1"),
     ],
-    # That of 527 sounds, or of 35 words.
+    # The classifier of 527 sounds, or of 35 words.
     ignore=[r"classifier/.*"],
 )
 
@@ -282,10 +287,10 @@ def _read_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_extractor(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The range of the filter banks.
+    """Returns mean and standard deviation of the filter banks.
 
     Raises:
-      ValueError: it asks for another rate than recordings are resampled to.
+      ValueError: it requires another rate than that to which recordings are resampled.
     """
     rate = content.get("sampling_rate", SAMPLE_RATE)
     if rate != SAMPLE_RATE:

@@ -1,8 +1,9 @@
-"""Kaldi's log-mel filter banks inside jit: what the Audio Spectrogram Transformer reads.
+"""Kaldi's log-mel filter banks inside jit, the input of the Audio Spectrogram Transformer.
 
-16 kHz, 25 ms symmetric Hann windows every 10 ms from the first sample on, none beyond the last;
-each without its mean and with its high frequencies raised; power spectra of 512 points, triangles
-on the mel scale between 20 Hz and 8 kHz, the natural logarithm. Always float32.
+16 kHz; 25 ms symmetric Hann windows every 10 ms from the first sample on, only whole windows. The
+mean of each window is removed and its high frequencies are raised (pre-emphasis). Then power
+spectra of 512 points, triangles on the mel scale between 20 Hz and 8 kHz, and the natural
+logarithm. Always float32.
 """
 
 import functools
@@ -20,12 +21,12 @@ _FLOOR = float(np.finfo(np.float32).eps)
 
 
 def fbank_frames(samples: int) -> int:
-    """Frames of so many samples: windows that lie within them as a whole."""
+    """Returns the number of frames, i.e. of windows that are completely inside the samples."""
     return max(0, 1 + (samples - WINDOW) // HOP)
 
 
 def fbank(samples: Float[Array, "b n"], bins: int) -> Float[Array, "b t f"]:
-    """Log powers of `bins` mel bands for every whole window; at least one window is needed."""
+    """Returns log powers of `bins` mel bands for every whole window; needs at least one window."""
     frames = windows(samples, fbank_frames(samples.shape[1]))
     frames = frames - jnp.mean(frames, axis=-1, keepdims=True)
     before = jnp.concatenate([frames[..., :1], frames[..., :-1]], axis=-1)
@@ -38,7 +39,7 @@ def fbank(samples: Float[Array, "b n"], bins: int) -> Float[Array, "b t f"]:
 
 @functools.cache
 def kaldi_filters(bins: int) -> Float[np.ndarray, "w f"]:
-    """Filters that are triangles on the mel scale 1127 ln(1 + hz / 700), each of height 1."""
+    """Returns triangular filters on the mel scale 1127 ln(1 + hz / 700), each of height 1."""
 
     def to_mel(hz: np.ndarray) -> np.ndarray:
         return 1127.0 * np.log1p(hz / 700.0)

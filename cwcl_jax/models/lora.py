@@ -1,10 +1,10 @@
 """LoRA: a locked kernel W and a trained low-rank addition, W + (alpha / R) A B.
 
-Hu et al. 2021, arXiv 2106.09685. `A` is drawn like a kernel and `B` is zero, so that a tower
-initially computes the same as before. Encoders do not know about it. The package's own dense layers
-compute x W + (alpha / R) (x A) B, so that no gradient of a whole W is formed. Other kernels
-(convolutions, layers of the user's) are replaced by the sums in `ModelDef.merge` before a module is
-built. An exported model holds the sums.
+Hu et al. 2021, arXiv 2106.09685. `A` is initialised like a kernel and `B` is zero, so that a tower
+initially computes the same as before. Encoders do not know about LoRA. The package's own dense
+layers compute x W + (alpha / R) (x A) B, so that no gradient of a whole W is computed. Other
+kernels (convolutions, layers of users' encoders) are replaced by the sums in `ModelDef.merge`
+before a module is built. An exported model contains the sums.
 
 A kernel `.../query/kernel` of shape (in, out) gets the leaves `.../query/lora_a/kernel`, (in, R),
 and `.../query/lora_b/kernel`, (R, out). All axes before the last count as inputs, except the
@@ -36,12 +36,12 @@ class Adapter:
     """The two low-rank leaves of one kernel.
 
     Attributes:
-      kernel: its path.
-      shape: its shape.
+      kernel: path of the kernel.
+      shape: shape of the kernel.
       rank: R.
       scale: alpha / R.
       layers: number of stacked layers, the kernel's first axis; 0 for a kernel of one layer.
-      beside: whether the kernel's layer computes the addition itself, beside its own product.
+      beside: whether the kernel's layer computes the addition itself, in addition to its product.
     """
 
     kernel: str
@@ -106,12 +106,12 @@ def effective(leaves: Mapping[str, Any], adapters: Collection[Adapter]) -> dict[
 
 
 def dense_kernels(module: nnx.Module) -> frozenset[str]:
-    """Paths of the kernels whose layers can compute an addition beside their own product."""
+    """Returns the paths of the kernels whose layers can compute an addition themselves."""
     return frozenset(f"{path}/kernel" for path in _dense_layers(module))
 
 
 def attach(module: nnx.Module, adapters: Sequence[Adapter], leaves: Mapping[str, Any]) -> None:
-    """Gives their additions to the layers that compute them; other adapters are passed over."""
+    """Sets the additions of the layers that compute them themselves; ignores other adapters."""
     beside = [adapter for adapter in adapters if adapter.beside]
     layers = _dense_layers(module) if beside else {}
     for adapter in beside:
@@ -144,7 +144,7 @@ def find_adapters(
     Args:
       leaves: shapes of the leaves that could train, by path.
       trained: paths of those that train; a kernel among them gets no addition.
-      dense: see `dense_kernels`; a user's encoder gets sums all the same, as it may read the
+      dense: see `dense_kernels`; a user's encoder gets sums in any case, because it may read the
         kernels of its layers itself.
 
     Raises:

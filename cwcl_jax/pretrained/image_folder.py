@@ -1,4 +1,4 @@
-"""A folder with a model's image tower alone, for `AutoImageProcessor` and a class of transformers.
+"""Writes a model's image tower as a folder for `AutoImageProcessor` and a class of transformers.
 
     vit                 ViTModel, whose pooler is the head: `pooler_output`
     vit of CLIP's kind  CLIPVisionModelWithProjection: `image_embeds`
@@ -7,8 +7,8 @@
                         Dinov2ForImageClassification, whose classifier is the head: `logits`
     dinov3              DINOv3ViTModel: `pooler_output`
 
-That output is what stands before unit length. Anything that these classes cannot compute is
-refused. The importer reads the encoders back.
+This output is the embedding before normalisation to unit length. Anything that these classes cannot
+compute is refused. The importer reads the encoders back.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,14 +56,14 @@ _DINOV3_BLOCK = {
 
 
 class ImageModel(NamedTuple):
-    """A tower in transformers' words: config.json and the arrays of model.safetensors."""
+    """A tower in transformers' format: config.json and the arrays of model.safetensors."""
 
     config: dict[str, Any]
     arrays: Arrays
 
 
 def opened_as(description: ModelDescription) -> tuple[str, str]:
-    """The class of transformers that a user calls, and the field of its outputs with the embeds."""
+    """Returns the class of transformers that opens the folder, and the field of the embeddings."""
     tower = description.towers[image_tower_of(description)]
     settings = tower.encoder_settings()
     if tower.encoder == "vit" and settings.embedding_norm:
@@ -74,17 +74,17 @@ def opened_as(description: ModelDescription) -> tuple[str, str]:
 
 
 def _needs_classifier(settings: Any, has_head: bool) -> bool:
-    """Whether a DINOv2's embeds are more than its class token."""
+    """Returns whether a DINOv2's embeddings are not just its class token."""
     return has_head or settings.pooling != "cls"
 
 
 def write_image_folder(
     folder: Path, description: ModelDescription, leaves: Mapping[str, Any]
 ) -> None:
-    """Writes the image tower; config.json comes last, so that a folder with one is whole.
+    """Writes the image tower; config.json comes last, so that a folder with it is complete.
 
     Raises:
-      ValueError: there is not one image tower, or transformers has no class that computes it.
+      ValueError: there is not exactly one image tower, or transformers has no class for it.
     """
     name = image_tower_of(description)
     model = image_model(description, below(leaves, name))
@@ -96,7 +96,7 @@ def write_image_folder(
 
 
 def image_tower_of(description: ModelDescription) -> str:
-    """The name of the tower that reads pictures.
+    """Returns the name of the tower that reads pictures.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -109,10 +109,10 @@ def image_tower_of(description: ModelDescription) -> str:
 
 
 def image_model(description: ModelDescription, leaves: Arrays) -> ImageModel:
-    """The image tower as the class of transformers that computes its embeds.
+    """Returns the image tower as the class of transformers that computes its embeddings.
 
     Args:
-      leaves: of the tower, by path below it, layers apart from each other.
+      leaves: the tower's leaves, by path below it, with separate leaves for each layer.
 
     Raises:
       ValueError: there is no such class.
@@ -138,10 +138,12 @@ def _refuse(what: str, kind: str) -> None:
 
 
 def vit_model(settings: Any, leaves: Arrays, head: np.ndarray | None) -> ImageModel:
-    """A ViT whose class token is its feature; `head` (embed, width) becomes its pooler.
+    """Returns a ViT whose class token is its feature; `head` (embed, width) becomes its pooler.
+
+    A ViT with a norm between embeddings and blocks becomes a CLIPVisionModelWithProjection.
 
     Raises:
-      ValueError: it pools otherwise, or has a norm between embeddings and blocks.
+      ValueError: the class of transformers cannot compute it, e.g. because of its pooling.
     """
     if settings.embedding_norm:
         return _clip_model(settings, leaves, head)
@@ -168,7 +170,7 @@ def vit_model(settings: Any, leaves: Arrays, head: np.ndarray | None) -> ImageMo
 
 
 def _embeddings(leaves: Arrays, patches: str) -> Arrays:
-    """Class token and patches; a kernel without a bias gets one of zeros."""
+    """Returns class token and patches; a kernel without a bias gets a bias of zeros."""
     kernel = leaves["encoder/patch_embed/kernel"]
     zeros = np.zeros(kernel.shape[-1], np.float32)
     arrays = {
@@ -262,7 +264,7 @@ def _dinov2_model(settings: Any, leaves: Arrays, head: np.ndarray | None) -> Ima
     if not _needs_classifier(settings, head is not None):
         config["architectures"] = [f"{kind}Model"]
         return ImageModel(config, arrays)
-    # Its classifier reads class token and mean of the patches, side by side.
+    # The classifier reads class token and mean of the patches, concatenated.
     head = np.eye(settings.width, dtype=np.float32) if head is None else head
     halves = [head, np.zeros_like(head)]
     arrays = {f"{prefix}.{name}": x for name, x in arrays.items()}
@@ -285,7 +287,7 @@ def _scales(arrays: Arrays, leaves: Arrays, layer: int, prefix: str) -> None:
 
 
 def _joint_gate(arrays: Arrays, leaves: Arrays, layer: int) -> None:
-    """Gate and up of a gated MLP in one array, as published files keep them."""
+    """Writes gate and up of a gated MLP as one array, as in published files."""
     ours, theirs = f"encoder/blocks/{layer}/mlp", f"encoder.layer.{layer}.mlp"
     parts = [leaves[f"{ours}/{part}/kernel"].T for part in ("gate", "up")]
     arrays[f"{theirs}.weights_in.weight"] = np.concatenate(parts)
@@ -295,7 +297,11 @@ def _joint_gate(arrays: Arrays, leaves: Arrays, layer: int) -> None:
 
 
 def _without_mlp_width(settings: Any) -> dict[str, Any]:
-    """The stack's settings with the width of the MLP as a multiple of the tower's, as DINOv2's."""
+    """Returns the stack's settings with the MLP width as a multiple of the width, as in DINOv2.
+
+    Raises:
+      ValueError: it is not such a multiple.
+    """
     config = stack_config(settings)
     del config["intermediate_size"]
     width = settings.width

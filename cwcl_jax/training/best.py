@@ -13,7 +13,7 @@ from typing import Any
 from cwcl_jax.config import ConfigError
 from cwcl_jax.training.options import CheckpointConfig
 
-# Whose numbers stand below a prefix of their own: see `kind_of`.
+# The measurements that provide metrics; see `kind_of`.
 VALIDATION, EVALUATION, TRAINING = "validation", "evaluation", "training"
 
 
@@ -34,10 +34,10 @@ class Best:
     """
 
     def __init__(self, config: CheckpointConfig, saved: Mapping[str, Any] | None = None):
-        """Begins, or goes on with what `state` gave.
+        """Starts empty, or from a state that `state` returned.
 
         Args:
-          saved: of a checkpoint; what belongs to another number is left out.
+          saved: state from a checkpoint; ignored if it belongs to another metric.
         """
         self._name, _, self._direction = config.best.rpartition(":")
         self._patience = config.patience
@@ -73,7 +73,7 @@ class Best:
         """Raises ConfigError if the measurement `kind` should provide the metric but does not."""
         if kind == self.kind and self._name not in known:
             raise ConfigError(
-                f"config.checkpoint.best={self._name}:{self._direction}: no such number is "
+                f"config.checkpoint.best={self._name}:{self._direction}: no such metric is "
                 f"measured; there are {', '.join(sorted(known))}"
             )
 

@@ -29,7 +29,7 @@ from cwcl_jax.training.options import CheckpointConfig
 from cwcl_jax.training.state import TrainState
 from cwcl_jax.training.stores import prepare
 
-# Beside the checkpoints: those that were found damaged.
+# Folder next to the checkpoints, for those that were found damaged.
 _SET_ASIDE = "damaged"
 
 
@@ -53,7 +53,7 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             str(directory.absolute()),
             preservation_policy=_preservation_policy(config, self._kept),
-            # A reader must not remove what a run beside it is just writing.
+            # A reader must not remove what a running training is just writing.
             cleanup_tmp_directories=not read_only,
         )
         _leave_preemption_alone(self._checkpointer)
@@ -110,16 +110,16 @@ class Checkpoints:
                 raise
 
     def _require_folder(self) -> None:
-        """Raises FileNotFoundError where the run's folder is not where it was.
+        """Raises FileNotFoundError if the run's folder is no longer in its place.
 
-        Writing it anew would scatter the run over two folders.
+        Creating it again would distribute the run over two folders.
         """
         directory = to_path(self._checkpointer.directory)
         if not is_url(directory) and not directory.is_dir():
             raise FileNotFoundError(
-                f"{directory} is gone: the workdir was moved or removed while the run went on. The "
-                "checkpoints saved before are where it was moved to: the same command with that "
-                "--workdir goes on from the newest of them"
+                f"{directory} no longer exists: the workdir was moved or removed during the run. "
+                "Earlier checkpoints are in the folder that it was moved to: the same command with "
+                "that --workdir continues from the newest of them"
             )
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -156,14 +156,14 @@ class Checkpoints:
         return None
 
     def _holds_ema(self, step: int) -> bool:
-        """Whether a step has averages; of one whose metadata are damaged, `_load` tells that."""
+        """Returns whether a step has averages; True for damaged metadata, which `_load` reports."""
         metadata = self._metadata(step)
         return metadata is None or any(
             path.startswith("ema/") for path in metadata.get("digests", {})
         )
 
     def _metadata(self, step: int) -> dict[str, Any] | None:
-        """The metadata of a step; None where they cannot be read."""
+        """Returns the metadata of a step; None if they cannot be read."""
         try:
             metadata: Any = self._checkpointer.metadata(step).custom_metadata
             _check_seal(metadata)
@@ -198,12 +198,12 @@ class Checkpoints:
             warn(f"warning: {damage}")
             damaged.append(step)
         raise DamagedCheckpointError(
-            f"no checkpoint in {self._checkpointer.directory} is whole ({damage}); restore the "
-            "folder from a copy, or give a new --workdir to begin anew"
+            f"no checkpoint in {self._checkpointer.directory} is intact ({damage}); restore the "
+            "folder from a copy, or give a new --workdir to start again"
         )
 
     def _set_aside(self, steps: list[int], timeout: float) -> None:
-        """Moves damaged steps away, since the run will save these steps again."""
+        """Moves damaged steps away, because the run will save these steps again."""
         if not steps:
             return
         directory = to_path(self._checkpointer.directory)
@@ -228,8 +228,8 @@ class Checkpoints:
         trained = {"trained": "params", "ema": "ema"}[weights]
         if trained == "ema" and not (target.ema and self._holds_ema(step)):
             raise ConfigError(
-                f"{self._checkpointer.directory}/{step} holds no averages for weights=ema: the run "
-                "keeps them where config.optimizer.ema_decay is set"
+                f"{self._checkpointer.directory}/{step} holds no averages for weights=ema: a run "
+                "has them only if config.optimizer.ema_decay is set"
             )
         parts = _checkpointables(target)
         wanted = {name: parts[name] for name in (trained, "statistics") if name in parts}
@@ -237,7 +237,10 @@ class Checkpoints:
         return {**loaded[trained], **loaded.get("statistics", {})}
 
     def _load(self, step: int, targets: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parts of a checkpoint that `targets` name, checked, and the data's position."""
+        """Returns the verified parts of a checkpoint that `targets` name, and the data's position.
+
+        Raises the same errors as `restore`.
+        """
         if step not in self.steps:
             raise FileNotFoundError(
                 f"{self._checkpointer.directory} holds no checkpoint of step {step}; it holds "
@@ -265,8 +268,8 @@ class Checkpoints:
         return DamagedCheckpointError(
             f"the checkpoint {self._checkpointer.directory}/{step} is damaged ({reason}); "
             + (
-                f"the newest other step is {newest}: `train` goes back to it by itself, other "
-                f"commands take --step={newest}"
+                f"the newest other step is {newest}: `train` resumes from it automatically, other "
+                f"commands need --step={newest}"
                 if newest is not None
                 else "there is no other step"
             )
@@ -287,20 +290,20 @@ class Checkpoints:
 
 
 def _checkpointables(state: TrainState) -> dict[str, Any]:
-    """The parts of a checkpoint; it names no statistics or averages where there are none."""
+    """Returns the parts of a checkpoint; empty statistics and averages are left out."""
     parts = {"params": state.params, "rest": {"step": state.step, "opt_state": state.opt_state}}
     optional = {"statistics": state.statistics, "ema": state.ema}
     return parts | {name: leaves for name, leaves in optional.items() if leaves}
 
 
 def _leaves(parts: Any) -> dict[str, Any]:
-    """Path -> leaf of a checkpoint's parts."""
+    """Returns path -> leaf of a checkpoint's parts."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(parts)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
 def _sealed(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata with a checksum of itself."""
+    """Returns the metadata with their own checksum."""
     return metadata | {"crc32": _crc32(metadata)}
 
 
@@ -309,7 +312,7 @@ def _crc32(metadata: Mapping[str, Any]) -> int:
 
 
 def _check_seal(metadata: Any) -> None:
-    """Raises ValueError for metadata that are not what was saved."""
+    """Raises ValueError if metadata are not what was saved."""
     if not metadata or "data" not in metadata:
         raise ValueError("the position of the data is missing")
     content = {name: value for name, value in metadata.items() if name != "crc32"}
@@ -318,8 +321,8 @@ def _check_seal(metadata: Any) -> None:
 
 
 def _check_digests(loaded: dict[str, Any], saved: Mapping[str, int] | None) -> None:
-    """Raises ValueError for a leaf that is not what was saved."""
-    if saved is None:  # a checkpoint of an earlier version, which had none
+    """Raises ValueError if a leaf is not what was saved."""
+    if saved is None:  # a checkpoint of an earlier version without digests
         return
     found = digests(_leaves(loaded))
     bad = sorted(path for path, value in found.items() if saved.get(path) != value)
@@ -329,7 +332,7 @@ def _check_digests(loaded: dict[str, Any], saved: Mapping[str, int] | None) -> N
 
 
 def _unused(folder: Path, step: int) -> Path:
-    """A name in `folder` that is free."""
+    """Returns an unused path for a step in `folder`."""
     number, path = 1, folder / str(step)
     while path.exists():
         number, path = number + 1, folder / f"{step}.{number}"
@@ -337,10 +340,10 @@ def _unused(folder: Path, step: int) -> Path:
 
 
 def _read_everything(folder: Path) -> None:
-    """Reads each file of a checkpoint, to tell damage from trouble: orbax hides which it was.
+    """Reads every file of a checkpoint, because orbax's errors do not tell damage from I/O errors.
 
     Raises:
-      OSError: a file or folder cannot be read at the moment; names it.
+      OSError: a file or folder cannot be read at the moment. The error names it.
     """
 
     if isinstance(folder, StorePath):
@@ -362,18 +365,18 @@ def _read_everything(folder: Path) -> None:
 
 
 class _KeptStep:
-    """A policy of orbax's: preserves one step, which may change."""
+    """A preservation policy of orbax that keeps one step, which may change."""
 
     step: int | None = None
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Tells which of the checkpoints, by their attribute `step`, stay."""
+        """Returns which checkpoints are kept, by their attribute `step`."""
         del context
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 def _preservation_policy(config: CheckpointConfig, one: _KeptStep) -> Any:
-    """Which checkpoints stay. Any: orbax's policies do not satisfy its own protocol's type."""
+    """Returns the policy for keeping checkpoints; Any: orbax's policies do not fit its protocol."""
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(config.keep or None), one]
     if config.keep_every:
@@ -382,38 +385,38 @@ def _preservation_policy(config: CheckpointConfig, one: _KeptStep) -> Any:
 
 
 def _check_leaves(saved: Any, wanted: Any) -> None:
-    """Raises ConfigError where a checkpoint's leaves are not those that the settings make."""
+    """Raises ConfigError if a checkpoint's leaves are not those that the settings require."""
     then, now = _shapes(saved), _shapes(wanted)
     changed = sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
     if changed:
         first = changed[0]
         raise ConfigError(
-            f"the settings want other leaves than the checkpoint holds: {first} is "
+            f"the leaves of the settings differ from the checkpoint's: {first} is "
             f"{then.get(first, 'missing')} there and {now.get(first, 'missing')} in the settings"
             f"{f', and {len(changed) - 1} more' if len(changed) > 1 else ''}. Such a change cannot "
-            "be resumed: undo it, or give a new --workdir and begin from the run's weights "
+            "be resumed: undo it, or give a new --workdir and start from the run's weights "
             "(python -m cwcl_jax.export, then --config.towers.<modality>.weights=FILE)"
         )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of every leaf."""
+    """Returns path -> shape of every leaf."""
     return {path: tuple(leaf.shape) for path, leaf in _leaves(tree).items()}
 
 
 def _reason(error: BaseException) -> str:
-    """The beginning of what went wrong first; orbax's own last words name only its handlers."""
+    """Returns the first line of the root cause; orbax's last error names only its handlers."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def _leave_preemption_alone(checkpointer: Any) -> None:
-    """Keeps orbax from asking jax whether a preemption is due.
+    """Stops orbax from asking jax whether a preemption is due.
 
-    It asks in every save, with the step's number, for its statistics alone, and again from a
-    thread when the files are written. jax finds the call to stop at from the latest number that
-    each process asked with, and the numbers must be consecutive (`stopping.StopSignal`): with
-    orbax's between them a request could be lost.
+    orbax asks in every save, with the step number, only for its statistics, and again from a thread
+    when the files are written. jax derives the call at which all processes stop from the latest
+    number that each process passed, and these numbers must be consecutive (`stopping.StopSignal`).
+    With orbax's numbers in between, a request could be lost.
     """
     checkpointer._manager.reached_preemption = lambda step: False

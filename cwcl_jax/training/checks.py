@@ -44,21 +44,21 @@ def check_inputs(config: ExperimentConfig) -> None:
 
 
 def check_patch_dropout(blueprint: Blueprint) -> None:
-    """Raises ConfigError for a share of patches to leave out where all of them are seen."""
+    """Raises ConfigError if patch_dropout is set for a locked encoder, which sees all patches."""
     for name, tower in blueprint.config.towers.items():
         share = getattr(tower.encoder_settings(), "patch_dropout", 0.0)
         if share and blueprint.features_are_locked(name):
             raise ConfigError(
-                f"config.towers.{name}.overrides.patch_dropout={share} does nothing: the encoder "
+                f"config.towers.{name}.overrides.patch_dropout={share} has no effect: the encoder "
                 f"is locked (tune={tower.tune!r}), and a locked encoder sees all patches; leave it "
                 "out, or train the encoder (tune='all', 'last:K', 'lora:R')"
             )
 
 
 def _wrong_weights(name: str, tower: TowerConfig) -> str:
-    """What is wrong with a tower's weights as a whole; "" where they are of its family.
+    """Returns an error message if a tower's weights belong to another family, else "".
 
-    Weights of another family bring other sizes and another tokenizer, which are not the mistake.
+    Such weights imply other sizes and another tokenizer, which are not the cause.
     """
     try:
         if tower.weights:
@@ -69,7 +69,7 @@ def _wrong_weights(name: str, tower: TowerConfig) -> str:
 
 
 def _of_loss(config: ExperimentConfig) -> Iterator[str]:
-    """Says what the loss needs of the data and lacks, and what the data brings for nothing."""
+    """Yields what the loss needs but the data lacks, and what the data has but no loss reads."""
     loss, data = resolve(config.loss), config.data
     named = (
         f"config.loss.name={config.loss.name!r} with weight_function={loss.weights.text!r}, "
@@ -82,29 +82,29 @@ def _of_loss(config: ExperimentConfig) -> Iterator[str]:
     if loss.needs_labels and not data.labels:
         yield (
             f"{named} needs labels: set --config.data.labels=class (the source's classes), =text "
-            "(pairs with equal captions) or =sets (several an example, labels=COLUMN in the "
+            "(pairs with equal captions) or =sets (several per example, labels=COLUMN in the "
             "source line)"
         )
     for option, read in reads.items():
         if getattr(data, option) and not read:
             yield (
-                f"config.data.{option}={getattr(data, option)!r} does nothing: {named} does not "
+                f"config.data.{option}={getattr(data, option)!r} has no effect: {named} does not "
                 f"read it. {_READERS[option]}"
             )
     if data.guide and loss.needs_q:
         yield (
-            f"config.data.guide={data.guide!r} does not go with config.loss.weighted='own', which "
-            "weights each direction by its own modality; take weighted='both'"
+            f"config.data.guide={data.guide!r} cannot be combined with config.loss.weighted='own', "
+            "which weights each direction by its own modality; use weighted='both'"
         )
 
 
-# What to do where the data brings something that the loss does not read.
+# Remedies for data that the loss does not read.
 _READERS = {
     "labels": "Losses that do: config.loss.name=supervised or morphoclip; "
     "config.loss.weight_function=labels; config.loss.duplicates=masked or positives. Or leave "
     "config.data.labels out",
-    "guide": "Losses that do make weights of similarities, as config.loss.name=cwcl, or leave out "
-    "false negatives by them, as duplicates=relative0.05. Or leave config.data.guide out",
+    "guide": "Losses that do compute weights from similarities, such as config.loss.name=cwcl, or "
+    "mask false negatives by them, such as duplicates=relative0.05. Or leave config.data.guide out",
 }
 
 
@@ -123,7 +123,10 @@ def check_own_loss(blueprint: Blueprint, source: Source) -> None:
 
 
 def _try_loss(blueprint: Blueprint, source: Source) -> None:
-    """Traces the loss for four pairs; nothing is computed."""
+    """Traces the loss for four pairs, without computing it.
+
+    Raises any error of the loss; ValueError if it does not return a float.
+    """
     config = blueprint.config
     towers = blueprint.model_def.merge(blueprint.abstract).towers
     widths = [towers[tower].feature_width for tower in config.tower_names]
@@ -147,11 +150,14 @@ def _try_loss(blueprint: Blueprint, source: Source) -> None:
         array(),
     )
     if not jnp.issubdtype(made.dtype, jnp.floating):
-        raise ValueError(f"it returns {made.dtype}, and must return a float")
+        raise ValueError(f"it returns {made.dtype}, but must return a float")
 
 
 def _try_weights(loss: LossConfig) -> None:
-    """Computes the weights of cosines from -1 to 1."""
+    """Computes the weights of cosines from -1 to 1.
+
+    Raises any error of the function; ValueError if a weight is negative or not finite.
+    """
     cosines = jnp.linspace(-1.0, 1.0, 21).reshape(3, 7)
     weights = np.asarray(resolve(loss).weights.function()(cosines, 1.0))
     wrong = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))
@@ -201,6 +207,6 @@ def _check_reads_sentences(config: ExperimentConfig, task: str, tower: str) -> N
         inputs.batch(inputs.listed(["a sentence"]))
     except Exception as error:
         raise ConfigError(
-            f"config.evaluation.tasks.{task}.text_tower={tower!r} reads no sentences "
+            f"config.evaluation.tasks.{task}.text_tower={tower!r} cannot read sentences "
             f"({type(inputs).__name__}): {error}"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-# The service's client has no public name; this module is the only one that uses it.
+# The service's client has no public name; only this module uses it.
 from jax._src import distributed as _jax_distributed
 
 _uses: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_GOLDEN = 0x9E3779B9  # 2^32 divided by the golden ratio: an odd step through all words
-_BLOCK = 1 << 11  # words in one turn of the loop on a CPU: they stay in its nearest cache
+_GOLDEN = 0x9E3779B9  # 2^32 divided by the golden ratio: odd, so that multiples visit every word
+_BLOCK = 1 << 11  # words per iteration of the loop on a CPU: they fit into its fastest cache
 
 
 def digests(leaves: Mapping[str, Any]) -> dict[str, int]:
@@ -27,13 +27,13 @@ def digests(leaves: Mapping[str, Any]) -> dict[str, int]:
     Args:
       leaves: path -> global array of any shape and number type.
     """
-    # One small program for each shape, not one large one for each model.
+    # One small program per shape, instead of a large one per model.
     found = {path: _start(leaf) for path, leaf in leaves.items()}
     return {path: int(value) for path, value in jax.device_get(found).items()}
 
 
 def _start(leaf: jax.Array) -> jax.Array:
-    """Starts what computes a leaf's checksum, in the form that suits where it lies."""
+    """Starts computing a leaf's checksum, in the form that suits its devices."""
     in_blocks = leaf.dtype.itemsize <= 4 and leaf.size >= _BLOCK and leaf.is_fully_replicated
     if in_blocks and all(device.platform == "cpu" for device in leaf.devices()):
         return _digest_in_blocks(leaf.addressable_data(0))
@@ -42,10 +42,10 @@ def _start(leaf: jax.Array) -> jax.Array:
 
 @jax.jit
 def _digest_in_blocks(leaf: jax.Array) -> jax.Array:
-    """The same sum for a CPU, where XLA adds up a whole array number by number.
+    """Returns the same sum as `_digest`, for CPUs, where XLA sums a whole array element by element.
 
-    A loop over blocks that adds block to block takes 40 % of that; on a GPU it would be a launch a
-    block.
+    A loop that adds blocks elementwise takes 40 % of that time. On a GPU, every block would be a
+    kernel launch.
     """
     flat = leaf.ravel()
     blocks, rest = divmod(flat.size, _BLOCK)
@@ -73,7 +73,7 @@ def _digest(leaf: jax.Array) -> jax.Array:
 
 
 def _words(leaf: jax.Array) -> jax.Array:
-    """The bits of each element as 32-bit words; an element of 64 bits becomes two."""
+    """Returns the bits of each element as 32-bit words; an element of 64 bits becomes two."""
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint32)
     bits = min(8 * leaf.dtype.itemsize, 32)

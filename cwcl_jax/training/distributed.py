@@ -33,11 +33,11 @@ from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.process_logs import ProcessLog, open_process_log
 from cwcl_jax.training.watchdog import Watchdog
 
-# Seconds in which processes that fail alike wait for each other: that find the same mistake, and
-# that stand still alike, which their watchdogs notice a tick and a few steps apart.
+# Seconds that failing processes wait for others with the same failure: those that find the same
+# mistake, and those that hang at the same point, whose watchdogs fire a tick and a few steps apart.
 _LAST_MEETING = 10.0
-# Seconds that the process with the coordination service stays where not all came to such a meeting:
-# jax aborts every process that sees the service go.
+# Extra seconds of the process with the coordination service if not all came to such a meeting: jax
+# aborts every process when the service ends.
 _HEAD_START = 1.0
 
 
@@ -94,21 +94,25 @@ def find_layout(config: DistributedConfig, environ: Mapping[str, str]) -> Layout
 
 
 def _detected(environ: Mapping[str, str]) -> str | None:
-    """The name of a cluster whose variables jax understands, if it runs several processes."""
+    """Returns the cluster whose variables jax understands, if it runs several processes."""
     if environ.get("SLURM_STEP_NODELIST") and int(environ.get("SLURM_NTASKS", "1")) > 1:
         return "SLURM"
     if int(environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
-    # GKE's variables; hosts reached by gcloud have none, and jax asks their metadata server.
+    # Variables of GKE. Hosts reached by gcloud have none, and jax asks their metadata server.
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     several = _several_tpu_hosts() if hosts is None else len(hosts.split(",")) > 1
     return "Cloud TPU" if several else None
 
 
 def _several_tpu_hosts() -> bool:
-    """Whether the metadata server of this machine knows a TPU slice of several hosts."""
-    # What jax.distributed.initialize itself asks. It has no public name, so a jax that has moved it
-    # must cost no more than this one way of starting.
+    """Returns whether this machine's metadata server reports a TPU slice of several hosts.
+
+    Raises:
+      ConfigError: the machine has TPUs, but the server does not answer.
+    """
+    # jax.distributed.initialize asks the same. The class is not public, so if jax moves it, only
+    # this way of starting is lost.
     try:
         from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
     except ImportError:
@@ -117,7 +121,7 @@ def _several_tpu_hosts() -> bool:
         return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
     except OSError as error:
         raise ConfigError(
-            f"this machine has TPUs, but its metadata server does not say of how many hosts: "
+            f"this machine has TPUs, but its metadata server does not report the number of hosts: "
             f"{error}; set TPU_SKIP_MDS_QUERY=1 if there is no such server"
         ) from error
 
@@ -143,7 +147,7 @@ def _checked(layout: Layout) -> Layout | None:
         )
     if layout.process_id is None or not 0 <= layout.process_id < (layout.num_processes or 0):
         raise ConfigError(
-            f"{where}: process_id={layout.process_id} must lie in 0..{layout.num_processes}-1"
+            f"{where}: process_id={layout.process_id} must be in 0..{layout.num_processes}-1"
         )
     return layout
 
@@ -254,22 +258,24 @@ def run_main(
                     jax.distributed.shutdown()
             return code
         except BaseException as error:
-            watchdog.hold()  # the exception may come from another process that left as overdue
+            # the exception may be caused by another process that left because its watchdog fired
+            watchdog.hold()
             if not jax.distributed.is_initialized():
                 raise
             _say_exception(log, error)
             code = code_of(error)
             if code == BAD_CONFIG:
-                # Mostly all processes find the same mistake: each may say so and give this code.
+                # Usually all processes find the same mistake: each may report it and exit with this
+                # code.
                 _leave_together("bad configuration")
             end_job(code)
 
 
 def _leave_together(name: str) -> None:
-    """Waits until every process is ready to leave, but not for ever.
+    """Waits until every process is ready to leave, but not forever.
 
-    Those that met part from the coordination service before any of them leaves: the end of its
-    process aborts whoever still hangs on it, however little it had left to do.
+    The processes that met leave the coordination service before any of them exits: the end of its
+    process aborts all that are still connected, however little work they had left.
     """
     parted = threading.Event()
 
@@ -280,8 +286,8 @@ def _leave_together(name: str) -> None:
             parted.set()
 
     if jax.distributed.is_initialized():
-        # In a thread of its own: neither a service that is frozen nor a backend that never comes
-        # up may keep the process here.
+        # In a thread, because neither a frozen service nor a backend that never starts may keep the
+        # process here.
         meeting = threading.Thread(target=meet, name="last meeting", daemon=True)
         meeting.start()
         meeting.join(2 * _LAST_MEETING)
@@ -310,7 +316,7 @@ def check_agreement(facts: Mapping[str, str], timeout: float) -> None:
     different = differing(names, everyone)
     if not different:
         return
-    # Only now the facts themselves travel.
+    # Only now the facts themselves are exchanged.
     values = gather("disagreement", json.dumps(dict(facts)), timeout)
     lines = []
     for name, processes in different.items():
@@ -318,8 +324,7 @@ def check_agreement(facts: Mapping[str, str], timeout: float) -> None:
         listed = ", ".join(map(str, processes))
         lines.append(f"{name} (process {listed}): {_difference(here, there)}")
     raise ConfigError(
-        "the processes of this job do not run the same thing; what differs from process 0: "
-        + "; ".join(lines)
+        "the processes of this job do not agree; differences from process 0: " + "; ".join(lines)
     )
 
 
@@ -341,7 +346,7 @@ def differing(names: Sequence[str], digests: Sequence[Sequence[str]]) -> dict[st
 
 
 def _difference(here: str, there: str) -> str:
-    """The first stretch in which two texts differ."""
+    """Returns the first parts in which two texts differ."""
     first = next(
         (i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b),
         min(len(here), len(there)),

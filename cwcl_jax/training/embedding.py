@@ -29,7 +29,7 @@ from cwcl_jax.training.state import Blueprint, TowerSource
 from cwcl_jax.training.watchdog import Watchdog, unwatched
 
 Inputs = dict[str, np.ndarray]
-# Fields of a tower's settings that decide how it computes, but not what.
+# Fields of a tower's settings that affect how it computes, but not what.
 _NO_INFLUENCE = (
     "weights", "tune", "lora_kernels", "lora_alpha", "head", "remat", "scan_layers", "attention",
 )  # fmt: skip
@@ -47,7 +47,7 @@ def folder_description(
 ) -> EmbeddingDescription:
     """Returns the description that the folder will hold.
 
-    Features are of all inputs from which training draws, if there is a list of them.
+    If training draws from a list of inputs, features are computed for all of them.
     """
     blueprint = encoder.blueprint
     inputs = blueprint.config.data.inputs_of(modality)
@@ -104,7 +104,7 @@ def preprocessing(config: ExperimentConfig, modality: str, output: str) -> dict[
         **({"code": code} if code else {}),
         "output": output,
         "tower": tower | {"dtype": tower["dtype"] or config.dtype},
-        # Vectors are made as in evaluation.
+        # Vectors are computed as in evaluation.
         "inputs": config.data.inputs_of(modality).fingerprint(training=False),
     }
 
@@ -176,7 +176,7 @@ def _report(done: int, total: int, seconds: float) -> None:
 def _batches(
     examples: Iterable[ExampleInputs], size: int
 ) -> Iterator[tuple[list[Inputs], list[ExampleInputs]]]:
-    """The inputs of the examples, `size` at a time, and the examples whose inputs end there."""
+    """Yields inputs, `size` at a time, and the examples whose inputs end there."""
     inputs: list[Inputs] = []
     completed: list[ExampleInputs] = []
     for example in examples:
@@ -193,7 +193,7 @@ def _batches(
 def _encoded(
     encoder: Encoder, tower: str, inputs: Sequence[Inputs], output: str, size: int
 ) -> np.ndarray:
-    """The rows of the inputs, filled up to the size of earlier batches for the same program."""
+    """Returns the rows of the inputs, padded to earlier batches' size to use the same program."""
     filled = [*inputs, *[inputs[-1]] * (size - len(inputs))]
     batch = {name: np.stack([arrays[name] for arrays in filled]) for name in filled[0]}
     return encoder.encode(tower, batch, output=output)[: len(inputs)]
@@ -214,7 +214,7 @@ def all_finished(finished: bool, stop: Callable[[], bool], watchdog: Watchdog) -
 
 
 def _check_share(unusable: Counter[str], done: int, total: int, limit: float) -> None:
-    """Raises TooManyBadExamples; at the end also for the few that a share says nothing of before.
+    """Raises TooManyBadExamples at the end, also for the few that a share does not cover before.
 
     One example may always be bad, unless the limit is 0: it has a row without a vector.
     """
@@ -222,8 +222,8 @@ def _check_share(unusable: Counter[str], done: int, total: int, limit: float) ->
     if done == total and count > max(1 if limit else 0, limit * total):
         kinds = ", ".join(f"{kind}: {number}" for kind, number in sorted(unusable.items()))
         raise TooManyBadExamples(
-            f"{count} of {total} examples are unusable ({kinds}), more than the share "
-            f"data.max_skipped_share={limit} allows. Repair the data, or give a larger share."
+            f"{count} of {total} examples are unusable ({kinds}), a larger share than "
+            f"data.max_skipped_share={limit}. Repair the data, or raise this limit."
         )
 
 
@@ -252,10 +252,10 @@ def check_features(
         stores = source.stores.get(tower, ())
         if not stores:
             raise ConfigError(
-                f"{what} gives features for the tower {tower!r}, but nothing says that "
-                f"its encoder {config.towers[tower].encoder!r} made them: set "
-                f"config.towers.{tower}.encoder='precomputed' to take them as inputs, make them "
-                "with python -m cwcl_jax.embed, or, where they are raw inputs, say so in the "
+                f"{what} provides features for the tower {tower!r}, but it is unknown whether its "
+                f"encoder {config.towers[tower].encoder!r} computed them: set "
+                f"config.towers.{tower}.encoder='precomputed' to use them as inputs, compute them "
+                "with python -m cwcl_jax.embed, or, if they are raw inputs, declare them in the "
                 "source line (raw=NAME)"
             )
         for store in stores:

@@ -30,7 +30,7 @@ from cwcl_jax.training.state import (
 )
 from cwcl_jax.training.workdir import check_same_sources, load_config, read_record
 
-# Which leaves of a run, and which step beside the numbers.
+# The leaves of a run that can be chosen, and the name of a step that is not a number.
 WEIGHTS = ("trained", "ema")
 BEST = "best"
 
@@ -133,7 +133,7 @@ class Encoder:
 
 
 def _pad(array: np.ndarray, rows: int) -> np.ndarray:
-    """The last row again, `rows` times."""
+    """Returns the array with its last row repeated `rows` times at the end."""
     return np.concatenate([array, np.repeat(array[-1:], rows, axis=0)]) if rows else array
 
 
@@ -202,7 +202,9 @@ def _best_step(checkpoints: Checkpoints, config: ExperimentConfig) -> int:
     if best.get("step") is None:
         asked = config.checkpoint.best
         why = (
-            f"measured no {asked} yet" if asked else "kept none: config.checkpoint.best is not set"
+            f"measured no {asked} yet"
+            if asked
+            else "has no best step: config.checkpoint.best is not set"
         )
         raise ConfigError(f"step=best: the run {why}; its steps are {checkpoints.steps}")
     return best["step"]
@@ -240,7 +242,7 @@ def imported_encoder(
 
 
 def _encoding_mesh(config: ExperimentConfig, devices: Sequence[Any] | None) -> Mesh:
-    """The run's own mesh where the devices at hand allow it, else one without `fsdp`."""
+    """Returns the run's own mesh if the available devices fit it, else a mesh without `fsdp`."""
     count = jax.device_count() if devices is None else len(devices)
     fits = count % config.mesh.fsdp == 0
     return sharding.make_mesh(config.mesh if fits else MeshConfig(), devices)

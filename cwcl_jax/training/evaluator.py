@@ -32,7 +32,7 @@ class Evaluator:
         return [f"evaluation task {name}: {told}" for name, told in self._seen.items()]
 
     def check_sources(self) -> None:
-        """Raises ConfigError for a task that cannot run: at the start, not after the last step."""
+        """Raises ConfigError if a task cannot run: at the start, not after the last step."""
         config = self._config
         try:
             check_in_distribution(config.evaluation)
@@ -62,7 +62,7 @@ class Evaluator:
                 pretrained=f"step {encoder.step}",
                 baselines_file=baselines,
             )
-        # Behind the values themselves: a table that fails would cost them.
+        # After writing the results, so that a failing table cannot lose them.
         table = terminal_report(results, baselines_file=baselines) or "no evaluation tasks"
         if is_primary():
             write_text(self._table_path, table + "\n")

@@ -1,9 +1,9 @@
-"""The feature cache: what locked encoders give, kept in the user's cache folder.
+"""The feature cache: features of locked encoders, stored in the user's cache folder.
 
-Features of training data belong to examples by their place, those of evaluations to inputs by
-their own bytes, so that prompts and test items are encoded once by any run with the same encoder.
-Both lie in folders of `data.embeddings`, which are named after all that decides their vectors: what
-is found is fresh. `python -m cwcl_jax.embed` writes the same folders where a person wants them.
+Features of training data are stored by the examples' positions, those of evaluations by a hash of
+the inputs, so that any run with the same encoder encodes prompts and test items only once. Both are
+in folders of `data.embeddings` whose names are hashes of everything that determines the vectors, so
+that a folder is never stale. `python -m cwcl_jax.embed` writes such folders anywhere else.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from cwcl_jax.training.state import TowerSource
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 256
-# In place of a source's fingerprint: rows that belong to inputs.
+# Instead of a source's fingerprint, for rows that belong to inputs.
 _BY_CONTENT = "inputs"
 
 
 def cache_folder(config: ExperimentConfig) -> Path:
-    """Where features are kept."""
+    """Returns the folder of the cached features."""
     return cache_home(config.data.cache_dir) / "features"
 
 
@@ -54,14 +54,14 @@ def keep(
     description: EmbeddingDescription,
     beat: Callable[[], None],
 ) -> Path:
-    """The complete folder of a source's features, after what was missing of it has been written.
+    """Computes the missing features of a source; returns the complete folder.
 
-    Every process of a job writes its share. Where they share no folder each then writes the rest,
-    since any example may come up in its part of a batch.
+    Every process of a job writes its share. If processes do not share a folder, each of them then
+    writes the rest, because any example may occur in its part of a batch.
 
     Args:
-      encoder: with devices of this process alone.
-      beat: called now and then: the watchdog's.
+      encoder: an encoder on devices of this process only.
+      beat: called regularly, for the watchdog.
     """
     folder = _place(config, description)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def keep(
         if (part, parts) != (index, count):
             meet(f"features/{folder.name}", "", beat)
         lock = f"{folder.name}.lock" if parts == 1 else f"{folder.name}-{part}-of-{parts}.lock"
-        # Other runs wait. Whoever holds the lock is watched by a watchdog of its own.
+        # Other runs wait. Whoever holds the lock is supervised by its own watchdog.
         with locked(folder.with_name(lock), waiting=beat):
             _write(
                 EmbeddingWriter(folder, description, process_index=part, process_count=parts),
@@ -92,8 +92,8 @@ def _write(
         return
     description = writer.description
     print(
-        f"features of the locked {description.tower} encoder, once, into {writer.folder}: "
-        f"{description.told()} for each of {missing} examples",
+        f"computing features of the locked {description.tower} encoder, once, into "
+        f"{writer.folder}: {description.told()} for each of {missing} examples",
         flush=True,
     )
     encoder.on_batch = beat
@@ -106,14 +106,14 @@ def _write(
 
 
 class FeatureCache:
-    """`encode` of an encoder, that computes features of locked encoders once for each input.
+    """Wraps `Encoder.encode` with a cache of locked-encoder features.
 
-    `encoder` may be replaced by one with another head. Keeps nothing where the settings do not ask
+    `encoder` may be replaced by one with another head. Nothing is cached unless the settings ask
     for it.
     """
 
     def __init__(self, encoder: Encoder, sources: Mapping[str, TowerSource]):
-        """Reads what is kept; of several processes all must do so."""
+        """Reads the cached features; all processes of a job must do so together."""
         self.encoder = encoder
         blueprint = encoder.blueprint
         config = blueprint.config
@@ -133,7 +133,7 @@ class FeatureCache:
                 preprocessing=preprocessing(config, tower, "features"),
             )
             rows = _read(_place(config, self._descriptions[tower]))
-            # Processes that knew different inputs would not encode together.
+            # Processes that know different inputs would not encode the same batches.
             known = hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()
             alike = set(gather(f"kept/{tower}", known, config.distributed.barrier_timeout))
             self._rows[tower], self._new[tower] = (rows if len(alike) == 1 else {}), set()
@@ -141,7 +141,7 @@ class FeatureCache:
     def encode(
         self, tower: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
     ) -> np.ndarray:
-        """As `Encoder.encode`."""
+        """Returns the same as `Encoder.encode`."""
         if tower not in self._rows or only_features(inputs):
             return self.encoder.encode(tower, inputs, output=output)
         rows, keys = self._rows[tower], [key.hex() for key in row_keys(inputs)]
@@ -156,7 +156,7 @@ class FeatureCache:
         return self.encoder.encode(tower, {"features": features})
 
     def save(self) -> None:
-        """Writes what is new, into a folder of its own: runs may do so at the same time."""
+        """Writes new features to a separate folder, because runs may do so at the same time."""
         for tower, new in self._new.items():
             if not new or not is_primary():
                 continue
@@ -169,16 +169,16 @@ class FeatureCache:
 
 
 def _read(place: Path) -> dict[str, np.ndarray]:
-    """The rows of all folders in a place, but for what is not complete, or damaged."""
+    """Returns the rows of all folders in a place, without incomplete or damaged folders."""
     rows: dict[str, np.ndarray] = {}
     for folder in sorted(place.glob("*")):
         try:
             store = EmbeddingStore(folder)
             keys, found = store.stored(np.arange(len(store)))
-        except FileNotFoundError:  # of a process that writes it, or was killed
+        except FileNotFoundError:  # being written, or left by a killed process
             continue
         except ValueError as error:
-            _LOG.warning("%s; its features are made again", error)
+            _LOG.warning("%s; its features are computed again", error)
             continue
         rows.update(zip(keys, found if found is not None else (), strict=True))
     return rows

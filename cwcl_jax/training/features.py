@@ -69,8 +69,8 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         return source
     _check_repeatable(config, locked, source, "config.data.keep_locked_features=True")
     check_inputs(blueprint.config)
-    # What batches ask of the settings: now, and not after hours of embedding. Only neighbours by
-    # features that are still to be made are looked for later.
+    # Check now, and not after hours of embedding, that batches can be made with these settings.
+    # Only a search for neighbours by features that do not exist yet has to wait.
     data = config.data
     if features_read(data.batches) in locked:
         data = dataclasses.replace(data, batches="", validation_composed=False)
@@ -118,9 +118,9 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
     loss = too_much(losses, config.data.max_cut_share)
     if loss:
         raise ConfigError(
-            f"in a sample of config.data.train {loss}, more than the share "
-            f"config.data.max_cut_share={config.data.max_cut_share} allows: "
-            f"{_remedy(config, loss)}, or allow it by a larger --config.data.max_cut_share"
+            f"in a sample of config.data.train {loss}, a larger share than "
+            f"config.data.max_cut_share={config.data.max_cut_share}: "
+            f"{_remedy(config, loss)}, or raise --config.data.max_cut_share"
         )
 
 
@@ -139,8 +139,8 @@ def check_label_sets(config: ExperimentConfig, source: Source, what: str = "trai
         named = any("labels" in part.options for part in parse_source_line(line))
         if named and is_primary():
             print(
-                f"warning: the labels= of config.data.{what} are not read: that takes "
-                "config.data.labels=sets, and a loss that goes by labels",
+                f"warning: the labels= of config.data.{what} are not read: set "
+                "config.data.labels=sets, and a loss that uses labels",
                 flush=True,
             )
         return
@@ -180,18 +180,18 @@ def _remedy(config: ExperimentConfig, loss: Loss) -> str:
 def _check_repeatable(
     config: ExperimentConfig, towers: Sequence[str], source: Source, asked: str
 ) -> None:
-    """Raises ConfigError where a tower's inputs are new ones in every epoch, without end."""
+    """Raises ConfigError if a tower's inputs are different in every epoch, without end."""
     for tower in towers:
         inputs = config.data.inputs_of(tower)
         if not inputs.views and (varied := inputs.varies(source)):
             raise ConfigError(
                 f"{asked} needs inputs that are the same in every epoch, but config.data.{tower}: "
-                f"{varied}, or do without {asked}"
+                f"{varied}, or leave out {asked}"
             )
 
 
 def _check_draws(config: ExperimentConfig, towers: Sequence[str], source: Source) -> None:
-    """Raises ConfigError where folders hold vectors of other inputs than training would draw."""
+    """Raises ConfigError if folders hold vectors of other inputs than training would draw."""
     for tower in towers:
         inputs = config.data.inputs_of(tower)
         wanted = kept_draws(tower, inputs)
@@ -205,7 +205,7 @@ def _check_draws(config: ExperimentConfig, towers: Sequence[str], source: Source
                     continue
             raise ConfigError(
                 f"features_from={store.folder} holds {store.description.told()} for an example, "
-                f"but training draws among {_told(inputs, several)}: make it again with "
+                f"but training draws from {_told(inputs, several)}: make it again with "
                 "python -m cwcl_jax.embed and this config, or leave out features_from="
             )
 

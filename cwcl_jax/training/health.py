@@ -23,11 +23,11 @@ import optax
 from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.losses.options import resolve
 
-# A sign must stand for this share of the run before it is told, within these numbers of steps.
+# A sign must persist for this share of the run before it is reported, within these limits in steps.
 _SHARE, _LEAST, _MOST = 0.1, 20, 200
 _NEAR_CHANCE = 0.02
-# A text tower that begins from scratch passes through a mean cosine of 0.94 and learns all the
-# while: a narrow cone is no collapse.
+# A text tower that is trained from scratch passes through a mean cosine of 0.94 while it learns: a
+# narrow cone is not a collapse.
 _COLLAPSED_COSINE, _COLLAPSED_RANK = 0.99, 1.02
 
 
@@ -77,13 +77,13 @@ def of_scale(params: Mapping[str, jax.Array], maximum: float) -> dict[str, jax.A
 
 @dataclasses.dataclass
 class _Sign:
-    """Something that should not stand for long.
+    """A condition that should not persist.
 
     Attributes:
-      holds: whether it does, by the logged values.
-      told: what to tell, with the step since which it does.
-      since: the first step of its standing; None where it does not.
-      is_told: whether this standing was told.
+      holds: returns whether the condition holds, given the logged values.
+      told: returns the message, given the step since which it holds, and the values.
+      since: first step of the current period in which it holds; None if it does not.
+      is_told: whether this period was reported.
     """
 
     holds: Callable[[Mapping[str, float]], bool]
@@ -93,13 +93,13 @@ class _Sign:
 
 
 class Health:
-    """Watches the logged metrics of a run for problems that a person should know."""
+    """Watches the logged metrics of a run for problems that the user should know."""
 
     def __init__(self, config: ExperimentConfig, trained: Mapping[str, bool]):
-        """Begins to watch.
+        """Starts to watch.
 
         Args:
-          trained: tower -> whether anything of it trains.
+          trained: tower -> whether any of its leaves train.
         """
         self._warmup = config.optimizer.warmup_steps
         self._window = min(_MOST, max(_LEAST, round(_SHARE * config.total_steps)))
@@ -125,7 +125,7 @@ def _at_chance(config: ExperimentConfig) -> _Sign:
     frame = resolve(config.loss)
 
     def directions(values: Mapping[str, float]) -> list[tuple[float, float]]:
-        """The loss of each direction, and the least that its targets allow."""
+        """Returns the loss of each direction, and the minimum that its targets allow."""
         floor = values.get("target_entropy", 0.0)
         found = []
         for name in ("u_to_v", "v_to_u"):
@@ -135,7 +135,7 @@ def _at_chance(config: ExperimentConfig) -> _Sign:
         return found
 
     def holds(values: Mapping[str, float]) -> bool:
-        # Soft targets may be so even that a loss near log N is all there is to reach.
+        # Soft targets may be so uniform that a loss near log N is the minimum.
         telling = [(loss, chance - floor) for loss, floor in directions(values)]
         telling = [(loss, room) for loss, room in telling if room > 0.1 * chance]
         near = [abs(chance - loss) < _NEAR_CHANCE * room for loss, room in telling]
@@ -143,9 +143,9 @@ def _at_chance(config: ExperimentConfig) -> _Sign:
 
     def told(since: int, values: Mapping[str, float]) -> str:
         return (
-            f"the loss has stood at log N = {chance:.3f}, which is chance in a batch of "
-            f"{config.global_batch_size}, since step {since}: no pair is told from another. Look "
-            "whether the two sides of the pairs belong together, and try another "
+            f"the loss has been at log N = {chance:.3f}, the chance level of a batch of "
+            f"{config.global_batch_size}, since step {since}: the model does not distinguish "
+            "pairs. Check whether the two sides of the pairs belong together, and try another "
             "--config.optimizer.learning_rate (often a lower one) or a longer "
             "--config.optimizer.warmup_steps"
         )
@@ -158,9 +158,10 @@ def _at_clamp(config: ExperimentConfig) -> _Sign:
 
     def told(since: int, values: Mapping[str, float]) -> str:
         return (
-            f"the inverse temperature has sat at its clamp, {maximum:g}, since step {since}. While "
-            "the held-out loss falls that does no harm; else raise --config.temperature.maximum, "
-            "or let it rise more slowly (--config.optimizer.multipliers=logit_scale=0.1)"
+            f"the inverse temperature has been at its clamp, {maximum:g}, since step {since}. As "
+            "long as the held-out loss falls, this is harmless; otherwise raise "
+            "--config.temperature.maximum, or let it rise more slowly "
+            "(--config.optimizer.multipliers=logit_scale=0.1)"
         )
 
     return _Sign(lambda values: values.get("logit_scale_at_clamp", 0.0) == 1.0, told)
@@ -178,12 +179,12 @@ def _collapsed(tower: str, trains: bool) -> _Sign:
             "Go back to an earlier step, with a lower --config.optimizer.learning_rate, a longer "
             "--config.optimizer.warmup_steps or a smaller --config.optimizer.clip_norm"
             if trains
-            else f"It does not train: look at its weights, config.towers.{tower}.pooling and what "
-            "it reads"
+            else f"It does not train: check its weights, config.towers.{tower}.pooling and its "
+            "inputs"
         )
         return (
-            f"the embeds of the {tower} tower have collapsed since step {since}: mean cosine "
-            f"{values[cosine]:.3f}, effective rank {values[rank]:.2f}, so all examples look alike. "
+            f"the embeddings of the {tower} tower have collapsed since step {since}: mean cosine "
+            f"{values[cosine]:.3f}, effective rank {values[rank]:.2f}, so all are nearly equal. "
             f"{remedy}"
         )
 

@@ -27,7 +27,9 @@ def interpolated(restored: Restored, share: float) -> Leaves:
       ConfigError: the share is not from 0 to 1, or a trained leaf started from random numbers.
     """
     if not 0 <= share <= 1:
-        raise ConfigError(f"interpolate={share}: 0 is the start, 1 what was trained")
+        raise ConfigError(
+            f"interpolate={share} must be from 0 (the start) to 1 (the trained weights)"
+        )
     blueprint = restored.blueprint
     leaves = restored.plain
     changed = {x.kernel for x in blueprint.model_def.adapters} | restored.params.keys()
@@ -37,7 +39,7 @@ def interpolated(restored: Restored, share: float) -> Leaves:
             tower = f"config.towers.{path.split('/')[1]}"
             weights = blueprint.config.towers[path.split("/")[1]].weights
             raise ConfigError(
-                f"interpolate={share} is between the start and what was trained, but {path} "
+                f"interpolate={share} is between the start and the trained weights, but {path} "
                 f"started from random numbers: {tower}.weights={weights!r} "
                 + ("holds nothing for it" if weights else "names no weights")
             )
@@ -47,7 +49,7 @@ def interpolated(restored: Restored, share: float) -> Leaves:
 
 
 def _start(blueprint: Blueprint) -> Leaves:
-    """What was there before the first step, but for random numbers."""
+    """Returns the leaves before the first step, without those that started from random numbers."""
     temperature = blueprint.config.temperature
     scalars = {
         "logit_scale": np.float32(math.log(temperature.initial)),

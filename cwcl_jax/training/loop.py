@@ -25,8 +25,8 @@ from cwcl_jax.training.stopping import Stopped, StopSignal
 from cwcl_jax.training.watchdog import Watchdog
 from cwcl_jax.training.workdir import write_json
 
-# Steps that may be under way on the devices: enough to hide dispatch, few enough that their
-# batches do not fill the memory.
+# Steps that may be in flight on the devices: enough to hide dispatch, few enough that their batches
+# do not fill the memory.
 _IN_FLIGHT = 2
 
 
@@ -120,7 +120,7 @@ class Loop:
             with self._watchdog.phase("first_step" if done == start else "step"):
                 self._profiler.at(done, state)
                 state, batch = self._advance(state, locked, batches, done + 1)
-                if done == start:  # its limit is for the compilation too, which is over then
+                if done == start:  # its limit covers the compilation, which is finished then
                     jax.block_until_ready(self._unread[-1].metrics)
                 done += 1
                 if (
@@ -133,7 +133,7 @@ class Loop:
                 self._run_validation(state, locked, done)
                 clock.restart(done)
             stopping = done < config.total_steps and stop.requested()
-            # What decides on the best step comes before the checkpoint that remembers it.
+            # A metric that selects the best step is measured before the checkpoint that stores it.
             evaluated = self._best.kind == EVALUATION and self._evaluation_is_due(done)
             if evaluated and not stopping:
                 stopping = not self._run_evaluation(state, done)
@@ -155,7 +155,7 @@ class Loop:
     def _advance(
         self, state: TrainState, locked: Leaves, batches: DeviceInput, number: int
     ) -> tuple[TrainState, DeviceBatch]:
-        """Sends one step to the devices and waits for an earlier one."""
+        """Sends a step to the devices, waits for an earlier one; returns state and batch."""
         self._watchdog.beat(f"step {number}, waiting for data")
         batch = next(batches)
         self._watchdog.beat(f"step {number}, on the devices")
@@ -170,7 +170,7 @@ class Loop:
             jax.block_until_ready(self._unread[-_IN_FLIGHT - 1].metrics)
 
     def _log(self, done: int, clock: _Clock, batch: DeviceBatch) -> None:
-        """Reads what the devices have computed, checks every step of it, writes the last one."""
+        """Reads the metrics that the devices computed, checks all steps, writes the last one."""
         values = self._read_metrics()
         self._best.observe(done, values, TRAINING)
         for warning in self._health.look(done, values):
@@ -180,7 +180,7 @@ class Loop:
         values |= speed
         if "seconds_per_step" in speed:
             values |= self._meter.read(clock.seconds_per_step)
-        else:  # before anything is timed
+        else:  # nothing is timed yet
             self._meter.prepare(batch.arrays)
             clock.restart()
         self._write(done, values)
@@ -188,12 +188,12 @@ class Loop:
         self._progress.show(done, values | self._validated, eta_seconds=remaining)
 
     def _read_metrics(self) -> dict[str, float]:
-        """The newest step's metrics as floats, after checking every unread step."""
+        """Returns the newest step's metrics as floats, after checking every unread step."""
         while self._unread:
             pending = self._unread.popleft()
             values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
-            # The gradient too: a bad one has reached the parameters, but no loss before the next
-            # step, whose batch would be blamed.
+            # Also the gradient: if it is not finite, the parameters are already damaged, but the
+            # loss shows it only in the next step, whose batch would be blamed.
             for name, words in (("loss", "loss"), ("gradient_norm", "gradient's norm")):
                 if not np.isfinite(values[name]):
                     self._report_non_finite(pending, values, f"the {words} is {values[name]}")
@@ -230,10 +230,11 @@ class Loop:
 
     def _save(self, done: int, state: TrainState, batch: DeviceBatch) -> None:
         with self._watchdog.phase("saving", f"step {done}"):
-            # Reading the metrics waits for all processes too, but could not say who is missing.
+            # Reading the metrics also waits for all processes, but could not name missing ones.
             barrier("saving", self._config.distributed.barrier_timeout)
-            self._read_metrics()  # never a checkpoint of parameters that a NaN has reached
-            self._give(lambda writer: writer.save())  # a start from there goes on behind them
+            self._read_metrics()  # never save parameters that a NaN has reached
+            # a run that resumes there continues their records
+            self._give(lambda writer: writer.save())
             self._checkpoints.keep(self._best.step)
             self._checkpoints.save(done, state, batch.data_state, self._best.state())
 
@@ -252,12 +253,12 @@ class Loop:
 
     def _evaluation_is_due(self, done: int) -> bool:
         every = self._config.evaluation.every_steps
-        # The evaluation after the last step is the run's, and comes too late to be the best.
+        # The evaluation after the last step is the run's result, too late to select a step.
         last = done == self._config.total_steps and self._best.kind != EVALUATION
         return bool(every and done % every == 0 and not last)
 
     def _run_evaluation(self, state: TrainState, done: int) -> bool:
-        """Whether it came to its end."""
+        """Evaluates and logs; returns False if a stop was requested before the end."""
         self._progress.end()
         try:
             with self._watchdog.phase("evaluation", f"after step {done}"):
@@ -272,7 +273,7 @@ class Loop:
         self._give(lambda writer: writer.write(done, values))
 
     def _give(self, action: Callable[[Writer], None]) -> None:
-        """Does something with all sinks; where one fails, the run saves and stops."""
+        """Applies an action to all sinks; if one fails, the run saves and stops."""
         for writer in self._writers:
             try:
                 action(writer)
@@ -283,7 +284,7 @@ class Loop:
 
 
 class _Clock:
-    """Pairs per second, seconds of a step and the share of time that the step waited for data."""
+    """Measures pairs per second, seconds per step and the share of time spent waiting for data."""
 
     def __init__(self, global_batch_size: int, batches: DeviceInput):
         self._size = global_batch_size
@@ -293,14 +294,14 @@ class _Clock:
         self.restart()
 
     def restart(self, done: int | None = None) -> None:
-        """Leaves out the time before now, and the steps before `done`."""
+        """Excludes the time before now, and the steps before `done`."""
         self._start = time.perf_counter()
         self._batches.reset_wait()
         if done is not None and self._step is not None:
             self._step = done
 
     def lap(self, done: int) -> dict[str, float]:
-        """Figures since the last lap; the first lap, which holds the compilation, gives none."""
+        """Returns statistics since the last lap; the first, with the compilation, has no times."""
         seconds = time.perf_counter() - self._start
         waited = self._batches.reset_wait()
         previous, self._step = self._step, done

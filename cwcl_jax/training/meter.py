@@ -19,7 +19,7 @@ from cwcl_jax.training.step import GradientFunction
 
 
 def model_work(blueprint: Blueprint, batch: Any) -> Work:
-    """Returns the products of one step on one device, each counted once: without recomputation.
+    """Returns the matrix products of one step on one device, each counted once (no recomputation).
 
     Args:
       batch: the global batch, or its shapes.
@@ -47,11 +47,11 @@ def peak_memory(devices: Sequence[Any]) -> float | None:
 
 
 class Meter:
-    """Figures of this process's devices, for the log line and the metrics.
+    """Performance of this process's devices, for the log line and the metrics.
 
     Args:
       chip: the kind of devices; None if their peak is unknown.
-      work: counts the flops of a step on one device for a batch; called if there is a chip.
+      work: returns the flops of a step on one device for a batch; called only with a chip.
     """
 
     def __init__(

@@ -48,14 +48,14 @@ class JsonLines:
         """Appends a record.
 
         Raises:
-          OSError: it could not be written completely; names the file.
+          OSError: it could not be written completely. The error names the file.
         """
-        # JSON has no NaN; null is what every reader understands.
+        # JSON has no NaN; every reader understands null.
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.append((json.dumps({"step": step, **finite}) + "\n").encode())
 
     def save(self) -> None:
-        """Stores what an object store has not yet."""
+        """Writes the records that the object store does not have yet."""
         self._file.flush()
 
     def close(self) -> None:
@@ -67,10 +67,10 @@ class SideWriter:
     """A sink that a run does not need: its first error becomes a warning and disables it."""
 
     def __init__(self, name: str, make: Callable[[], Writer]):
-        """Makes the sink.
+        """Creates the sink.
 
         Args:
-          name: what a warning calls it.
+          name: name of the sink in a warning.
           make: returns the sink; its errors count like those of `write`.
         """
         self._name = name
@@ -79,13 +79,13 @@ class SideWriter:
             self._writer = make()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes as long as the sink works."""
+        """Writes the values, as long as the sink works."""
         if self._writer is not None:
             with self._guarded():
                 self._writer.write(step, values)
 
     def save(self) -> None:
-        """Makes what was written outlast a kill."""
+        """Stores what was written, so that it survives a killed process."""
         if self._writer is not None:
             with self._guarded():
                 self._writer.save()
@@ -99,7 +99,7 @@ class SideWriter:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         done = False
-        with side_output(f"{self._name} (the run goes on without it)"):
+        with side_output(f"{self._name} (the run continues without it)"):
             yield
             done = True
         if not done:
@@ -117,7 +117,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
+        except ValueError:  # not JSON, or not UTF-8
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -139,7 +139,7 @@ def truncate_json_lines(path: Path, after_step: int, *, evaluate: bool = False) 
             for record in records
             if record["step"] < after_step or not any(n.startswith("evaluation/") for n in record)
         ]
-    # Whole or not at all: on a full disk the old records must stay.
+    # Atomic: on a full disk the old records must stay.
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -150,7 +150,7 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, start_step: int):
-        # Not SummaryWriter: it writes from a thread, and waits for ever once that has failed.
+        # Not SummaryWriter: it writes from a thread, and waits forever once that thread has failed.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore
 
@@ -159,10 +159,10 @@ class TensorBoard:
             directory = Path(tempfile.mkdtemp(prefix="cwcl_jax-"))
         self._local, self._copied = directory, time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
-        # Files are named after the second of their start: without the step a second one of the same
+        # Files are named by the second of their start: without the step, a second file within that
         # second would replace the first.
         self._writer = EventsWriter(str(directory / "events"), f".{start_step:012d}")
-        # TensorBoard hides the step of a session's start too.
+        # TensorBoard also hides the step at which a session starts.
         self._event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -176,7 +176,7 @@ class TensorBoard:
             self.save()
 
     def save(self) -> None:
-        """Copies the file to the object store where it belongs there."""
+        """Copies the file to the object store, if it belongs there."""
         if self._remote is not None:
             for file in self._local.iterdir():
                 to_path(self._remote / file.name).upload(file)  # pyright: ignore
@@ -220,7 +220,7 @@ class WeightsAndBiases:
 
 
 def _wandb_id(workdir: Path) -> str:
-    """Random: the names of folders, such as seed0, come again in other experiments."""
+    """Returns the run's id: random, because names such as seed0 recur in other experiments."""
     path = workdir / "wandb_id"
     if not path.exists():
         write_text(path, secrets.token_hex(8) + "\n")
@@ -228,7 +228,7 @@ def _wandb_id(workdir: Path) -> str:
 
 
 def check_writers(config: ExperimentConfig) -> None:
-    """Raises ConfigError for a sink whose library is missing."""
+    """Raises ConfigError if the library of a sink is missing."""
     if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "config.logging.wandb_project is set but wandb is not installed; "
@@ -257,7 +257,7 @@ def make_writers(
 
 
 class Progress:
-    """One line for a person: rewritten in place on a terminal, otherwise printed now and then."""
+    """A line for the user: rewritten in place on a terminal, otherwise printed now and then."""
 
     def __init__(self, total_steps: int, *, stream: Any = None, seconds_between_lines: float = 5.0):
         self._total = total_steps
@@ -281,7 +281,7 @@ class Progress:
         self._stream.flush()
 
     def note(self, line: str) -> None:
-        """Shows a line that stays."""
+        """Prints a line that is not rewritten."""
         self.end()
         self._stream.write(line + "\n")
         self._stream.flush()
@@ -302,7 +302,7 @@ def progress_line(
     for name, label, form in _SHOWN:
         if name in values:
             parts.append(f"{label} {values[name]:{form}}")
-        elif name.endswith("/"):  # one number a tower
+        elif name.endswith("/"):  # one number per tower
             found = {k.removeprefix(name): v for k, v in values.items() if k.startswith(name)}
             told = " ".join(f"{tower} {value:{form}}" for tower, value in found.items())
             parts += [f"{label} {told}"] if told else []

@@ -26,7 +26,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if not config.warmup_steps:
         return after
-    # Step 0 of the warm-up already moves: an update with learning rate 0 is a wasted step.
+    # Step 0 of the warm-up has a positive rate: an update with learning rate 0 is a wasted step.
     warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
@@ -83,12 +83,16 @@ def _multiplier(entry: str) -> tuple[re.Pattern[str], float]:
     except ValueError:
         factor = -1.0
     if not separator or not 0 <= factor < math.inf:
-        raise ValueError(f"{name} is not 'regex=factor', with a number that is not negative")
+        raise ValueError(f"{name} is not 'regex=factor' with a factor of at least 0")
     return _compiled(expression, name), factor
 
 
 def _compiled(expression: str, name: str) -> re.Pattern[str]:
-    """Raises ValueError, which begins with `name`, if `expression` is no regular expression."""
+    """Returns the compiled expression.
+
+    Raises:
+      ValueError: it is not a regular expression; the message begins with `name`.
+    """
     try:
         return re.compile(expression)
     except re.error as error:
@@ -97,7 +101,7 @@ def _compiled(expression: str, name: str) -> re.Pattern[str]:
 
 _BLOCK = re.compile(r"(.*/)blocks/(\d+)/.*")
 _STACKED = re.compile(r".*/blocks/(?!\d+/).*")
-# Above the blocks: these keep the full rate. Everything else beside them comes before.
+# Leaves above the blocks, which keep the full rate. All others besides the blocks precede them.
 _ABOVE = re.compile(r"(final_)?norm/.*|pool\w*/.*")
 
 
@@ -114,8 +118,8 @@ def layer_decay_factors(decay: float, paths: Iterable[str]) -> dict[str, float]:
     for path in paths:
         if _STACKED.fullmatch(path):
             raise ValueError(
-                f"config.optimizer.layer_decay={decay} cannot give the layers stacked in {path!r} "
-                "factors of their own: set the tower's scan_layers=False"
+                f"config.optimizer.layer_decay={decay} cannot give separate factors to the layers "
+                f"stacked in {path!r}: set the tower's scan_layers=False"
             )
         if match := _BLOCK.fullmatch(path):
             blocks[match[1]] = max(blocks.get(match[1], 0), int(match[2]) + 1)
@@ -123,7 +127,7 @@ def layer_decay_factors(decay: float, paths: Iterable[str]) -> dict[str, float]:
 
 
 def _depth(path: str, blocks: Mapping[str, int]) -> int:
-    """Layers between a leaf and the top of its encoder, whose number of blocks is known."""
+    """Returns the number of layers between a leaf and the top of its encoder."""
     encoder = next((prefix for prefix in blocks if path.startswith(prefix)), None)
     if encoder is None:
         return 0
@@ -135,7 +139,7 @@ def _depth(path: str, blocks: Mapping[str, int]) -> int:
 def _muon_and(
     adam: optax.GradientTransformation, config: OptimizerConfig
 ) -> optax.GradientTransformation:
-    """Muon for the kernels inside blocks, Adam for all other leaves."""
+    """Returns Muon for the kernels inside blocks, Adam for all other leaves."""
 
     def dimensions(leaves: Any) -> Any:
         return {
@@ -164,13 +168,13 @@ def _muon_and(
 
 
 _HIDDEN = re.compile(r".*/blocks/.*/kernel")
-# An orthogonal matrix times this and the root of its larger side has the root mean square of
-# Adam's updates, so that one learning rate serves both (Liu et al. 2025, arXiv 2502.16982).
+# An orthogonal matrix times this and the square root of its larger side has the root mean square of
+# Adam's updates, so that one learning rate suits both (Liu et al. 2025, arXiv 2502.16982).
 _ADAM_RMS = 0.2
 
 
 def _matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers:
-    """The axes that make a kernel a matrix: all before the last are inputs, except the layers'."""
+    """Returns a kernel's matrix axes: all before the last are inputs, except the layers' axis."""
     first = 1 if _STACKED.fullmatch(path) else 0
     return contrib.MuonDimensionNumbers(tuple(range(first, ndim - 1)), (ndim - 1,))
 

@@ -56,8 +56,8 @@ class OptimizerConfig:
       clip_norm: global gradient norm; 0 disables clipping.
       multipliers: "regex=factor" entries for the learning rate; the first match counts.
       layer_decay: factor per layer below the top of a tuned tower, 1.0 for none.
-      ema_decay: of a moving average of the trained leaves (see `training.ema`), kept in addition to
-          them; 0 keeps none. 0.999 averages over about 1,000 steps.
+      ema_decay: decay of a moving average of the trained leaves (see `training.ema`), kept in
+          addition to them; 0 keeps none. 0.999 averages over about 1,000 steps.
       ema_warm_start: begin with a smaller decay that grows to `ema_decay`.
     """
 
@@ -87,12 +87,12 @@ class OptimizerConfig:
                 f"schedule={self.schedule!r} is not one of 'cosine', 'constant', 'rsqrt'"
             )
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must lie in (0, 1]")
+            raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1]")
         for name in ("b1", "b2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         _at_least(0, self, "learning_rate", "warmup_steps", "final_fraction", "eps", "weight_decay")
-        _at_least(0, self, "clip_norm", meaning="0 switches clipping off")
+        _at_least(0, self, "clip_norm", meaning="0 disables clipping")
         _at_least(1, self, "rsqrt_timescale")
 
 
@@ -125,15 +125,16 @@ class CheckpointConfig:
     def __post_init__(self):
         _at_least(0, self, "every_steps", meaning="0 saves at the end only")
         _at_least(0, self, "keep", meaning="0 keeps all")
-        _at_least(0, self, "keep_every", meaning="0 keeps none for ever")
+        _at_least(0, self, "keep_every", meaning="0 keeps none permanently")
         _at_least(0, self, "patience", meaning="0 never ends a run early")
         if self.best and not re.fullmatch(r".+:(min|max)", self.best):
             raise ValueError(
-                f"best={self.best!r} is not NUMBER:min or NUMBER:max, as in validation/loss:min"
+                f"best={self.best!r} is not NUMBER:min or NUMBER:max, for example "
+                "validation/loss:min"
             )
         if self.patience and not self.best:
             raise ValueError(
-                f"patience={self.patience} of what? Name it in best, as in validation/loss:min"
+                f"patience={self.patience} needs best, for example best=validation/loss:min"
             )
 
 
@@ -213,7 +214,7 @@ class DistributedConfig:
 
 
 def _at_least(minimum: int, config: Any, *names: str, meaning: str = "") -> None:
-    """Raises ValueError for a field that is smaller, or not a finite number."""
+    """Raises ValueError if a field is smaller, or not a finite number."""
     for name in names:
         value = getattr(config, name)
         if not minimum <= value < math.inf:

@@ -1,4 +1,4 @@
-"""The user's code that a run names: recorded when it begins, compared when it is resumed.
+"""Users' code that a run names: recorded at its start, and compared when the run is resumed.
 
 code.json holds name -> hash by the code's use: "towers" (encoders and modalities), "loss" (losses
 and weight functions), "data" (sources and composers of batches).

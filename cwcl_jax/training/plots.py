@@ -49,7 +49,7 @@ def plot_losses(
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-        if len(names) > 1 and axis.lines:  # a loss of the user's may report nothing else
+        if len(names) > 1 and axis.lines:  # a user's loss may report no other metrics
             axis.legend()
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as partial:

@@ -35,20 +35,20 @@ class Tee:
     def flush(self) -> None:
         self._streams[0].flush()
 
-    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding: the first one's
+    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding of the first stream
         return getattr(self._streams[0], name)
 
 
 @runtime_checkable
 class TextOutput(Protocol):
-    """Anything that takes text: a file, the terminal, or the stream of a notebook or a test."""
+    """Anything that accepts text: a file, the terminal, or the stream of a notebook or a test."""
 
     def write(self, text: str, /) -> int: ...
     def flush(self) -> None: ...
 
 
 class ProcessLog:
-    """Where this process writes.
+    """The outputs of this process.
 
     Attributes:
       last_words: streams with a descriptor for essential messages: the terminal and the file.
@@ -58,7 +58,7 @@ class ProcessLog:
         self.last_words = last_words
 
     def say(self, text: str) -> None:
-        """Writes to terminal and file; a full disk does not stop it."""
+        """Writes to terminal and file; continues if the disk is full."""
         for stream in self.last_words:
             try:
                 stream.write(text)
@@ -68,10 +68,10 @@ class ProcessLog:
 
 
 def open_process_log(folder: Path | None) -> ProcessLog:
-    """Redirects this process's output and returns its log; unchanged in a job of one process.
+    """Redirects this process's output and returns its log; nothing changes in a job of one process.
 
     Args:
-      folder: gets `process-N.log`, continued by every start; None for no files.
+      folder: folder for `process-N.log`, which every start continues; None for no files.
     """
     if folder is None or jax.process_count() == 1:
         return ProcessLog([sys.stderr])

@@ -86,7 +86,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
         except (TooManyBadExamples, WrongInputs) as error:
             raise ConfigError(str(error)) from error
         except Stopped:
-            say("stopped while features of locked encoders were made; the same command goes on")
+            say("stopped while features of locked encoders were computed; the same command resumes")
             return PREEMPTED
 
 
@@ -96,7 +96,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
     check_same_code(workdir, config, ALL, _OTHER_CODE)
     blueprint = make_blueprint(config, sharding.make_mesh(config.mesh))
     evaluator = Evaluator(config, workdir)
-    # The next thing that needs all processes is a collective of orbax's, which names nobody.
+    # This barrier names missing processes; the collective of orbax's that follows would not.
     barrier("start", config.distributed.barrier_timeout)
     with StopSignal() as stop:
         with ExitStack() as stack:
@@ -107,9 +107,10 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             check_same_data(workdir, data, config)
             validation = _open_validation(blueprint, held, watchdog, stack)
             seems_complete = _steps_saved(workdir) >= config.total_steps
-            if not seems_complete:  # whose results are shown without the tasks' data
+            if not seems_complete:  # a complete run's results are shown without the tasks' data
                 evaluator.check_sources()
-            # Behind what a person may have to correct: orbax would bury the one line of it.
+            # After everything that the user may have to correct: orbax's output would hide the
+            # message.
             saved = Checkpoints(workdir / "checkpoints", config.checkpoint)
             checkpoints = stack.enter_context(saved)
             start = checkpoints.latest_step or 0
@@ -153,7 +154,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
 def _open_validation(
     blueprint: Blueprint, held: Source | None, watchdog: Watchdog, stack: ExitStack
 ) -> Validation | None:
-    """What measures the held-out loss, closed with the stack; None where nothing is held out."""
+    """Returns the measurement of the held-out loss, which the stack closes; None without data."""
     if held is None:
         return None
     validation = Validation(blueprint, validation_batches(blueprint.config, held), watchdog.beat)
@@ -172,9 +173,9 @@ def _begin(
     best: Best,
     data: Mapping[str, Any],
 ) -> tuple[TrainState, Leaves, Best]:
-    """State, locked leaves and the best step to go on from, once all checks have passed.
+    """Returns state, locked leaves and best step to continue from, after all checks.
 
-    The run's records are written, and it tells what it found.
+    Writes the run's records, and reports the findings.
     """
     config, start = blueprint.config, checkpoints.latest_step or 0
     check_own_loss(blueprint, batches.source)
@@ -207,34 +208,34 @@ _OTHER_CODE = "give another --workdir, or set --config.checkpoint.accept_changes
 
 
 def _fingerprint(batches: Batches, held: Source | None) -> dict[str, Any]:
-    """Of the training data, and of what is held out where something is."""
+    """Returns the fingerprint of the training data, and of the held-out data if there is any."""
     found = batches.fingerprint()
     return found if held is None else found | {"validation": held.fingerprint()}
 
 
 def _best_of(config: ExperimentConfig, checkpoints: Checkpoints, start: int) -> Best:
-    """What the checkpoint of the step `start` remembers, where it belongs to this number."""
+    """Returns what the checkpoint of step `start` stores about the best step, if of this metric."""
     saved = checkpoints.best(start) if start else None
     if saved and config.checkpoint.best and saved["name"] != config.checkpoint.best:
         say(
             f"the best step by {saved['name']} was step {saved['step']}; the best by "
-            f"{config.checkpoint.best} is looked for from step {start} on"
+            f"{config.checkpoint.best} is searched for from step {start} on"
         )
     best = Best(config.checkpoint, saved)
     checkpoints.keep(best.step)
     if best.step is not None and best.step not in checkpoints.steps:
-        say(f"warning: the best step so far, {best.told()}, is not kept any more")
+        say(f"warning: the best step so far, {best.told()}, is no longer stored")
     return best
 
 
 def _steps_saved(workdir: Path) -> int:
-    """The last step that a checkpoint seems to hold; 0 without any."""
+    """Returns the last step that seems to have a checkpoint; 0 if there is none."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _facts(config: ExperimentConfig, data: Mapping[str, Any], start: int) -> dict[str, str]:
-    """What all processes must have in common."""
+    """Returns what all processes must have in common."""
     return {
         "settings": _common_settings(config),
         "code": code_version(),
@@ -246,7 +247,7 @@ def _facts(config: ExperimentConfig, data: Mapping[str, Any], start: int) -> dic
 
 
 def _common_settings(config: ExperimentConfig) -> str:
-    # Each process's own number is the one setting that must differ.
+    # Only the process's own number must differ.
     return config_hash(replace(config, distributed=replace(config.distributed, process_id=0)))
 
 
@@ -254,7 +255,7 @@ def _common_settings(config: ExperimentConfig) -> str:
 def _open_batches(
     config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal
 ) -> Iterator[tuple[Batches, Source | None]]:
-    """The training batches, and the source that is held out."""
+    """Yields the training batches, and the held-out source or None."""
     import jax
 
     source = held = None
@@ -287,10 +288,10 @@ def _open_batches(
 
 
 def _open_source(config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal) -> Source | None:
-    """The training data; making features of locked encoders may take hours.
+    """Returns the training data; computing features of locked encoders may take hours.
 
     Raises:
-      Stopped: on all processes, when one was asked to stop before its features were made.
+      Stopped: on all processes, if one was asked to stop before its features were computed.
     """
     source = None
     with suppress(Stopped):
@@ -305,9 +306,9 @@ def _open_source(config: ExperimentConfig, watchdog: Watchdog, stop: StopSignal)
 def _start_state(
     blueprint: Blueprint, checkpoints: Checkpoints, batches: Batches, start: int
 ) -> tuple[TrainState, Leaves, dict[str, TowerSource]]:
-    """The state of step `start`, or of an earlier one where that is damaged.
+    """Returns state, locked leaves and sources at step `start`, or an earlier one if it is damaged.
 
-    `batches` is moved to its position.
+    Moves `batches` to the position of that step.
     """
     if not start:
         return initialise(blueprint)
@@ -316,13 +317,13 @@ def _start_state(
     )
     batches.set_state(data_state)
     if blueprint.config.optimizer.ema_decay and not state.ema:
-        say(f"the run kept no averages up to step {int(state.step)}: they begin with its leaves")
+        say(f"the run has no averages up to step {int(state.step)}: they start from its leaves")
         state = replace(state, ema=ema.begun(state.params))
     return state, *locked_leaves(blueprint)
 
 
 def _trained(blueprint: Blueprint) -> dict[str, list[str]]:
-    """Paths of the trained leaves by tower."""
+    """Returns the paths of the trained leaves by tower."""
     return {
         modality: sorted(p for p in blueprint.trained if p.startswith(f"towers/{modality}/"))
         for modality in blueprint.config.towers
@@ -330,7 +331,7 @@ def _trained(blueprint: Blueprint) -> dict[str, list[str]]:
 
 
 class _Fit:
-    """The loop and what it needs; closed again when it ends."""
+    """Builds the loop and what it needs, and closes it afterwards."""
 
     def __init__(
         self,
@@ -353,7 +354,7 @@ class _Fit:
         self._watchdog = watchdog
 
     def run(self, state: TrainState, locked: Leaves, stop: StopSignal) -> tuple[TrainState, bool]:
-        """The last state, and whether the run came to its end."""
+        """Returns the last state, and whether the run is complete."""
         config, mesh = self._blueprint.config, self._blueprint.mesh
         start = int(state.step)
         functions = EncodeFunctions(self._blueprint)
@@ -393,17 +394,17 @@ class _Fit:
                 writer.close()
 
     def _evaluation_is_missing(self, start: int) -> bool:
-        """Whether the run was stopped in the evaluation after step `start`."""
+        """Returns whether the run was stopped in the evaluation after step `start`."""
         config = self._blueprint.config
         every = config.evaluation.every_steps
-        if self._best.kind == EVALUATION:  # it knows, and the last step counts for it
+        if self._best.kind == EVALUATION:  # its state tells, also for the last step
             return bool(start and start % every == 0 and self._best.seen < start)
         if not (start and every and start % every == 0 and start < config.total_steps):
             return False
         records = read_json_lines(self._workdir / "metrics.jsonl") if is_primary() else []
         names = [name for record in records if record["step"] == start for name in record]
         found = any(name.startswith("evaluation/") for name in names)
-        # Process 0's word counts: it rewrites the file next.
+        # Process 0 decides, because it rewrites the file next.
         timeout = config.distributed.barrier_timeout
         return gather("evaluation missing", str(not found), timeout)[0] == "True"
 
@@ -426,7 +427,7 @@ def _finish(
     stop: StopSignal,
     watchdog: Watchdog,
 ) -> bool:
-    """Evaluates the end of the run, writes and prints the results; False if stopped before."""
+    """Evaluates the end of the run, writes and prints the results; returns False if stopped."""
     encoder = Encoder(EncodeFunctions(blueprint), state.model_leaves, locked, int(state.step))
     encoder.on_batch = _between_batches(stop.requested, watchdog)
     config = blueprint.config
@@ -438,7 +439,7 @@ def _finish(
         except Stopped:
             return False
         if is_primary():
-            # Opened anew: a complete run may only be evaluated, and has no loop.
+            # Opened again: a complete run may only be evaluated, without a loop.
             for writer in make_writers(workdir, config, encoder.step, evaluate=True):
                 if metrics:
                     writer.write(encoder.step, metrics)
@@ -449,7 +450,7 @@ def _finish(
                     towers=config.tower_names, batch_size=config.global_batch_size,
                 )  # fmt: skip
             code = code_of_tasks(config.evaluation.tasks)
-            # Last: a run that dies before it is evaluated again.
+            # Last, so that a run that dies before is evaluated again.
             data = evaluator.fingerprints()
             write_evaluated(workdir, encoder.step, config.evaluation, data, code)
     say("\n" + table)

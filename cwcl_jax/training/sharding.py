@@ -67,7 +67,8 @@ def leaf_spec(shape: Sequence[int], fsdp: int) -> P:
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if not divisible:
         return P()
-    # The last of equals: kernels are (in, out), and outputs gather more cheaply than sums.
+    # The last of equal dimensions: kernels are (in, out), and gathering outputs is cheaper than
+    # summing over inputs.
     largest = max(divisible, key=lambda axis: (shape[axis], axis))
     return P(*("fsdp" if axis == largest else None for axis in range(len(shape))))
 

@@ -1,4 +1,4 @@
-"""What a run carries: trained leaves, optimizer state and locked leaves, and how they are built.
+"""The state of a run: trained leaves, optimizer state and locked leaves, and how they are built.
 
 All leaves are in flat dicts, path -> array. `Blueprint` is the static side: the structure of the
 two towers, which leaves train, and the sharding of each; building one allocates no memory.
@@ -58,7 +58,7 @@ class TrainState:
 
     @property
     def ema_leaves(self) -> Leaves:
-        """The same with the averages; running statistics are averages already."""
+        """The same with averages instead of `params`; running statistics are averages already."""
         return {**self.ema, **self.statistics}
 
 
@@ -202,7 +202,7 @@ def make_blueprint(
     added = {path: leaf for x in adapters for path, leaf in x.shapes().items()}
     model_def = dataclasses.replace(model_def, adapters=adapters)
     trained, abstract = trained | set(added), abstract | added
-    # A sum of a kernel and its addition is rounded once: such kernels stay as they are.
+    # Kernels that are replaced by LoRA's sums keep their dtype, so that a sum is rounded once.
     kept = trained | {adapter.kernel for adapter in adapters if not adapter.beside}
     if not any(path.startswith("towers/") for path in trained):
         raise ConfigError("no leaf of either tower trains; set config.towers.<modality>.tune")
@@ -218,7 +218,7 @@ def make_blueprint(
 
 
 def _refuse_statistics(model_def: ModelDef, adapters: Sequence[Adapter]) -> None:
-    """Raises ConfigError for LoRA in an encoder whose running statistics would train with it."""
+    """Raises ConfigError for LoRA in an encoder with running statistics, which would change."""
     for adapter in adapters:
         encoder = "/".join(adapter.kernel.split("/")[:3]) + "/"
         moving = [path for path in sorted(model_def.statistics) if path.startswith(encoder)]
@@ -230,7 +230,7 @@ def _refuse_statistics(model_def: ModelDef, adapters: Sequence[Adapter]) -> None
 
 
 def _with_sizes_of_files(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with the sizes of towers that have weights but no preset, from their files."""
+    """Returns the config with tower sizes from files, for towers with weights but no preset."""
     towers = {}
     for modality, tower in config.towers.items():
         with _weights_errors(modality, tower):
@@ -240,7 +240,7 @@ def _with_sizes_of_files(config: ExperimentConfig) -> ExperimentConfig:
 
 @contextmanager
 def _weights_errors(modality: str, tower: TowerConfig) -> Iterator[None]:
-    """Errors about a weights file as ConfigErrors that name the option."""
+    """Converts errors about a weights file to ConfigErrors that name the option."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -258,7 +258,10 @@ def _check_batch(config: ExperimentConfig, mesh: Mesh) -> None:
 
 
 def _locked_storage(leaf: Any, config: ExperimentConfig, path: str) -> Any:
-    """Locked kernels live in the compute dtype: the same numbers in half the memory."""
+    """Returns a leaf as it is stored: locked kernels in the compute dtype.
+
+    The step computes the same numbers with half the memory.
+    """
     modality = path.split("/")[1] if path.startswith("towers/") else ""
     tower = config.towers.get(modality)
     dtype = (tower.dtype if tower else "") or config.dtype
@@ -329,13 +332,13 @@ def _check_inputs_of_files(config: ExperimentConfig, tower: str) -> None:
 
 
 def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str]) -> None:
-    """Raises ConfigError where weights leave random what will never train."""
+    """Raises ConfigError if leaves that never train are missing in the weights (random forever)."""
     left = [path for path in initialised if path not in blueprint.trained]
     if left:
         tower = f"config.towers.{modality}"
         raise ConfigError(
             f"{tower}.weights={blueprint.config.towers[modality].weights!r} holds nothing for "
-            f"{', '.join(left[:3])}, which would stay random: nothing of it trains with "
+            f"{', '.join(left[:3])}, which would stay random: it does not train with "
             f"tune={blueprint.config.towers[modality].tune!r}. Set {tower}.head='none' for the "
             f"encoder's own features, or {tower}.tune='head' (with LoRA 'head+lora:R') to train a "
             "head above it"
@@ -343,7 +346,7 @@ def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str
 
 
 def _logits_of_files(blueprint: Blueprint) -> dict[str, np.ndarray]:
-    """Logit scale and bias of a file that both towers come from, as CLIP's and SigLIP's hold."""
+    """Returns logit scale and bias of a file that both towers come from, as CLIP's has them."""
     config = blueprint.config
     names = {tower.weights for tower in config.towers.values()}
     if not config.temperature.from_weights or len(names) > 1 or "" in names:
@@ -360,7 +363,7 @@ def locked_leaves(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
 
 
 def _initialise_leaves(blueprint: Blueprint, paths: list[str]) -> Leaves:
-    """Fresh values of `paths`, each made where it lies; the others are never computed."""
+    """Returns initial values of `paths`, each created on its devices; others are not computed."""
     if not paths:
         return {}
     config = blueprint.config

@@ -30,12 +30,12 @@ from cwcl_jax.training.state import Blueprint, Leaves, TrainState
 
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, Any]
-# What the loss is told besides the embeds: "labels" and "guide", or None, and "progress".
+# Inputs of the loss besides the embeddings: "labels" and "guide", or None, and "progress".
 Context = Mapping[str, Any]
 
 _NORM_EPSILON = 1e-12
 _SCALARS = ("logit_scale", "logit_bias")
-# Beside the towers' embeds: the features of U and of V that weights are made of.
+# Keys next to the towers' embeddings: the features of U and of V from which weights are computed.
 _P, _Q = "weights_from", "v_weights_from"
 
 
@@ -118,7 +118,7 @@ class GradientFunction:
         self._locked_encoders = [
             tower for tower in config.towers if blueprint.features_are_locked(tower)
         ]
-        # What the gradient of the loss is pulled back through.
+        # Towers and features through which the gradient of the loss is propagated.
         self._tuned = [
             tower
             for tower in config.towers
@@ -126,11 +126,11 @@ class GradientFunction:
         ]
         self._frame: Frame = resolve(config.loss)
         self._guided = bool(config.data.guide)
-        # Features of V are handed over only where the loss may read them.
+        # Features of V are passed on only if the loss may read them.
         self._with_q = self._frame.needs_q or is_own(config.loss.name)
         given = {} if self._guided else {_P: self._u}
         given |= {_Q: self._v} if self._with_q else {}
-        # A locked encoder gives the weights, and with LoRA it gives those that it gave without.
+        # Weights come from the locked encoder; with LoRA, from the encoder without its additions.
         self._unadapted = {x: m for x, m in given.items() if blueprint.is_only_adapted(m)}
         if not self._frame.detach_weights:
             fixed = {*self._locked_encoders, *self._unadapted.values()}
@@ -143,10 +143,10 @@ class GradientFunction:
         """Returns gradients (flat dict like `params`), metrics, and new running statistics.
 
         Args:
-          locked: all other leaves, running statistics among them.
+          locked: all other leaves, including running statistics.
           batch: by tower, arrays of shape (b, ...); "label", (b,) or (b, k), and "guide",
-            (b, ...), where the loss needs them; other entries are ignored.
-          step: folded into the key of dropout; the share of the run that is done.
+            (b, ...), if the loss needs them; other entries are ignored.
+          step: number of steps done; folded into dropout's key, and determines the progress.
         """
         inputs = {tower: batch[tower] for tower in (self._u, self._v)}
         key = jax.random.fold_in(self._key, step)
@@ -194,7 +194,8 @@ class GradientFunction:
 
         _, (features, (embeds, statistics)) = jax.lax.scan(embed_chunk, None, (chunked, keys))
         embeds = join_chunks(mesh, embeds)
-        # A running average is linear in what it averages: the chunks' mean is the batch's update.
+        # A running average is linear in its inputs: the chunks' mean is the update of the whole
+        # batch.
         statistics = {path: jnp.mean(leaf, axis=0) for path, leaf in statistics.items()}
 
         scalars = {name: params[name] for name in _SCALARS if name in params}
@@ -256,9 +257,9 @@ class GradientFunction:
     def _locked_features(
         self, params: Leaves, locked: Leaves, inputs: Batch
     ) -> dict[str, jax.Array]:
-        """Features of the towers whose encoder does not train: deterministic, no gradient.
+        """Returns features of the encoders that do not train: deterministic, without gradient.
 
-        Those of encoders with LoRA as they are without it, where weights are made of them, too.
+        For encoders with LoRA these are the features without it, if weights are computed from them.
         """
         if not self._locked_encoders and not self._unadapted:
             return {}
@@ -279,7 +280,7 @@ class GradientFunction:
         locked_features: Mapping[str, jax.Array],
         key: jax.Array,
     ) -> tuple[dict[str, jax.Array], Leaves]:
-        """Embeds of the towers and p, and the running statistics after them."""
+        """Returns embeddings with features for the weights, and new running statistics."""
         leaves = sharding.whole(self._blueprint.mesh, {**params, **locked})
         definition = self._blueprint.model_def
         model = definition.merge(leaves, key)
@@ -305,9 +306,9 @@ class GradientFunction:
         return embeds
 
     def _for_weights(self, features: jax.Array) -> jax.Array:
-        """Features as the loss makes weights of them: distances go by their lengths too.
+        """Returns features from which the loss computes weights: normalised, unless it uses norms.
 
-        Profiles of several channels are normalised by the loss.
+        The loss itself normalises profiles of several channels.
         """
         if not self._frame.raw_features and features.ndim == 2:
             features = normalise(features)

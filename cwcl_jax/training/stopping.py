@@ -1,4 +1,4 @@
-"""Requests to save and stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Requests to save and stop: SIGTERM from a scheduler, Ctrl-C from the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 class _Request:
-    """Remembers that SIGTERM or Ctrl-C came; a second Ctrl-C ends at once."""
+    """Remembers that SIGTERM or Ctrl-C was received; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self._received = False
@@ -32,7 +32,7 @@ class _Request:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            # None: a handler that was not made in Python, here jax's, cannot be put back.
+            # None: a handler that was not set in Python, here jax's, cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -66,7 +66,7 @@ class StopSignal(_Request):
         """Returns whether to save and stop now; all processes must call it equally often."""
         if jax.process_count() == 1:
             return self._received
-        # jax agrees on a call number, the largest so far plus one: the numbers must have no gaps.
+        # jax agrees on a call number, the largest so far plus one, so numbers must be consecutive.
         self._calls += 1
         return multihost_utils.reached_preemption_sync_point(self._calls)
 

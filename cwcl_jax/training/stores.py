@@ -1,9 +1,9 @@
-"""Checkpoints on object stores: what orbax does for `gs://`, for `s3://` too.
+"""Checkpoints on object stores: extends orbax's support of `gs://` to `s3://`.
 
-orbax 0.12 gives tensorstore a driver for `gs://` and for files alone, and takes the rest for
-relative paths; tensorstore has one for S3, and orbax's paths (`etils.epath`) know it. A checkpoint
-on a store counts once its last object, `commit_success.txt`, is written. Retries are tensorstore's
-and those of `cwcl_jax.paths`.
+orbax 0.12 gives tensorstore drivers only for `gs://` and for files, and treats other URLs as
+relative paths. tensorstore has a driver for S3, and orbax's paths (`etils.epath`) know it. A
+checkpoint on a store is complete once its last object, `commit_success.txt`, is written. Retries
+are those of tensorstore and of `cwcl_jax.paths`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from cwcl_jax.config import ConfigError
 from cwcl_jax.paths import CHECKPOINT_SCHEMES, StorePath, client
 
-# What is changed in orbax: where it asks whether a path is on a store, and what tensorstore gets.
+# Patched parts of orbax: the test whether a path is on a store, and tensorstore's settings.
 _CHANGED = (
     (gcs_utils, "_GCS_PATH_PREFIX"),
     (gcs_utils, "get_kvstore_for_gcs"),
@@ -31,7 +31,7 @@ _of_google = gcs_utils.get_kvstore_for_gcs
 
 
 def prepare(directory: Path) -> None:
-    """Makes orbax write to `directory`; does nothing for a local one.
+    """Makes orbax able to write to `directory`; does nothing for a local one.
 
     Raises:
       ConfigError: it is on a store of another kind, or this version of orbax is not known.
@@ -40,10 +40,10 @@ def prepare(directory: Path) -> None:
         return
     if directory.scheme not in CHECKPOINT_SCHEMES:
         raise ConfigError(
-            f"{directory}: checkpoints are written to {' and '.join(CHECKPOINT_SCHEMES)} alone; "
+            f"{directory}: checkpoints can be written only to {' and '.join(CHECKPOINT_SCHEMES)}; "
             "give one of these or a local folder, or mount the store"
         )
-    client(directory.scheme)  # before epath makes one with other settings
+    client(directory.scheme)  # before epath creates one with other settings
     if directory.scheme == "s3" and gcs_utils._GCS_PATH_PREFIX != ("gs://", "s3://"):
         _teach_s3()
 
@@ -67,7 +67,7 @@ def _normalised(path: str) -> str:
 
 
 def _key_value_store(path: str) -> dict[str, Any]:
-    """tensorstore's description of a place on a store."""
+    """Returns tensorstore's specification of a path on a store."""
     if not path.startswith("s3://"):
         return _of_google(path)
     bucket, key = gcs_utils.parse_gcs_path(path, add_trailing_slash=False)
@@ -75,11 +75,12 @@ def _key_value_store(path: str) -> dict[str, Any]:
 
 
 def _s3_settings() -> dict[str, Any]:
-    """Server and region as botocore finds them, where they are not Amazon's own."""
+    """Returns credentials, and server and region from botocore if the store is not Amazon's."""
     store = client("s3")
     store.connect()
-    # Each object of a checkpoint has one writer, and the workdir one user. With conditions a write
-    # whose answer was lost would fail when it is tried again: its first attempt made the object.
+    # Each object of a checkpoint has one writer, and the workdir one user. A conditional write
+    # whose answer was lost would fail when it is retried, because its first attempt wrote the
+    # object.
     settings: dict[str, Any] = {"use_conditional_write": False}
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         settings["aws_credentials"] = {"type": "environment"}

@@ -17,7 +17,7 @@ from cwcl_jax.training.state import Blueprint, count
 _HEADER = (
     "tower", "encoder", "parameters", "trained", "bytes", "compute", "attention", "weights",
 )  # fmt: skip
-# What JAX installs for NVIDIA's GPUs; without a driver it is there for nothing.
+# Plugins that JAX installs for NVIDIA's GPUs; without a driver they have no effect.
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _PROBED_TOKENS = 64
 
@@ -93,7 +93,7 @@ def unused_gpu(environ: Mapping[str, str]) -> str:
         return ""
     return (
         f"warning: {installed[0]} is installed, but this runs on the CPU: JAX found no GPU or no "
-        "driver. JAX_PLATFORMS=cuda makes that an error, JAX_PLATFORMS=cpu says that it is meant"
+        "driver. JAX_PLATFORMS=cuda makes that an error, JAX_PLATFORMS=cpu hides this warning"
     )
 
 

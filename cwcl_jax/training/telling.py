@@ -85,7 +85,7 @@ def of_best(best: Best, step: int, total_steps: int) -> None:
     if best.exhausted and step < total_steps:
         say(f"ended early at step {step} of {total_steps}: {why_ended(best)}")
     if best.told():
-        say(f"best: {best.told()}, kept; evaluate, export and load_model take it as step=best")
+        say(f"best: {best.told()}, kept; evaluate, export and load_model accept it as step=best")
 
 
 def why_ended(best: Best) -> str:

@@ -61,7 +61,7 @@ def overlap(config: ExperimentConfig, train: Source, held: Source) -> str:
     fields = {modality.field for modality in raw.values()}
     if config.data.validation_share:
         return shared_with_neighbours(held, fields - {"text"})
-    # A picture is the same one with another of its captions.
+    # A picture is still the same with another of its captions.
     return shared_examples(train, held, fields - {"text"} or fields)
 
 
@@ -74,9 +74,9 @@ def validation_batches(config: ExperimentConfig, held: Source) -> TrainBatches:
     if len(held) < config.global_batch_size:
         field = "validation_share" if config.data.validation_share else "validation"
         raise ConfigError(
-            f"config.data.{field}={getattr(config.data, field)!r} gives {len(held)} examples, less "
-            f"than a batch of {config.global_batch_size}: loss and accuracy go by the batch's "
-            "size, so name more"
+            f"config.data.{field}={getattr(config.data, field)!r} gives {len(held)} examples, "
+            f"fewer than a batch of {config.global_batch_size}: loss and accuracy depend on the "
+            "batch size, so it needs more"
         )
     line = config.data.validation or config.data.train
     composed = config.data.validation_composed
@@ -111,10 +111,10 @@ class Validation:
     """
 
     def __init__(self, blueprint: Blueprint, batches: TrainBatches, beat: Callable[[], None]):
-        """Prepares; nothing is read or compiled before the first measure.
+        """Prepares the measurement; nothing is read or compiled before the first one.
 
         Args:
-          beat: called before each batch: the watchdog's.
+          beat: called before each batch, for the watchdog.
         """
         config = blueprint.config
         self._blueprint = blueprint

@@ -122,14 +122,14 @@ class Watchdog:
                 return
 
     def _forgive(self, late: float) -> None:
-        """A process that was itself frozen (SIGSTOP, a suspended machine) is given that time."""
+        """Excludes time in which this process was frozen (SIGSTOP, a suspended machine)."""
         if late > 5.0:
             with self._lock:
                 for phase in self._phases:
                     phase.since += late
 
     def _overdue(self, now: float) -> str:
-        """What to say if the present phase is over its limit, else ""."""
+        """Returns the message if the current phase exceeded its limit, else ""."""
         with self._lock:
             if not self._phases:
                 return ""
@@ -151,7 +151,8 @@ class Watchdog:
                 output.write(f"\n{message}\n")
                 output.flush()
                 faulthandler.dump_traceback(output, all_threads=True)
-            except (OSError, ValueError):  # a full disk or a closed file must not keep it alive
+            # a full disk or a closed file must not keep the process alive
+            except (OSError, ValueError):
                 continue
 
 

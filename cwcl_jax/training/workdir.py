@@ -3,14 +3,14 @@
 config.json       resolved settings
 environment.json  versions and devices of the last start
 towers.json       source and sha256 of each tower's weights, trained leaves by tower
-code.json         hashes of the user's own code that the run names (see `own_code`)
+code.json         hashes of users' code that the run names (see `own_code`)
 data.json         fingerprint of the training data
 metrics.jsonl     one record per logged step
 checkpoints/      trained leaves, optimizer state, data position
-results.json, results.md, plots/   what the evaluation wrote
+results.json, results.md, plots/   results of the evaluation
 evaluated.json    step and settings that these results belong to
 lock              held by the run that is using the folder
-place             on an object store alone: written to see whether it can be
+place             only on an object store: written to test access
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from cwcl_jax.paths import CHECKPOINT_SCHEMES, StorePath
 from cwcl_jax.training.changes import changed_fields, tell_changes
 from cwcl_jax.training.state import TowerSource
 
-# What may differ between two starts of one run without changing its numbers.
+# Settings that may differ between two starts of a run without changing its numbers.
 _FREE = (
     "config.name",
     "config.checkpoint.",
@@ -57,7 +57,7 @@ _FREE = (
     "config.data.prefetch",
     "config.profile",
 )
-# The same function of the same leaves, with other memory.
+# These change memory, but not the function of the leaves.
 _FREE_IN_TOWERS = (".remat", ".attention")
 _PACKAGES = (
     "cwcl_jax",
@@ -90,16 +90,17 @@ def read_record(path: Path) -> Any:
 
 
 def check_place(workdir: Path, config: ExperimentConfig) -> None:
-    """Raises ConfigError where the folder of a run is on an object store that cannot hold it.
+    """Raises ConfigError if the folder is on an object store that cannot hold a run.
 
-    Nothing is asked of a local folder.
+    Local folders are not checked.
     """
     if not isinstance(workdir, StorePath):
         return
     if workdir.scheme not in CHECKPOINT_SCHEMES:
         raise ConfigError(
-            f"--workdir={workdir}: checkpoints are written to {' and '.join(CHECKPOINT_SCHEMES)} "
-            "alone; give one of these or a local folder, or mount the store"
+            f"--workdir={workdir}: checkpoints can be written only to "
+            f"{' and '.join(CHECKPOINT_SCHEMES)}; give one of these or a local folder, or mount "
+            "the store"
         )
     if config.profile:
         raise ConfigError(
@@ -123,7 +124,7 @@ def make_folder(workdir: Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise ConfigError(
-            f"--workdir={workdir} cannot be made: {error.strerror}; give another --workdir"
+            f"--workdir={workdir} cannot be created: {error.strerror}; give another --workdir"
         ) from error
 
 
@@ -167,9 +168,9 @@ def load_config(workdir: Path) -> ExperimentConfig:
         return _accepting_nothing(from_json(path.read_text(encoding="utf-8")))
     except ValueError as error:
         if is_missing_code(error):
-            raise ConfigError(f"{path} names code that is not here: {error}") from error
+            raise ConfigError(f"{path} names code that cannot be imported: {error}") from error
         raise ConfigError(
-            f"{path} does not fit this version of the package: {error}; take the version that made "
+            f"{path} does not fit this version of the package: {error}; use the version that wrote "
             "it (environment.json), or another --workdir"
         ) from error
 
@@ -200,7 +201,7 @@ def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
     try:
         old = load_config(workdir)
     except ConfigError:
-        if config.checkpoint.accept_changes:  # of a version that this one cannot read
+        if config.checkpoint.accept_changes:  # written by a version that this one cannot read
             return
         raise
     changed = {
@@ -256,7 +257,7 @@ def check_same_data(
 
 
 def _of_today(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier version wrote, which told the inputs by modality, in today's form."""
+    """Returns an earlier version's fingerprint, with inputs by modality, in today's form."""
     if "modalities" not in fingerprint:
         return dict(fingerprint)
     old = dict(fingerprint)
@@ -324,7 +325,7 @@ def is_evaluated(
     if not path.exists():
         return False
     record, now = read_record(path), _evaluated(step, evaluation, data, code)
-    # An earlier version did not write down what the data was, and missing files tell nothing.
+    # An earlier version did not record the data, and missing files prove nothing.
     if not record.get("data") or not data:
         now["data"] = record["data"] = {}
     return not changed_fields(record, now)

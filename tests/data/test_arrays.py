@@ -61,8 +61,8 @@ def test_labels_are_numbers_or_names(tmp_path):
     ("name", "array", "message"),
     [
         ("dim", np.array(8), r"'dim' of f.npz \(shape \(\), int64\) has no axis of examples"),
-        ("label", np.ones(COUNT, np.float32), "one integer, or one class name"),
-        ("label", np.ones((COUNT, 2), np.int32), "one integer, or one class name"),
+        ("label", np.ones(COUNT, np.float32), "one integer or one class name"),
+        ("label", np.ones((COUNT, 2), np.int32), "one integer or one class name"),
         ("names", np.array(["a"] * COUNT), "'names' .* holds no numbers"),
         ("ids", np.array(["a"] * COUNT, object), r"f.npz cannot be read: Object arrays .*astype"),
     ],
@@ -189,7 +189,7 @@ def test_the_line_says_what_is_raw_and_what_is_features(tmp_path):
     line = f"arrays:{tmp_path}/f.npz"
     raw = open_source(f"{line}?raw=eeg")
     assert (raw.embedded, raw[0].keys()) == ((), {"id", "eeg"})
-    with pytest.raises(ValueError, match="'image' that the line does not use; say raw=image or"):
+    with pytest.raises(ValueError, match="'image' that the line does not use; add raw=image or"):
         require_fields(raw, {"image"}, line)
     # Numbers called text are no captions.
     both = open_source(f"{line}?features=image,text")
@@ -224,7 +224,7 @@ def test_labels_have_the_names_that_the_file_gives(tmp_path):
             source.read(index, ("label",))
     words = _open(tmp_path, u=FEATURES, label=names[[2, 0, 1] * 4], class_names=names)
     assert [words[n]["label"] for n in range(3)] == [2, 0, 1]
-    with pytest.raises(ValueError, match="label 'left' is none of its class names"):
+    with pytest.raises(ValueError, match="label 'left' is not one of its class names"):
         _open(tmp_path, u=FEATURES, label=names[[1] * COUNT], class_names=names[:1])
 
 
@@ -259,9 +259,9 @@ def test_pictures_in_an_array_come_as_pictures(tmp_path):
     ("option", "message"),
     [
         ("raw=egg", r"f.npz has no array 'egg' \(raw=egg:egg\); it has eeg, ids"),
-        ("raw=label:eeg", "'label' is no name for a raw array"),
+        ("raw=label:eeg", "'label' cannot name a raw array"),
         ("raw=a:eeg&features=a:eeg", "named by raw= and by features="),
-        ("raw=eeg&label=eeg", r"'eeg' .* must hold one integer, or one class name"),
+        ("raw=eeg&label=eeg", r"'eeg' .* must hold one integer or one class name"),
         ("raw=eeg&id=times", "floats lose the last digits of large ids"),
         ("raw=ids", "'ids' .* holds no numbers, so it is neither raw input nor features"),
     ],
@@ -291,7 +291,7 @@ def test_hdf5_with_values_in_other_files_is_refused(tmp_path):
     (tmp_path / "secret").write_bytes(bytes(64))
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file.create_dataset("eeg", (8,), "f8", external=[(str(tmp_path / "secret"), 0, 64)])
-    with pytest.raises(ValueError, match="'eeg' takes its values from other files"):
+    with pytest.raises(ValueError, match="values of the data set 'eeg' are in other files"):
         open_source(f"arrays:{tmp_path}/f.h5?raw=eeg")
 
 

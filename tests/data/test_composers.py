@@ -233,8 +233,8 @@ def wrong(source, *, batch_size, what):
     [
         ("twice", "example 1 into batch 0 of epoch 0 twice"),
         ("outside", "examples 1 to 20; there are 0 to 19"),
-        ("shape", r"shape \(5, 3\); wanted are example numbers of shape \(steps, 4\)"),
-        ("floats", "gives float64"),
+        ("shape", r"shape \(5, 3\); expected are example numbers of shape \(steps, 4\)"),
+        ("floats", "returns float64"),
     ],
 )
 def test_what_a_composer_of_ones_own_gives_is_checked(what, message):
@@ -321,7 +321,7 @@ def test_after_an_epoch_that_changed_its_batch_size_the_next_is_a_usual_one():
 def test_another_batch_size_after_which_nothing_fits_begins_the_next_epoch(caplog):
     order = ComposedOrder(lambda s, b: compose("groups:group", s, b, 0), Items(np.arange(20)), 8)
     assert order.go_on(3, [[4, 4]]) == (4, 0)
-    assert "The 4 examples left of epoch 3 make no batch of 8" in caplog.text
+    assert "The 4 examples left of epoch 3 do not fill a batch of 8" in caplog.text
 
 
 def test_an_epoch_can_be_a_part_of_what_the_batches_hold():
@@ -461,7 +461,7 @@ def test_the_temperature_of_a_mixture_sets_the_shares_of_its_parts():
     assert parts(1e9)[0] == 50
     with pytest.raises(ValueError, match="needs several parts"):
         _batches(Items(np.arange(20)), "", 4, mixture_temperature=2.0)
-    with pytest.raises(ValueError, match="takes every example once"):
+    with pytest.raises(ValueError, match="uses every example at most once"):
         _batches(source, "groups:group", 4, mixture_temperature=2.0)
     with pytest.raises(ValueError, match="positive"):
         DataConfig(mixture_temperature=0.0)

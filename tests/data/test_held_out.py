@@ -96,7 +96,7 @@ class Long(Source):
 
 def test_rows_of_one_picture_beside_each_other_are_told():
     told = shared_with_neighbours(hold_out(Numbers(400, copies=5), 0.1, 0)[1], {"image"})
-    assert "validation examples have the image of a training example beside them" in told
+    assert "validation examples have the same image as a training example next to them" in told
     assert shared_with_neighbours(hold_out(Numbers(400), 0.1, 0)[1], {"image"}) == ""
 
 

@@ -40,7 +40,7 @@ def test_cells_hold_labels(value, expected):
 
 @pytest.mark.parametrize("printed", ["['a' 'b']", "[1 2 3]", "['a', b c]"])
 def test_what_numpy_prints_is_no_list(printed):
-    with pytest.raises(BadExample, match="looks like a list and is none"):
+    with pytest.raises(BadExample, match="looks like a list but cannot be read as one"):
         labels_of(printed, ";")
 
 
@@ -107,7 +107,7 @@ def test_several_columns_are_one_set(tmp_path, kind):
 def test_the_survey_tells_how_labels_were_read(tmp_path):
     source = open_source(_write(tmp_path, "csv of joined strings") + "labels=genes")
     told = str(survey_labels(source, ";"))
-    assert "1.4 labels an example in a sample of 8, 5 different ones, 1 examples without" in told
+    assert "1.4 labels per example in a sample of 8, 5 different ones, 1 examples without" in told
     assert "one has a | b | c" in told
     assert survey_labels(open_source("scenes:train?n=4"), ";").kinds == 0
 

@@ -243,10 +243,10 @@ def test_two_columns_that_may_be_a_field_are_an_error_when_it_is_needed(tmp_path
     source = open_source(line)
     assert source[0].keys() == {"id", "label"}
     for field, message in [
-        ("text", r"2 columns that may be the text \(text, caption\); choose with text=COLUMN"),
-        ("image", r"2 columns that may be the image \(image, img\)"),
+        ("text", r"2 columns that could be the text \(text, caption\); choose with text=COLUMN"),
+        ("image", r"2 columns that could be the image \(image, img\)"),
         ("audio", r"no audio; name its column with audio= \(it has image \(struct"),
-        ("eeg", "'eeg' that the line does not use; say raw=eeg or features=eeg"),
+        ("eeg", "'eeg' that the line does not use; add raw=eeg or features=eeg"),
     ]:
         with pytest.raises(ValueError, match=message):
             require_fields(source, {field}, line)
@@ -261,13 +261,13 @@ def test_two_columns_that_may_be_a_field_are_an_error_when_it_is_needed(tmp_path
     ("option", "message"),
     [
         ("text=captoin", "no column 'captoin'.*Did you mean 'caption'.*Its columns: image"),
-        ("text=label", r"'label' of .* is int64, so it cannot be text=: that takes a string or"),
-        ("label=image", "cannot be label=: that takes an integer or a string"),
-        ("image=label", "cannot be image=: that takes bytes"),
-        ("raw=caption", "cannot be raw=caption=: that takes numbers"),
-        ("raw=label:label", "'label' is no name for a raw array .*write raw=NAME:label"),
+        ("text=label", r"'label' of .* is int64, so it cannot be text=, which takes a string or"),
+        ("label=image", "cannot be label=, which takes an integer or a string"),
+        ("image=label", "cannot be image=, which takes bytes"),
+        ("raw=caption", "cannot be raw=caption=, which takes numbers"),
+        ("raw=label:label", "'label' cannot name a raw array .*write raw=NAME:label"),
         ("raw=a:label&features=a:label", "'a' is named by raw= and by features="),
-        ("raw=a:label,a:label", "must be names that differ"),
+        ("raw=a:label,a:label", "must be different names"),
         ("image=image&raw=image:label", "named by image= and by raw="),
         ("label=label,caption", "must be one column"),
         ("memory_mib=0", "memory_mib=0 of .* at least 1"),
@@ -333,7 +333,7 @@ def test_damaged_files_are_refused_or_their_rows_skipped(files):
     whole = path.read_bytes()
     for kept in (0, 10, len(whole) - 5):
         path.write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match=r"train-00001-of-00003.parquet is no whole Parquet"):
+        with pytest.raises(ValueError, match=r"00001-of-00003.parquet is not a complete"):
             open_source(f"parquet:{files}")
     # The footer is right, the data of one row group is not.
     path.write_bytes(whole)

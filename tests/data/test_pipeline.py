@@ -365,7 +365,7 @@ def test_the_fingerprint_changes_with_what_decides_the_batches():
 def test_a_batch_that_cannot_be_made_is_refused_with_the_option():
     with pytest.raises(ValueError, match="3 hosts"):
         train_batches(SMALL, IMAGE_TEXT, seed=0, global_batch_size=20, process_count=3)
-    with pytest.raises(ValueError, match=r"lower the batch|bring more"):
+    with pytest.raises(ValueError, match="lower the batch size or add"):
         train_batches(SMALL, IMAGE_TEXT, seed=0, global_batch_size=51)
     too_many = DataConfig(**{**SMALL.__dict__, "examples_per_epoch": 51})
     with pytest.raises(ValueError, match="exceeds the 50"):
@@ -457,7 +457,7 @@ def test_labels_that_are_words_hinder_neither_evaluation_nor_captions(tmp_path, 
     np.testing.assert_array_equal(batch["label"], [-1, 1, -1])
     assert not batches.skipped
     (record,) = caplog.records
-    assert "goes without its label" in record.getMessage()
+    assert "is used without its label" in record.getMessage()
     assert "0.tar/a" in record.getMessage()
 
 

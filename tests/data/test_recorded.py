@@ -198,7 +198,7 @@ def test_bytes_depend_neither_on_the_number_of_processes_nor_on_interruptions(tm
 def test_a_failing_process_tells_why(tmp_path):
     line = f"spoken:commands:test?task=keywords&n=2&voices=martian+m1&keep={tmp_path}/kept"
     # A setting that cannot work, and no accident.
-    with pytest.raises(ValueError, match=r"speaking failed.*no voice 'martian"):
+    with pytest.raises(ValueError, match=r"synthesis failed.*no voice 'martian"):
         open_source(line)[0]
 
 

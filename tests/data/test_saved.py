@@ -61,7 +61,7 @@ def test_splits_are_folders_and_one_is_chosen(tmp_path):
     listing.write_text(json.dumps({"splits": ["test"]}))
     assert len(open_source(f"hf:{tmp_path}")) == 2
     listing.write_text(json.dumps({"splits": ["../elsewhere"]}))
-    with pytest.raises(ValueError, match="no name of a folder in it"):
+    with pytest.raises(ValueError, match="not the name of a folder next to it"):
         open_source(f"hf:{tmp_path}")
 
 
@@ -148,7 +148,7 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
 
 def test_names_of_the_hub_are_not_downloaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"hf:owner/name is no folder.*save_to_disk"):
+    with pytest.raises(FileNotFoundError, match=r"hf:owner/name is not a folder.*save_to_disk"):
         open_source("hf:owner/name")
 
 

@@ -41,7 +41,7 @@ def test_a_bare_path_has_the_kind_of_the_part_before_it():
         ("slurp:/nowhere?unit=words", "recordings or sentences"),
         ("csv:/x?quoting=maybe", "auto, on or off"),
         ("tars:pipe:cat 0.tar", "is a pipe"),
-        ("tars:/x/{5..a}.tar", "two numbers"),
+        ("tars:/x/{5..a}.tar", "two ascending numbers"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(line, message):
@@ -201,5 +201,5 @@ def test_sources_tell_whether_they_have_labels():
 
 
 def test_the_former_name_of_features_from_is_refused_with_todays():
-    with pytest.raises(ValueError, match="embeds=/a is now called features_from=/a"):
+    with pytest.raises(ValueError, match="embeds=/a was renamed to features_from=/a"):
         open_source("scenes:train?embeds=/a")

@@ -214,7 +214,7 @@ def test_manifests_of_parts_of_recordings_are_refused(tmp_path):
     file = tmp_path / "m.jsonl"
     rows = [{"audio_filepath": "1.wav", "text": "a", "offset": start} for start in (0.0, 2.5)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"row 2 begins at offset=2\.5 .*cut the parts"):
+    with pytest.raises(ValueError, match=r"row 2 begins at offset=2\.5 .*save the parts"):
         open_source(f"jsonl:{file}")
     file.write_text(json.dumps(rows[0]) + "\n")
     assert len(open_source(f"jsonl:{file}")) == 1

@@ -97,8 +97,11 @@ def test_fingerprints_follow_the_text(pictures):
     ("table", "message"),
     [
         ("filepath,title\na.jpg,x\nb.jpg,a cat, sitting\n", "line 3 has more cells"),
-        ("filepath,title\na.jpg,x\n" + 'b.jpg,"open\n' + "c.jpg,y\n" * 50, "from line 3 on: unexp"),
-        ('filepath,title\na.jpg,"a "big" cat"\n', r"from line 2 on: .* quoting=off"),
+        (
+            "filepath,title\na.jpg,x\n" + 'b.jpg,"open\n' + "c.jpg,y\n" * 50,
+            "starts in line 3: unexp",
+        ),
+        ('filepath,title\na.jpg,"a "big" cat"\n', r"starts in line 2: .* quoting=off"),
     ],
 )
 def test_rows_that_would_lose_text_are_an_error_with_their_line(tmp_path, table, message):
@@ -151,7 +154,7 @@ def test_separators_have_names(tmp_path, sep):
 
 def test_other_separators_are_refused(tmp_path):
     (tmp_path / "p.txt").write_text("filepath||title\n")
-    with pytest.raises(ValueError, match=r"sep='\|\|' .* semicolon or one sign"):
+    with pytest.raises(ValueError, match=r"sep='\|\|' .* semicolon or one character"):
         open_source(f"csv:{tmp_path}/p.txt?sep=||")
 
 
@@ -255,7 +258,7 @@ def test_two_columns_that_may_be_the_text_are_told_where_it_is_needed(tmp_path):
     (tmp_path / "t.csv").write_text("filepath,title,text\na.png,The page,A cat on a mat\n")
     source = open_source(f"csv:{tmp_path}/t.csv")
     with pytest.raises(
-        ValueError, match=r"2 columns that may be the text \(title, text\); .*text="
+        ValueError, match=r"2 columns that could be the text \(title, text\); .*text="
     ):
         require_fields(source, ("image", "text"), "line")
     chosen = open_source(f"csv:{tmp_path}/t.csv?text=text")
@@ -282,7 +285,7 @@ def test_pipes_and_devices_are_no_examples_and_no_tables(tmp_path, make):
     with pytest.raises(BadExample, match="no regular file"):
         source.read(0, ("image",))
     make(tmp_path / "odd.csv")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         open_source(f"csv:{tmp_path / 'odd.csv'}")
 
 

@@ -124,7 +124,7 @@ def test_coco_reader_says_what_is_missing(coco, tmp_path):
     with pytest.raises(ValueError, match="captions_"):
         open_coco(str(other), images=str(tmp_path))
     other.write_text("[]")
-    with pytest.raises(ValueError, match="no COCO captions file"):
+    with pytest.raises(ValueError, match="not a COCO captions file"):
         open_coco(str(other))
 
 

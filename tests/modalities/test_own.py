@@ -351,7 +351,7 @@ def test_random_draws_follow_the_seed_and_differ_between_examples(own):
         ({"data.train": "own_waves:Wave:x"}, "has no 'Wave'"),
         ({"data.train": "own_waves:Waves"}, "has no path: write own_waves:Waves:PATH"),
         ({"data.train": "own_waves:Encoder:x"}, "source 'own_waves:Encoder' fails on 'x': Type"),
-        ({"data.train": "own_waves:a_list:x"}, "gives a list, which does not derive from .*Source"),
+        ({"data.train": "own_waves:a_list:x"}, "returns a list, which is not a subclass"),
         ({"data.train": "own_waves:Waves:x?m=3"}, "has no option 'm'"),
     ],
 )
@@ -461,8 +461,11 @@ def test_an_export_is_loaded_only_where_its_code_is_allowed(trained, own, tmp_pa
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"source": "arrays:test.npz"}, "tasks.t.source='arrays:test.npz' gives features for .*'w"),
-        ({"text_tower": "wave"}, "tasks.t.text_tower='wave' reads no sentences .*WaveInputs"),
+        (
+            {"source": "arrays:test.npz"},
+            "tasks.t.source='arrays:test.npz' provides features for .*'w",
+        ),
+        ({"text_tower": "wave"}, "tasks.t.text_tower='wave' cannot read sentences .*WaveInputs"),
     ],
 )
 def test_a_task_that_feeds_a_tower_with_something_else_is_refused(own, monkeypatch, task, message):
@@ -539,7 +542,9 @@ def test_code_that_is_missing_is_no_fault_of_the_version(own, tmp_path, monkeypa
     elsewhere = [path for path in sys.path if not Path(path, "own_waves.py").exists()]
     monkeypatch.setattr(sys, "path", elsewhere)
     for call in (load_config, lambda folder: load_model(folder, allow_code=True)):
-        with pytest.raises(ValueError, match=r"json names code that is not here: .*no module"):
+        with pytest.raises(
+            ValueError, match=r"json names code that cannot be imported: .*no module"
+        ):
             call(tmp_path)
 
 

@@ -76,7 +76,7 @@ def test_a_locked_encoder_which_sees_all_patches_refuses_a_share():
         config = toy_config(**changes)
         check_patch_dropout(make_blueprint(config, sharding.make_mesh(config.mesh)))
 
-    with pytest.raises(ConfigError, match=r"overrides\.patch_dropout=0\.5 does nothing: .*locked"):
+    with pytest.raises(ConfigError, match=r"overrides\.patch_dropout=0\.5 has no effect: .*locked"):
         checked("none")
     checked("lora:2")
 

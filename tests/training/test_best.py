@@ -55,7 +55,7 @@ def test_patience_counts_values_that_are_no_better():
 
 def test_a_number_that_nothing_measures_is_named_with_those_there_are():
     best = watching("validation/los:min")
-    with pytest.raises(ConfigError, match=r"validation/los:min: no such number.*validation/loss"):
+    with pytest.raises(ConfigError, match=r"validation/los:min: no such metric.*validation/loss"):
         best.observe(1, {LOSS: 1.0}, VALIDATION)
 
 
@@ -78,9 +78,9 @@ def test_numbers_belong_to_a_measure_by_their_name():
         ({"checkpoint.best": "evaluation/colour/top1:max"}, r"needs one of the tasks \['shape'\]"),
         ({"checkpoint.best": "evaluation/shape/top1:max"}, r"needs config\.evaluation\.every_s"),
         ({"checkpoint.best": "evaluation/x:min", "evaluation.tasks": {}}, "tasks: there is none"),
-        ({"data.validation_share": 0.1, "data.validation": "scenes:test"}, "exclude each other"),
-        ({"data.validation_share": 1.0}, r"must lie in \[0, 1\)"),
-        ({"optimizer.ema_decay": 1.0}, r"must lie in \[0, 1\)"),
+        ({"data.validation_share": 0.1, "data.validation": "scenes:test"}, "cannot be combined"),
+        ({"data.validation_share": 1.0}, r"must be in \[0, 1\)"),
+        ({"optimizer.ema_decay": 1.0}, r"must be in \[0, 1\)"),
     ],
 )
 def test_what_can_never_be_measured_is_refused(changes, message):

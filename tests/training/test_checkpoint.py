@@ -222,7 +222,7 @@ def test_a_workdir_that_is_moved_keeps_what_was_saved(saved, state):
     moved = saved.with_name("moved")
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:
         saved.rename(moved)
-        with pytest.raises(FileNotFoundError, match=r"moved or removed.*that --workdir goes on"):
+        with pytest.raises(FileNotFoundError, match=r"moved or removed.*that --workdir continues"):
             checkpoints.save(6, state, {"position": 6})
     assert not saved.exists()
     with Checkpoints(moved, CheckpointConfig()) as checkpoints:

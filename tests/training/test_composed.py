@@ -87,7 +87,7 @@ def test_buckets_and_batches_exclude_each_other():
 
     inputs = {"speech": SpeechInputs(max_seconds=3.0, buckets=(1.0, 2.0))}
     config = DataConfig(train="commands:train?n=40", batches="groups:text", inputs=inputs)
-    with pytest.raises(ValueError, match="exclude each other"):
+    with pytest.raises(ValueError, match="cannot be combined"):
         TrainBatches(config, ("speech",), seed=0, global_batch_size=4)
 
 

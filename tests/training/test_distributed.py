@@ -120,7 +120,7 @@ def test_tpu_hosts_without_variables_are_found_by_the_metadata_server(monkeypatc
                 "CWCL_PROCESS_ID": "2",
                 "JAX_COORDINATOR_ADDRESS": "a:1",
             },
-            r"process_id=2 must lie in 0\.\.2-1",
+            r"process_id=2 must be in 0\.\.2-1",
         ),
     ],
 )
@@ -246,7 +246,7 @@ def test_processes_that_differ_are_named_and_end_with_2(tmp_path):
     fault = {"place": "start", "action": "differ", "process": 1, "linger": 2}
     ending = run_job(tmp_path / "run", 2, fault=fault)
     assert ending.codes == [BAD_CONFIG, BAD_CONFIG], ending.output
-    assert "do not run the same thing" in ending.output
+    assert "do not agree" in ending.output
     assert "code (process 1): 'something else' there" in ending.output
     assert not (tmp_path / "run" / "config.json").exists()
 

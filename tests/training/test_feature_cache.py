@@ -64,7 +64,7 @@ def test_a_broken_file_is_made_again(make, damage, caplog):
     file.write_bytes(damage(file.read_bytes()))
     again = make()
     assert again._rows["text"] == {}
-    assert "made again" in caplog.text
+    assert "computed again" in caplog.text
     np.testing.assert_array_equal(again.encode("text", INPUTS), expected)
     again.save()
     assert make()._rows["text"].keys() == kept._rows["text"].keys()

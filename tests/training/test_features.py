@@ -73,7 +73,7 @@ def test_vectors_of_first_captions_are_refused_where_training_draws_others(tmp_p
 def test_vectors_of_other_views_are_refused(tmp_path):
     line = _embedded(tmp_path, SOURCE, "image")
     views = toy_config(**{"data.train": line, "data.image.flip": True, "data.image.views": 3})
-    with pytest.raises(ConfigError, match="training draws among 3 views"):
+    with pytest.raises(ConfigError, match="training draws from 3 views"):
         training_source(views)
 
 

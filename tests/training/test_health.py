@@ -105,9 +105,9 @@ def test_a_run_at_chance_and_at_its_clamp_is_told_with_the_remedies(tmp_path, ca
     changes |= {"data.validation_every_steps": 16, "data.validation_batches": 1}
     assert train(toy_config(**LONG, **stuck, **changes), tmp_path) == DONE
     output = capsys.readouterr()
-    assert output.out.count("has stood at log N = 2.773") == 1
+    assert output.out.count("has been at log N = 2.773") == 1
     assert "--config.optimizer.learning_rate" in output.out
-    assert output.out.count("has sat at its clamp, 0.01") == 1
+    assert output.out.count("has been at its clamp, 0.01") == 1
     assert "--config.temperature.maximum" in output.out
     assert output.err.count("validation after step") == 2
     records = read_json_lines(tmp_path / "metrics.jsonl")
@@ -124,5 +124,5 @@ def test_a_learning_rate_that_collapses_is_told(tmp_path, capsys):
     changes = {"optimizer.learning_rate": 1.0, "optimizer.schedule": "constant"}
     assert train(toy_config(**LONG, **changes), tmp_path) == DONE
     output = capsys.readouterr().out
-    assert "the embeds of the text tower have collapsed since step" in output
+    assert "the embeddings of the text tower have collapsed since step" in output
     assert "a lower --config.optimizer.learning_rate" in output

@@ -218,7 +218,7 @@ def test_interpolation_is_the_average_of_start_and_end(finished, tmp_path):
 
 
 def test_interpolation_without_a_start_is_refused(finished, tmp_path):
-    with pytest.raises(ConfigError, match=r"interpolate=1\.5: 0 is the start"):
+    with pytest.raises(ConfigError, match=r"interpolate=1\.5 must be from 0"):
         load_model(finished / "run", interpolate=1.5)
     main([f"--source={finished / 'run'}", f"--output={tmp_path / 'export'}"])
     with pytest.raises(ValueError, match="is not the workdir of a run"):

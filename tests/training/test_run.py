@@ -340,7 +340,7 @@ def test_averages_begin_in_the_middle_of_a_run_only_on_demand(finished, tmp_path
         train(toy_config(**changes), workdir)
     config = toy_config(**changes, **{"checkpoint.accept_changes": True})
     assert train(config, workdir) == DONE
-    assert "kept no averages up to step 4: they begin with its leaves" in capsys.readouterr().out
+    assert "has no averages up to step 4: they start from its leaves" in capsys.readouterr().out
     then = saved_params(workdir, toy_config())
     now, averages = saved_params(workdir, config), saved_params(workdir, config, "ema")
     for path, average in averages.items():

@@ -157,7 +157,7 @@ def test_a_run_goes_on_where_it_stopped(line, tmp_path, monkeypatch, capsys):
         return [x["loss"] for x in read_json_lines(folder / "metrics.jsonl") if "loss" in x]
 
     assert train(config, tmp_path / "whole") == DONE
-    assert "labels an example in a sample of 16" in capsys.readouterr().out
+    assert "labels per example in a sample of 16" in capsys.readouterr().out
     monkeypatch.setattr(run_module, "StopSignal", StopAfterTwo)
     assert train(config, tmp_path / "parts") == PREEMPTED
     monkeypatch.undo()
@@ -171,9 +171,12 @@ def test_a_run_goes_on_where_it_stopped(line, tmp_path, monkeypatch, capsys):
     ("changes", "message"),
     [
         ({"loss.name": "morphoclip"}, "needs labels: set --config.data.labels=class"),
-        ({"data.labels": "sets"}, "labels='sets' does nothing.*name=supervised"),
-        ({"loss.name": "contrastive", "data.guide": "guide"}, "guide='guide' does nothing.*=cwcl"),
-        ({"loss.name": "softclip", "data.guide": "guide"}, "does not go with .*weighted='own'"),
+        ({"data.labels": "sets"}, "labels='sets' has no effect.*name=supervised"),
+        ({"loss.name": "contrastive", "data.guide": "guide"}, "guide='guide' has no effect.*=cwcl"),
+        (
+            {"loss.name": "softclip", "data.guide": "guide"},
+            "cannot be combined with .*weighted='own'",
+        ),
     ],
 )
 def test_what_the_loss_does_not_read_or_lacks_is_refused(line, changes, message):

@@ -44,7 +44,7 @@ def steps(workdir):
 def test_a_run_goes_on_without_tensorboard(tmp_path, library):
     done = train(tmp_path, library, PATH="/tensorboard/", CALLS="write", ERRNO=5, AFTER=300)
     assert done.returncode == DONE, done.stderr
-    assert done.stderr.count("warning: TensorBoard's file (the run goes on without it)") == 2
+    assert done.stderr.count("warning: TensorBoard's file (the run continues without it)") == 2
     assert "Input/output error" in done.stderr
     assert "Traceback" not in done.stderr
     assert steps(tmp_path) == [1, 2, 3, 4]

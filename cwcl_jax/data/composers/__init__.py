@@ -1,7 +1,7 @@
-"""Which examples share a batch: composers by name, or of the user's.
+"""Composers of batches, which determine the examples that share a batch: by name, or users' own.
 
 `groups:COLUMN?k=1`, `near:FEATURES?share=0.5&size=8`, or `module:function?option=value`, in the
-form of a source line. `base` says what a composer gives.
+format of a source line. `base` describes what a composer returns.
 """
 
 import difflib
@@ -28,11 +28,11 @@ COMPOSERS: dict[str, Callable[..., Composition]] = {"groups": compose_groups, "n
 
 
 def compose(line: str, source: Source, batch_size: int, seed: int) -> Composition:
-    """Composes the batches of a source as a line says.
+    """Returns the batches that a line composes from a source.
 
     Raises:
-      ComposerError: there is no such composer or option, or the batches cannot be made of this
-        source.
+      ComposerError: there is no such composer or option, or the batches cannot be composed from
+        this source.
     """
     try:
         parsed = _parsed(line)
@@ -49,7 +49,7 @@ def compose(line: str, source: Source, batch_size: int, seed: int) -> Compositio
 
 
 def own_composer(line: str) -> list[str]:
-    """Returns the "module:function" that a line names, if it is of the user's; imports nothing."""
+    """Returns the "module:function" of a line with a user's composer, else []; imports nothing."""
     try:
         kind = _parsed(line).kind if line else ""
     except ValueError:
@@ -58,7 +58,7 @@ def own_composer(line: str) -> list[str]:
 
 
 def features_read(line: str) -> str:
-    """Returns the name of the features that a line's composer reads; "" where it reads none."""
+    """Returns the name of the features that a line's composer reads; "" if it reads none."""
     try:
         parsed = _parsed(line)
     except ValueError:
@@ -67,10 +67,14 @@ def features_read(line: str) -> str:
 
 
 def _parsed(line: str) -> SourceLine:
-    """The parts of a line; one of the user's has its "module:function" as its kind."""
+    """Returns the parts of a line; the kind of a user's composer is its "module:function".
+
+    Raises:
+      ComposerError: the line is not one composer.
+    """
     parts = parse_source_line(line)
     if len(parts) != 1:
-        raise ComposerError(f"{line!r} names {len(parts)} composers; batches are composed by one")
+        raise ComposerError(f"{line!r} names {len(parts)} composers; name exactly one")
     (part,) = parts
     if part.kind in COMPOSERS:
         return part

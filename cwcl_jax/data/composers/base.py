@@ -1,8 +1,9 @@
-"""What composes batches on purpose, and the order of examples that comes of it.
+"""Batches that are composed on purpose, and the resulting order of examples.
 
-A composer knows the examples, the batch's size and the seed; it says how many batches an epoch has
-and which examples stand in each. It knows no host, thread or step of training: batch `step` of an
-epoch is a function of (seed, epoch, step) alone, so hosts and resumed runs agree without a word.
+A composer knows the examples, the batch size and the seed. It determines the number of batches in
+an epoch and the examples of each. It does not know hosts, threads or training steps: batch `step`
+of an epoch is a function of (seed, epoch, step) alone, so hosts and resumed runs agree without
+communication.
 """
 
 import functools
@@ -19,21 +20,21 @@ from cwcl_jax.data.sources.base import Source
 from cwcl_jax.data.sources.subset import Subset
 
 _LOG = logging.getLogger(__name__)
-# Batches of later epochs in which a replacement is looked for.
+# Later epochs whose batches are searched for a replacement.
 _EPOCHS_LOOKED_AT = 8
 
 
 class ComposerError(ValueError):
-    """Batches cannot be composed as asked."""
+    """Batches cannot be composed as requested."""
 
 
 class Composition:
     """The batches of every epoch.
 
     Attributes:
-      steps: batches of an epoch, the same number in each.
-      told: what the batches are, in words.
-      left_out: why examples are in no batch of an epoch, and how many.
+      steps: number of batches in an epoch, the same in each.
+      told: description of the batches for users.
+      left_out: number of examples that are in no batch of an epoch, by reason.
     """
 
     steps: int
@@ -41,13 +42,14 @@ class Composition:
     left_out: Mapping[str, int] = MappingProxyType({})
 
     def batch(self, epoch: int, step: int) -> Int64[np.ndarray, " b"]:
-        """Returns the numbers of the examples of a batch, each once."""
+        """Returns the numbers of the examples of a batch, (batch_size,), without repetition."""
         raise NotImplementedError
 
     def replacements(self, epoch: int, step: int, row: int) -> Iterator[int]:
-        """Yields what may stand for an unusable example, in the order in which it is tried.
+        """Yields replacements for an unusable example, in the order in which they are tried.
 
-        Here: what stands in the same row of other batches, so that rows differ in theirs.
+        By default these are the examples in the same row of other batches, so that different rows
+        have different replacements.
         """
         batch = set(self.batch(epoch, step).tolist())
         for other in self.others(epoch, step):
@@ -55,9 +57,9 @@ class Composition:
                 yield example
 
     def others(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
-        """Yields (epoch, step) of other batches: half an epoch further on first, then later ones.
+        """Yields (epoch, step) of other batches: first those half an epoch ahead, then later ones.
 
-        Those of later epochs hold what this epoch leaves out.
+        Batches of later epochs contain the examples that this epoch leaves out.
         """
         for ahead in range(_EPOCHS_LOOKED_AT):
             for far in range(self.steps):
@@ -66,20 +68,20 @@ class Composition:
                     yield epoch + ahead, place
 
     def fingerprint(self) -> str:
-        """Returns a text that changes with what the batches are made from."""
+        """Returns a text that changes if the batches change."""
         raise NotImplementedError
 
 
-# Of the examples of a source in batches of a size.
+# Composes the examples of a source into batches of a size.
 Compose = Callable[[Source, int], Composition]
 
 
 class ComposedOrder:
-    """The order of examples that composed batches stand in; as `GlobalOrder`, by positions.
+    """The order of examples in composed batches, by position as in `GlobalOrder`.
 
     Args:
-      compose: gives the batches of a source, whole or of some examples.
-      per_epoch: the most examples of an epoch; 0 = as many as the batches hold.
+      compose: returns the batches of a source, or of a subset of it.
+      per_epoch: maximal number of examples in an epoch; 0 = as many as the batches hold.
     """
 
     def __init__(self, compose: Compose, source: Source, batch_size: int, per_epoch: int = 0):
@@ -98,17 +100,17 @@ class ComposedOrder:
 
     @property
     def per_epoch(self) -> int:
-        """Examples of an epoch: whole batches."""
+        """Number of examples in an epoch, whole batches only."""
         return self.steps * self._size
 
     @property
     def left_out_share(self) -> float:
-        """The share of the examples that an epoch leaves out."""
+        """Share of the examples that an epoch leaves out."""
         return 1 - self.per_epoch / len(self._source)
 
     @property
     def told(self) -> str:
-        """What the batches are and what an epoch leaves out, in words."""
+        """Description, for users, of the batches and of the examples that an epoch leaves out."""
         total = len(self._source)
         reasons = dict(self._whole.left_out)
         if short := total - self.per_epoch - sum(reasons.values()):
@@ -121,7 +123,7 @@ class ComposedOrder:
         )
 
     def fingerprint(self) -> str:
-        """Returns a text that changes with what the batches are made from."""
+        """Returns a text that changes if the batches change."""
         return self._whole.fingerprint()
 
     def indices(
@@ -130,7 +132,7 @@ class ComposedOrder:
         """Returns the example numbers at `positions` of an epoch, or their replacements.
 
         Raises:
-          RuntimeError: nothing is left to stand for an unusable example.
+          RuntimeError: no replacement is left for an unusable example.
         """
         steps, rows = np.divmod(positions, self._size)
         if not attempt:
@@ -144,7 +146,7 @@ class ComposedOrder:
         return np.array(found, np.int64)
 
     def _place(self, epoch: int, step: int) -> tuple[Composition, int, Int64[np.ndarray, " n"]]:
-        """Whose batch stands at a step, under which number, and the numbers of its examples."""
+        """Returns composition and step of a batch, and the example numbers (empty = all)."""
         rest = self._rest
         if epoch == rest.epoch:
             return rest.composition, step - (self.steps - rest.steps), rest.numbers
@@ -163,22 +165,22 @@ class ComposedOrder:
         for example in possible:
             return int(numbers[example]) if numbers.size else example
         raise RuntimeError(
-            f"Nothing can stand for the unusable example in row {row} of batch {step} of epoch "
-            f"{epoch} without breaking what the batches promise. Repair the data."
+            f"No replacement is left for the unusable example in row {row} of batch {step} of "
+            f"epoch {epoch} that keeps the batch as composed. Repair the data."
         )
 
     def taken(self, epoch: int, step: int) -> list[list[int]]:
-        """Returns [batch size, batches] of an epoch up to a step, in the order they were taken."""
+        """Returns [batch size, batches] of an epoch up to a step, in order."""
         rest = self._rest
         if epoch != rest.epoch:
             return [[self._size, step]]
         return [*rest.taken, [self._size, step - (self.steps - rest.steps)]]
 
     def go_on(self, epoch: int, taken: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Returns (epoch, step) of the batch that follows what `taken` of an epoch says.
+        """Returns (epoch, step) of the batch that follows the batches `taken` of an epoch.
 
-        Where batches had another size, those examples of the epoch that no batch had are composed
-        anew, and stand in its last steps.
+        If earlier batches had another size, the unused examples of the epoch are composed anew and
+        fill its last steps.
         """
         *before, (size, done) = [(int(size), int(steps)) for size, steps in taken]
         if size != self._size:
@@ -202,7 +204,8 @@ class ComposedOrder:
             composition, count = self._whole, 0
         if not count:
             _LOG.warning(
-                "The %d examples left of epoch %d make no batch of %d; the next epoch begins.",
+                "The %d examples left of epoch %d do not fill a batch of %d; the next epoch "
+                "begins.",
                 *(len(numbers), epoch, self._size),
             )
             return epoch + 1, 0
@@ -211,7 +214,7 @@ class ComposedOrder:
 
 
 class _Rest:
-    """What follows in an epoch that began in batches of another size."""
+    """The remaining batches of an epoch that began with another batch size."""
 
     def __init__(
         self,
@@ -226,7 +229,7 @@ class _Rest:
 
 
 def digest(*arrays: np.ndarray) -> str:
-    """Returns a short hash of what arrays hold."""
+    """Returns a short hash of the contents of arrays."""
     found = hashlib.sha256()
     for array in arrays:
         found.update(np.ascontiguousarray(array).view(np.uint8).data)

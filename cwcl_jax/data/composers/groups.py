@@ -1,12 +1,12 @@
-"""Batches of m groups with k examples of each; with k = 1 never two of a group.
+"""Batches of m groups with k examples of each; with k = 1 no two examples of a group.
 
-A pack is k examples of one group, and every batch holds m packs of different groups. Packs stand
-one behind another, those of a group together and the groups in a new random order every epoch, and
-are dealt to the T batches like cards: pack q to batch q mod T in round q // T. So two packs of a
-group, of which there are at most T, never meet. Only a group that is cut by the end of a round
-needs its place; all others are shuffled within their round, so that who meets whom is left to
-chance. Memory and time go with the groups of more than one pack: what stands at a position among
-the others is computed there (`order.permute`).
+A pack is k examples of one group, and every batch contains m packs of different groups. The packs
+are put in a sequence, those of a group next to each other and the groups in a new random order
+every epoch. The sequence is dealt to the T batches like cards: pack q goes to batch q mod T in
+round q // T. A group has at most T packs, so two of them never meet. Only a group that extends over
+the end of a round must keep its place. All others are shuffled within their round, so that chance
+decides which groups meet. Memory and time depend on the number of groups with several packs: the
+groups with one pack are computed where they are needed (`order.permute`).
 """
 
 import functools
@@ -20,7 +20,7 @@ from cwcl_jax.data.composers.base import ComposerError, Composition, digest
 from cwcl_jax.data.order import permute, permute_each
 from cwcl_jax.data.sources.base import Source
 
-# Sets the draws apart from those of the plain order.
+# Separates these random streams from those of the plain order.
 _SLOTS, _BATCHES, _ROUND, _SINGLES, _MEMBERS = 81, 82, 83, 84, 85
 _OF_THE_GROUP = 8
 _BLOCK = 1 << 20
@@ -29,13 +29,15 @@ _BLOCK = 1 << 20
 def compose_groups(
     column: str, *, k: int = 1, source: Source, batch_size: int, seed: int
 ) -> "Groups":
-    """Composes `groups:COLUMN?k=2`: k examples of each of batch_size / k groups.
+    """Returns the batches of `groups:COLUMN?k=2`: k examples of each of batch_size / k groups.
 
     Raises:
-      ComposerError: the column is not there or has gaps, or there are too few groups.
+      ComposerError: the column does not exist or has gaps, or there are too few groups.
     """
     if not column:
-        raise ComposerError("groups: names no column; write groups:COLUMN, as groups:speaker?k=2")
+        raise ComposerError(
+            "groups: names no column; write groups:COLUMN, for example groups:speaker?k=2"
+        )
     try:
         numbers = group_numbers(source.column(column), column, source)
     except ComposerError:
@@ -48,13 +50,13 @@ def compose_groups(
 def group_numbers(
     values: Shaped[np.ndarray, " n"], column: str, source: Source
 ) -> Shaped[np.ndarray, " n"]:
-    """Returns the values of a column as integers, equal where these are.
+    """Returns the values of a column as integers that are equal if the values are equal.
 
     Raises:
       ComposerError: an example has no value, or one that cannot be compared.
     """
     if values.dtype.kind in "iu":
-        # What cat.codes and factorize of pandas and clusterings write for "none".
+        # -1 means "none" in pandas' cat.codes and factorize, and in clusterings.
         missing = values < 0 if values.dtype.kind == "i" else np.zeros(len(values), bool)
         numbers = values
     elif values.dtype.kind in "fb":
@@ -67,7 +69,7 @@ def group_numbers(
             numbers = np.fromiter(found, np.int64, len(values))
         except TypeError as error:
             raise ComposerError(
-                f"the column {column!r} holds lists or dicts; a group is one text or number an "
+                f"the column {column!r} holds lists or dicts; a group is one text or number per "
                 "example"
             ) from error
         missing = numbers == known.get(None, -1)
@@ -83,23 +85,23 @@ def group_numbers(
 
 
 def _remark(values: np.ndarray) -> str:
-    return " (a negative number counts as none)" if values.dtype.kind == "i" else ""
+    return " (negative numbers count as missing)" if values.dtype.kind == "i" else ""
 
 
 def _value(value: Any) -> Hashable:
-    """A value as it is compared; None for none."""
+    """Returns a value in the form in which it is compared; None for a missing one."""
     if isinstance(value, str):
         return value.strip() or None
     return None if value is None or value != value else value
 
 
 class _Layout(NamedTuple):
-    """Where the groups of several packs stand in an epoch, and what of each round is free.
+    """Places of the groups with several packs in an epoch, and the free places of each round.
 
     Attributes:
-      groups: in the epoch's order.
-      begins, ends: the places of their packs.
-      before: packs of such groups before each, none of them counted; one more entry than groups.
+      groups: these groups in the epoch's order.
+      begins, ends: places of their packs.
+      before: number of such packs before each group; one more entry than groups.
       first, last: by round, the batches between which packs can be shuffled.
     """
 
@@ -112,16 +114,16 @@ class _Layout(NamedTuple):
 
 
 class Groups(Composition):
-    """The batches of groups; see the module's text.
+    """The batches of groups; see the module's docstring.
 
-    Replacements of an unusable example are others of its group, then examples of groups that the
-    batch does not have: only where a batch has two unusable examples, both of whose groups are
-    used up, can these be of one group.
+    Replacements of an unusable example are other examples of its group, then examples of groups
+    that are not in the batch. Two replacements can be of one group only if two examples of a batch
+    are unusable and both of their groups are used up.
 
     Args:
       numbers: group of every example, any integers.
-      k: examples of a group in a batch that has any of it.
-      column: where the groups come from, in words.
+      k: number of examples of each group in a batch.
+      column: name of the column that holds the groups, for messages.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class Groups(Composition):
         self._several = np.flatnonzero(packs > 1)
         self._packs = packs[self._several].astype(np.int64)
         self._single = np.flatnonzero(packs == 1).astype(self._members.dtype)
-        # Of two epochs: threads read ahead over the end of one.
+        # Two epochs, because threads read ahead beyond the end of one.
         self._layout = functools.lru_cache(2)(self._make_layout)
         self._composed = functools.lru_cache(16)(self._compose)
 
@@ -172,13 +174,13 @@ class Groups(Composition):
     def _make_layout(self, epoch: int) -> _Layout:
         count, rounds, steps = len(self._several), self._per_batch, self.steps
         slots = np.empty(count, np.int64)
-        for start in range(0, count, _BLOCK):  # in the processor's cache
+        for start in range(0, count, _BLOCK):  # blocks fit into the processor's cache
             some = np.arange(start, min(count, start + _BLOCK))
             total = count + len(self._single)
             slots[some] = permute(some, total, self._seed, _SLOTS, epoch)
         order = np.argsort(slots)
         groups, packs = self._several[order], self._packs[order]
-        # Before a group in slot s stand s others, of which those of several packs take more room.
+        # A group in slot s follows s others; those with several packs take more places.
         ends = slots[order] + 1 + np.cumsum(packs - 1)
         begins = ends - packs
         before = np.concatenate([[0], np.cumsum(packs)])
@@ -195,7 +197,7 @@ class Groups(Composition):
     def _compose(
         self, epoch: int, step: int
     ) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"], Int64[np.ndarray, "m k"]]:
-        """Groups of a batch, the pack of each, and their examples."""
+        """Returns the groups of a batch, the pack of each, and their examples."""
         layout, seed = self._layout(epoch), self._seed
         rounds = np.arange(self._per_batch)
         dealt = int(permute(np.array([step]), self.steps, seed, _BATCHES, epoch)[0])
@@ -229,7 +231,7 @@ class Groups(Composition):
     def _member(
         self, epoch: int, groups: Int64[np.ndarray, " n"], ranks: Int64[np.ndarray, " n"]
     ) -> Int64[np.ndarray, " n"]:
-        """The examples of groups at ranks of the epoch's order in each group."""
+        """Returns the examples at `ranks` of the epoch's order within each of `groups`."""
         starts = self._starts[groups].astype(np.int64)
         sizes = self._starts[groups + 1] - starts
         places = permute_each(ranks, sizes, groups, self._seed, _MEMBERS, epoch)
@@ -243,7 +245,8 @@ class Groups(Composition):
         place, rank = divmod(row, self._k)
         group = int(groups[place])
         size = int(self._starts[group + 1] - self._starts[group])
-        # Others of the group that no row of this pack takes, nor names as a replacement.
+        # Other examples of the group, in no row of this pack and not the replacement of another
+        # row.
         for far in range(rank, min(size - self._k, _OF_THE_GROUP * self._k), self._k):
             behind = (int(packs[place]) * self._k + self._k + far) % size
             yield int(self._member(epoch, np.array([group]), np.array([behind]))[0])
@@ -260,7 +263,7 @@ class Groups(Composition):
 def _by_group(
     numbers: Shaped[np.ndarray, " n"],
 ) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " starts"]]:
-    """Example numbers group by group, and where each group begins."""
+    """Returns the example numbers sorted by group, and the start of each group."""
     narrow = np.int32 if len(numbers) < 1 << 31 else np.int64
     members = np.argsort(numbers, kind="stable").astype(narrow)
     inorder = numbers[members]
@@ -271,7 +274,7 @@ def _by_group(
 
 
 def _most_steps(packs: Integer[np.ndarray, " g"], per_batch: int) -> int:
-    """The most batches that groups fill, of which none gives a batch two packs."""
+    """Returns the maximal number of batches such that no batch gets two packs of a group."""
     sizes, counts = np.unique(packs, return_counts=True)
     low, high = 0, int(packs.sum()) // per_batch
     while low < high:

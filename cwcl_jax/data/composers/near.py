@@ -1,12 +1,13 @@
-"""Batches with near neighbours by given features, such as a locked tower's: hard negatives.
+"""Batches with nearest neighbours by given features, such as a locked tower's: hard negatives.
 
-The examples are put on a line on which neighbours are near in the features' space: all of them are
-cut into two parts by two means, none below a quarter, each part again, and so on. The line is cut
-into cells of a few examples, elsewhere in every epoch. A share of each batch is whole cells, the
-rest are examples of other cells, drawn at random; every example stands in one batch of an epoch.
+The examples are put on a line on which neighbours are near each other in feature space: two-means
+clustering divides all of them into two parts, neither smaller than a quarter, then each part again,
+and so on. The line is cut into cells of a few examples, at other places in every epoch. A share of
+each batch consists of whole cells; the rest are examples of other cells, drawn at random. Every
+example is in at most one batch of an epoch.
 
-The line is made of whole numbers, which computers add without rounding: all hosts, and a machine
-that resumes, find the same one.
+The line is computed with integers, which computers add without rounding, so that all hosts and a
+resumed run find the same line.
 """
 
 import functools
@@ -21,10 +22,10 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import Source
 
 _SHIFT, _CELLS, _OTHERS, _PROJECTION = 91, 92, 93, 94
-# Products of two vectors of this length, and sums of parts of them, are below 2^24: float32 holds
-# them exactly.
+# Products of two vectors of this length, and partial sums of them, are below 2^24, so float32
+# represents them exactly.
 _LENGTH = 2048
-# Wider features are projected at random: distances keep to some percent, and rows stay small.
+# Wider features are projected at random: distances change by some percent, and rows stay small.
 _WIDTH = 128
 _ROWS_AT_ONCE = 4096
 _ROUNDS = 3
@@ -39,22 +40,22 @@ def compose_near(
     batch_size: int,
     seed: int,
 ) -> "Near":
-    """Composes `near:FEATURES?share=0.5&size=8`: cells of `size` neighbours fill half a batch.
+    """Returns the batches of `near:FEATURES?share=0.5&size=8`: half of each is such cells.
 
     Raises:
       ComposerError: the source has no such features, or cells do not fit into the batch.
     """
     if features not in source.embedded:
         raise ComposerError(
-            f"near:{features} needs features of that name beside the examples (the data has "
-            f"{', '.join(source.embedded) or 'none'}): bring them in the source line, "
-            "features_from=NAME:FILE, or a folder of python -m cwcl_jax.embed; or let a locked "
-            "tower's be made by config.data.keep_locked_features=True"
+            f"near:{features} needs features of that name with the examples (the data has "
+            f"{', '.join(source.embedded) or 'none'}): add them in the source line by "
+            "features_from=NAME:FILE or a folder of python -m cwcl_jax.embed, or compute those of "
+            "a locked tower by config.data.keep_locked_features=True"
         )
     if not 2 <= size <= batch_size or not 0 < share <= 1 or round(share * batch_size / size) < 1:
         raise ComposerError(
             f"size={size} neighbours and share={share} of a batch of {batch_size} make no cell: "
-            "size is at least 2, the share above 0 and at most 1, and share * batch at least size"
+            "size must be at least 2, share above 0 and at most 1, and share * batch at least size"
         )
     rows, usable = whole_vectors(source, features)
     return Near(
@@ -63,14 +64,14 @@ def compose_near(
 
 
 class Near(Composition):
-    """The batches of neighbours; see the module's text.
+    """The batches of neighbours; see the module's docstring.
 
     Args:
-      rows: features as `whole_vectors` gives them.
-      usable: which of them count; the others stand in no cell.
-      share: of a batch that is cells, rounded to whole ones.
-      size: examples of a cell.
-      features: where the rows come from, in words.
+      rows: features as `whole_vectors` returns them.
+      usable: which rows are usable; the others are in no cell.
+      share: share of a batch that consists of cells, rounded to whole cells.
+      size: number of examples in a cell.
+      features: name of the features, for messages.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Near(Composition):
         self.told = (
             f"near neighbours by {features!r}, {self._cells} cells of {size} in a batch of "
             f"{batch_size}"
-            + (f" ({missing} examples without these features stand in none)" if missing else "")
+            + (f" ({missing} examples without these features are in no cell)" if missing else "")
         )
 
     def batch(self, epoch: int, step: int) -> Int64[np.ndarray, " b"]:
@@ -111,18 +112,18 @@ class Near(Composition):
         count = self._batch_size - inside
         others = self._other_places(epoch, step * count + np.arange(count))
         places = np.concatenate([places.ravel(), others])
-        # Every epoch cuts the line elsewhere; its two ends count as neighbours.
+        # Every epoch cuts the line at other places; its two ends count as neighbours.
         shift = hash_integers(self._seed, _SHIFT, epoch) % max(1, self._known)
         on_line = places < self._known
         places[on_line] = (places[on_line] + shift) % max(1, self._known)
         return self._line[places]
 
     def _cell_places(self, epoch: int, cells: Int64[np.ndarray, " c"]) -> Int64[np.ndarray, " c"]:
-        """Where cells begin on the line, by their number in the epoch's order."""
+        """Returns where cells begin on the line, by their number in the epoch's order."""
         return permute(cells, self._whole_cells, self._seed, _CELLS, epoch) * self._size
 
     def _other_places(self, epoch: int, ranks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """Places of the examples that stand in no cell of a batch, in the epoch's order."""
+        """Returns places of the examples outside the batches' cells, in the epoch's order."""
         taken = self.steps * self._cells
         total = len(self._line) - taken * self._size
         if not ranks.size:
@@ -131,7 +132,7 @@ class Near(Composition):
         cells, places = np.divmod(ranks, self._size)
         in_cells = cells < self._whole_cells - taken
         places[in_cells] += self._cell_places(epoch, taken + cells[in_cells])
-        # Behind the last whole cell.
+        # After the last whole cell.
         places[~in_cells] = ranks[~in_cells] + taken * self._size
         return places
 
@@ -142,12 +143,12 @@ class Near(Composition):
 def whole_vectors(
     source: Source, name: str
 ) -> tuple[Int16[np.ndarray, "n d"], Bool[np.ndarray, " n"]]:
-    """Returns the features of all examples in whole numbers, and which examples have any.
+    """Returns the features of all examples as integers, and which examples have any.
 
-    They have length 2048, and are at most 128 wide.
+    The rows have length 2048 and at most 128 columns.
 
     Raises:
-      ComposerError: they are no vectors.
+      ComposerError: the features are not vectors.
     """
     found: list[np.ndarray] = []
     usable = np.ones(len(source), bool)
@@ -157,7 +158,7 @@ def whole_vectors(
         rows = _one_by_one(source, numbers, name, usable) if vectors is None else vectors[name]
         if rows.ndim != 2:
             raise ComposerError(
-                f"near:{name} needs one vector an example; {name!r} is of shape {rows.shape[1:]}"
+                f"near:{name} needs one vector per example; {name!r} has shape {rows.shape[1:]}"
             )
         found.append(whole_rows(rows, usable[numbers]))
     width = max(rows.shape[1] for rows in found)
@@ -167,7 +168,7 @@ def whole_vectors(
 def _one_by_one(
     source: Source, numbers: Int64[np.ndarray, " n"], name: str, usable: Bool[np.ndarray, " all"]
 ) -> np.ndarray:
-    """Vectors of examples, of which some may be unusable: these are marked, and 0."""
+    """Returns the vectors of examples; unusable ones are zero and unmarked in `usable`."""
     rows: dict[int, np.ndarray] = {}
     for number in numbers.tolist():
         try:
@@ -180,12 +181,12 @@ def _one_by_one(
 
 
 def _widened(rows: Int16[np.ndarray, "n e"], width: int) -> Int16[np.ndarray, "n d"]:
-    """Rows of a block without any usable example, as wide as the others."""
+    """Returns `rows` with `width` columns; narrower rows are of a block without usable examples."""
     return rows if rows.shape[1] == width else np.zeros((len(rows), width), np.int16)
 
 
 def whole_rows(rows: np.ndarray, usable: Bool[np.ndarray, " n"]) -> Int16[np.ndarray, "n d"]:
-    """Returns features in whole numbers, of length 2048 and at most 128 wide."""
+    """Returns features as integer rows of length 2048 with at most 128 columns."""
     whole = _of_length(rows.astype(np.float64))
     if rows.shape[1] > _WIDTH:
         whole = _of_length(whole @ _signs(rows.shape[1]))
@@ -205,10 +206,10 @@ def _of_length(rows: np.ndarray) -> np.ndarray:
 
 
 def neighbour_line(rows: Int16[np.ndarray, "n d"], size: int) -> Int64[np.ndarray, " n"]:
-    """Returns row numbers in an order in which `size` rows, cut anywhere, are near each other.
+    """Returns row numbers, ordered so that any `size` consecutive rows are near each other.
 
     Args:
-      rows: of length 2048 in whole numbers.
+      rows: integer rows of length 2048.
     """
     line = np.arange(len(rows))
     parts = [(0, len(rows))]
@@ -224,10 +225,10 @@ def neighbour_line(rows: Int16[np.ndarray, "n d"], size: int) -> Int64[np.ndarra
 
 
 def _two_parts(rows: Float32[np.ndarray, "n d"]) -> tuple[Int64[np.ndarray, " n"], int]:
-    """Rows in an order whose first ones are one part, and how many these are: a quarter or more.
+    """Returns an order of the rows and the size of its first part, at least a quarter.
 
     The direction leads from one of two distant rows to the other, then from the mean of one part to
-    that of the other, and the cut lies between the means: so a cluster is seldom cut in two.
+    that of the other. The cut is between the means, so that a cluster is seldom divided.
     """
     count = len(rows)
     one = rows[np.argmin(rows @ rows[0])]

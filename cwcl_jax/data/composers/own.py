@@ -1,4 +1,4 @@
-"""Batches that a function of the user's composes, one epoch at a time."""
+"""Batches that a user's function composes, one epoch at a time."""
 
 import functools
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from cwcl_jax.data.sources.base import Source, SourceLine, call_with_options
 class Own(Composition):
     """The batches of a function `compose(source, *, epoch, batch_size, seed, **options)`.
 
-    It returns (steps, batch_size) example numbers, the same for the same arguments, as many steps
-    in each epoch. It names those of epoch, batch_size and seed that it needs, and its options,
-    which come from the line.
+    It returns (steps, batch_size) example numbers, the same for the same arguments, and the same
+    number of steps in each epoch. It declares those of epoch, batch_size and seed that it needs,
+    and its options, whose values come from the line.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Own(Composition):
         first = self._call(0)
         self.steps = len(first)
         if not self.steps:
-            raise ComposerError(f"{line.kind} gives no batch of {batch_size}")
+            raise ComposerError(f"{line.kind} returns no batch of {batch_size}")
         used = len(np.unique(first))
         self.told = f"by {line.kind}"
         if twice := first.size - used:
@@ -56,13 +56,13 @@ class Own(Composition):
             raise ComposerError(f"{name} fails: {type(error).__name__}: {error}") from error
         if batches.ndim != 2 or batches.shape[1] != size or batches.dtype.kind not in "iu":
             raise ComposerError(
-                f"{name} gives {batches.dtype} of shape {batches.shape}; wanted are example "
+                f"{name} returns {batches.dtype} of shape {batches.shape}; expected are example "
                 f"numbers of shape (steps, {size})"
             )
         batches = batches.astype(np.int64)
         if batches.size and not 0 <= batches.min() <= batches.max() < len(self._source):
             raise ComposerError(
-                f"{name} names the examples {batches.min()} to {batches.max()}; there are 0 to "
+                f"{name} returns the examples {batches.min()} to {batches.max()}; there are 0 to "
                 f"{len(self._source) - 1}"
             )
         ordered = np.sort(batches, axis=1)
@@ -79,8 +79,8 @@ class Own(Composition):
         batches = self._epoch(epoch)
         if len(batches) != self.steps:
             raise ComposerError(
-                f"{self._line.kind} gives {len(batches)} batches in epoch {epoch} and {self.steps} "
-                "in epoch 0; all epochs must have as many"
+                f"{self._line.kind} returns {len(batches)} batches in epoch {epoch}, but "
+                f"{self.steps} in epoch 0; all epochs must have the same number"
             )
         return batches[step]
 

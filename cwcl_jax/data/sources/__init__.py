@@ -82,7 +82,7 @@ SOURCE_KINDS: dict[str, Callable[..., Source]] = {
     "spoken": open_spoken,
 }
 
-# Kinds whose paths may be on an object store, beside those of the user's own.
+# Built-in kinds whose paths may be on an object store; users' own kinds may be, too.
 _ON_STORES = (
     "tars", "clip_benchmark", "csv", "tsv", "jsonl", "coco", "parquet", "hf", "arrays",
     "embeddings", "spoken",
@@ -105,8 +105,8 @@ def open_source(line: str, *, cache_dir: str = "") -> Source:
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         raise ValueError(
-            f"Some parts of the mixture {line!r} have weight= and some have not; give it to all "
-            "(shares of the examples) or to none (shares as the lengths are)."
+            f"Some parts of the mixture {line!r} have weight= and some have not; set it for all "
+            "(shares of the examples) or for none (shares by length)."
         )
     return Mixture(sources, given or None)
 
@@ -121,8 +121,8 @@ def check_training_line(line: str) -> None:
         split = inspect.signature(opener).parameters.get("split") if opener else None
         if split is not None and split.default == "test" and "split" not in part.options:
             raise ValueError(
-                f"{part.kind}:{part.path} without split= is the split test; say which to train on, "
-                "for example split=train"
+                f"{part.kind}:{part.path} without split= is the split test; choose the split to "
+                "train on, for example split=train"
             )
 
 
@@ -155,16 +155,16 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
     if "embeds" in line.options:
         folder = line.options["embeds"]
         raise ValueError(
-            f"The option embeds={folder} is now called features_from={folder}: what a folder of "
-            "python -m cwcl_jax.embed gives stands before the head."
+            f"The option embeds={folder} was renamed to features_from={folder}: a folder of "
+            "python -m cwcl_jax.embed holds features, which are the head's input."
         )
     if is_url(line.path) and line.kind in SOURCE_KINDS and line.kind not in _ON_STORES:
         raise ValueError(
-            f"{line.kind}:{line.path}: what is read from an object store is of the kinds "
-            f"{', '.join(_ON_STORES)}; mount the bucket, or copy the files first"
+            f"{line.kind}:{line.path}: only the kinds {', '.join(_ON_STORES)} can be read from an "
+            "object store; mount the bucket, or copy the files first"
         )
     line, opener = _opener(line)
-    # The one place where `~` becomes the user's folder: no shell expands it inside a source line.
+    # The only place that expands `~` to the home folder: no shell expands it inside a source line.
     options = {
         key: os.path.expanduser(value)
         for key, value in line.options.items()
@@ -184,7 +184,11 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
 
 
 def _called(opener: Callable[..., Any], line: SourceLine, cache_dir: str) -> Source:
-    """What the opener gives; of one of the user's own any error is one about the line."""
+    """Returns the source that the opener returns.
+
+    Raises:
+      ValueError: the opener of a user's kind fails in any way, or returns something else.
+    """
     try:
         source = call_with_options(opener, line.path, line, {"cache_dir": cache_dir})
     except (TypeError, AttributeError, KeyError) as error:
@@ -195,14 +199,14 @@ def _called(opener: Callable[..., Any], line: SourceLine, cache_dir: str) -> Sou
         ) from error
     if not isinstance(source, Source):
         raise ValueError(
-            f"source {line.kind!r} gives a {type(source).__name__}, which does not derive from "
+            f"source {line.kind!r} returns a {type(source).__name__}, which is not a subclass of "
             "cwcl_jax.data.sources.Source"
         )
     return source
 
 
 def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
-    """The function that opens a line; `module:name:PATH` names one of the user's own."""
+    """Returns line and function that opens it; `module:name:PATH` names a user's own function."""
     if line.kind in SOURCE_KINDS:
         return line, SOURCE_KINDS[line.kind]
     name, colon, path = line.path.partition(":")
@@ -212,7 +216,7 @@ def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
     if line.path.isidentifier() and importlib.util.find_spec(line.kind.split(".")[0]):
         raise ValueError(
             f"The source {line.kind}:{line.path} has no path: write {line.kind}:{line.path}:PATH, "
-            f"or {line.kind}:{line.path}: where it needs none."
+            f"or {line.kind}:{line.path}: if it needs none."
         )
     close = difflib.get_close_matches(line.kind, SOURCE_KINDS, 1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -223,7 +227,7 @@ def _opener(line: SourceLine) -> tuple[SourceLine, Callable[..., Source]]:
 
 
 def _open_spoken(line: SourceLine, cache_dir: str) -> Source:
-    """`spoken:KIND:PATH?...`: options that are not its own belong to the inner source."""
+    """Opens `spoken:KIND:PATH?...`; options that `spoken` does not know go to the inner source."""
     own = set(inspect.signature(open_spoken).parameters) - {"cache_dir"}
     (inner,) = parse_source_line(line.path)
     theirs = {key: value for key, value in line.options.items() if key not in own}

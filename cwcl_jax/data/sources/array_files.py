@@ -18,9 +18,9 @@ from cwcl_jax.copies import local_copy
 from cwcl_jax.data.sources.files import require
 from cwcl_jax.files import matching
 
-# Smaller arrays are read at once: rows of them come faster than from a file.
+# Smaller arrays are read whole, because their rows are then faster than from a file.
 _KEPT_BYTES = 64 << 20
-# Of larger arrays a fingerprint takes so much, spread over the whole.
+# The fingerprint of a larger array reads this much, spread over the whole array.
 _COUNTED_BYTES = 1 << 30
 _BLOCK_BYTES = 4 << 20
 _HDF5 = (".h5", ".hdf5", ".he5")
@@ -40,7 +40,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     if path.is_dir() and suffix != ".zarr":
         files = matching(path, "*.npy")
         if not files:
-            raise ValueError(f"The file of arrays is a folder: {path}, without .npy files in it.")
+            raise ValueError(f"The file of arrays is a folder: {path}, which has no .npy files.")
         return {file.stem: _load_npy(file) for file in files}
     load = {".npz": _load_npz, ".safetensors": _load_safetensors, ".zarr": _load_zarr}
     load |= dict.fromkeys(_HDF5, _load_hdf5)
@@ -65,7 +65,7 @@ def _load_npy(file: Path) -> np.ndarray:
 def _load_npz(file: Path) -> dict[str, np.ndarray]:
     try:
         if not zipfile.is_zipfile(file):
-            raise zipfile.BadZipFile("it is no whole archive")
+            raise zipfile.BadZipFile("it is not a complete archive")
         with np.load(file, allow_pickle=False) as archive, open(file, "rb") as handle:
             members = {m.filename.removesuffix(".npy"): m for m in archive.zip.infolist()}
             mapped = {name: _map_member(handle, members[name]) for name in archive.files}
@@ -75,11 +75,11 @@ def _load_npz(file: Path) -> dict[str, np.ndarray]:
 
 
 def _map_member(handle: IO[bytes], member: zipfile.ZipInfo) -> np.ndarray | None:
-    """A large stored member as a memory map of the archive; None where it must be read."""
+    """Returns a large uncompressed member as a memory map; None if it must be read."""
     encrypted = member.flag_bits & 1
     if member.compress_type != zipfile.ZIP_STORED or encrypted or member.file_size < _KEPT_BYTES:
         return None
-    # The name and the extra field of the local header may differ from the directory's.
+    # Name and extra field of the local header may have other lengths than in the directory.
     handle.seek(member.header_offset + 26)
     lengths = np.frombuffer(handle.read(4), "<u2")
     handle.seek(member.header_offset + 30 + int(lengths.sum()))
@@ -115,12 +115,12 @@ def _load_hdf5(file: Path) -> dict[str, Any]:
         if not isinstance(item, h5py.Dataset):
             return
         if item.external or item.is_virtual:
-            raise ValueError(f"the data set {name!r} takes its values from other files")
+            raise ValueError(f"the values of the data set {name!r} are in other files")
         text = h5py.check_string_dtype(item.dtype)
         found[name] = np.asarray(item.asstr()[()]) if text else item
 
     try:
-        # Links to other files are not followed.
+        # visititems does not follow links to other files.
         h5py.File(file, "r", locking="best-effort").visititems(visit)
         return {name: _small_in_memory(array) for name, array in found.items()}
     except (OSError, ValueError, RuntimeError) as error:

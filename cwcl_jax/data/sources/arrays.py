@@ -35,7 +35,7 @@ from cwcl_jax.data.sources.named import (
 from cwcl_jax.data.sources.texts import clean
 from cwcl_jax.paths import to_path
 
-# What these arrays are called where the line does not say it.
+# Default names of these arrays.
 _USUAL = {
     "id": ("id", "ids"),
     "label": ("label", "labels"),
@@ -77,7 +77,7 @@ class Arrays(Source):
         self.features = {key: arrays[array] for key, array in features.items()}
         special = {role: np.asarray(arrays[key]) for role, key in roles.items()}
         self._class_names = _names(special.pop("classes", None))
-        # What the line or the file says beyond the rows; nothing where names speak for themselves.
+        # What line and file specify in addition to the rows; empty if all names are defaults.
         renamed = {key: array for key, array in features.items() if key != array}
         self._said = [part for part in (raw, renamed, self._class_names) if part]
         rows = {roles[role]: array for role, array in special.items()}
@@ -100,7 +100,7 @@ class Arrays(Source):
     @property
     def lacks(self) -> Mapping[str, str]:
         lacks = {
-            key: f"has an array {key!r} that the line does not use; say raw={key} or features={key}"
+            key: f"has an array {key!r} that the line does not use; add raw={key} or features={key}"
             for key in self._unnamed
             if key not in self.raw
         }
@@ -152,7 +152,7 @@ class Arrays(Source):
         values = values_of(self._arrays[name])
         if values.shape != (len(self),):
             raise ValueError(
-                f"the array {name!r} has shape {values.shape}; a column has a value an example"
+                f"the array {name!r} has shape {values.shape}; a column has one value per example"
             )
         return values
 
@@ -168,7 +168,10 @@ class Arrays(Source):
 
     @functools.cached_property
     def _summaries(self) -> list[tuple[object, ...]]:
-        """Bytes count, at some 2 GB/s: features that are computed anew keep their shapes."""
+        """Name, shape, dtype and checksum of each array.
+
+        Bytes are read, at about 2 GB/s, because recomputed features keep their shapes.
+        """
         return summaries(self._rows)
 
 
@@ -181,7 +184,7 @@ class OpenedArrays(Arrays):
         raw, features = parse_names(options["raw"], options["features"])
         arrays = load_arrays(to_path(path))
         if Path(path).suffix == ".npy" and len({*raw, *features}) == 1:
-            # The only array, whatever its file is called.
+            # A .npy file has one array, whose name may be any.
             (array,) = arrays.values()
             arrays = {next(iter({**raw, **features}.values())): array}
         super().__init__(arrays, name=Path(path).name, raw=raw, features=features, given=given)
@@ -218,7 +221,7 @@ def open_arrays(
 def _roles(
     arrays: Mapping[str, Any], given: Mapping[str, str], used: Collection[str], name: str
 ) -> dict[str, str]:
-    """Role -> array. Numbers called text are no captions."""
+    """Returns role -> array. Arrays of numbers named "text" are not captions."""
     roles = {}
     for role, usual in _USUAL.items():
         if role in given:
@@ -239,7 +242,7 @@ def _require(arrays: Mapping[str, Any], array: str, option: str, name: str) -> s
 
 
 def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> None:
-    """Raises ValueError, naming the array, where they cannot be rows of examples."""
+    """Raises ValueError, naming the array, if the arrays cannot be rows of examples."""
     if not arrays:
         raise ValueError(f"{name} has no rows: name arrays with raw= or features=.")
     for key, array in arrays.items():
@@ -250,16 +253,16 @@ def _check(arrays: Mapping[str, Any], name: str, roles: Mapping[str, str]) -> No
         floats = OF_FLOATS if kind == "f" else ""
         if role == "label" and (array.ndim != 1 or kind not in "iubUSO"):
             raise ValueError(
-                f"{where} must hold one integer, or one class name, an example.{floats}"
+                f"{where} must hold one integer or one class name per example.{floats}"
             )
         if role == "labels" and (array.ndim not in (1, 2) or kind not in "iuUSO"):
             raise ValueError(
-                f"{where} must hold integers or strings, one or a row an example.{floats}"
+                f"{where} must hold integers or strings, one or a row per example.{floats}"
             )
         if role == "id" and (array.ndim != 1 or kind not in "iuUSO"):
             raise ValueError(
-                f"{where} must hold one integer or string an example; floats lose the last digits "
-                "of large ids."
+                f"{where} must hold one integer or string per example; floats lose the last "
+                "digits of large ids."
             )
         if role is None and (kind not in "biufV" or array.dtype.type is np.void):
             raise ValueError(
@@ -279,13 +282,13 @@ def _names(array: np.ndarray | None) -> list[str] | None:
 def _numbered(
     labels: np.ndarray, known: list[str] | None, name: str
 ) -> tuple[list[str], np.ndarray]:
-    """Names as numbers: their place in `known`, or in sorted order."""
+    """Returns class names and labels as integers: positions in `known`, or in sorted order."""
     names, numbers = np.unique([_as_text(label) for label in labels], return_inverse=True)
     if known is None:
         return names.tolist(), numbers
     missing = sorted(set(names.tolist()) - set(known))
     if missing:
-        raise ValueError(f"{name}: the label {missing[0]!r} is none of its class names.")
+        raise ValueError(f"{name}: the label {missing[0]!r} is not one of its class names.")
     return known, np.array([known.index(label) for label in names.tolist()])[numbers]
 
 
@@ -294,7 +297,7 @@ def _as_text(value: Any) -> str:
 
 
 def _row(array: Any, index: int, name: str) -> np.ndarray:
-    """A row that the caller may change."""
+    """Returns a copy of a row, which the caller may change."""
     try:
         return np.array(array[index])
     except (OSError, RuntimeError) as error:

@@ -111,11 +111,11 @@ def choose_columns(schema: pa.Schema, options: ColumnOptions, name: str) -> Colu
         if kind in raw or chosen[kind]:
             continue
         may_be = there.candidates(kind, {*raw.values(), *features.values()})
-        # Of ids the most usual name counts; of anything else one is as good as the other.
+        # For ids the first of the usual names is used; for other fields no name is preferred.
         chosen[kind] = may_be[:1] if kind == "id" else may_be if len(may_be) == 1 else []
         if may_be and not chosen[kind]:
             lacks[kind] = (
-                f"has {len(may_be)} columns that may be the {kind} "
+                f"has {len(may_be)} columns that could be the {kind} "
                 f"({', '.join(map(_shown, may_be))}); choose with {kind}=COLUMN"
             )
     text = tuple(chosen.pop("text"))
@@ -128,7 +128,7 @@ def choose_columns(schema: pa.Schema, options: ColumnOptions, name: str) -> Colu
 
 
 def _asked(kind: str, option: str, there: "_There") -> list[str]:
-    """The columns that an option names."""
+    """Returns the paths of the columns that an option names."""
     names = [part for part in option.split(",") if part]
     if len(names) > 1 and kind != "text":
         raise ValueError(f"{kind}={option!r} of {there.name} must be one column.")
@@ -136,7 +136,7 @@ def _asked(kind: str, option: str, there: "_There") -> list[str]:
 
 
 def _missing(columns: Columns, known: Mapping[str, str], there: "_There") -> dict[str, str]:
-    """Why fields are missing: the usual ones, and lists of numbers that nothing names."""
+    """Returns reasons for missing fields: the usual fields, and unused lists of numbers."""
     has = {*columns.all_fields(), *known}
     lacks = dict(known)
     for kind in ("image", "audio", "text"):
@@ -150,7 +150,7 @@ def _missing(columns: Columns, known: Mapping[str, str], there: "_There") -> dic
         if path not in used and name not in has and _is_list(type_) and _fits("raw", type_):
             lacks.setdefault(
                 name,
-                f"has a column {name!r} that the line does not use; say raw={name} or "
+                f"has a column {name!r} that the line does not use; add raw={name} or "
                 f"features={name}",
             )
     return lacks
@@ -158,7 +158,7 @@ def _missing(columns: Columns, known: Mapping[str, str], there: "_There") -> dic
 
 @dataclass(frozen=True)
 class _There:
-    """What a source has: the types of its columns by path, and features that are stored."""
+    """The columns of a source: their types by path, and stored features."""
 
     name: str
     types: Mapping[str, pa.DataType]
@@ -168,7 +168,11 @@ class _There:
         return ", ".join(f"{_shown(path)} ({kind})" for path, kind in self.types.items())
 
     def find(self, asked: str, option: str, kind: str) -> str:
-        """The path of a column that is asked for by its name, or by names joined with dots."""
+        """Returns the path of a column that is named, or whose names are joined with dots.
+
+        Raises:
+          ValueError: there is no such column, or its type does not fit.
+        """
         paths = [path for path in self.types if _shown(path) == asked]
         if not paths:
             close = difflib.get_close_matches(asked, map(_shown, self.types), 1)
@@ -177,18 +181,18 @@ class _There:
                 f"{self.name} has no column {asked!r} (asked for by {option}=).{hint} Its columns: "
                 f"{self.listed()}."
             )
-        # A column of this very name comes before a member of a struct.
+        # A column of exactly this name takes precedence over a member of a struct.
         path = min(paths, key=lambda path: path.count("."))
         if not _fits(kind, self.types[path]):
             floats = kind in ("label", "labels") and pat.is_floating(self.types[path])
             raise ValueError(
                 f"The column {asked!r} of {self.name} is {self.types[path]}, so it cannot be "
-                f"{option}=: that takes {_WANTED[kind]}.{OF_FLOATS if floats else ''}"
+                f"{option}=, which takes {_WANTED[kind]}.{OF_FLOATS if floats else ''}"
             )
         return path
 
     def candidates(self, kind: str, used: Collection[str]) -> list[str]:
-        """Columns that may be a field, though nobody says so, usual names in their order."""
+        """Returns unnamed columns that may be a field, in the order of the usual names."""
         wanted = {"image": "Image", "audio": "Audio", "label": "ClassLabel"}.get(kind)
         sure = [p for p, feature in self.stored.items() if feature.get("_type") == wanted]
         if sure and wanted:
@@ -196,7 +200,7 @@ class _There:
         media = {p for p, feature in self.stored.items() if feature.get("_type") in _MEDIA}
         by_name = {path.lower(): path for path in self.types if path not in {*used, *media}}
         found = [by_name[name] for name in _USUAL[kind] if name in by_name]
-        # A string may be the path of a picture, but is it? That must be said.
+        # A string may be the path of a picture, but this is not certain, so it must be named.
         strings = kind not in ("image", "audio")
         return [
             path
@@ -205,10 +209,10 @@ class _There:
         ]
 
     def nothing(self, doubts: Mapping[str, str]) -> ValueError:
-        """The error where no column is anything."""
+        """Returns the error for a source without any usable column."""
         said = "".join(f" It {doubt}." for doubt in doubts.values())
         return ValueError(
-            f"No column of {self.name} is surely a picture, a recording, a caption or a label."
+            f"No column of {self.name} is clearly a picture, a recording, a caption or a label."
             f"{said} Name columns with image=, audio=, text=, label=, raw= or features=. Its "
             f"columns: {self.listed()}."
         )
@@ -235,7 +239,7 @@ def _shown(path: str) -> str:
 
 
 def _paths_of(schema: pa.Schema) -> dict[str, pa.DataType]:
-    """Type of every column, and of every member of structs, by path."""
+    """Returns the type of every column, and of every member of structs, by path."""
     found: dict[str, pa.DataType] = {}
 
     def add(path: str, kind: pa.DataType) -> None:
@@ -252,7 +256,7 @@ def _paths_of(schema: pa.Schema) -> dict[str, pa.DataType]:
 
 
 def _fits(kind: str, type_: pa.DataType) -> bool:
-    """Whether a column of this type can be a field; a column of nulls can be any."""
+    """Returns whether a column of this type can be a field; a column of nulls can be any."""
     if pat.is_null(type_):
         return True
     if kind in ("image", "audio"):
@@ -299,5 +303,5 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_media(kind: pa.DataType) -> bool:
-    """A struct of bytes and path, as `datasets` keeps pictures and recordings."""
+    """Returns whether a type is a struct of bytes and path, as `datasets` stores media."""
     return pat.is_struct(kind) and {member.name for member in kind} == {"bytes", "path"}

@@ -13,7 +13,7 @@ import pyarrow as pa
 from cwcl_jax.paths import StorePath
 
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-# Of every file set so many bytes prove that its content is the same.
+# Number and size of the windows of a set of files that are compared to detect changes.
 _WINDOWS, _WINDOW = 256, 4096
 
 
@@ -74,7 +74,7 @@ def _open_stream(path: Path) -> tuple[list[pa.RecordBatch], pa.Schema]:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - len(_END)))
             if file.read() != _END:
-                # Without its end a stream reads as if it held fewer rows.
+                # A stream without its end would be read as if it had fewer rows.
                 raise pa.ArrowInvalid("the end of the file is missing")
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
         batches = list(reader)
@@ -96,7 +96,7 @@ def contents_of(paths: Sequence[Path], ends: bool = False) -> list[tuple[str, in
 
 
 def _content_of(path: Path, windows: int, ends: bool) -> tuple[str, int, int]:
-    if isinstance(path, StorePath):  # its version says as much, in one request
+    if isinstance(path, StorePath):  # the object's version identifies its content in one request
         size, version = path.version()
         return path.name, size, int(version[:8], 16)
     size, total = path.stat().st_size, 0

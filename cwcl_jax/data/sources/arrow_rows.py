@@ -1,4 +1,4 @@
-"""Rows of Arrow columns as examples: what Parquet files and saved data sets share."""
+"""Rows of Arrow columns as examples, shared by Parquet files and saved data sets."""
 
 import functools
 import threading
@@ -18,9 +18,9 @@ from cwcl_jax.data.sources.files import read_bytes
 from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value, usable_rows
 from cwcl_jax.data.sources.texts import captions_of
 
-# Its functions are made when it is imported, which type checkers do not see.
+# pyarrow creates these functions at import, so type checkers do not see them.
 _COMPUTE: Any = pyarrow.compute
-# Features of up to so many bytes stay in memory, where many rows at once are cheap.
+# Features of up to this many bytes are kept in memory, where reading many rows is cheap.
 _MATRIX_BYTES = 1 << 30
 
 
@@ -126,7 +126,7 @@ class ArrowRows(Source):
 
     @functools.cached_property
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of the first usable row of each modality, which all others must have."""
+        """Shape of the first usable row of each modality, which all rows must have."""
         found: dict[str, tuple[int, ...]] = {}
         tops = self.columns.tops(("features",))
         for index in range(min(len(self), 100)):
@@ -147,7 +147,7 @@ class ArrowRows(Source):
         except (KeyError, pa.ArrowException):
             return super().column(name)
         if not all(_is_scalar(part.type) for part in parts):
-            raise ValueError(f"the column {name!r} holds {parts[0].type}: no text and no number")
+            raise ValueError(f"the column {name!r} holds {parts[0].type}, neither text nor numbers")
         places = self._store.places(np.arange(len(self)))
         return np.concatenate([_column_values(part) for part in parts])[places]
 
@@ -165,7 +165,11 @@ class ArrowRows(Source):
         return fingerprint_of("arrow", self.columns.said(), len(self), self._store.content())
 
     def _media(self, value: Any, name: str) -> bytes | None:
-        """Encoded bytes of a cell: bytes, a path, or both, of which the bytes count."""
+        """Returns the encoded bytes of a cell: bytes, a path, or both (then the bytes are used).
+
+        Raises:
+          BadExample: the path is outside the root, or its file is unreadable.
+        """
         if isinstance(value, dict):
             data = value.get("bytes")
             value = value.get("path") if data is None else data
@@ -192,7 +196,7 @@ class ArrowRows(Source):
 
     @functools.cached_property
     def _classes(self) -> list[str] | None:
-        """Stored names, or the strings of a column in sorted order; None where numbers stand."""
+        """Stored names, or the sorted strings of a column; None if labels are numbers."""
         path, stored = self.columns.fields.get("label"), self.columns.class_names
         if stored is not None or path is None:
             return None if stored is None else list(stored)
@@ -224,14 +228,14 @@ def _is_scalar(kind: pa.DataType) -> bool:
 
 
 def _column_values(part: Any) -> np.ndarray:
-    """Integers without gaps as they are, all else as objects."""
+    """Returns integers without gaps unchanged, everything else as objects."""
     if pat.is_integer(part.type) and not part.null_count:
         return part.to_numpy(zero_copy_only=False)
     return as_column(part.to_pylist())
 
 
 def _value(cells: Mapping[str, pa.Scalar], path: str) -> Any:
-    """A cell as Python's own value; of a list of structs, the list of their members."""
+    """Returns a cell as a Python value; for a list of structs, the list of their members."""
     top, *members = split_path(path)
     value = cells[top].as_py()
     for member in members:
@@ -256,10 +260,10 @@ def _listed(captions: str | list[str]) -> list[str]:
 
 
 def _numbers(cells: Mapping[str, pa.Scalar], path: str, field: str, name: str) -> np.ndarray:
-    """An array of a cell of numbers, or of lists of numbers of equal lengths.
+    """Returns the array of a cell of numbers, or of lists of numbers of equal lengths.
 
     Raises:
-      BadExample: there is none, or its lists differ in length.
+      BadExample: there is no value, or its lists differ in length.
     """
     top, *members = split_path(path)
     scalar: Any = cells[top]
@@ -279,7 +283,7 @@ def _numbers(cells: Mapping[str, pa.Scalar], path: str, field: str, name: str) -
 
 
 def _stacked(part: Any) -> np.ndarray:
-    """All rows of a part of a column as one array."""
+    """Returns all rows of a part of a column as one array."""
     if isinstance(part, pa.FixedShapeTensorArray) and not part.null_count:
         return part.to_numpy_ndarray()
     while isinstance(part, pa.ExtensionArray):
@@ -288,7 +292,7 @@ def _stacked(part: Any) -> np.ndarray:
 
 
 def _matrices(store: RowStore, features: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Whole columns of features as float32; {} where rows differ in shape, or are too many."""
+    """Returns whole columns as float32; {} if rows differ in shape, or need too much memory."""
     found = {}
     room = _MATRIX_BYTES // max(1, len(features) * len(store))
     for modality, path in features.items():
@@ -317,5 +321,5 @@ def _flattened(values: pa.Array, field: str, name: str) -> np.ndarray:
         values = values.flatten()
     if values.null_count:
         raise BadExample(f"{field} not finite", f"{name}: it has nulls")
-    # A copy: what the file holds stays as it is.
+    # A copy, so that callers cannot change the file's memory.
     return np.array(values.to_numpy(zero_copy_only=False)).reshape(shape)

@@ -1,11 +1,12 @@
-"""What a source of examples is, and the line that names it in a config.
+"""The interface of sources of examples, and the line that names a source in a config.
 
-`kind:path?option=value&option=value`, several joined by `::`. A source is a random-access list of
-examples, picklable and without jax. An example is a dict with an "id" and any of "image" (encoded
-bytes or a PIL image), "text" (one caption or a list of them), "audio" (encoded bytes or a pair of
-int16 samples and rate), "label" (an integer), "labels" (several, see `data.label_sets`),
-"features" (name -> vector) and, where a feature cache holds several vectors of an example, which
-training draws among, "variants" (name -> (variants, ...), the vector in "features" first).
+The format is `kind:path?option=value&option=value`; several parts are joined by `::`. A source is a
+random-access list of examples, picklable and without jax. An example is a dict with an "id" and any
+of "image" (encoded bytes or a PIL image), "text" (one caption or a list of them), "audio" (encoded
+bytes or a pair of int16 samples and rate), "label" (an integer), "labels" (several, see
+`data.label_sets`), "features" (name -> vector) and "variants" (name -> (variants, ...)). The latter
+are the vectors from which training draws, if a feature cache holds several for an example; the
+vector in "features" is the first of them.
 """
 
 import difflib
@@ -29,10 +30,10 @@ NO_CLASSES = (
     "has no classes; choose a source with classes, or data.labels='text' for equal captions"
 )
 
-# What to do about labels that became floats.
+# Remedy for labels that became floats.
 OF_FLOATS = (
-    " pandas makes floats of integers where some are missing: make them integers again, "
-    ".astype('Int64') of a column and -1 for what is missing in an array, or strings."
+    " pandas converts integers to floats if some are missing: convert them back (a column by "
+    ".astype('Int64'), an array with -1 for missing ones), or use strings."
 )
 
 
@@ -46,7 +47,7 @@ class Source:
       taken: the column or member that each field comes from, if there was a choice.
       templates: the data set's own prompt templates, with {c} for the class, if it has any.
       durations: length of every example (float64; seconds of recordings), if known without reading.
-      column_names: what `column` gives beside "label" and "text", where that is known.
+      column_names: columns that `column` knows in addition to "label" and "text", if known.
       embedded: names of the features that come with the examples.
       stores: feature caches (`data.embeddings.EmbeddingStore`) by name, which know their encoder.
       parts: the parts of a mixture, in order; () for any other source.
@@ -84,10 +85,10 @@ class Source:
         return self.read(index, ALL_FIELDS)
 
     def column(self, name: str) -> np.ndarray:
-        """Returns a value of every example: numbers, or objects (texts, None where there is none).
+        """Returns a value of every example, (n,): numbers, or objects (strings, None if missing).
 
-        Here "label", and "text", the first caption as `data.labels="text"` compares it: all
-        examples are read for it, one by one.
+        By default there are "label" and "text", the first caption in lower case (as
+        `data.labels="text"` compares it). All examples are read for it, one by one.
 
         Raises:
           ValueError: there is no such column.
@@ -98,7 +99,7 @@ class Source:
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
                 f"the data has no column {name!r}{hint} There are {', '.join(dict.fromkeys(known))}"
-                f"; columns_from={name}:FILE in the source line brings one from a file"
+                f"; columns_from={name}:FILE in the source line reads one from a file"
             )
         require_fields(self, (name,), "the data")
         return as_column(_value_of(self, index, name) for index in range(len(self)))
@@ -180,7 +181,7 @@ def parse_source_line(line: str) -> list[SourceLine]:
     for part in line.split("::"):
         kind, colon, rest = part.strip().partition(":")
         if parts and (not colon or "/" in kind or rest.startswith("//")):
-            # A bare path has the kind of the part before it.
+            # A path without a kind has the kind of the previous part.
             kind, colon, rest = parts[-1].kind, ":", part.strip()
         path, _, query = rest.partition("?")
         if not colon or not kind or "/" in kind:
@@ -243,9 +244,9 @@ def call_with_options(
 
 
 def _type_of(parameter: inspect.Parameter) -> Any:
-    """What an option is annotated with, else the type of its default; a user's may say neither."""
+    """Returns the annotation of an option, else the type of its default, else `str`."""
     said = parameter.annotation
-    if isinstance(said, str):  # of a module with postponed annotations
+    if isinstance(said, str):  # the module has postponed annotations
         return {"int": int, "float": float, "bool": bool}.get(said, str)
     if said is not parameter.empty:
         return said
@@ -270,7 +271,7 @@ def _convert(kind: str, name: str, value: str, annotation: Any) -> Any:
 
 
 def as_column(values: Iterable[Any]) -> np.ndarray:
-    """Returns (n,) objects, also where the values are sequences."""
+    """Returns (n,) objects, even if the values are sequences."""
     listed = list(values)
     column = np.empty(len(listed), object)
     column[:] = listed

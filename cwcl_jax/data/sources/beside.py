@@ -1,6 +1,6 @@
 """Features and columns from a file of arrays next to the examples.
 
-`features_from=NAME:FILE` gives features, `columns_from=NAME:FILE` a column: one value per example.
+`features_from=NAME:FILE` adds features, `columns_from=NAME:FILE` a column: one value per example.
 """
 
 import functools
@@ -103,8 +103,8 @@ class ColumnBeside(SourceAround):
 
     Args:
       source: the examples.
-      name: of the column.
-      file: as `arrays:` opens it; with one array, or with one called NAME.
+      name: name of the column.
+      file: a file as for `arrays:`, with one array, or with one called NAME.
     """
 
     def __init__(self, source: Source, name: str, file: str):
@@ -133,12 +133,12 @@ class ColumnBeside(SourceAround):
         return self.source.vectors(indices)
 
     def fingerprint(self) -> str:
-        # Whoever uses the column tells what it holds.
+        # Whatever uses the column includes its values in its own fingerprint.
         return self.source.fingerprint()
 
 
 def values_of(array: Any) -> np.ndarray:
-    """Returns an opened array as a column: numbers as they are, texts as objects."""
+    """Returns an opened array as a column: numbers unchanged, strings as objects."""
     values = np.asarray(array)
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8", "replace")

@@ -27,10 +27,10 @@ def open_coco(path: str, *, images: str = "", captions: int = 5) -> Source:
     try:
         content = parse_json(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is no COCO captions file: {error}.") from error
+        raise ValueError(f"{file} is not a COCO captions file: {error}.") from error
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(
-            f"{file} is no COCO captions file: it lacks the lists 'images' and 'annotations'."
+            f"{file} is not a COCO captions file: it lacks the lists 'images' and 'annotations'."
         )
     by_image: dict[Any, list[str]] = {}
     for annotation in content["annotations"]:

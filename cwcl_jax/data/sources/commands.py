@@ -12,7 +12,7 @@ from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 from cwcl_jax.synthetic import commands
 
-# Part of the fingerprint: raise it when the grammar changes.
+# Part of the fingerprint: increase it when the grammar changes.
 _VERSION = 1
 _DEFAULT_LENGTH = {"train": 12_000}
 
@@ -25,7 +25,7 @@ class Commands(Source):
     task: str
     length: int
     seed: int = 0
-    # Sentence numbers, where they are not simply 0, 1, 2, ...
+    # Sentence numbers, if they are not simply 0, 1, 2, ...
     numbers: Sequence[int] = field(default=(), repr=False)
 
     @property
@@ -55,7 +55,7 @@ class Commands(Source):
         if self.task == "keywords":
             return commands.KEYWORDS[number % len(commands.KEYWORDS)]
         names = self.class_names or list(commands.INTENTS)
-        # Classes come in equal numbers; retrieval draws them.
+        # Classes are balanced; sentences for retrieval draw them.
         label = number if self.class_names else Draws(52, *key).below(len(names))
         return commands.sentence(names[label % len(names)], self.split, *key)
 
@@ -81,7 +81,7 @@ def open_commands(split: str, *, task: str = "", n: int = 0, seed: int = 0) -> C
 
 
 def _with_distinct_sentences(source: Commands) -> Commands:
-    """Drops sentences that came before: retrieval has one right answer."""
+    """Returns the source without repeated sentences: retrieval must have one right answer."""
     seen: set[str] = set()
     numbers: list[int] = []
     number = 0

@@ -26,7 +26,7 @@ def named_place(text: str) -> tuple[str, str]:
 
 
 def features_beside(text: str, source: Source) -> Source:
-    """Returns the source with what `features_from=` names: folders, and named files of arrays.
+    """Returns the source with the features of `features_from=`: folders, and named files of arrays.
 
     Args:
       text: PATH or NAME:PATH, several separated by commas.
@@ -39,7 +39,7 @@ def features_beside(text: str, source: Source) -> Source:
             files.append((name, path))
         else:
             folders.append(f"{name}:{path}" if name else path)
-    if folders:  # innermost: they know the fingerprint of the source itself
+    if folders:  # innermost, because they store the fingerprint of the source itself
         source = Embedded(source, folders)
     for name, path in files:
         source = Beside(source, name, path)
@@ -47,7 +47,7 @@ def features_beside(text: str, source: Source) -> Source:
 
 
 def columns_beside(text: str, source: Source) -> Source:
-    """The source with the columns of `columns_from=`, NAME:FILE, several by commas."""
+    """Returns the source with the columns of `columns_from=`, NAME:FILE, separated by commas."""
     for entry in text.split(","):
         name, path = named_place(entry)
         if not name:
@@ -139,7 +139,7 @@ class EmbeddingsOnly(Source):
 
 
 def _add_variants(example: Example, name: str, vectors: np.ndarray) -> np.ndarray:
-    """The first vector, evaluation's; the example receives all, where there are several.
+    """Returns the first vector, evaluation's; adds all to the example if there are several.
 
     Raises:
       BadExample: there is none, or one of them is not finite or all zero.

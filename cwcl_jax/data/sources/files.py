@@ -26,7 +26,7 @@ def expand_pattern(pattern: str) -> list[str]:
     found: list[str] = []
     for name in _expand_braces(pattern):
         if any(sign in name for sign in "*?[") and not to_path(name).exists():
-            # Brackets are part of some folders' names.
+            # Some folders have brackets in their names.
             matches = sorted(_glob(name) or _glob(name.replace("[", "[[]")))
             if not matches:
                 raise FileNotFoundError(f"No file matches {name!r}.")
@@ -37,7 +37,7 @@ def expand_pattern(pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    """Paths that match; of a store the bucket's name is no pattern."""
+    """Returns the paths that match; on a store, the bucket's name is not a pattern."""
     if not is_url(pattern):
         return glob.glob(pattern)
     scheme, _, rest = pattern.partition("://")
@@ -61,7 +61,7 @@ def _options_of(body: str, pattern: str) -> list[str]:
     first, _, last = body.partition("..")
     if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
         raise ValueError(
-            f"The range {{{body}}} in {pattern!r} must be two numbers in order, as "
+            f"The range {{{body}}} in {pattern!r} must be two ascending numbers, as in "
             "{00000..00301}."
         )
     width = len(first) if len(first) == len(last) else 0
@@ -84,7 +84,7 @@ def require_file(path: str | Path, what: str) -> Path:
     if found.is_dir():
         raise ValueError(f"{what} is a folder: {found}. Name the file in the source line.")
     if not found.is_file():
-        raise ValueError(f"{what} is no regular file: {found}. It is read more than once.")
+        raise ValueError(f"{what} is not a regular file: {found}. It is read more than once.")
     return found
 
 
@@ -105,15 +105,17 @@ def _start(path: Path) -> bytes:
 
 
 def below(root: Path, name: str) -> Path:
-    """The file that a name means: below `root`, or where it says itself."""
+    """Returns the path of a file: below `root`, or `name` itself if it is absolute or a URL."""
     return to_path(name) if is_url(name) or os.path.isabs(name) else root / name
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the whole file; an unreadable file is a bad example and does not end the run.
+    """Returns the whole file.
 
     Raises:
-      OSError: a store does not answer: which examples a run sees must not depend on that.
+      BadExample: it is missing or unreadable, which does not end the run.
+      StoreError: a store does not answer. This is not a bad example, because the examples that a
+        run sees must not depend on it.
     """
     path = to_path(path)
     try:

@@ -19,8 +19,8 @@ _LOG = logging.getLogger(__name__)
 def open_folder(path: str, *, captions: bool = False) -> TableSource:
     """Opens a folder of pictures: `folder:/data/flowers`, one subfolder per class.
 
-    A folder without pictures is one of recordings. With `captions`, the file `<name>.txt` next to
-    each of them holds its captions, one a line.
+    A folder without pictures is read as a folder of recordings. With `captions`, the file
+    `<name>.txt` next to each of them contains its captions, one per line.
     """
     root = require(path, "The folder of pictures or recordings")
     found: dict[str, list[dict[str, Any]]] = {"image": [], "audio": []}
@@ -54,7 +54,7 @@ def open_folder(path: str, *, captions: bool = False) -> TableSource:
 
 
 def _nothing_in(root: Path, others: Counter[str]) -> str:
-    """What a folder lacks, and what it has."""
+    """Returns the message for a folder without examples: what is expected, and what it contains."""
     wanted = ", ".join(f".{ending}" for field in ("image", "audio") for ending in PARTS[field])
     had = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.most_common(3))
     return (
@@ -65,10 +65,10 @@ def _nothing_in(root: Path, others: Counter[str]) -> str:
 
 
 def _folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders in order, with their files. Links to folders are followed, each folder once.
+    """Yields folders in order, with their files. Links to folders are followed, each folder once.
 
-    A link into `root` is not followed, since what it names is read where it lies; nor one to a
-    folder above `root`, which would lead back here.
+    A link into `root` is not followed, because its target is read in its own place; nor is a link
+    to a folder above `root`, which would lead back here.
     """
     here, seen, repeated = root.resolve(), set[Path](), list[Path]()
     for name, subfolders, files in os.walk(root, followlinks=True):

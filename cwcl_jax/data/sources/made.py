@@ -16,7 +16,7 @@ WIDTHS = {"u": 64, "v": 96}
 _GROUPS, _CLASSES, _LATENT = 12, 60, 24
 _NOISE = {"u": 0.05, "v": 0.6}
 _SPLITS = {"train": 0, "test": 1}
-# Part of the fingerprint: raise it when the numbers change.
+# Part of the fingerprint: increase it when the numbers change.
 _VERSION = 1
 
 
@@ -28,7 +28,7 @@ class Made(Arrays):
         shared = np.random.default_rng([seed, 2])
         centres = shared.normal(size=(_GROUPS, _LATENT))[np.arange(_CLASSES) % _GROUPS]
         centres = centres + 0.7 * shared.normal(size=(_CLASSES, _LATENT))
-        # A stream for each quantity: the first rows are the same whatever the length.
+        # One random stream per quantity, so that the first rows do not depend on the length.
         labels, own, *noises = (
             np.random.default_rng([seed, _SPLITS[split], what]) for what in range(2 + len(WIDTHS))
         )
@@ -54,7 +54,7 @@ class Made(Arrays):
 def _view(
     latent: Float[np.ndarray, "n z"], width: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "n w"]:
-    """A random network of one hidden layer."""
+    """Returns the output of a random network with one hidden layer."""
     first = rng.normal(size=(latent.shape[1], 2 * width)) / np.sqrt(latent.shape[1])
     second = rng.normal(size=(2 * width, width)) / np.sqrt(2 * width)
     return np.tanh(latent @ first) @ second

@@ -30,7 +30,7 @@ class Mixture(Source):
         found: dict[str, str] = {}
         for part in self.parts:
             found |= part.lacks
-        # Numbers that stand for other classes in another part are no labels of the whole.
+        # Equal numbers mean other classes in another part, so they are not labels of the whole.
         if self.class_names is None and any(part.class_names for part in self.parts):
             found["label"] = "has parts of different classes; data.labels='text' may do"
         return found
@@ -43,9 +43,9 @@ class Mixture(Source):
 
     @property
     def stores(self) -> Mapping[str, Sequence[Any]]:
-        """The caches of names that every part has a cache for.
+        """The caches of those names for which every part has a cache.
 
-        The origin of other features is unknown in some part.
+        Features of other names have an unknown encoder in some part.
         """
         known = set.intersection(*(set(part.stores) for part in self.parts))
         return {
@@ -53,7 +53,7 @@ class Mixture(Source):
         }
 
     def column(self, name: str) -> np.ndarray:
-        """As `Source.column`; "part" is the number of the part that an example comes from."""
+        """Returns a column as `Source.column`; "part" is the number of each example's part."""
         if name == "part":
             return np.repeat(np.arange(len(self.parts)), np.diff(self.starts))
         if name == "label":

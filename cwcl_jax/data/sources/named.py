@@ -13,7 +13,7 @@ from PIL import Image
 
 from cwcl_jax.data.skipping import BadExample
 
-# Fields of an example that hold something else than an array, whoever makes it.
+# Fields of an example that are reserved for something other than an array.
 _TAKEN = ("id", "text", "audio", "label", "labels", "features")
 
 
@@ -49,7 +49,7 @@ def parse_names(raw: str, features: str) -> tuple[dict[str, str], dict[str, str]
             raise ValueError(f"{name!r} is named by raw= and by features=; choose one.")
         if name in _TAKEN:
             raise ValueError(
-                f"raw={raw!r}: {name!r} is no name for a raw array ({', '.join(_TAKEN)} mean "
+                f"raw={raw!r}: {name!r} cannot name a raw array ({', '.join(_TAKEN)} mean "
                 f"something else in an example); write raw=NAME:{found['raw'][name]}."
             )
     return found["raw"], found["features"]
@@ -61,7 +61,7 @@ def _split(option: str, text: str) -> dict[str, str]:
         name, _, column = part.partition(":")
         if not name or name in found:
             raise ValueError(
-                f"{option}={text!r} must be names that differ, each as NAME or NAME:COLUMN, "
+                f"{option}={text!r} must be different names, each as NAME or NAME:COLUMN, "
                 "separated by commas."
             )
         found[name] = column or name
@@ -113,7 +113,7 @@ def label_of(value: Any, class_names: Sequence[str] | None, example: str) -> int
     label = int(value)
     if class_names is not None and not 0 <= label < len(class_names):
         raise BadExample(
-            "label unreadable", f"{example}: {label} is none of the {len(class_names)} classes"
+            "label unreadable", f"{example}: {label} is not one of the {len(class_names)} classes"
         )
     return label
 

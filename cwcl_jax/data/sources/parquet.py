@@ -1,6 +1,6 @@
-"""Parquet files: `parquet:/data/train-*.parquet?text=caption`, with pictures and sound in them.
+"""Parquet files, also with pictures or sound: `parquet:/data/train-*.parquet?text=caption`.
 
-A row group is decoded as a whole. Random reads are therefore cheap as long as all that is read fits
+A row group is decoded as a whole. Random reads are therefore cheap only if all decoded data fits
 into memory, or after `keep` has unpacked it once.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cwcl_jax.data.sources.arrow_columns import Columns
 
-# Shards as the hub names them: train-00000-of-00003, with a hash behind it in older ones.
+# Shards as the hub names them: train-00000-of-00003, followed by a hash in older ones.
 _SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?")
 
 
@@ -77,7 +77,7 @@ def _common_folder(paths: Sequence[Path]) -> Path:
 def _find(path: str, split: str) -> list[Path]:
     if not to_path(path).is_dir():
         if split:
-            raise ValueError(f"split={split!r} chooses files of a folder, and {path} is none.")
+            raise ValueError(f"split={split!r} chooses files of a folder, but {path} is not one.")
         return [require(file, "The Parquet file") for file in expand_pattern(path)]
     files = matching(to_path(path), "*.parquet")
     if not files:
@@ -99,7 +99,7 @@ def _find(path: str, split: str) -> list[Path]:
 
 
 def _check_alike(paths: Sequence[Path], schemas: "Sequence[pa.Schema]", columns: "Columns") -> None:
-    """Raises ValueError where the files disagree about a column that is used, or about classes."""
+    """Raises ValueError if the files disagree about a used column or about its classes."""
     import pyarrow.types as pat
 
     from cwcl_jax.data.sources.arrow_columns import plain_type, stored_features
@@ -118,5 +118,5 @@ def _check_alike(paths: Sequence[Path], schemas: "Sequence[pa.Schema]", columns:
             if stored_features(schema).get(top, {}).get("names") != names:
                 raise ValueError(
                     f"The classes of {top!r} in {path} are not those in {paths[0]}; open the files "
-                    "apart and mix them with '::'."
+                    "separately and mix them with '::'."
                 )

@@ -1,10 +1,10 @@
 """Recordings of a synthesised source stored in a folder: made once, by all cores, then read.
 
 A folder holds `description.json`, a WAV file (16 bit, 16 kHz) for every example, and
-`manifest.jsonl`, which `jsonl:` reads: to listen to, or to use elsewhere. Each 256 examples are
-synthesised by their own process, from a fresh state of espeak-ng, so their bytes depend neither on
-the number of cores nor on interruptions. A part's list of examples appears when its recordings are
-complete, so an interrupted run continues with the missing ones. Nothing is resampled when the
+`manifest.jsonl`, which `jsonl:` reads; both can be used elsewhere. Each part of 256 examples is
+synthesised by its own process, from a fresh state of espeak-ng, so the bytes depend neither on the
+number of cores nor on interruptions. A part's list of examples appears when its recordings are
+complete, so an interrupted run continues with the missing parts. Nothing is resampled when the
 recordings are read, and their lengths are known.
 """
 
@@ -36,7 +36,7 @@ from cwcl_jax.progress import beat
 
 RATE = 16_000
 _SHARD = 256
-_VERSION = 3  # 1: not the same bytes every time; 2: 256 examples in one file
+_VERSION = 3  # 1: bytes were not reproducible; 2: 256 examples in one file
 _AUDIBLE = 30  # of 32767
 
 
@@ -57,7 +57,7 @@ class Recorded(SourceAround):
             return self.source.read(index, fields)
         example = self.source.read(index, {*fields} - {"audio"})
         if not self.durations[index]:
-            raise BadExample("audio empty", f"{example['id']} could not be spoken")
+            raise BadExample("audio empty", f"{example['id']} could not be synthesised")
         with wave.open(str(_recording(self.folder, index))) as file:
             samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
         example["audio"] = (samples.astype(np.int16), RATE)
@@ -65,7 +65,7 @@ class Recorded(SourceAround):
 
     @functools.cached_property
     def durations(self) -> Float64[np.ndarray, " n"]:
-        """Returns the seconds of every recording, 0 if there is none."""
+        """Seconds of every recording, 0 if there is none; missing recordings are made first."""
         with self._lock:
             record(self.source, self.folder)
             lists = _lists(self.folder, len(self.source))
@@ -149,8 +149,8 @@ def _recording(folder: Path, index: int) -> Path:
 
 
 def _record_in_processes(source: Source, folder: Path, shards: list[int], count: int) -> None:
-    """Deals the shards to workers without jax, whose forks speak one shard each."""
-    # This very package, also where it is not installed.
+    """Distributes the parts over workers without jax, which fork a process for each part."""
+    # Workers import this same package, even if it is not installed.
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     workers = [
@@ -160,7 +160,8 @@ def _record_in_processes(source: Source, folder: Path, shards: list[int], count:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            process_group=0,  # a terminal's Ctrl-C is for this process, which ends them
+            # Ctrl-C in a terminal reaches only this process, which ends the workers
+            process_group=0,
         )
         for _ in range(count)
     ]
@@ -168,12 +169,13 @@ def _record_in_processes(source: Source, folder: Path, shards: list[int], count:
         for number, worker in enumerate(workers):
             assert worker.stdin is not None
             pickle.dump((source, folder, shards[number::count]), worker.stdin)
-            worker.stdin.flush()  # and left open: its end tells that this process is gone
+            # stdin stays open: when it ends, workers know that this process is gone
+            worker.stdin.flush()
         _watch(workers, folder, len(source), len(shards))
     finally:
         for worker in workers:
             if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)  # with the fork that speaks
+                os.killpg(worker.pid, signal.SIGKILL)  # including the fork that synthesises
             worker.communicate()
 
 
@@ -188,29 +190,29 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
         if sys.stderr.isatty() and time.perf_counter() - shown > 1:
             shown = time.perf_counter()
             rate = done / (shown - start)
-            print(f"\rspeaking {done}/{total} sentences, {rate:.0f}/s", end="", file=sys.stderr)
+            print(f"\rsynthesised {done}/{total}, {rate:.0f}/s", end="", file=sys.stderr)
         if any(worker.returncode for worker in workers):
             break
     for worker in workers:
         if worker.returncode:
             lines = worker.communicate()[1].decode(errors="replace").strip().splitlines()
             message = lines[-1] if lines else str(worker.returncode)
-            # Starting again cannot help: the exit code of a run tells these from other failures.
+            # A restart cannot repair settings: a run's exit code distinguishes them by this type.
             settings = message.startswith(("ValueError:", "ImportError:"))
-            raise (ValueError if settings else RuntimeError)(f"speaking failed: {message}")
+            raise (ValueError if settings else RuntimeError)(f"synthesis failed: {message}")
     seconds = time.perf_counter() - start
     end = "\r" if sys.stderr.isatty() else ""
     print(
-        f"{end}{total} sentences spoken in {seconds:.0f} s, kept in {folder}",
+        f"{end}{total} sentences synthesised in {seconds:.0f} s, stored in {folder}",
         file=sys.stderr,
         flush=True,
     )
 
 
 def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
-    """Writes some of the files of a folder, each in a fork that has not synthesised before.
+    """Writes some parts of a folder, each in a fork that has not synthesised before.
 
-    When the standard input ends, it ends with its whole process group: the parent is gone.
+    When the standard input ends, the parent is gone, and this process ends its process group.
     """
     context = multiprocessing.get_context("fork")
     asked = sys.stdin.fileno()
@@ -221,7 +223,7 @@ def speak_shards(source: Source, folder: Path, shards: Sequence[int]) -> None:
             os.killpg(0, signal.SIGKILL)
         process.join()
         if process.exitcode:
-            sys.exit(1)  # its message is on the standard error
+            sys.exit(1)  # the fork wrote its message to the standard error
 
 
 def speak_shard(source: Source, folder: Path, shard: int) -> None:
@@ -236,7 +238,7 @@ def speak_shard(source: Source, folder: Path, shard: int) -> None:
 
 
 def _speak(source: Source, index: int, path: Path) -> dict[str, Any]:
-    """Writes a recording; returns its line of the manifest, of length 0 if it cannot be spoken."""
+    """Writes a recording; returns its row of the manifest, with duration 0 if synthesis fails."""
     try:
         example = source.read(index, ("text", "label", "audio"))
         spoken, rate = example["audio"]
@@ -251,7 +253,7 @@ def _speak(source: Source, index: int, path: Path) -> dict[str, Any]:
         file.setframerate(RATE)
         file.writeframes(samples.astype("<i2").tobytes())
     row = {"id": example["id"], "audio": f"audio/{path.name}", "text": example.get("text")}
-    if "label" in example:  # by name, as manifests have it, where there are names
+    if "label" in example:  # manifests contain names of classes, if there are any
         names = source.class_names
         row["label"] = example["label"] if names is None else names[example["label"]]
     return row | {"duration": len(samples) / RATE}

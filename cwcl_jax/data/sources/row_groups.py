@@ -1,4 +1,4 @@
-"""Rows of Parquet files at random: row groups are decoded whole and kept while there is room."""
+"""Random access to rows of Parquet files: row groups are decoded whole and cached."""
 
 import itertools
 import logging
@@ -38,7 +38,7 @@ class RowGroups:
         self._memory_mib = memory_mib
         with ThreadPoolExecutor(8) as pool:
             self._footers = list(pool.map(_footer, self.paths))
-        # (file, group in it), and the row each begins at.
+        # (file, row group in it); `_starts` holds the first row of each.
         self._places = [
             (file, group)
             for file, footer in enumerate(self._footers)
@@ -70,7 +70,7 @@ class RowGroups:
 
     def _decode(self, number: int, tops: Sequence[str]) -> pa.Table:
         file, group = self._places[number]
-        # A reader of its own for every call: one is not safe in several threads.
+        # Every call has its own reader, because a reader must not be shared by threads.
         with (
             _readable(self.paths[file]) as handle,
             pq.ParquetFile(handle, metadata=self._footers[file]) as opened,
@@ -78,7 +78,7 @@ class RowGroups:
             return opened.read_row_group(group, columns=list(tops), use_threads=False)
 
     def tables(self, file: int, tops: Sequence[str]) -> Iterator[pa.Table]:
-        """Yields the row groups of one file in order; none of them is kept."""
+        """Yields the row groups of one file in order; none of them is cached."""
         for number, (where, _) in enumerate(self._places):
             if where == file:
                 yield self._decode(number, tops)
@@ -107,7 +107,7 @@ class RowGroups:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[Any]:
-    """What pyarrow reads ranges of: the path, or an opened object of a store."""
+    """Yields what pyarrow can read ranges of: the path, or an opened object of a store."""
     if not isinstance(path, StorePath):
         yield path
         return
@@ -122,7 +122,7 @@ def _footer(path: Path) -> pq.FileMetaData:
     except StoreError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole Parquet file: {error}") from error
+        raise ValueError(f"{path} is not a complete Parquet file: {error}") from error
 
 
 class _KeptTables:
@@ -148,7 +148,7 @@ class _KeptTables:
                     return self._tables[key]
             try:
                 table = decode()
-                # Kept before others may begin: who comes in between would decode it again.
+                # Stored before the key is released, otherwise another thread could decode it again.
                 self._keep(key, table)
             finally:
                 with self._lock:

@@ -47,11 +47,16 @@ def open_saved(
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """The folder of one data set."""
+    """Returns the folder of one data set, i.e. of the split if there are several.
+
+    Raises:
+      FileNotFoundError: `save_to_disk` did not write the folder.
+      ValueError: the split does not exist, or several do and none is chosen.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"hf:{folder} is no folder. It opens what datasets.load_dataset(...).save_to_disk("
-            "FOLDER) wrote; names of the hub are not downloaded."
+            f"hf:{folder} is not a folder. It must be one that datasets.load_dataset(...)"
+            ".save_to_disk(FOLDER) wrote; names of the hub are not downloaded."
         )
     listing = folder / "dataset_dict.json"
     if listing.exists():
@@ -62,7 +67,9 @@ def _split_folder(folder: Path, split: str) -> Path:
             said = f"has no split {split!r}" if split else "has several splits"
             raise ValueError(f"hf:{folder} {said}; choose with split=: {', '.join(splits)}.")
         if Path(split).name != split:
-            raise ValueError(f"The split {split!r} of {listing} is no name of a folder in it.")
+            raise ValueError(
+                f"The split {split!r} of {listing} is not the name of a folder next to it."
+            )
         return folder / split
     if not (folder / "state.json").exists():
         raise FileNotFoundError(
@@ -80,12 +87,12 @@ def _read_object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}. Save the data set again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object. Save the data set again.")
+        raise ValueError(f"{file} does not hold a JSON object. Save the data set again.")
     return value
 
 
 class SavedRows:
-    """The rows of one saved data set, in its order, also if that is stored as an index."""
+    """The rows of one saved data set, in its order, which may be stored as an index."""
 
     def __init__(self, folder: Path):
         from cwcl_jax.data.sources.arrow_files import ArrowFiles
@@ -98,7 +105,7 @@ class SavedRows:
         self.schema = _with_features(self._files.schema, _read_object(folder / "dataset_info.json"))
 
     def _read_indices(self, state: Mapping[str, Any]) -> "ArrowFiles | None":
-        """Rows of an order that was saved beside the data, as old releases do."""
+        """Returns the row numbers of a stored order, as older releases write it, or None."""
         from cwcl_jax.data.sources.arrow_files import ArrowFiles
 
         listed = state.get("_indices_data_files") or state.get("_indices_files")
@@ -142,7 +149,12 @@ class SavedRows:
 
 
 def _listed_files(folder: Path, listed: Any) -> list[Path]:
-    """The files that a state names, all of which must lie in the folder."""
+    """Returns the files that a state lists, all of which must be in the folder.
+
+    Raises:
+      ValueError: the list is empty, or a file is outside the folder.
+      FileNotFoundError: a file is missing.
+    """
     if listed == []:
         raise ValueError(f"The saved data set hf:{folder} has no examples.")
     names = [item.get("filename") for item in listed or () if isinstance(item, dict)]
@@ -158,6 +170,6 @@ def _listed_files(folder: Path, listed: Any) -> list[Path]:
 
 
 def _with_features(schema: "pa.Schema", info: Mapping[str, Any]) -> "pa.Schema":
-    """The schema with the features of dataset_info.json, which later casts keep up to date."""
+    """Returns the schema with the features of dataset_info.json, which later casts update."""
     stored = json.dumps({"info": {"features": info.get("features")}}).encode()
     return schema.with_metadata({**(schema.metadata or {}), b"huggingface": stored})

@@ -7,14 +7,14 @@ from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.sources.base import Example, Source, fingerprint_of
 from cwcl_jax.synthetic import captions, scenes
 
-# Part of the fingerprint: raise it when a drawing or a caption changes.
+# Part of the fingerprint: increase it when a drawing or a caption changes.
 _VERSION = 1
-# No test scene has the number stream of a training scene.
+# Test scenes have other number streams than training scenes.
 _STREAMS = {"train": 0, "retrieval": 1, "shape": 2, "colour": 3, "combination": 4}
 _DEFAULT_LENGTH = {"train": 1_000_000, "retrieval": 1000}
 _CLASSES = {
     "shape": tuple(scenes.SHAPES),
-    # A colour alone is no thing to make a photo of.
+    # A bare colour is not an object that a photo can show.
     "colour": tuple(f"{colour} object" for colour in scenes.COLOUR_NAMES),
     "combination": tuple(
         f"{scenes.COLOUR_NAMES[colour]} {scenes.SHAPES[shape]}" for shape, colour in scenes.HELD_OUT
@@ -31,12 +31,12 @@ class Scenes(Source):
     seed: int = 0
     size: int = 64
     captions_each: int = 1
-    # Chance that a training caption names each optional attribute; fewer easy cues (background,
-    # place) leave more to be told apart by shape.
+    # Probability that a training caption names each optional attribute; with fewer easy cues
+    # (background, place), shape matters more.
     detail: float = 0.5
-    # Objects of an unlabelled scene; 0 = one to three.
+    # Number of objects in an unlabelled scene; 0 = one to three.
     objects: int = 0
-    # Scene numbers, where they are not simply 0, 1, 2, ...
+    # Scene numbers, if they are not simply 0, 1, 2, ...
     numbers: Sequence[int] = field(default=(), repr=False)
 
     @property
@@ -133,7 +133,10 @@ def open_scenes(
 
 
 def _with_distinct_captions(source: Scenes) -> Scenes:
-    """Drops scenes one of whose captions an earlier scene has: retrieval has one right answer."""
+    """Returns the source without scenes that share a caption with an earlier scene.
+
+    Retrieval must have one right answer.
+    """
     seen: set[str] = set()
     numbers: list[int] = []
     number = 0

@@ -1,8 +1,8 @@
-"""Sentences of a user's file, prepared for synthesis: `sentences:/x/sentences.tsv?words=2000`.
+"""Sentences from a user's file, prepared for synthesis: `sentences:/x/sentences.tsv?words=2000`.
 
-Long ones and repetitions are left out, some are held out, and frequent single words are added, so
-that a model also learns isolated words. A plain text file has one sentence a line; tables are read
-as by `tsv:` and `csv:`.
+Long sentences and repetitions are left out, some sentences are held out, and frequent single words
+are added, so that a model also learns isolated words. A plain text file has one sentence per line;
+tables are read as by `tsv:` and `csv:`.
 """
 
 import re
@@ -20,7 +20,7 @@ from cwcl_jax.data.sources.tables import open_delimited
 
 _FILES = ("sentences.tsv", "sentences.csv", "sentences.txt")
 _SPLITS = ("train", "test")
-# Letters of any alphabet: of "café" no "caf" is to be spoken.
+# Letters of any alphabet, so that "café" does not become "caf".
 _WORD = re.compile(r"(?:[^\W\d_]|['\u2019]){2,}")
 
 
@@ -110,7 +110,7 @@ def _read(file: Path, column: str) -> list[str]:
         return [" ".join(line.split()) for line in lines if line.strip()]
     table = open_delimited(str(file), text=column)
     if "text" not in table.columns:
-        raise ValueError(f"{file} has no column of sentences that is known; name it with text=.")
+        raise ValueError(f"{file} has no known column of sentences; name it with text=.")
     values = table.columns["text"]
     found = (" ".join((values[row] or "").split()) for row in range(len(values)))
     return [sentence for sentence in found if sentence]

@@ -1,4 +1,4 @@
-"""Speech sets as they are released: Common Voice, SLURP, STOP, Speech Commands, spoken digits."""
+"""Speech data sets as released: Common Voice, SLURP, STOP, Speech Commands, spoken digits."""
 
 import csv
 import os
@@ -56,7 +56,7 @@ def _recordings(
     renamed: tuple[str, str] | None = None,
     durations: np.ndarray | None = None,
 ) -> Recordings:
-    """Recordings of rows; labels are names out of `classes`, which other splits share."""
+    """Returns recordings of rows; labels are names out of `classes`, shared by all splits."""
     table = table_of_rows(rows, {name: name for name in ("id", "audio", "text")}, roots[0])
     columns = dict(table.columns)
     if classes is not None:
@@ -68,7 +68,7 @@ def _recordings(
 
 
 def _read_tsv(file: Path, *needed: str) -> Iterator[dict[str, str]]:
-    """Rows by header name; quotation marks are text (Common Voice has lone ones)."""
+    """Yields rows by header name; quotation marks are text (Common Voice has unpaired ones)."""
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         _require_names(rows.fieldnames or (), needed, f"{file}: the header")
@@ -96,11 +96,11 @@ def open_common_voice(path: str, *, split: str = "train") -> Recordings:
 
 
 def _clip_durations(file: Path, rows: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-    """Seconds by row, from the list that newer releases bring; None where it has none of them."""
+    """Returns seconds by row from the list in newer releases; None if it lists no clip."""
     if not file.exists():
         return None
     known = {row["clip"]: row["duration[ms]"] for row in _read_tsv(file, "clip", "duration[ms]")}
-    # A clip that the list lacks may be of any length.
+    # A clip that is not listed has an unknown length.
     return known_seconds([float(known.get(row["audio"] or "") or "nan") / 1000 for row in rows])
 
 
@@ -123,7 +123,7 @@ def open_slurp(
             "label": slurp_class(sentence),
         }
         recordings = sentence.get("recordings", ())
-        # The release's metadata have them by file name, its lists as objects that name the file.
+        # The release's metadata map file names to recordings; its lists hold objects with "file".
         by_name = isinstance(recordings, Mapping)
         files = [*recordings] if by_name else [recording["file"] for recording in recordings]
         wanted: list[str | None] = [*files] if unit == "recordings" else [next(iter(files), None)]
@@ -138,14 +138,14 @@ def slurp_class(sentence: Mapping[str, Any]) -> str:
 
 
 def _slurp_classes(folder: Path) -> list[str]:
-    """Classes of all splits present, so that labels mean the same in each."""
+    """Returns the classes of all available splits, so that labels mean the same in each."""
     files = [folder / f"{split}.jsonl" for split in ("train", "devel", "test")]
     present = [file for file in files if file.exists()]
     return sorted({slurp_class(row) for file in present for row in _slurp_lines(file)})
 
 
 def _slurp_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The sentences of a list; broken lines are logged and left out."""
+    """Yields the sentences of a list; broken lines are logged and left out."""
     for row in rows_of_json_lines(file):
         if row:
             needed = ("slurp_id", "sentence", "scenario", "action")
@@ -177,7 +177,7 @@ def open_stop(path: str, *, split: str = "test") -> Recordings:
     folder = _first_existing(base, ("manifests", "stop/manifests"), f"{split}.tsv")
     rows = []
     for row in _read_tsv(folder / f"{split}.tsv", "file_id"):
-        # Numbers repeat across domains: the whole path is the identity.
+        # Numbers repeat across domains, so the whole path is the id.
         file = row["file_id"]
         rows.append(
             {
@@ -187,7 +187,7 @@ def open_stop(path: str, *, split: str = "test") -> Recordings:
                 "label": _stop_intent(row),
             }
         )
-    # Some releases keep the folder `<domain>_<split>_0` under the name `<domain>_<split>`.
+    # Some releases name the folder `<domain>_<split>_0` as `<domain>_<split>`.
     renamed = (f"_{split}_0", f"_{split}")
     return _recordings(rows, [folder.parent], _stop_classes(folder), renamed)
 

@@ -40,7 +40,7 @@ class Spoken(SourceAround):
         captions = [text] if isinstance(text, str) else text
         text = next((caption for caption in captions if caption and caption.strip()), None)
         if text is None:
-            raise BadExample("text empty", "nothing to speak")
+            raise BadExample("text empty", "no text to synthesise")
         example["audio"] = speak(text, random_voice(Draws(self.seed, 31, index), self.voices))
         return example
 

@@ -32,6 +32,6 @@ class Subset(SourceAround):
         return self.source.vectors(np.asarray(self.indices, np.int64)[indices])
 
     def fingerprint(self) -> str:
-        # A range prints as its bounds; other sequences must print whole.
+        # A range prints its bounds; other sequences must print in full.
         indices = self.indices if isinstance(self.indices, range) else list(self.indices)
         return fingerprint_of("subset", self.source.fingerprint(), indices)

@@ -1,4 +1,4 @@
-"""Which columns of a table hold pictures, texts, recordings or labels: as named, or by default."""
+"""Chooses the columns of a table with pictures, texts, recordings or labels."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +20,10 @@ _USUAL_NAMES = {
 def named_fields(
     columns: Sequence[str], path: str, rows: Sequence[Mapping[str, Any]], asked: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns field -> column, and why a field has none.
+    """Returns field -> column, and reasons for fields whose column is unclear.
 
-    Columns are taken as named, or by their usual names (ignoring case) if none is named and only
-    one has such a name. Columns of files are accepted by the files' type, as far as `rows` show it.
+    Columns are used as named, or by their usual names (ignoring case) if none is named and only one
+    has such a name. Columns of files are accepted by the files' type, as far as `rows` show it.
     """
     fields, unclear = {}, {}
     for field, name in asked.items():
@@ -43,8 +43,8 @@ def named_fields(
             fields[field] = name or may_be[0]
         elif may_be:
             unclear[field] = (
-                f"has {len(may_be)} columns that may be the {field} ({', '.join(may_be)}); choose "
-                f"with {field}=COLUMN"
+                f"has {len(may_be)} columns that could be the {field} ({', '.join(may_be)}); "
+                f"choose with {field}=COLUMN"
             )
     if "audio" not in fields:
         fields.pop("duration", None)
@@ -52,7 +52,7 @@ def named_fields(
         if unclear:
             raise ValueError(f"{path} {next(iter(unclear.values()))}.")
         raise ValueError(
-            f"None of the columns of {path} ({', '.join(columns)}) is known; name them with "
+            f"No column of {path} ({', '.join(columns)}) has a known name; name them with "
             "image=, text=, audio= or label=."
         )
     return fields, unclear
@@ -70,7 +70,7 @@ def require_column(name: str, columns: Sequence[str], path: str, option: str) ->
 
 
 def _type_of_files(column: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """Whether a column names pictures or recordings, by the endings of its names; "" if unknown."""
+    """Returns "image" or "audio" by the extensions of a column's file names; "" if unknown."""
     endings = {Path(str(row.get(column) or "")).suffix.lower().removeprefix(".") for row in rows}
     kinds = {field for field in FILE_FIELDS if endings & set(PARTS[field])}
     return kinds.pop() if len(kinds) == 1 else ""

@@ -31,13 +31,13 @@ from cwcl_jax.paths import StoreError, StorePath, to_path
 
 _LOG = logging.getLogger(__name__)
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
-# Rows whose file names tell pictures from recordings.
+# Rows whose file names are examined to distinguish pictures from recordings.
 _TYPES_LOOKED_AT = 100
-# Files that take part in a fingerprint: enough to tell data sets apart, few enough to be quick.
+# Files that a fingerprint reads: enough to distinguish data sets, few enough to be quick.
 _FILES_LOOKED_AT, _HEAD_BYTES = 64, 1 << 16
-# Between several captions in one string of a column.
+# Separates several captions in one string of a column.
 _NEXT_CAPTION = "\x1e"
-# Under which a row holds the cells of all columns with labels.
+# Key under which a row holds the cells of all columns with labels.
 _LABELS = "\x1elabels"
 
 
@@ -61,10 +61,10 @@ class TableSource(Source):
         self.columns = dict(columns)
         self._durations = durations
         self.hint = hint
-        # The rows of the file once more, for columns that no example holds.
+        # Reads the rows of the file again, for columns that examples do not have.
         self.column_names: Sequence[str] = ()
         self.read_rows: Callable[[], Iterable[Mapping[str, Any]]] = tuple
-        # Why a field has no column, though some may be it.
+        # Reasons for fields without a column although several columns fit.
         self.unclear: dict[str, str] = {}
         self.root = to_path(root)
         self._class_names = None if class_names is None else list(class_names)
@@ -112,7 +112,7 @@ class TableSource(Source):
         values = as_column(row.get(name) for row in self.read_rows())
         if len(values) != len(self):
             raise ValueError(
-                f"the file has {len(values)} rows now, and had {len(self)} when it was opened"
+                f"the file has {len(values)} rows now, but had {len(self)} when it was opened"
             )
         return values
 
@@ -128,14 +128,14 @@ class TableSource(Source):
 
     def fingerprint(self) -> str:
         parts = [(name, column.digest_parts()) for name, column in sorted(self.columns.items())]
-        # Which examples stand in one batch depends on them.
+        # Lengths determine which examples share a batch.
         lengths = self._durations
         seconds = [] if lengths is None else [hashlib.sha256(lengths.tobytes()).hexdigest()]
         return fingerprint_of("table", self._class_names, parts, *seconds, *self._files)
 
     @functools.cached_property
     def _files(self) -> list[str]:
-        """What some of the named files hold: tables of equal names may mean other pictures."""
+        """Hashes of some of the named files: equal tables may refer to other pictures."""
         made = [name for name in FILE_FIELDS if name in self.columns]
         rows = (
             np.unique(np.linspace(0, len(self) - 1, _FILES_LOOKED_AT).astype(int)) if made else ()
@@ -148,7 +148,7 @@ class TableSource(Source):
         return found
 
     def _content(self, name: str) -> str:
-        """The size of a file and a hash of its beginning; "" where it cannot be read."""
+        """Returns the size of a file and a hash of its beginning; "" if it cannot be read."""
         try:
             path = self.locate(name)
             if isinstance(path, StorePath):
@@ -205,8 +205,8 @@ def listed_seconds(column: StringColumn) -> list[float]:
     zeros = sum(length == 0 for length in seconds)
     if zeros > len(seconds) / 2:
         raise ValueError(
-            f"the column duration is 0 in {zeros} of {len(seconds)} rows, which no recording is: "
-            "write the seconds of the files, or leave the column out."
+            f"the column duration is 0 in {zeros} of {len(seconds)} rows, but no recording has "
+            "length 0: write the seconds of the files, or leave the column out."
         )
     if zeros:
         _LOG.warning(
@@ -216,7 +216,7 @@ def listed_seconds(column: StringColumn) -> list[float]:
 
 
 def _seconds(text: str | None) -> float:
-    """A length in a table; nan for what is none."""
+    """Returns a duration of a table; nan if it is not one."""
     try:
         seconds = float(text or "nan")
     except ValueError:
@@ -241,14 +241,14 @@ def _as_text(value: Any, field: str) -> str | None:
         return None
     if field == "labels":
         return json.dumps(value)
-    # An empty cell is no class.
+    # An empty cell is not a class.
     return (str(value).strip() or None) if field == "label" else str(value)
 
 
 def _numbered(labels: StringColumn, named: bool) -> tuple[StringColumn, list[str] | None]:
-    """Labels as numbers; names become numbers in sorted order, numbers stay what they are.
+    """Returns labels as numbers, and their sorted names; None if they are numbers already.
 
-    Where numbers are names (`named`), they are sorted as numbers.
+    If numbers are names (`named`), they are sorted as numbers.
     """
     values = [labels[row] for row in range(len(labels))]
     known = sorted({value for value in values if value is not None})
@@ -285,7 +285,7 @@ def open_delimited(
         raise ValueError(f"quoting={quoting!r} of {path} must be auto, on or off.")
     delimiter = _SEPARATORS.get(sep, sep)
     if len(delimiter) > 1 or delimiter in ("\n", "\r", '"'):
-        raise ValueError(f"sep={sep!r} of {path} must be tab, comma, semicolon or one sign.")
+        raise ValueError(f"sep={sep!r} of {path} must be tab, comma, semicolon or one character.")
     file = require_text_file(path, "The table")
     with open(local_copy(file), newline="", encoding="utf-8-sig", errors="replace") as lines:
         header = lines.readline()
@@ -320,7 +320,7 @@ def _delimited_rows(file: Path, path: str, delimiter: str, style: int) -> Iterat
 
 
 def _table(rows, fields, unclear, labels: str, columns, path: str, root: str | Path) -> TableSource:
-    """The table of rows, with the cells of the columns `labels` (by commas) as sets of labels."""
+    """Returns the table of rows, with the cells of the columns `labels` as sets of labels."""
     taken, named = dict(fields), [name for name in labels.split(",") if name]
     for name in named:
         require_column(name, columns, path, "labels")
@@ -334,7 +334,11 @@ def _table(rows, fields, unclear, labels: str, columns, path: str, root: str | P
 
 
 def _checked_rows(reader: csv.DictReader, path: str) -> Iterator[dict[str, str]]:
-    """The rows; a ValueError with the line where cells or quotation marks do not come out."""
+    """Yields the rows.
+
+    Raises:
+      ValueError: cells or quotation marks of a row do not match; the message names the line.
+    """
     while True:
         line = max(reader.line_num, 1) + 1
         try:
@@ -343,8 +347,8 @@ def _checked_rows(reader: csv.DictReader, path: str) -> Iterator[dict[str, str]]
             return
         except csv.Error as error:
             raise ValueError(
-                f"{path}, the row from line {line} on: {error}. Write quotation marks inside "
-                "quoted cells twice, or set quoting=off if they are text."
+                f"{path}, the row that starts in line {line}: {error}. Write quotation marks "
+                "inside quoted cells twice, or set quoting=off if they are text."
             ) from error
         if any(row.get(None) or ()):
             raise ValueError(
@@ -385,9 +389,9 @@ def open_jsonl(
 
 
 def _may_be_quoted(file: Path) -> bool:
-    """Whether a file with tabs reads well with quotation marks around fields, and has some.
+    """Returns whether a file with tabs has quoted fields and can be parsed with quoting.
 
-    A lone one, which is text, would swallow the rows behind it.
+    An unpaired quotation mark, which is text, would swallow the rows after it.
     """
     with open(local_copy(file), newline="", encoding="utf-8-sig", errors="replace") as lines:
         if not any(line.startswith('"') or '\t"' in line for line in lines):
@@ -402,12 +406,16 @@ def _may_be_quoted(file: Path) -> bool:
 
 
 def _whole_recordings(rows: Iterable[Mapping[str, Any]], path: str) -> Iterator[Mapping[str, Any]]:
-    """The rows; a ValueError where one means a part of its file, as NeMo's manifests can."""
+    """Yields the rows.
+
+    Raises:
+      ValueError: a row refers to a part of its file, as NeMo's manifests can.
+    """
     for number, row in enumerate(rows, 1):
         if row.get("offset"):
             raise ValueError(
                 f"{path}, row {number} begins at offset={row['offset']} of its recording, but "
-                "recordings are read from their beginning: cut the parts into files of their own."
+                "recordings are read from their beginning: save the parts as separate files."
             )
         yield row
 

@@ -28,17 +28,17 @@ from cwcl_jax.paths import StorePath, is_url, to_path
 from cwcl_jax.progress import beat
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 3  # 1: without a checksum; 2: with what stands in hidden folders
+_VERSION = 3  # 1: without a checksum; 2: with members of hidden folders
 _BLOCK = 512
-# Names are short: a table of them is as wide as its longest one.
+# Names must be short: the table's key column is as wide as the longest name.
 _LONGEST_HEADER = 1 << 15
-# One read of this much holds many headers of small members; a disk gives it faster than the
-# headers one by one (300 against 150 MB/s cold).
+# One read of this size holds many headers of small members; a disk reads it faster than single
+# headers (300 against 150 MB/s, cold).
 _WINDOW = 1 << 19
-# On an object store a request takes tens of milliseconds, in which so much comes anyhow.
+# A request to an object store takes tens of milliseconds, in which this much can be transferred.
 _STORE_WINDOW = 1 << 23
 _SUFFIX = ".offsets"
-# What a member is for, by extension; the first one of a kind in a sample counts.
+# Use of a member by its extension; the first member of a kind in a sample is used.
 PARTS = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
     "text": ("txt", "text", "caption"),
@@ -97,24 +97,28 @@ def load_index(path: str, cache_dir: str = "") -> TarIndex:
         with contextlib.suppress(OSError):
             _write(place, index)
             return index
-    _LOG.warning("The index of %s could not be kept; set a writable cache folder.", path)
+    _LOG.warning("The index of %s could not be stored; set a writable cache folder.", path)
     return index
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
-    """Size of a tar and when it was written, in ns; a store's version of it as a number."""
+    """Returns size and modification time (ns) of a tar, or its version on a store as a number.
+
+    Raises:
+      ValueError: it is not a regular file.
+    """
     place = to_path(path)
     if isinstance(place, StorePath):
         size, version = place.version()
         return size, int(version[:15], 16)
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path} is no regular file, but tars are read at random offsets.")
+        raise ValueError(f"{path} is not a regular file, but tars are read at random offsets.")
     return status.st_size, status.st_mtime_ns
 
 
 def _places(path: str, cache_dir: str) -> list[Path]:
-    """Where an index may be kept: in the named folder, or beside the tar or the user's cache."""
+    """Returns possible paths of an index: in `cache_dir`, or next to the tar and in the cache."""
     whole = path if is_url(path) else os.path.abspath(path)
     digest = hashlib.sha256(whole.encode()).hexdigest()[:20]
     if cache_dir:
@@ -122,12 +126,12 @@ def _places(path: str, cache_dir: str) -> list[Path]:
     return [to_path(path + _SUFFIX), cache_home() / "tar_indexes" / (digest + _SUFFIX)]
 
 
-# Fields of an index beside its table.
+# Fields of an index that are stored with its table.
 _KEPT = ("tar_size", "tar_mtime", "truncated", "checksum", "surplus", "first_surplus")
 
 
 def _write(place: Path, index: TarIndex) -> None:
-    """Writes under another name first: readers never see half a file."""
+    """Writes an index under another name and renames it, so that readers never see half a file."""
     place.parent.mkdir(parents=True, exist_ok=True)
     present = index.parts()
     header = {
@@ -155,7 +159,7 @@ def _read(place: Path) -> TarIndex | None:
                 return None
         # Mapped, not read: the indexes of tens of millions of samples need not stay in memory.
         table = np.empty(0, dtype)
-        if samples:  # As a plain array: single rows of a memmap take ten times as long.
+        if samples:  # plain array: reading single rows of a memmap takes ten times as long
             table = np.asarray(np.memmap(place, dtype, "r", start, samples))
         return TarIndex(table, **{name: header[name] for name in _KEPT})
     except (OSError, ValueError, KeyError, TypeError):
@@ -170,7 +174,7 @@ def _dtype(key_bytes: int, parts: Sequence[str]) -> np.dtype:
 def build_index(path: str) -> TarIndex:
     """Returns the index from a tar's headers; members that reach past its end are left out."""
     tar_size, tar_mtime = _size_and_time(path)
-    # By key: parts that the extension names, and those that only its end names.
+    # By key: parts named by the whole extension, and parts named only by its end.
     samples: dict[bytes, tuple[_Parts, _Parts]] = {}
     repeated: list[tuple[bytes, str, bool, bytes]] = []
     checksum, complete = 0, True
@@ -190,7 +194,7 @@ def build_index(path: str) -> TarIndex:
                 repeated.append((key, part, exact, name))
             else:
                 parts[part] = (offset, size)
-    # Beside a plain picture, others (masks, depth) are no mistake.
+    # Further pictures next to a plain one (masks, depth) are not counted as unused.
     surplus = [name for key, part, exact, name in repeated if exact or part not in samples[key][0]]
     return TarIndex(
         _table({key: loose | plain for key, (plain, loose) in samples.items()}),
@@ -204,7 +208,7 @@ def build_index(path: str) -> TarIndex:
 
 
 def _meaning(name: bytes) -> tuple[bytes, str | None, bool]:
-    """Key and part (None = of no use) of a member; whether all of its extension says so."""
+    """Returns key and part (None = unused) of a member; whether the whole extension names it."""
     folder, _, base = name.rpartition(b"/")
     stem, dot, ending = base.partition(b".")
     hidden = any(map(is_hidden, folder.decode("utf-8", "replace").strip("./").split("/")))
@@ -227,7 +231,7 @@ def _window_of(path: str) -> Iterator["_Window"]:
 
 
 class _Window:
-    """Reads ever further on in a file, out of one large piece after another."""
+    """Reads a file from beginning to end, in large pieces."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: int):
         self._read, self._size = read, size
@@ -257,7 +261,11 @@ def _table(samples: dict[bytes, _Parts]) -> np.ndarray:
 def _members(
     window: _Window, end: int, path: str
 ) -> Iterator[tuple[bytes | None, int, int, bytes]]:
-    """Yields (name, offset, size, time) of regular files; (None, ...) where the tar breaks off."""
+    """Yields (name, offset, size, time) of regular files; (None, ...) if the tar is truncated.
+
+    Raises:
+      ValueError: it is not a tar, or a header is damaged.
+    """
     position, name, size_override = 0, b"", -1
     while position + _BLOCK <= end:
         header = window.read(position, _BLOCK)
@@ -266,8 +274,8 @@ def _members(
         if not _checksum_fits(header):
             if position == 0:
                 raise ValueError(
-                    f"{path} is no tar file (compressed ones must be decompressed first: members "
-                    "are read at their offsets)."
+                    f"{path} is not a tar file (compressed ones must be decompressed first: "
+                    "members are read at their offsets)."
                 )
             yield None, position, 0, b""
             return
@@ -293,7 +301,7 @@ def _members(
                 yield name or _plain_name(header), start, size, header[136:148]
             name, size_override = b"", -1
         position = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-    # Two blocks of zeros end a tar; a file cut at a block's border has none.
+    # Two blocks of zeros end a tar; a file truncated at the end of a block has none.
     yield None, position, 0, b""
 
 
@@ -304,7 +312,7 @@ def _plain_name(header: bytes) -> bytes:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or the base-256 form of large files; a huge number where it is neither."""
+    """Returns the value of octal digits or of the base-256 form; a huge number if it is neither."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     try:
@@ -314,9 +322,9 @@ def _number(field: bytes) -> int:
 
 
 def _pax(body: bytes, name: bytes) -> tuple[bytes, int]:
-    """Path and size (-1 = not given) out of an extended header; -2 where it is damaged.
+    """Returns path and size (-1 = not given) of an extended header; size -2 if it is damaged.
 
-    It is made of records "length key=value" that end with a line break.
+    The header consists of records "length key=value" that end with a line break.
     """
     size, position = -1, 0
     while position < len(body):
@@ -334,5 +342,5 @@ def _pax(body: bytes, name: bytes) -> tuple[bytes, int]:
 
 
 def _checksum_fits(header: bytes) -> bool:
-    """Whether a header is one, undamaged: the sum of its bytes with blanks for the sum itself."""
+    """Returns whether a header is undamaged: its checksum counts itself as blanks."""
     return sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])

@@ -1,4 +1,4 @@
-"""Random access to tars of img2dataset and webdataset, and CLIP_benchmark's folders of them."""
+"""Random access to tars of img2dataset and webdataset, and to CLIP_benchmark's folders of tars."""
 
 import functools
 import logging
@@ -22,17 +22,17 @@ from cwcl_jax.files import matching, parse_json
 from cwcl_jax.paths import StoreError, StorePath, is_url, to_path
 
 _LOG = logging.getLogger(__name__)
-# Descriptors kept open; systems allow a process about a thousand by default.
+# Number of open descriptors; systems allow a process about a thousand by default.
 _OPEN_FILES = 200
 _SECONDS_BETWEEN_NEWS = 20
-# Bytes between the parts of a sample that are rather read than asked for in two requests.
+# Up to this many unused bytes between a sample's parts, one request is better than two.
 _GAP = 1 << 18
-# Samples whose JSON tells which fields there are.
+# Number of samples whose JSON is read to list the fields.
 _JSON_LOOKED_AT = 32
 
 
 class _OpenFile:
-    """A descriptor that lives as long as anyone holds this object, also after its eviction."""
+    """A descriptor that stays open as long as this object is referenced, even after eviction."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -44,15 +44,15 @@ class _OpenFile:
 
 @functools.lru_cache(_OPEN_FILES)
 def _open_file(path: str, size: int, mtime: int) -> _OpenFile:
-    del size, mtime  # Part of the key: a replaced file is opened anew.
+    del size, mtime  # part of the key, so that a replaced file is opened anew
     return _OpenFile(path)
 
 
 class Tars(Source):
     """Samples of several tars in sequence.
 
-    `text` is the origin of captions: "txt" (the text member), "lines" (one caption a line of it) or
-    "json:FIELD" (a field of the JSON member, a string or a list of strings).
+    `text` is the origin of captions: "txt" (the text member), "lines" (its lines, one caption each)
+    or "json:FIELD" (a field of the JSON member, a string or a list of strings).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Tars(Source):
         return lacks
 
     def _check_json_field(self, field: str) -> None:
-        """Raises ValueError where no sample can have the field that captions should come from."""
+        """Raises ValueError if no sample can have the field from which captions are read."""
         if "json" not in self._parts:
             raise ValueError(
                 f"text=json:{field}, but the samples of {self.paths[0]} have no JSON members; they "
@@ -113,7 +113,7 @@ class Tars(Source):
             )
 
     def _json_fields(self) -> list[str]:
-        """Fields of the JSON members of some samples, spread over all tars."""
+        """Returns the fields of the JSON members of some samples, spread over all tars."""
         found: dict[str, None] = {}
         for index in np.unique(np.linspace(0, len(self) - 1, _JSON_LOOKED_AT).astype(int)):
             try:
@@ -124,7 +124,7 @@ class Tars(Source):
         return list(found)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Tar and row of an example."""
+        """Returns tar and row of an example."""
         tar = bisect_right(self.starts, index) - 1
         return tar, index - self.starts[tar]
 
@@ -148,7 +148,10 @@ class Tars(Source):
         return example
 
     def _together(self, tar: int, row: int, fields: Collection[str]) -> tuple[int, bytes]:
-        """Offset and bytes around all that is asked of a sample, where a store gives it at once."""
+        """Returns offset and bytes that cover the requested parts; (0, b"") unless on a store.
+
+        If the parts are too far apart, it also returns (0, b""), and they are read one by one.
+        """
         if not is_url(self.paths[tar]):
             return 0, b""
         text = "json" if self.text.startswith("json:") else "text"
@@ -165,7 +168,7 @@ class Tars(Source):
     def _part(
         self, tar: int, row: int, part: str, ahead: tuple[int, bytes] = (0, b"")
     ) -> bytes | None:
-        """A member of a sample, out of what was read `ahead` or by itself; None without one."""
+        """Returns a member of a sample, from `ahead` if that contains it; None if there is none."""
         place = self._indexes[tar].place(row, part)
         if place is None:
             return None
@@ -183,7 +186,7 @@ class Tars(Source):
             else:
                 file = _open_file(self.paths[tar], index.tar_size, index.tar_mtime)
                 data = os.pread(file.descriptor, size, offset)
-        except StoreError:  # which examples a run sees must not depend on it
+        except StoreError:  # the examples that a run sees must not depend on the store
             raise
         except (OSError, ValueError) as error:
             raise BadExample("file unreadable", f"{self.paths[tar]}: {error}") from error
@@ -250,7 +253,7 @@ def _load_indexes(paths: Sequence[str], cache_dir: str) -> list[TarIndex]:
 
 
 def _warn_of_losses(paths: Sequence[str], indexes: Sequence[TarIndex]) -> None:
-    """Says at every opening, not only while scanning, what of the tars is not read."""
+    """Logs what is not read of the tars, at every opening and not only while indexing."""
     pairs = list(zip(paths, indexes, strict=True))
     truncated = [(path, len(index)) for path, index in pairs if index.truncated]
     if truncated:

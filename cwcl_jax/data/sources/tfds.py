@@ -66,7 +66,7 @@ def as_strings(value: Any) -> str | list[str]:
 
 
 def _nested(record: Any, key: str) -> Any:
-    """The value at a path; a list of records gives the list of their values."""
+    """Returns the value at a path; for a list of records, the list of their values."""
     for part in key.split("/"):
         if isinstance(record, list | tuple):
             record = [item[part] for item in record]
@@ -99,7 +99,7 @@ def open_tfds(
     keys = _keys(tfds, features, image=image, text=text, audio=audio, label=label)
     decoders = {}
     if "image" in keys and "/" not in keys["image"]:
-        # Encoded bytes pass through; decoding here would spoil palette and CMYK pictures.
+        # Encoded bytes are passed on: decoding here would damage palette and CMYK pictures.
         decoders = {keys["image"]: tfds.decode.SkipDecoding()}
     data = builder.as_data_source(split=split, decoders=decoders)
     names = getattr(dict(features).get(keys.get("label", "")), "names", None)
@@ -115,7 +115,7 @@ def _builder_without_tensorflow(tfds: Any, path: str, data_dir: str) -> Any:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"A feature of the TFDS data set {path!r} needs the package {error.name!r} (Audio and "
-            "Video need tensorflow, whatever the file format): install it, or prepare sound as "
+            "Video need tensorflow, whatever the file format): install it, or prepare audio as "
             "Tensor(shape=(None,), dtype=np.int16, encoding='bytes'), which needs nothing."
         ) from error
 
@@ -154,7 +154,7 @@ def _keys(tfds: Any, features: Any, **asked: str) -> dict[str, str]:
     for field, name in keys.items():
         if name.split("/")[0] not in features:
             raise ValueError(
-                f"{field}={name!r} is no feature of this data set; it has {', '.join(features)}."
+                f"{field}={name!r} is not a feature of this data set; it has {', '.join(features)}."
             )
     if not keys:
         raise ValueError(f"No usable feature among {', '.join(features)}; name them by field=.")

@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_NEWS = 20
 
 
 class Unpacked:
-    """The columns `tops` of a store, kept in `folder`.
+    """The columns `tops` of a store, unpacked in `folder`.
 
     Opening it costs nothing: missing columns are unpacked when a row is first needed, while other
     threads and processes of this machine wait.
@@ -77,7 +77,7 @@ class Unpacked:
         return ArrowFiles(paths)
 
     def _schema(self) -> pa.Schema:
-        """The columns' types, of files that have any values there."""
+        """Returns the columns' types, from the first file in which a column has any values."""
         kinds = []
         for top in self._tops:
             found = [schema.field(top).type for schema in self._store.schemas()]
