@@ -37,11 +37,11 @@ def disk_home(cache_dir: str = "") -> Path:
     return cache_home("" if is_url(cache_dir) else cache_dir)
 
 
-def local_copy(path: Path, cache_dir: str = "") -> Path:
+def local_copy(path: Path) -> Path:
     """Returns a local path with the content of `path`: itself, or a copy of an object or folder.
 
-    Copies are stored below `cache_dir`, or in the user's cache folder if that is "" or on a store.
-    The processes of a machine share a copy, which one of them makes.
+    Copies are stored in the user's cache folder. The processes of a machine share a copy, which one
+    of them makes.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
@@ -49,7 +49,7 @@ def local_copy(path: Path, cache_dir: str = "") -> Path:
     """
     if not isinstance(path, StorePath):
         return path
-    folder = disk_home(cache_dir) / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+    folder = cache_home() / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=beat):
         _bring(path, folder)
@@ -60,7 +60,7 @@ def _bring(path: StorePath, folder: Path) -> None:
     """Copies what is missing in the folder or has changed, and removes what the store lost."""
     info = path.info()
     found = {path: info} if info["type"] == "file" else path.files()
-    start = len(str(path.parent)) + 1
+    start = len(str(path)) - len(path.name)  # a bucket has no parent
     wanted = {str(file)[start:]: version_of(said) for file, said in found.items()}
     if bad := [name for name in wanted if ".." in name.split("/")]:
         raise ValueError(f"{path} holds {bad[0]!r}, whose name leads out of the folder")
@@ -76,7 +76,7 @@ def _bring(path: StorePath, folder: Path) -> None:
     if size > 100e6:
         print(f"copying {path} ({size / 1e9:.1f} GB) to {folder}, once", file=sys.stderr)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        jobs = pool.map(lambda name: _copy(to_path(path.parent / name), folder / name), missing)
+        jobs = pool.map(lambda name: _copy(path.parent / name, folder / name), missing)
         for name, _ in zip(missing, jobs, strict=True):
             beat()
             had[name], done = wanted[name], done + wanted[name][0]
@@ -87,8 +87,7 @@ def _bring(path: StorePath, folder: Path) -> None:
         write_text(folder / _VERSIONS, json.dumps(wanted))
 
 
-def _copy(source: Path, target: Path) -> None:
-    assert isinstance(source, StorePath)
+def _copy(source: StorePath, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
         source.download(partial)
@@ -109,6 +108,4 @@ def writing(output: Path) -> Iterator[Path]:
         files = [file for file in Path(folder).rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda file: -file.stat().st_size):
             beat()
-            place = to_path(output.parent / file.relative_to(folder))
-            assert isinstance(place, StorePath)
-            place.upload(file)
+            (output.parent / file.relative_to(folder)).upload(file)

@@ -210,7 +210,7 @@ class StorePath(PosixPath):
         data = bytes(data)
         try:
             self._call("pipe_file", data, mode="create")
-        except (FileExistsError, OSError):
+        except OSError:
             # The answer may be lost: then the second attempt finds what the first one wrote, which
             # differs from what other processes write.
             try:

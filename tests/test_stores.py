@@ -252,6 +252,7 @@ def test_a_copy_is_made_once_and_again_after_a_change(bucket, requests):
     assert (local_copy(bucket / "a") / "x.txt").read_text() == "changed"
     assert not (copy / "sub" / "y.txt").exists()
     assert local_copy(copy) == copy
+    assert (local_copy(bucket) / "a/x.txt").read_text() == "changed"
     fsspec.filesystem("memory").pipe_file("/bucket/b/../../c", b"")
     with pytest.raises(ValueError, match="leads out of the folder"):
         local_copy(bucket / "b")
