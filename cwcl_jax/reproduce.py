@@ -30,8 +30,8 @@ def _define(parser: ArgumentParser) -> None:
     add("--scale", choices=["embedded", "paper"], default="embedded", help="which runs")
     add("--seeds", type=cli.at_least(1), default=3, help="number of seeds (0, 1, ...) per run")
     add("--steps", type=cli.at_least(0), default=0, help="steps per run; 0: the config's")
-    add("--output", type=Path, default=Path("runs/reproduction"), help="folder for the page")
-    add("--runs", type=Path, default=Path("runs/reproduce"), help="folder for the runs")
+    add("--output", type=cli.folder, default="runs/reproduction", help="folder for the page")
+    add("--runs", type=cli.folder, default="runs/reproduce", help="folder for the runs")
     add("--scenes", default="", help="additions to the argument of configs/lit_cwcl.py")
     add("--speech", default="", help="additions to the argument of configs/speech_cwcl.py")
 

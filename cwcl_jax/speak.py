@@ -7,7 +7,6 @@ interrupted command continues where it stopped.
 
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from cwcl_jax import cli
 from cwcl_jax.config import ConfigError
@@ -18,7 +17,9 @@ from cwcl_jax.data.sources.spoken import Spoken
 
 def _define(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="source line of sentences to synthesise")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder for the recordings")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=cli.folder, help="folder for the recordings"
+    )
 
 
 @cli.command(_define)
