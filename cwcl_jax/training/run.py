@@ -85,6 +85,8 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
             return _train(config, workdir, watchdog or unwatched())
         except (TooManyBadExamples, WrongInputs) as error:
             raise ConfigError(str(error)) from error
+        except ComposerError as error:  # also of a later epoch
+            raise ConfigError(composer_refused(config, error)) from error
         except Stopped:
             say("stopped while features of locked encoders were computed; the same command resumes")
             return PREEMPTED
@@ -272,10 +274,8 @@ def _open_batches(
             process_count=jax.process_count(),
             source=source,
         )
-    except ConfigError:
+    except (ConfigError, ComposerError):
         raise
-    except ComposerError as error:
-        raise ConfigError(composer_refused(config, error)) from error
     except (FileNotFoundError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise ConfigError(
