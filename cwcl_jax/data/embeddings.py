@@ -150,8 +150,7 @@ class EmbeddingWriter:
         file = self.folder / _DESCRIPTION
         if file.exists():
             there = EmbeddingDescription.read(folder)
-            wanted = {"draws": {}} | json.loads(description.to_json(), object_hook=_no_version)
-            there.require(folder, **wanted)
+            there.require(folder, **{"draws": {}} | json.loads(description.to_json()))
         else:
             with replacing(file) as partial:
                 partial.write_text(description.to_json())
@@ -205,18 +204,11 @@ class EmbeddingWriter:
         Raises:
           ValueError: a value is too large for the dtype.
         """
-        dtype = self.description.dtype
-        with np.errstate(over="ignore"):  # overflow raises an error below
-            stored = vectors.astype(DTYPES[dtype])
+        stored = in_dtype(vectors, self.description.dtype)
         if not len(vectors) or vectors.dtype == stored.dtype:
             return stored
         exact = vectors.reshape(len(vectors), -1).astype(np.float64)
         error = stored.reshape(exact.shape).astype(np.float64) - exact
-        if np.isinf(error).any():
-            raise ValueError(
-                f"Features reach {np.abs(exact).max():.3g}, which {dtype} cannot hold: store them "
-                "as bfloat16 or float32."
-            )
         length = np.maximum(np.linalg.norm(exact, axis=1), np.finfo(np.float32).tiny)
         worst = np.max(np.linalg.norm(error, axis=1) / length)
         self.rounding = max(self.rounding, float(np.nan_to_num(worst)))
@@ -227,9 +219,21 @@ class EmbeddingWriter:
         return not missing_files(self.folder, self.description)
 
 
-def _no_version(values: dict[str, Any]) -> dict[str, Any]:
-    values.pop("version", None)
-    return values
+def in_dtype(vectors: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns vectors as a name of `DTYPES` says.
+
+    Raises:
+      ValueError: a number is too large for it.
+    """
+    with np.errstate(over="ignore"):  # told below
+        stored = vectors.astype(DTYPES[dtype])
+    over = np.isinf(stored.astype(np.float32)) & np.isfinite(vectors)
+    if over.any():
+        raise ValueError(
+            f"Features reach {np.abs(vectors[over]).max():.3g}, which {dtype} cannot hold: store "
+            "them as bfloat16 or float32."
+        )
+    return stored
 
 
 def missing_files(folder: str | Path, description: EmbeddingDescription) -> list[Path]:

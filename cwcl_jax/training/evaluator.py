@@ -11,7 +11,7 @@ from cwcl_jax.evaluation.checks import check_in_distribution, check_tasks
 from cwcl_jax.evaluation.report import terminal_report, write_report
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.runner import fingerprints, run_tasks, seen_in_training
-from cwcl_jax.files import side_output, write_text
+from cwcl_jax.files import write_text
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.encode import Encoder, tower_sources
 from cwcl_jax.training.feature_cache import FeatureCache
@@ -95,8 +95,7 @@ class Evaluator:
             weights_from=self._config.loss.weights_from,
             seen=self._seen,
         )
-        with side_output("the cache of the evaluation's features"):
-            kept.save()
+        kept.save()
         return results
 
 

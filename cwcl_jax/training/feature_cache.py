@@ -21,9 +21,14 @@ import numpy as np
 from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.copies import cache_home
 from cwcl_jax.data.content import row_keys
-from cwcl_jax.data.embeddings import DTYPES, EmbeddingDescription, EmbeddingStore, EmbeddingWriter
+from cwcl_jax.data.embeddings import (
+    EmbeddingDescription,
+    EmbeddingStore,
+    EmbeddingWriter,
+    in_dtype,
+)
 from cwcl_jax.data.sources import Source
-from cwcl_jax.files import locked
+from cwcl_jax.files import locked, side_output
 from cwcl_jax.modalities.features import only_features
 from cwcl_jax.training.coordination import gather, meet
 from cwcl_jax.training.distributed import is_primary
@@ -147,7 +152,7 @@ class FeatureCache:
         rows, keys = self._rows[tower], [key.hex() for key in row_keys(inputs)]
         if missing := set(keys) - set(rows):
             features = self.encoder.encode(tower, inputs, output="features")
-            stored = features.astype(DTYPES[self._descriptions[tower].dtype]).astype(np.float32)
+            stored = in_dtype(features, self._descriptions[tower].dtype).astype(np.float32)
             rows.update(zip(keys, stored, strict=True))
             self._new[tower] |= missing
         features = np.stack([rows[key] for key in keys])
@@ -156,7 +161,14 @@ class FeatureCache:
         return self.encoder.encode(tower, {"features": features})
 
     def save(self) -> None:
-        """Writes new features to a separate folder, because runs may do so at the same time."""
+        """Writes new features to a separate folder, because runs may do so at the same time.
+
+        A failed write is reported and does not end the run.
+        """
+        with side_output("the cache of the evaluation's features"):
+            self._save()
+
+    def _save(self) -> None:
         for tower, new in self._new.items():
             if not new or not is_primary():
                 continue
