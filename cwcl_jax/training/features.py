@@ -18,6 +18,7 @@ from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.skipping import ALWAYS_ALLOWED
 from cwcl_jax.data.sources import (
     Embedded,
+    Mixture,
     Source,
     check_training_line,
     open_source,
@@ -81,14 +82,23 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
         global_batch_size=config.global_batch_size,
         source=source,
     ).close()
+    parts = source.parts or [source]
+    for part in parts:
+        _check_draws(config, locked, part)
     encoder, sources = imported_encoder(config, devices=jax.local_devices())
-    folders = []
-    for tower in locked:
-        description = folder_description(
-            encoder, sources, source, tower, output="features", dtype=config.data.kept_dtype
-        )
-        folders.append(str(keep(config, encoder, source, description, beat)))
-    return Embedded(source, folders)
+
+    def with_features(part: Source) -> Source:
+        folders = []
+        for tower in (tower for tower in locked if tower not in part.embedded):
+            description = folder_description(
+                encoder, sources, part, tower, output="features", dtype=config.data.kept_dtype
+            )
+            folders.append(str(keep(config, encoder, part, description, beat)))
+        return Embedded(part, folders) if folders else part
+
+    # A mixture stays one, with its shares; other mixtures find the features of its parts.
+    made = [with_features(part) for part in parts]
+    return Mixture(made, source.weights) if source.parts else made[0]
 
 
 def composer_refused(config: ExperimentConfig, error: ComposerError) -> str:

@@ -10,6 +10,7 @@ from cwcl_jax.data.sources import Embedded, Source, open_source
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.feature_cache import cache_folder
 from cwcl_jax.training.features import _check_repeatable, training_source
+from cwcl_jax.training.validation import split_source
 from tests.data.making import jpeg, write_tar
 from tests.training.toy import toy_config
 
@@ -114,6 +115,25 @@ def test_kept_features_are_those_of_the_inputs_that_training_draws(tmp_path, kin
     assert len(inputs) > 30  # of 24 examples: others were drawn
     for made in batches:
         made.close()
+
+
+def test_a_mixture_keeps_its_shares_with_kept_features(tmp_path):
+    line = "scenes:train?n=12&weight=1::scenes:train?n=12&captions=2&weight=3"
+    changes = {"data.train": line, "data.validation_share": 0.25, "global_batch_size": 4}
+    kept = {"data.keep_locked_features": True, "data.cache_dir": str(tmp_path)}
+    orders = []
+    for config in (toy_config(**changes), toy_config(**changes, **kept)):
+        source, held = split_source(config, training_source(config))
+        assert [len(part) for part in source.parts] == [9, 9]
+        assert ("image" in source.embedded) == config.data.keep_locked_features
+        made = [
+            train_batches(config.data, config.tower_names, seed=0, global_batch_size=4, source=part)
+            for part in (source, held)
+        ]
+        orders.append([next(batches)["index"] for batches in made for _ in range(8)])
+        for batches in made:
+            batches.close()
+    np.testing.assert_array_equal(*orders)
 
 
 def test_one_caption_an_example_is_kept(tmp_path):
