@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_dict
 from cwcl_jax.data.options import BESIDE, DataConfig
 from cwcl_jax.evaluation.files import read_json
 from cwcl_jax.evaluation.options import EvaluationConfig
-from cwcl_jax.extension import is_reference
+from cwcl_jax.extension import is_missing_code, is_reference
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.modalities import MODALITIES, Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
@@ -266,9 +266,11 @@ def _all_told(*calls: Callable[[], T]) -> list[T]:
         try:
             results.append(call())
         except ConfigError as error:
-            problems.append(str(error))
+            problems.append(error)
     if problems:
-        raise ConfigError("\n".join(problems))
+        # Missing code is told from other mistakes by the causes (see `is_missing_code`).
+        cause = next(filter(is_missing_code, problems), problems[0])
+        raise ConfigError("\n".join(map(str, problems))) from cause
     return results
 
 

@@ -21,7 +21,6 @@ int flock(int fd, int operation) { errno = ENOLCK; return -1; }
 # Fails calls on files whose path contains FAULT_PATH: those named in FAULT_CALLS, with FAULT_ERRNO,
 # after the first FAULT_AFTER bytes or so were written (0: at once).
 FILES = r"""
-#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdio.h>
@@ -67,7 +66,6 @@ WRAP(int, "fsync", fdatasync, (int fd), fd)
 # exists on, the clock is so many seconds off. Waits whose end is a time of day end early or late
 # with it, as the system's do when its clock is set; clocks that only count go on.
 CLOCK = r"""
-#define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <linux/futex.h>
@@ -185,6 +183,16 @@ def compiled(folder: Path, source: str) -> Path:
         pytest.skip("needs a C compiler")
     path = folder / "preloaded.so"
     path.with_suffix(".c").write_text(source)
-    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", path, path.with_suffix(".c")]
+    command = [
+        compiler,
+        "-D_GNU_SOURCE",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-o",
+        path,
+        path.with_suffix(".c"),
+    ]
     subprocess.run([*command, "-ldl", "-lpthread"], check=True)
     return path

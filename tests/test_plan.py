@@ -104,7 +104,7 @@ def test_a_batch_that_does_not_divide_is_an_error():
 
 
 def test_a_wrong_share_is_an_error():
-    with pytest.raises(ConfigError, match=r"--efficiency=2: a share"):
+    with pytest.raises(ConfigError, match=r"--efficiency=2: a fraction"):
         plan(wide_config(), "a100x4", efficiency=2)
 
 
@@ -151,7 +151,7 @@ def test_attention_that_must_be_cudnns_is_planned_without_cudnn():
 @pytest.mark.parametrize(("mesh", "dtype"), [("v5ex4", "bfloat16"), ("a100x4", "float32")])
 def test_attention_that_a_chip_does_not_have_is_refused(mesh, dtype):
     config = toy_config(**{"towers.text.attention": "cudnn", "dtype": dtype})
-    with pytest.raises(ConfigError, match=r"attention='cudnn' cannot run on .*it wants"):
+    with pytest.raises(ConfigError, match=r"attention='cudnn' cannot run on .*it needs"):
         plan(config, mesh, compile_step=False)
 
 

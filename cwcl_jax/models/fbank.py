@@ -44,7 +44,8 @@ def kaldi_filters(bins: int) -> Float[np.ndarray, "w f"]:
     def to_mel(hz: np.ndarray) -> np.ndarray:
         return 1127.0 * np.log1p(hz / 700.0)
 
-    edges = np.linspace(*to_mel(np.array([_LOW_HZ, SAMPLE_RATE / 2])), bins + 2)
+    low, high = to_mel(np.array([_LOW_HZ, SAMPLE_RATE / 2]))
+    edges = np.linspace(low, high, bins + 2)
     mels = to_mel(np.linspace(0, SAMPLE_RATE / 2, _POINTS // 2 + 1))[:, None]
     rising = (mels - edges[:-2]) / np.diff(edges)[:-1]
     falling = (edges[2:] - mels) / np.diff(edges)[1:]

@@ -148,7 +148,7 @@ def read_description(folder: Path, *, allow_code: bool = False) -> ModelDescript
         description = ModelDescription(towers=towers, inputs=inputs, **content)
     except (ValueError, TypeError, KeyError) as error:
         if is_missing_code(error):
-            raise CodeError(f"{path} names code that is not here: {error}") from error
+            raise CodeError(f"{path} names code that cannot be imported: {error}") from error
         raise ValueError(f"{path}: not a description of a model: {error!r}") from error
     _check_same_code(path, description)
     return description

@@ -43,7 +43,7 @@ def test_tables_are_markdown():
     ("option", "message"),
     [
         ("--processes=1,x", "not a list of whole numbers"),
-        ("--forms=star", "none of gathered, ring"),
+        ("--forms=star", "not one of gathered, ring"),
         ("--steps=1", "'1' is not a whole number from 2 on"),
         ("--devices=0", "'0' is not a whole number from 1 on"),
         ("--examples=-1", "'-1' is not a whole number from 1 on"),

@@ -161,7 +161,7 @@ def test_what_differs_beside_the_model_is_said(sources, tmp_path, monkeypatch):
     plain = notes("shape", templates="name", template_counts=())
     assert plain == ("shape: different prompts in the two runs, simple (30) and name (3).",)
     renamed = notes("shape", class_names="circle,square,moon")
-    assert "shape: other class names in the two runs." in renamed
+    assert "shape: different class names in the two runs." in renamed
     assert "shape: different prompts in the two runs, simple (30) and simple (30)." in renamed
     give_sources(monkeypatch, pairs=Memory([0, 1, 2], texts=["circle", "square", "star"]))
     assert notes("pairs") == ("pairs: other captions in the two runs.",)

@@ -93,7 +93,7 @@ def test_baseline_file_is_checked(tmp_path):
     with pytest.raises(ValueError, match="lacks the column"):
         read_baselines(path)
     path.write_text("task,in_distribution,shifted\nsketch,50,30\n")
-    with pytest.raises(ValueError, match="shares"):
+    with pytest.raises(ValueError, match="fractions"):
         read_baselines(path)
     path.write_text("task,in_distribution,shifted\nsketch,0.5\n")
     with pytest.raises(ValueError, match=r"baselines\.csv, line 2: .* are not numbers"):

@@ -214,8 +214,8 @@ def tiny(modality):
 @pytest.mark.parametrize(
     ("modality", "message"),
     [
-        ("Longer", r"Longer gives .*float32\[8\].*Longer.arrays\(\) says .*float32\[9\]"),
-        ("Whole", r"int64\[8\].* says .*float32\[8\]"),
+        ("Longer", r"Longer gives .*float32\[8\].*Longer.arrays\(\) declares .*float32\[9\]"),
+        ("Whole", r"int64\[8\].* declares .*float32\[8\]"),
         ("Failing", r"Failing.prepare fails on an array float32\[8\]: IndexError"),
     ],
 )

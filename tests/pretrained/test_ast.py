@@ -140,7 +140,9 @@ def test_the_folders_range_and_sizes_are_taken_and_compared(tmp_path):
 
 def test_more_seconds_than_it_hears_are_refused():
     settings = TowerConfig("ast", "AST-B-speech-commands").encoder_settings()
-    with pytest.raises(ValueError, match=r"the tower hears 1\.295 s: lower it, or raise max_frame"):
+    with pytest.raises(
+        ValueError, match=r"the tower has positions for 1\.295 s: lower it, or raise max_frame"
+    ):
         SpeechInputs().check(settings, options="x", overrides="y", imported=False)
     SpeechInputs(max_seconds=1.295).check(settings, options="x", overrides="y", imported=False)
 

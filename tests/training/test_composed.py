@@ -139,7 +139,8 @@ def test_a_run_takes_neighbours_of_the_features_that_it_made_itself(tmp_path, ca
         "batches: near neighbours by 'image', 2 cells of 4 in a batch of 16; an epoch is 2 batches "
         "and leaves out 20% of 40 examples: 8 at the end of an epoch"
     ) in told
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert [r["left_out"] for r in records if "loss" in r] == [pytest.approx(0.2)] * 3
     data = json.loads((tmp_path / "run/data.json").read_text())
     assert data["batches"][0] == "near:image?size=4"

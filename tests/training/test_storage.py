@@ -129,7 +129,7 @@ def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
     """
     workdir = tmp_path / "run"
     jumps = f"{workdir}/metrics.jsonl=90000;{workdir}/checkpoints/2=-90000"
-    done = train(workdir, compiled(tmp_path, CLOCK), jumps)
+    done = train(workdir, compiled(tmp_path, CLOCK), jumps=jumps)
     assert done.returncode == DONE, done.stderr
     assert "Traceback" not in done.stderr
     assert "watchdog" not in done.stderr

@@ -10,7 +10,7 @@ from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprin
 class Subset(SourceAround):
     """The examples of `source` at `indices`, in that order."""
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    def __init__(self, source: Source, indices: Sequence[int] | np.ndarray):
         super().__init__(source)
         self.indices = indices
 

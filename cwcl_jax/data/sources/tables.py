@@ -313,7 +313,7 @@ def open_delimited(
     return table
 
 
-def _delimited_rows(file: Path, path: str, delimiter: str, style: int) -> Iterator[dict[str, str]]:
+def _delimited_rows(file: Path, path: str, delimiter: str, style: Any) -> Iterator[dict[str, str]]:
     with open(file, newline="", encoding="utf-8-sig", errors="replace") as lines:
         reader: Any = csv.DictReader(lines, delimiter=delimiter, quoting=style, strict=True)
         yield from _checked_rows(reader, path)
