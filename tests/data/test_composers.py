@@ -397,7 +397,10 @@ def test_a_gap_in_the_column_is_refused_with_its_row(values):
         ("groups:", "names no column"),
         ("groups:group?q=2", "composer 'groups' has no option 'q'.*It has: k"),
         ("groups:group?k=3", "k=3 .* do not fill a batch of 8"),
-        ("groups:group?k=2", "takes 4 groups, but 'group' has 3 of at least 2"),
+        ("groups:group?k=0", "k=0 must be at least 1"),
+        # 3 groups have 2 examples, 6 have 1; a batch of 8 takes 4 of the former, 8 of the latter.
+        ("groups:group?k=2", "takes 4 groups, but 'group' has 3 of at least 2: lower [^ ]*$"),
+        ("group:group", "no module 'group'.*did you mean 'groups:'"),
         ("near:image", r"near:image needs features .*has none.*keep_locked_features"),
         ("gruops:group/x", "names no composer, did you mean 'groups'"),
         ("groups:group::near:image", "names 2 composers"),
@@ -442,6 +445,8 @@ def test_columns_follow_subsets_mixtures_and_held_out_shares(tmp_path):
     assert texts[3] == source.read(3, ("text",))["text"].casefold()
     with pytest.raises(ValueError, match="NAME:FILE"):
         open_source(f"scenes:train?n=40&columns_from={tmp_path}/speaker.npy")
+    with pytest.raises(ValueError, match="have a column 'speaker' already"):
+        open_source(f"{line},speaker:{tmp_path}/speaker.npy")
     with pytest.raises(ValueError, match=r"shape \(40,\), the source 30"):
         open_source(line.replace("n=40", "n=30"))
 

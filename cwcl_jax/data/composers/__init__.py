@@ -6,6 +6,7 @@ format of a source line. `base` describes what a composer returns.
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from cwcl_jax.data.composers.base import ComposedOrder, ComposerError, Composition
 from cwcl_jax.data.composers.groups import compose_groups
@@ -17,7 +18,7 @@ from cwcl_jax.data.sources.base import (
     call_with_options,
     parse_source_line,
 )
-from cwcl_jax.extension import import_named
+from cwcl_jax.extension import CodeError, import_named
 
 __all__ = [
     "COMPOSERS", "ComposedOrder", "ComposerError", "Composition", "compose", "features_read",
@@ -37,7 +38,7 @@ def compose(line: str, source: Source, batch_size: int, seed: int) -> Compositio
     try:
         parsed = _parsed(line)
         if parsed.kind not in COMPOSERS:
-            function = import_named(parsed.kind, "composer")
+            function = _function(parsed.kind)
             return Own(function, parsed, source=source, batch_size=batch_size, seed=seed)
         shared = {"source": source, "batch_size": batch_size, "seed": seed}
         made = COMPOSERS[parsed.kind]
@@ -46,6 +47,16 @@ def compose(line: str, source: Source, batch_size: int, seed: int) -> Compositio
         raise
     except ValueError as error:
         raise ComposerError(str(error)) from error
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Returns a user's composer; an error mentions a built-in one with a similar name."""
+    try:
+        return import_named(name, "composer")
+    except CodeError as error:
+        close = difflib.get_close_matches(name.partition(":")[0], COMPOSERS, 1)
+        hint = f"; did you mean '{close[0]}:'?" if close else ""
+        raise ComposerError(f"{error}{hint}") from error
 
 
 def own_composer(line: str) -> list[str]:

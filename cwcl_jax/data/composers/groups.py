@@ -135,7 +135,9 @@ class Groups(Composition):
         seed: int,
         column: str = "groups",
     ):
-        if k < 1 or batch_size % k:
+        if k < 1:
+            raise ComposerError(f"k={k} must be at least 1: the examples of a group in a batch")
+        if batch_size % k:
             raise ComposerError(
                 f"k={k} examples of each group do not fill a batch of {batch_size}: choose a k "
                 "that divides it"
@@ -145,7 +147,7 @@ class Groups(Composition):
         sizes = np.diff(self._starts)
         packs = sizes // k
         self.steps = _most_steps(packs, self._per_batch)
-        self._check(packs, column, batch_size)
+        self._check(sizes, column, batch_size)
         packs = np.minimum(packs, self.steps)
         small = int(sizes[packs == 0].sum())
         self.left_out = {
@@ -162,14 +164,21 @@ class Groups(Composition):
         self._layout = functools.lru_cache(2)(self._make_layout)
         self._composed = functools.lru_cache(16)(self._compose)
 
-    def _check(self, packs: Integer[np.ndarray, " g"], column: str, batch_size: int) -> None:
-        usable = int((packs > 0).sum())
-        if usable < self._per_batch:
-            raise ComposerError(
-                f"a batch of {batch_size} with {self._k} examples of each group takes "
-                f"{self._per_batch} groups, but {column!r} has {usable} of at least {self._k}: "
-                "lower config.global_batch_size or raise k"
-            )
+    def _check(self, sizes: Integer[np.ndarray, " g"], column: str, batch_size: int) -> None:
+        usable = int((sizes >= self._k).sum())
+        if usable >= self._per_batch:
+            return
+        fitting = [
+            k
+            for k in range(1, batch_size + 1)
+            if batch_size % k == 0 and int((sizes >= k).sum()) >= batch_size // k
+        ]
+        others = f", or set k to one of {fitting}" if fitting else ""
+        raise ComposerError(
+            f"a batch of {batch_size} with {self._k} examples of each group takes "
+            f"{self._per_batch} groups, but {column!r} has {usable} of at least {self._k}: "
+            f"lower config.global_batch_size{others}"
+        )
 
     def _make_layout(self, epoch: int) -> _Layout:
         count, rounds, steps = len(self._several), self._per_batch, self.steps

@@ -127,6 +127,7 @@ class SourceAround(Source):
 
     def __init__(self, source: Source):
         self.source = source
+        self.column_names = source.column_names
 
     @property
     def class_names(self) -> Sequence[str] | None:

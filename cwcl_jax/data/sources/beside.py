@@ -109,7 +109,13 @@ class ColumnBeside(SourceAround):
 
     def __init__(self, source: Source, name: str, file: str):
         super().__init__(source)
+        if name in source.column_names:
+            raise ValueError(
+                f"columns_from={name}:{file}: the examples have a column {name!r} already; give "
+                "the other one another name."
+            )
         self._name, self._file = name, file
+        self.column_names = (*source.column_names, name)
         arrays = load_arrays(to_path(file))
         if name not in arrays and len(arrays) != 1:
             raise ValueError(
