@@ -220,7 +220,7 @@ def test_labels_have_the_names_that_the_file_gives(tmp_path):
     source = open_source(f"arrays:{tmp_path}/f.npz?label=y")
     assert [source.read(n, ("label",))["label"] for n in (0, 1, 2)] == [0, 2, 1]
     for index in (3, 4):
-        with pytest.raises(BadExample, match=r"label unreadable: .*none of the 3 classes"):
+        with pytest.raises(BadExample, match=r"label unreadable: .*not one of the 3 classes"):
             source.read(index, ("label",))
     words = _open(tmp_path, u=FEATURES, label=names[[2, 0, 1] * 4], class_names=names)
     assert [words[n]["label"] for n in range(3)] == [2, 0, 1]

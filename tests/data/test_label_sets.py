@@ -108,7 +108,7 @@ def test_the_survey_tells_how_labels_were_read(tmp_path):
     source = open_source(_write(tmp_path, "csv of joined strings") + "labels=genes")
     told = str(survey_labels(source, ";"))
     assert "1.4 labels per example in a sample of 8, 5 different ones, 1 examples without" in told
-    assert "one has a | b | c" in told
+    assert "for example: a | b | c" in told
     assert survey_labels(open_source("scenes:train?n=4"), ";").kinds == 0
 
 

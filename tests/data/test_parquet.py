@@ -198,7 +198,7 @@ def test_labels_are_numbers_names_or_stored_names(tmp_path):
     source = open_source(f"parquet:{tmp_path}/b.parquet")
     assert source[0]["label"] == 1
     for index in (1, 2):
-        with pytest.raises(BadExample, match=r"label unreadable.* none of the 2 classes"):
+        with pytest.raises(BadExample, match=r"label unreadable.* not one of the 2 classes"):
             source.read(index, ("label",))
 
 

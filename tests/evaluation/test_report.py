@@ -164,11 +164,11 @@ def test_what_differs_beside_the_model_is_said(sources, tmp_path, monkeypatch):
     assert "shape: different class names in the two runs." in renamed
     assert "shape: different prompts in the two runs, simple (30) and simple (30)." in renamed
     give_sources(monkeypatch, pairs=Memory([0, 1, 2], texts=["circle", "square", "star"]))
-    assert notes("pairs") == ("pairs: other captions in the two runs.",)
+    assert notes("pairs") == ("pairs: different captions in the two runs.",)
     numbers = [0, 1, 2] * 5
     x = Memory(numbers, labels=numbers[::-1], texts=["star"] * 15, class_names=SHAPES)
     give_sources(monkeypatch, x=x)
-    assert notes("shape") == ("shape: other labels in the two runs.",)
+    assert notes("shape") == ("shape: different labels in the two runs.",)
 
 
 def test_values_per_item_are_those_of_the_last_evaluation(sources, tmp_path):

@@ -69,7 +69,7 @@ def test_numbers_belong_to_a_measure_by_their_name():
     ("changes", "message"),
     [
         ({"checkpoint.best": "validation/loss"}, r"is not NUMBER:min or NUMBER:max"),
-        ({"checkpoint.patience": 3}, r"patience=3 of what"),
+        ({"checkpoint.patience": 3}, r"patience=3 needs best"),
         ({"checkpoint.best": "validation/loss:min"}, r"needs config\.data\.validation"),
         (
             {"checkpoint.best": "validation_ema/loss:min", "data.validation_share": 0.1},
