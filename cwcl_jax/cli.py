@@ -34,7 +34,8 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cwcl_jax.config import USUAL_NAMES, ConfigError, ExperimentConfig, from_config_dict
+from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
+from cwcl_jax.conversion import USUAL_NAMES
 
 # Entry files refer to the exit codes through this module.
 from cwcl_jax.exit_codes import (  # noqa: F401

@@ -3,33 +3,36 @@
 A config file returns an `ml_collections.ConfigDict`, the command line may override its fields, and
 `from_config_dict` turns it into an `ExperimentConfig` exactly once. Only the entry files see a
 ConfigDict.
-
-A field may hold one of several dataclasses, including a user's. Its annotation is then a base class
-with a classmethod `variant(given: Mapping) -> (class, fields)`, which determines the class from the
-given fields, and returns the fields as that class names them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import inspect
 import json
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from cwcl_jax.conversion import (
+    ConfigError,
+    all_told,
+    convert,
+    converted,
+    each,
+    made_of,
+    require_known,
+    unknown_field,
+    variant_of,
+)
 from cwcl_jax.data.options import BESIDE, DataConfig
 from cwcl_jax.evaluation.files import read_json
 from cwcl_jax.evaluation.options import EvaluationConfig
-from cwcl_jax.extension import is_missing_code, is_reference
+from cwcl_jax.extension import is_reference
 from cwcl_jax.losses.options import LossConfig
 from cwcl_jax.modalities import MODALITIES, Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
@@ -43,12 +46,6 @@ from cwcl_jax.training.options import (
     OptimizerConfig,
     TemperatureConfig,
 )
-
-T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A setting that does not exist, has the wrong type, or contradicts another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +199,7 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
           as `Task`, with the fields that identify the class among `values`.
       **values: fields that differ from their defaults.
     """
-    cls, values = _variant(cls, values, cls.__name__)
+    cls, values = variant_of(cls, values, cls.__name__)
     result = ConfigDict()
     if cls is DataConfig:
         result.update(to_plain(DataConfig()))
@@ -220,7 +217,7 @@ def defaults(cls: type = ExperimentConfig, **values: Any) -> Any:
     known = [*{**result, **{field.name: 0 for field in dataclasses.fields(cls)}}]
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(_unknown(name, known, cls.__name__))
+            raise ConfigError(unknown_field(name, known, cls.__name__))
         result[name] = value
     return result
 
@@ -245,11 +242,11 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
     """
     plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
     given = {name: plain.pop(name, {}) for name in ("towers", "data")}
-    parts = _all_told(
+    parts = all_told(
         lambda: _with_data(given["towers"], given["data"]),
-        lambda: _converted(ExperimentConfig, plain, "config"),
+        lambda: converted(ExperimentConfig, plain, "config"),
     )
-    return _made(ExperimentConfig, {**parts[0], **parts[1]}, "config")
+    return made_of(ExperimentConfig, {**parts[0], **parts[1]}, "config")
 
 
 def _with_data(towers: Any, data: Any) -> dict[str, Any]:
@@ -259,30 +256,15 @@ def _with_data(towers: Any, data: Any) -> dict[str, Any]:
     return {"towers": made, "data": convert(DataConfig, inputs, "config.data")}
 
 
-def _all_told(*calls: Callable[[], T]) -> list[T]:
-    """The results of all calls; a ConfigError with a line for each thing that is wrong."""
-    results, problems = [], []
-    for call in calls:
-        try:
-            results.append(call())
-        except ConfigError as error:
-            problems.append(error)
-    if problems:
-        # Missing code is told from other mistakes by the causes (see `is_missing_code`).
-        cause = next(filter(is_missing_code, problems), problems[0])
-        raise ConfigError("\n".join(map(str, problems))) from cause
-    return results
-
-
 def _with_inputs(data: Any, towers: Mapping[str, TowerConfig]) -> Any:
     """Returns the data options with the towers' inputs, converted by each tower's modality."""
     if not isinstance(data, Mapping):
         return data
     own = {field.name for field in dataclasses.fields(DataConfig)} - {"inputs"}
     kinds = MODALITIES | {name: _modality(name, tower) for name, tower in towers.items()}
-    _require_known(data, [*own, *kinds], "config.data")
+    require_known(data, [*own, *kinds], "config.data")
     used = [name for name, kind in kinds.items() if name in towers or kind().field]
-    inputs = _each(
+    inputs = each(
         lambda name: convert(kinds[name], _given(data, name, kinds[name]), f"config.data.{name}"),
         used,
     )
@@ -315,133 +297,6 @@ def _modality(name: str, tower: TowerConfig) -> type[Modality]:
     except ValueError as error:
         field = "modality" if tower.modality or is_reference(tower.encoder) else "encoder"
         raise ConfigError(f"config.towers.{name}.{field}: {error}") from error
-
-
-# Other programs' names of a field.
-USUAL_NAMES = {
-    "lr": "learning_rate", "wd": "weight_decay", "warmup": "warmup_steps",
-    "batch_size": "global_batch_size", "steps": "total_steps", "epochs": "total_steps",
-}  # fmt: skip
-
-
-def _unknown(name: str, known: list[str], where: str) -> str:
-    usual = [USUAL_NAMES[name]] if USUAL_NAMES.get(name) in known else []
-    near = list(dict.fromkeys([*usual, *difflib.get_close_matches(name, known, n=3, cutoff=0.0)]))[
-        :3
-    ]
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    others = ", ".join(near[1:])
-    return f"{where} has no field {name!r}{hint}" + (f" (or: {others})" if others else "")
-
-
-def _variant(cls: type, given: Mapping[str, Any], path: str) -> tuple[type, dict[str, Any]]:
-    """Returns the class that the given fields belong to, and the fields under its names."""
-    if not hasattr(cls, "variant"):
-        return cls, dict(given)
-    try:
-        return cls.variant(given)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def convert(kind: Any, value: Any, path: str) -> Any:
-    """Returns a plain value as an instance of an annotation.
-
-    Args:
-      kind: a dataclass of settings, or the annotation of a field of one.
-      value: a value from a ConfigDict or JSON.
-      path: names it in errors, for example "config.evaluation.tasks.a".
-
-    Raises:
-      ConfigError: it does not fit; the message names the path, and the nearest known field.
-    """
-    if dataclasses.is_dataclass(kind):
-        return _convert_dataclass(typing.cast(type, kind), value, path)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType or origin is typing.Union:
-        inner = [a for a in arguments if a is not type(None)]
-        if len(inner) > 1:
-            raise ConfigError(_unsupported(kind, path))
-        return None if value is None else convert(inner[0], value, path)
-    if origin is tuple and arguments[1:] == (...,):
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
-            raise ConfigError(f"{path} must be a sequence, got {value!r}")
-        return tuple(convert(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if _is_mapping(origin):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a mapping, got {value!r}")
-        return _each(lambda name: convert(arguments[1], value[name], f"{path}.{name}"), value)
-    if origin is not None or not (kind is Any or inspect.isclass(kind)):
-        raise ConfigError(_unsupported(kind, path))
-    return _convert_scalar(kind, value, path)
-
-
-def _is_mapping(origin: Any) -> bool:
-    return inspect.isclass(origin) and issubclass(origin, Mapping)
-
-
-def _unsupported(kind: Any, path: str) -> str:
-    return (
-        f"{path} is annotated {kind}, which settings do not support; use str, int, float, bool, a "
-        "dataclass, tuple[T, ...], Mapping[str, T] or T | None"
-    )
-
-
-def _convert_dataclass(cls: type[T], value: Any, path: str) -> T:
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path} must hold the fields of {cls.__name__}, got {value!r}")
-    cls, value = _variant(cls, value, path)
-    return _made(cls, _converted(cls, value, path), path)
-
-
-def _converted(cls: type, value: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The fields of a dataclass by name, each as its annotation has it."""
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError as error:
-        raise ConfigError(
-            f"{path}: an annotation of {cls.__name__} has no type: {error}"
-        ) from error
-    known = [field.name for field in dataclasses.fields(typing.cast(Any, cls)) if field.init]
-    given = [name for name in value if name in known]
-    _, made = _all_told(
-        lambda: _require_known(value, known, path),
-        lambda: _each(lambda name: convert(hints[name], value[name], f"{path}.{name}"), given),
-    )
-    return made or {}
-
-
-def _require_known(names: Iterable[str], known: Sequence[str], path: str) -> None:
-    problems = [_unknown(name, [*known], path) for name in names if name not in known]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _each(function: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
-    """Name -> what the function gives; told together where it raises for several."""
-    names = list(names)
-    return dict(zip(names, _all_told(*(partial(function, n) for n in names)), strict=True))
-
-
-def _made(cls: type[T], arguments: Mapping[str, Any], path: str) -> T:
-    try:
-        return cls(**arguments)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind):
-        raise ConfigError(f"{path} must be {kind.__name__}, got {value!r}")
-    return value
 
 
 def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
@@ -495,7 +350,7 @@ def parse_argument(argument: str, **options: Any) -> dict[str, Any]:
     for entry in filter(None, argument.split(",")):
         name, separator, text = entry.partition("=")
         if name not in options:
-            raise ConfigError(_unknown(name, sorted(options), "the config's argument"))
+            raise ConfigError(unknown_field(name, sorted(options), "the config's argument"))
         kind = type(options[name])
         if kind is bool and not separator:
             result[name] = True

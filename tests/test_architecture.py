@@ -20,6 +20,7 @@ ALLOWED = {
     "progress": set(),
     "extension": set(),
     "compiling": set(),
+    "conversion": {"extension"},
     "early": set(),
     "precision": set(),
     "losses": {"extension", "precision"},
@@ -36,10 +37,10 @@ ALLOWED = {
     "evaluation": {"losses", "data", "modalities", "files", "paths", "copies", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "precision",
-        "training.options",
+        "training.options", "conversion",
     },
     "exit_codes": {"config", "early", "data.skipping"},
-    "cli": {"config", "exit_codes"},
+    "cli": {"config", "conversion", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",
         "exit_codes", "files", "paths", "copies", "extension", "progress", "planning.chips",
