@@ -19,7 +19,8 @@ from cwcl_jax.copies import local_copy, writing
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
 from cwcl_jax.data.sources import open_source
 from cwcl_jax.files import InUse, locked, replacing, write_text
-from cwcl_jax.paths import Growing, StoreError, StorePath, to_path
+from cwcl_jax.paths import StoreError, StorePath, to_path
+from cwcl_jax.training.growing import Growing
 from cwcl_jax.training.metrics import TensorBoard
 from cwcl_jax.training.workdir import check_place
 from cwcl_jax.weights.locate import locate

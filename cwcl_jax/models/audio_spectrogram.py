@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from cwcl_jax.models.augment import SpeechAugment, mask_spectrum
 from cwcl_jax.models.family import EncoderFamily
 from cwcl_jax.models.fbank import fbank, fbank_frames
+from cwcl_jax.models.layer_names import vit_rules
 from cwcl_jax.models.layers import affine
 from cwcl_jax.models.log_mel import HOP, SAMPLE_RATE, WINDOW, valid
 from cwcl_jax.models.numerics import dropout
@@ -234,8 +235,6 @@ class SpectrogramTransformer(nnx.Module):
 
 # Names in these files, as transformers writes them: published ones, then those of newer versions.
 _L = r"(?:encoder/layer|layers)/(\d+)"
-_OURS = r"encoder/blocks/\1"
-_PARTS = (("query", "q"), ("key", "k"), ("value", "v"))
 
 
 def _view(weights: Weights) -> Weights:
@@ -251,20 +250,7 @@ _FILES = Layout(
         Rule(r"embeddings/distillation_token", "encoder/distillation_token"),
         Rule(r"embeddings/position_embeddings", "encoder/position_embedding"),
         Rule(r"embeddings/patch_embeddings/projection/(kernel|bias)", r"encoder/patch_embed/\1"),
-        Rule(rf"{_L}/layernorm_before/(scale|bias)", rf"{_OURS}/norm1/\2"),
-        Rule(rf"{_L}/layernorm_after/(scale|bias)", rf"{_OURS}/norm2/\2"),
-        *(
-            Rule(
-                rf"{_L}/attention/(?:attention/{part}|{short}_proj)/(kernel|bias)",
-                rf"{_OURS}/attention/{part}/\2",
-            )
-            for part, short in _PARTS
-        ),
-        Rule(
-            rf"{_L}/attention/(?:output/dense|o_proj)/(kernel|bias)", rf"{_OURS}/attention/out/\2"
-        ),
-        Rule(rf"{_L}/(?:intermediate/dense|mlp/fc1)/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
-        Rule(rf"{_L}/(?:output/dense|mlp/fc2)/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+        *vit_rules(_L),
         Rule(r"layernorm/(scale|bias)", r"encoder/norm/\1"),
     ],
     # The classifier of 527 sounds, or of 35 words.

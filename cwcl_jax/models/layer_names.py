@@ -1,4 +1,4 @@
-"""Names of one layer in the files of BART, Whisper and, with other norms, CLIP."""
+"""Names of one layer in files that several families share."""
 
 import re
 
@@ -26,6 +26,27 @@ def layer_rules(
         Rule(rf"{layer}/{mlp}fc1/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
         Rule(rf"{layer}/{mlp}fc2/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
         Rule(rf"{layer}/{norm2}/(scale|bias)", rf"{_OURS}/norm2/\2"),
+    ]
+
+
+def vit_rules(layer: str) -> list[Rule]:
+    """Returns rules for one layer in the names of ViT, by older and newer transformers."""
+    parts = {"query": "q", "key": "k", "value": "v"}
+    attention = [
+        Rule(
+            rf"{layer}/attention/(?:attention/{part}|{short}_proj)/(kernel|bias)",
+            rf"{_OURS}/attention/{part}/\2",
+        )
+        for part, short in parts.items()
+    ]
+    out = rf"{layer}/attention/(?:output/dense|o_proj)/(kernel|bias)"
+    return [
+        Rule(rf"{layer}/layernorm_before/(scale|bias)", rf"{_OURS}/norm1/\2"),
+        Rule(rf"{layer}/layernorm_after/(scale|bias)", rf"{_OURS}/norm2/\2"),
+        *attention,
+        Rule(out, rf"{_OURS}/attention/out/\2"),
+        Rule(rf"{layer}/(?:intermediate/dense|mlp/fc1)/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
+        Rule(rf"{layer}/(?:output/dense|mlp/fc2)/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
     ]
 
 

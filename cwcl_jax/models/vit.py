@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 
 from cwcl_jax.models import clip_layouts, open_clip
 from cwcl_jax.models.family import EncoderFamily
+from cwcl_jax.models.layer_names import vit_rules
 from cwcl_jax.models.layers import affine
 from cwcl_jax.models.numerics import dropout
 from cwcl_jax.models.pooling import pool
@@ -296,7 +297,6 @@ AUGREG = Layout(
 )
 
 _L = r"encoder/layer/(\d+)"
-_HF_ATTENTION = rf"{_L}/attention"
 
 
 def _hf_view(weights: Weights) -> Weights:
@@ -311,15 +311,7 @@ _TRANSFORMERS = Layout(
         Rule(r"embeddings/cls_token", "encoder/class_token"),
         Rule(r"embeddings/position_embeddings", "encoder/position_embedding", "grid"),
         Rule(r"embeddings/patch_embeddings/projection/(kernel|bias)", r"encoder/patch_embed/\1"),
-        Rule(rf"{_L}/layernorm_before/(scale|bias)", rf"{_OURS}/norm1/\2"),
-        Rule(rf"{_L}/layernorm_after/(scale|bias)", rf"{_OURS}/norm2/\2"),
-        Rule(
-            rf"{_HF_ATTENTION}/attention/(query|key|value)/(kernel|bias)",
-            rf"{_OURS}/attention/\2/\3",
-        ),
-        Rule(rf"{_HF_ATTENTION}/output/dense/(kernel|bias)", rf"{_OURS}/attention/out/\2"),
-        Rule(rf"{_L}/intermediate/dense/(kernel|bias)", rf"{_OURS}/mlp/up/\2"),
-        Rule(rf"{_L}/output/dense/(kernel|bias)", rf"{_OURS}/mlp/down/\2"),
+        *vit_rules(_L),
         Rule(r"layernorm/(scale|bias)", r"encoder/norm/\1"),
     ],
     ignore=[r"pooler/.*", r"classifier/.*", r"embeddings/mask_token", r"decoder/.*"],

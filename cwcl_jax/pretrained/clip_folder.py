@@ -20,7 +20,7 @@ from cwcl_jax.pretrained.transformers_parts import (
     float32,
     image_processor,
     stack_config,
-    text_tower_of,
+    tower_of,
     write_json,
 )
 from cwcl_jax.weights.writers import write_safetensors
@@ -82,7 +82,7 @@ def _settings(description: ModelDescription, tower: str) -> Any:
 
 def _towers(description: ModelDescription) -> tuple[str, str]:
     """Returns the names of the image and the text tower, both like CLIP's."""
-    text = text_tower_of(description)
+    text = tower_of(description, "text")
     images = [name for name, inputs in description.inputs.items() if inputs.name == "image"]
     if len(images) != 1:
         raise ValueError("a CLIPModel has an image and a text tower: export as safetensors")

@@ -26,6 +26,7 @@ from cwcl_jax.pretrained.transformers_parts import (
     float32,
     image_processor,
     stack_config,
+    tower_of,
     write_json,
 )
 from cwcl_jax.weights.writers import write_safetensors
@@ -64,7 +65,7 @@ class ImageModel(NamedTuple):
 
 def opened_as(description: ModelDescription) -> tuple[str, str]:
     """Returns the class of transformers that opens the folder, and the field of the embeddings."""
-    tower = description.towers[image_tower_of(description)]
+    tower = description.towers[tower_of(description, "image")]
     settings = tower.encoder_settings()
     if tower.encoder == "vit" and settings.embedding_norm:
         return "CLIPVisionModelWithProjection", "image_embeds"
@@ -86,26 +87,13 @@ def write_image_folder(
     Raises:
       ValueError: there is not exactly one image tower, or transformers has no class for it.
     """
-    name = image_tower_of(description)
+    name = tower_of(description, "image")
     model = image_model(description, below(leaves, name))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "preprocessor_config.json", image_processor(description, name))
     arrays = float32(model.arrays)
     write_safetensors(folder / "model.safetensors", arrays, metadata={"format": "pt"})
     write_json(folder / "config.json", model.config)
-
-
-def image_tower_of(description: ModelDescription) -> str:
-    """Returns the name of the tower that reads pictures.
-
-    Raises:
-      ValueError: there is none, or more than one.
-    """
-    found = [name for name, inputs in description.inputs.items() if inputs.name == "image"]
-    if len(found) != 1:
-        which = f"{' and '.join(found)} do" if found else "none does"
-        raise ValueError(f"one tower must read pictures for this format, and {which}")
-    return found[0]
 
 
 def image_model(description: ModelDescription, leaves: Arrays) -> ImageModel:
@@ -117,7 +105,7 @@ def image_model(description: ModelDescription, leaves: Arrays) -> ImageModel:
     Raises:
       ValueError: there is no such class.
     """
-    tower = description.towers[image_tower_of(description)]
+    tower = description.towers[tower_of(description, "image")]
     settings = tower.encoder_settings()
     if tower.encoder not in _WRITERS:
         raise ValueError(

@@ -17,7 +17,7 @@ from cwcl_jax.pretrained.transformers_parts import (
     dense,
     float32,
     text_model,
-    text_tower_of,
+    tower_of,
     write_json,
 )
 from cwcl_jax.weights.sentence_folder import MODULES, PROMPTS, TEXT_SETTINGS
@@ -52,7 +52,7 @@ def write_sentence_folder(
     Raises:
       ValueError: sentence-transformers has no modules that compute the same.
     """
-    name = text_tower_of(description)
+    name = tower_of(description, "text")
     tower = description.towers[name]
     inputs: Any = description.inputs[name]
     tokenizer: Any = inputs.loaded

@@ -215,16 +215,17 @@ def _modernbert(
 _GATED = ("gate", "up")
 
 
-def text_tower_of(description: ModelDescription) -> str:
-    """Returns the name of the tower that reads text.
+def tower_of(description: ModelDescription, modality: str) -> str:
+    """Returns the name of the tower that reads "image" or "text".
 
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [name for name, inputs in description.inputs.items() if inputs.name == "text"]
+    found = [name for name, inputs in description.inputs.items() if inputs.name == modality]
     if len(found) != 1:
+        what = {"image": "pictures"}.get(modality, modality)
         which = f"{' and '.join(found)} do" if found else "none does"
-        raise ValueError(f"one tower must read text for this format, and {which}")
+        raise ValueError(f"one tower must read {what} for this format, and {which}")
     return found[0]
 
 

@@ -18,7 +18,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, to_plain
 from cwcl_jax.files import side_output, write_text
-from cwcl_jax.paths import Growing, is_url, to_path
+from cwcl_jax.paths import is_url, to_path
+from cwcl_jax.training.growing import Growing
 
 _SECONDS_BETWEEN_COPIES = 60.0
 
