@@ -17,7 +17,7 @@ from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.evaluation.runner import run_tasks
 from cwcl_jax.losses.short_names import loss_fields
 from cwcl_jax.models.tower import TowerConfig
-from cwcl_jax.recipes import PROJECTIONS, require
+from cwcl_jax.recipes import require
 from cwcl_jax.training import sharding
 from cwcl_jax.training.encode import EncodeFunctions, Encoder
 from cwcl_jax.training.feature_cache import FeatureCache
@@ -34,6 +34,8 @@ from cwcl_jax.training.step import TrainStep
 
 _CHUNK = 50
 _NEAREST = 10
+# The head and the tuned part of the locked side's tower.
+_PROJECTED = {"trained": ("linear", "head"), "mlp": ("mlp", "head"), "none": ("none", "none")}
 Rows = Int[np.ndarray, "steps b"]
 Chunk = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
@@ -140,7 +142,7 @@ class Head:
 
     Attributes:
       loss: short name, see `losses.short_names`.
-      projection: of the side that gives the weights, "trained" or "none".
+      projection: of the side that gives the weights: "trained" (linear), "mlp" or "none".
       batch: pairs in a step.
       group: size of groups of near duplicates in a batch; 1 for no groups.
       steps: number of training steps.
@@ -163,7 +165,7 @@ class Head:
         for flag, value in (("batches", self.batch), ("steps", self.steps)):
             if value < 1:
                 raise ConfigError(f"--{flag}={value}: at least 1")
-        require("--projections", self.projection, PROJECTIONS)
+        require("--projections", self.projection, tuple(_PROJECTED))
         try:
             loss = dataclasses.replace(
                 config.loss, **({"weight_function": ""} | loss_fields(self.loss))
@@ -192,9 +194,9 @@ class Head:
 
 
 def _projected(config: ExperimentConfig, projection: str) -> dict[str, TowerConfig]:
-    """Returns the towers with or without a trained linear projection on the weights' side."""
+    """Returns the towers with the projection on the side that gives the weights."""
     side = config.loss.weights_from
-    head, tune = ("linear", "head") if projection == "trained" else ("none", "none")
+    head, tune = _PROJECTED[projection]
     changed = dataclasses.replace(config.towers[side], head=head, tune=tune)
     return {name: changed if name == side else tower for name, tower in config.towers.items()}
 

@@ -4,8 +4,8 @@
         --losses=contrastive,affine,uniform0.53,relu2 --seeds=3 --output=heads.json
 
 The features of the training data and of the test items are computed once and stored; after that a
-head takes seconds. All losses see the same batches. `--projections=trained,none` compares heads
-with and without a linear projection on the side that gives the weights; `--batches` compares batch
+head takes seconds. All losses see the same batches. `--projections=trained,mlp,none` compares a
+linear projection, an MLP and nothing on the side that gives the weights; `--batches` compares batch
 sizes with equally many examples and a proportional learning rate; `--steps` compares training
 lengths, with the warm-up as a fixed share of the steps. `--group=4` fills batches with groups of
 near duplicates: each example is joined by three random ones of its ten nearest in text space (in
@@ -43,7 +43,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="number of seeds (0, 1, ...) of heads and order",
     )
-    add("--projections", type=cli.words, default=[], help="trained,none; default: the config's")
+    add("--projections", type=cli.words, default=[], help="trained,mlp,none; default: the config's")
     add(
         "--batches",
         type=cli.counts,

@@ -91,12 +91,13 @@ def test_tasks_are_chosen_by_name():
 def test_the_projection_is_that_of_the_side_that_gives_the_weights():
     made = {
         projection: variant(config("head,init=x"), "affine", 0, 20, projections=[projection])
-        for projection in ("trained", "none")
+        for projection in ("trained", "mlp", "none")
     }
     assert made["none"] == variant(config("head,init=x"), "affine", 0, 20)
     found = made["trained"].towers
     assert (found["text"].head, found["text"].tune) == ("linear", "head")
     assert found["speech"] == made["none"].towers["speech"]
+    assert (made["mlp"].towers["text"].head, made["mlp"].towers["text"].tune) == ("mlp", "head")
     assert found == config("head,init=x,projection=trained").towers
 
 
