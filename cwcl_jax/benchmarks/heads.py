@@ -9,7 +9,7 @@ linear projection, an MLP and nothing on the side that gives the weights; `--bat
 sizes with equally many examples and a proportional learning rate; `--steps` compares training
 lengths, with the warm-up as a fixed share of the steps. `--group=4` fills batches with groups of
 near duplicates: each example is joined by three random ones of its ten nearest in text space (in
-groups above eleven, by all of its nearest).
+groups above eleven, by all of its nearest). `--figure` draws metrics over the training length.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax import cli
+from cwcl_jax.benchmarks.head_figure import plot_lengths
 from cwcl_jax.benchmarks.head_runs import Head, HeadRuns, check_batch
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, with_tasks
 from cwcl_jax.evaluation.tables import Table
@@ -61,6 +62,9 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--baseline", default="contrastive", help="loss that the gains are measured against")
     about = "file of all results; an existing one is continued"
     add("--output", type=Path, default=Path("heads.json"), help=about)
+    add("--figure", type=Path, help="PNG of the metrics over the training length")
+    about = "metrics of the figure; default: the first of the table"
+    add("--plotted", type=cli.words, default=[], help=about)
 
 
 def compare(
@@ -202,6 +206,11 @@ def main(options: argparse.Namespace) -> None:
             partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
         print(f"{head} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
     print(compare(records, headline(records), options.baseline).text())
+    if options.figure:
+        try:
+            plot_lengths(records, options.plotted or headline(records)[:1], options.figure)
+        except ValueError as error:
+            raise ConfigError(f"--figure={options.figure}: {error}") from error
 
 
 def _runs(config: ExperimentConfig, heads: Sequence[Head]) -> HeadRuns:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwcl_jax.benchmarks.head_figure import curves, plot_lengths
 from cwcl_jax.benchmarks.head_runs import (
     Features,
     Head,
@@ -121,6 +122,43 @@ def test_the_table_pairs_seeds_and_gives_intervals():
     rows = compare(records, ["a/top1"]).rows
     assert rows[0][:5] == ("a/top1", "none", "8", "5", "3")
     assert rows[1][3:] == ("50", "0/3", "", "50.0")
+
+
+def records_of(*, batch=20, losses=("contrastive", "affine"), steps=(1000, 250)):
+    """Records of two seeds, whose accuracy tells steps and seed."""
+    return [
+        {
+            "head": {"loss": loss, "projection": side, "batch": batch, "group": 1, "steps": length},
+            "seed": seed,
+            "metrics": {"intent/top1": length / 10_000 + seed / 100},
+        }
+        for seed in range(2)
+        for loss in losses
+        for side in ("none", "trained")
+        for length in steps
+    ]
+
+
+def test_the_figures_lines_are_values_over_seeds_by_increasing_length(tmp_path):
+    found = curves(records_of(), "trained", "intent/top1")
+    assert list(found) == ["contrastive", "affine"]
+    assert list(found["affine"]) == [250, 1000]
+    np.testing.assert_allclose(found["affine"][250].values, (2.5, 3.5))
+    plot_lengths(records_of(), ["intent/top1"], tmp_path / "heads.png")
+    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("records", "metric", "message"),
+    [
+        (records_of(), "intent/top3", "no head has the metric 'intent/top3'"),
+        ([*records_of(), *records_of(batch=64)], "intent/top1", "one batch and one group"),
+    ],
+)
+def test_a_figure_that_would_mix_heads_is_refused(tmp_path, records, metric, message):
+    with pytest.raises(ValueError, match=message):
+        plot_lengths(records, [metric], tmp_path / "heads.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_heads_of_another_config_are_not_put_into_one_table(tmp_path):
