@@ -210,7 +210,7 @@ class HeadRuns:
         self._arrays = jax.device_put((self.features.u, self.features.v))
         self._mesh = sharding.make_mesh(config.mesh, jax.local_devices()[:1])
         self._chunks: dict[Head, Chunk] = {}
-        self._functions: dict[str, EncodeFunctions] = {}
+        self._functions: dict[tuple[str, str], EncodeFunctions] = {}
         self._kept: FeatureCache | None = None
         self._begun: dict[Any, tuple[Blueprint, TrainState, Leaves, dict[str, TowerSource]]] = {}
 
@@ -223,7 +223,8 @@ class HeadRuns:
         for rows in batches(self.features, config, group=head.group):
             state, metrics = chunk(state, locked, *self._arrays, jnp.asarray(rows))
         values = {f"train/{name}": float(value) for name, value in metrics.items()}
-        functions = self._functions.setdefault(head.projection, EncodeFunctions(blueprint))
+        kind = head.projection, config.loss.name  # a sigmoid loss has a leaf more
+        functions = self._functions.setdefault(kind, EncodeFunctions(blueprint))
         encoder = Encoder(functions, state.model_leaves, locked, config.total_steps)
         self._kept = self._kept or FeatureCache(encoder, sources)
         self._kept.encoder = encoder
