@@ -10,6 +10,8 @@ import pytest
 
 from cwcl_jax import train
 from cwcl_jax.cli import BAD_CONFIG, DONE, PREEMPTED
+from cwcl_jax.config import ConfigError
+from cwcl_jax.training.workdir import made_folder, only_user
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,11 +121,29 @@ def test_one_process_may_read_several_command_lines(capsys):
 
 
 def test_paper_recipe_without_its_data_names_path_and_option(tmp_path, capsys):
-    code = train.main(["--config=configs/lit_cwcl.py:paper", f"--workdir={tmp_path}"])
+    workdir = tmp_path / "runs" / "paper"
+    code = train.main(["--config=configs/lit_cwcl.py:paper", f"--workdir={workdir}"])
     assert code == BAD_CONFIG
     said = capsys.readouterr().err
     assert "/data/cc12m/00000.tar" in said
     assert "--config.data.train=" in said
+    assert list(tmp_path.iterdir()) == []  # neither the folder nor its parent is left
+
+
+def test_a_refused_start_removes_no_folder_that_is_not_its_own(tmp_path):
+    before, new = tmp_path / "before", tmp_path / "new"
+    before.mkdir()
+
+    def refused(file):
+        file.write_text("mine")
+        raise ConfigError("wrong")
+
+    with pytest.raises(ConfigError), made_folder(before), only_user(before):
+        raise ConfigError("wrong")
+    with pytest.raises(ConfigError), made_folder(new), only_user(new):
+        refused(new / "notes")
+    assert (before / "lock").exists()
+    assert (new / "notes").exists()
 
 
 def test_short_default_run_with_overrides(tmp_path, capsys):
