@@ -372,6 +372,21 @@ def test_near_replaces_by_what_the_batch_does_not_have():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": "near:image?size=17"}, "size=17 neighbours .* make no cell"),
+        ({"batches": "near:image?sise=4"}, "has no option 'sise'"),
+        ({"batches": "near:image", "mixture_temperature": 2.0}, "at most once per epoch"),
+    ],
+)
+def test_near_is_checked_before_its_features_exist(options, message):
+    batches = _batches(Mixture([Items(np.arange(16)), Items(np.arange(16))]), "", 16)
+    batches.check_composed(DataConfig(batches="near:image"))
+    with pytest.raises(ValueError, match=message):
+        batches.check_composed(DataConfig(**options))
+
+
+@pytest.mark.parametrize(
     "values",
     [
         np.array(["a", "b", "", "a"], object),
