@@ -26,7 +26,7 @@ from cwcl_jax.data.options import DataConfig, features_name
 from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
-from cwcl_jax.data.skipping import BadExample, SkipCounter
+from cwcl_jax.data.skipping import BadExample, SkipCounter, TooManyBadExamples
 from cwcl_jax.data.sources import Source, check_training_line, open_source
 from cwcl_jax.data.sources.base import require_fields
 
@@ -219,9 +219,10 @@ class TrainBatches:
         """Returns number and inputs of a position's example, or of its first usable replacement.
 
         Raises:
-          RuntimeError: too many replacements in a row are unusable.
+          TooManyBadExamples: too many replacements in a row are unusable.
+          ComposerError: no other example can replace it in a composed batch.
         """
-        fields = self._processor.fields()
+        fields, unusable = self._processor.fields(), None
         for attempt in range(1, _MAX_REPLACEMENTS + 1):
             name = f"example {index}"
             try:
@@ -232,11 +233,24 @@ class TrainBatches:
                 return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
                 self._counter.add_skipped(name, error, index)
-            index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
-        raise RuntimeError(
+                unusable = unusable or (index, str(error))
+            try:
+                index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
+            except ComposerError as error:
+                first, why = unusable
+                told = f"{self._told(first)} is unusable ({why}), and {error}"
+                raise ComposerError(told) from error
+        raise TooManyBadExamples(
             f"{_MAX_REPLACEMENTS} examples in a row were unusable at position {position} of epoch "
             f"{epoch}: {dict(self.skipped)}. Repair the data."
         )
+
+    def _told(self, index: int) -> str:
+        """Returns an example's number with its id, if that can be read."""
+        try:
+            return f"example {index} ({self.source.read(index, ())['id']})"
+        except BadExample:
+            return f"example {index}"
 
     @property
     def skipped(self) -> Mapping[str, int]:

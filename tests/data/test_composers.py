@@ -14,7 +14,7 @@ from cwcl_jax.data.held_out import hold_out
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import permute_each
 from cwcl_jax.data.pipeline import TrainBatches
-from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.skipping import BadExample, TooManyBadExamples
 from cwcl_jax.data.sources import Mixture, Source, open_source
 
 
@@ -356,6 +356,18 @@ def test_two_bad_examples_of_one_pack_get_different_replacements():
     (batch,) = _indices(batches, 1)
     assert np.unique(groups[batch], return_counts=True)[1].tolist() == [2, 2, 2]
     assert len(set(batch)) == 6
+
+
+def test_an_example_that_nothing_can_replace_is_a_mistake_in_the_data():
+    batches = _batches(Items(np.arange(6), bad=[4]), "groups:group", 6, max_skipped_share=0.5)
+    told = r"^example 4 \(4\) is unusable \(text unreadable: made bad\), and no other example can "
+    with pytest.raises(ComposerError, match=told + "take its place in batch 0 of epoch 0"):
+        _indices(batches, 1)
+    batches.close()
+    batches = _batches(Items(np.arange(6), bad=range(6)), "", 6, max_skipped_share=1.0)
+    with pytest.raises(TooManyBadExamples, match="200 examples in a row"):
+        _indices(batches, 1)
+    batches.close()
 
 
 def test_near_replaces_by_what_the_batch_does_not_have():
