@@ -9,6 +9,7 @@ from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import (
     Example,
+    SameExamples,
     Source,
     SourceAround,
     fingerprint_of,
@@ -56,7 +57,7 @@ def columns_beside(text: str, source: Source) -> Source:
     return source
 
 
-class Embedded(SourceAround):
+class Embedded(SameExamples):
     """A source whose examples have "features"; the towers of the folders need no raw inputs.
 
     Folders that were made from another source are refused, by its fingerprint. NAME:FOLDER renames
