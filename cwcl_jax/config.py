@@ -28,6 +28,7 @@ from cwcl_jax.conversion import (
     require_known,
     unknown_field,
     variant_of,
+    with_all_unknown,
 )
 from cwcl_jax.data.options import BESIDE, DataConfig
 from cwcl_jax.evaluation.files import read_json
@@ -240,7 +241,13 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
       ConfigError: an unknown field (names the nearest known one), a value of the wrong type, or
           settings that contradict each other; one line for each.
     """
-    plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    return with_all_unknown(
+        lambda: _from_plain(config.to_dict() if isinstance(config, ConfigDict) else config)
+    )
+
+
+def _from_plain(config: Mapping[str, Any]) -> ExperimentConfig:
+    plain = dict(config)
     given = {name: plain.pop(name, {}) for name in ("towers", "data")}
     parts = all_told(
         lambda: _with_data(given["towers"], given["data"]),

@@ -71,6 +71,17 @@ def test_each_wrong_setting_is_a_line(capsys):
     assert [line[:16] for line in lines] == ["error: config.to", "error: config.dt"]
 
 
+def test_unknown_overrides_do_not_hide_what_else_is_wrong(capsys):
+    wrong = ["--config.dtpe=float32", "--config.total_steps=0", "--config.seed", "x",
+             "--config.optimizer.lr=1"]  # fmt: skip
+    assert train.main(["--config=configs/lit_cwcl.py", *wrong]) == BAD_CONFIG
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 4, lines
+    assert all(line.startswith("error: ") for line in lines)
+    for name in ("dtpe", "seed", "optimizer.lr", "total_steps"):
+        assert sum(f"config.{name}" in line for line in lines) == 1, (name, lines)
+
+
 def is_told(arguments, message, capsys):
     assert train.main(arguments) == BAD_CONFIG
     said = capsys.readouterr().err
