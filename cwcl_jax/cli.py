@@ -178,7 +178,6 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     """Returns the frozen experiment of the --config... options; other options are errors."""
     # Removes the module of a previously read config file, whose names would leak into this one.
     sys.modules.pop("config_config", None)
-    values = flags.FlagValues()
     settings, rest = _settings_of_encoders(argv)
     values, wrong = _values_of(rest, parser)
     path = config_flags.get_config_filename(values["config"]).split(":")[0]
@@ -407,6 +406,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def file(text: str) -> Path:
+    """Returns the path of a file of this machine."""
+    if "://" in text:
+        raise ArgumentTypeError(f"{text!r} is on an object store; name a file of this machine")
+    return Path(text)
 
 
 def folder(text: str) -> Path:

@@ -60,7 +60,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--tasks", default="", help="names, or a JSON file; default: all tasks of the config")
     add("--baseline", default="contrastive", help="loss that the gains are measured against")
     about = "file of all results; an existing one is continued"
-    add("--output", type=Path, default=Path("heads.json"), help=about)
+    add("--output", type=cli.file, default="heads.json", help=about)
 
 
 def compare(
