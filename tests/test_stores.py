@@ -14,10 +14,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cwcl_jax import files, paths
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, with_tasks
 from cwcl_jax.copies import local_copy, writing
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.class_names import read_class_names
+from cwcl_jax.evaluation.prompts import load_templates
 from cwcl_jax.files import InUse, locked, replacing, write_text
 from cwcl_jax.paths import StoreError, StorePath, to_path
 from cwcl_jax.training.growing import Growing
@@ -284,3 +286,15 @@ def test_what_a_store_cannot_hold_is_refused_at_the_start(bucket):
         open_source(f"folder:{bucket}/pictures")
     with pytest.raises(ValueError, match="foo:// is no scheme that fsspec knows"):
         to_path("foo://bucket/a").exists()
+
+
+def test_texts_of_evaluations_are_read(bucket):
+    (bucket / "names.txt").write_text("cat\ndog\n")
+    (bucket / "templates.txt").write_text("a {c}\n")
+    (bucket / "tasks.json").write_text('{"pairs": {"kind": "retrieval", "source": "scenes:test"}}')
+    assert read_class_names(f"{bucket}/names.txt") == ["cat", "dog"]
+    assert load_templates(f"{bucket}/templates.txt") == ("a {c}",)
+    config = with_tasks(toy_config(), f"{bucket}/tasks.json")
+    assert [*config.evaluation.tasks] == ["pairs"]
+    with pytest.raises(ConfigError, match=f"--tasks={bucket}/none.json: there is no such file"):
+        with_tasks(toy_config(), f"{bucket}/none.json")
