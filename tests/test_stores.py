@@ -298,3 +298,19 @@ def test_texts_of_evaluations_are_read(bucket):
     assert [*config.evaluation.tasks] == ["pairs"]
     with pytest.raises(ConfigError, match=f"--tasks={bucket}/none.json: there is no such file"):
         with_tasks(toy_config(), f"{bucket}/none.json")
+
+
+def test_missing_credentials_are_a_mistake_that_says_where_they_come_from(monkeypatch):
+    class NoCredentials:
+        def info(self, path):
+            raise RuntimeError("Unable to locate credentials")
+
+    monkeypatch.setattr(paths, "client", lambda scheme: NoCredentials())
+    for store, remedy in (("s3", "AWS_ACCESS_KEY_ID"), ("gs", "gcloud auth")):
+        place = to_path(f"{store}://b/run")
+        with pytest.raises(ConfigError) as refused:
+            check_place(place, toy_config())
+        told = str(refused.value)
+        assert told.startswith(f"--workdir={store}://b/run: RuntimeError: Unable to locate")
+        assert remedy in told
+        assert "\n" not in told

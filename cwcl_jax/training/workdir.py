@@ -113,7 +113,8 @@ def check_place(workdir: Path, config: ExperimentConfig) -> None:
         workdir.exists()
         (workdir / "place").write_bytes(b"A run is or was begun here.\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--workdir={workdir}: {error}") from error
+        reason = str(error).removeprefix(f"{workdir}: ")
+        raise ConfigError(f"--workdir={workdir}: {reason}") from error
 
 
 @contextmanager
