@@ -241,6 +241,10 @@ def test_embeds_and_arrays(bucket, tmp_path):
     (bucket / "a.npz").write_bytes(buffer.getvalue())
     _same(open_source(f"embeddings:{tmp_path}/e"), open_source(f"embeddings:{bucket}/e"))
     assert locate(f"{bucket}/a.npz").read_bytes() == buffer.getvalue()
+    mine = tmp_path / "mine"
+    _same(open_source(f"embeddings:{bucket}/e", cache_dir=str(mine)),
+          open_source(f"embeddings:{tmp_path}/e"))  # fmt: skip
+    assert [*mine.glob("objects/*/e/description.json")]
 
 
 def test_a_copy_is_made_once_and_again_after_a_change(bucket, requests):

@@ -112,7 +112,7 @@ class EmbeddingDescription:
         raise ValueError(f"{file} was written by another version; make the embeddings again.")
 
     def require(self, folder: str | Path, **expected: Any) -> None:
-        """Raises ValueError if a field of this description is not as expected."""
+        """Raises ValueError if fields of this description are not as expected, and tells which."""
         actual = {"draws": {}} | json.loads(self.to_json())
         wanted = json.loads(json.dumps(expected))
         found = [x for name in wanted for x in _differences(actual[name], wanted[name], name)]
@@ -265,10 +265,11 @@ def missing_files(folder: str | Path, description: EmbeddingDescription) -> list
 class EmbeddingStore:
     """Reads a complete folder: `store[i]` is the id and the float32 vector, None if unusable.
 
-    Of several vectors it is the one that evaluation uses. Nothing is held in memory.
+    Of several vectors it is the one that evaluation uses. Nothing is held in memory. A folder on an
+    object store is copied into the cache folder, `cache_dir` or the user's.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, cache_dir: str = ""):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.folder = to_path(folder)
@@ -279,7 +280,7 @@ class EmbeddingStore:
                 f"The embeddings in {folder} are not complete ({len(missing)} of "
                 f"{self.description.shards} files are missing); run the same embed command again."
             )
-        local = local_copy(self.folder)  # array_record can read only local files
+        local = local_copy(self.folder, cache_dir)  # array_record can read only local files
         paths = [str(self.description.shard_path(local, s)) for s in range(self.description.shards)]
         try:
             self._records = ArrayRecordDataSource(paths)
