@@ -29,13 +29,13 @@ from argparse import (
 )
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
-from cwcl_jax.conversion import USUAL_NAMES
+from cwcl_jax.conversion import USUAL_NAMES, all_told
 
 # Entry files refer to the exit codes through this module.
 from cwcl_jax.exit_codes import (  # noqa: F401
@@ -178,10 +178,8 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     """Returns the frozen experiment of the --config... options; other options are errors."""
     # Removes the module of a previously read config file, whose names would leak into this one.
     sys.modules.pop("config_config", None)
-    values = flags.FlagValues()
     settings, rest = _settings_of_encoders(argv)
-    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=["", *rest])
-    _parse_flags(values, rest, parser)
+    values, wrong = _values_of(rest, parser)
     path = config_flags.get_config_filename(values["config"]).split(":")[0]
     _check_is_file(path)
     try:
@@ -192,7 +190,44 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     if not is_config:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {value!r}")
     _make_importable(Path(path).resolve().parent)
-    return from_config_dict(with_settings(value.to_dict(), settings))
+
+    def refuse() -> None:
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+    _, config = all_told(refuse, lambda: from_config_dict(with_settings(value.to_dict(), settings)))
+    return cast(ExperimentConfig, config)
+
+
+def _values_of(argv: list[str], parser: ArgumentParser) -> tuple[flags.FlagValues, list[str]]:
+    """Returns the flags of a config with its valid overrides, and a message for each other one.
+
+    Raises:
+      ConfigError: with a line for each mistake, if one of them is not in a single override.
+    """
+    wrong: list[str] = []
+    while True:
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=["", *argv])
+        try:
+            _parse_flags(values, argv, parser)
+            return values, wrong
+        except ConfigError as error:
+            wrong.append(str(error))
+            places = [i for i, argument in enumerate(argv) if _is_named(argument, str(error))]
+            if len(places) != 1:
+                raise ConfigError("\n".join(wrong)) from error
+            (place,) = places
+            alone = "=" in argv[place] or argv[place + 1 : place + 2] == []
+            has_value = not alone and not argv[place + 1].startswith("-")
+            argv = argv[:place] + argv[place + 1 + has_value :]
+
+
+def _is_named(argument: str, message: str) -> bool:
+    """Returns whether an argument is an override that a message is about."""
+    name = argument.split("=")[0]
+    is_override = re.match(r"--?(no)?config\.", name)
+    return bool(is_override and re.search(rf"{re.escape(name)}[=:]", message))
 
 
 def _found(named: str) -> str:
@@ -371,6 +406,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def file(text: str) -> Path:
+    """Returns the path of a file of this machine."""
+    if "://" in text:
+        raise ArgumentTypeError(f"{text!r} is on an object store; name a file of this machine")
+    return Path(text)
 
 
 def folder(text: str) -> Path:

@@ -13,7 +13,6 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -28,9 +27,10 @@ from cwcl_jax.conversion import (
     require_known,
     unknown_field,
     variant_of,
+    with_all_unknown,
 )
 from cwcl_jax.data.options import BESIDE, DataConfig
-from cwcl_jax.evaluation.files import read_json
+from cwcl_jax.evaluation.files import read_json, user_file
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.extension import is_reference
 from cwcl_jax.losses.options import LossConfig
@@ -240,7 +240,13 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> ExperimentConfig
       ConfigError: an unknown field (names the nearest known one), a value of the wrong type, or
           settings that contradict each other; one line for each.
     """
-    plain = dict(config.to_dict() if isinstance(config, ConfigDict) else config)
+    return with_all_unknown(
+        lambda: _from_plain(config.to_dict() if isinstance(config, ConfigDict) else config)
+    )
+
+
+def _from_plain(config: Mapping[str, Any]) -> ExperimentConfig:
+    plain = dict(config)
     given = {name: plain.pop(name, {}) for name in ("towers", "data")}
     parts = all_told(
         lambda: _with_data(given["towers"], given["data"]),
@@ -304,9 +310,7 @@ def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
     plain = to_plain(config)
     tasks = plain["evaluation"]["tasks"]
     if chosen.endswith(".json"):
-        if not Path(chosen).is_file():
-            raise ConfigError(f"--tasks={chosen}: there is no such file")
-        tasks = read_json(Path(chosen))
+        tasks = _tasks_of_file(chosen)
     elif chosen:
         names = [name.strip() for name in chosen.split(",")]
         unknown = [name for name in names if name not in tasks]
@@ -319,6 +323,18 @@ def with_tasks(config: ExperimentConfig, chosen: str) -> ExperimentConfig:
         raise ConfigError("there are no tasks: name a JSON file of tasks in --tasks")
     plain["evaluation"]["tasks"] = tasks
     return from_config_dict(plain)
+
+
+def _tasks_of_file(name: str) -> Any:
+    try:
+        file = user_file(name)
+        if not file.is_file():
+            raise ConfigError(f"--tasks={name}: there is no such file")
+        return read_json(file)
+    except ConfigError:
+        raise
+    except (PermissionError, ValueError) as error:
+        raise ConfigError(f"--tasks={name}: {error}") from error
 
 
 def to_json(config: ExperimentConfig) -> str:

@@ -13,6 +13,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 
@@ -122,10 +123,36 @@ def converted(cls: type, value: Mapping[str, Any], path: str) -> dict[str, Any]:
     return made or {}
 
 
+# Messages about unknown fields, while `with_all_unknown` collects them.
+_UNKNOWN: ContextVar[list[str] | None] = ContextVar("cwcl_jax_unknown", default=None)
+
+
+def with_all_unknown(function: Callable[[], T]) -> T:
+    """Returns function(), in which unknown fields do not hide what is wrong with the known ones.
+
+    Raises:
+      ConfigError: with a line for each mistake of `function`, and for each unknown field.
+    """
+    unknown: list[str] = []
+
+    def refuse() -> None:
+        if unknown:
+            raise ConfigError("\n".join(unknown))
+
+    token = _UNKNOWN.set(unknown)
+    try:
+        return typing.cast(T, all_told(function, refuse)[0])
+    finally:
+        _UNKNOWN.reset(token)
+
+
 def require_known(names: Iterable[str], known: Sequence[str], path: str) -> None:
-    """Raises ConfigError with a line for each name that is not a field."""
+    """Raises ConfigError with a line for each name that is not a field (see `with_all_unknown`)."""
     problems = [unknown_field(name, [*known], path) for name in names if name not in known]
-    if problems:
+    collected = _UNKNOWN.get()
+    if collected is not None:
+        collected += problems
+    elif problems:
         raise ConfigError("\n".join(problems))
 
 

@@ -37,11 +37,11 @@ def disk_home(cache_dir: str = "") -> Path:
     return cache_home("" if is_url(cache_dir) else cache_dir)
 
 
-def local_copy(path: Path) -> Path:
+def local_copy(path: Path, cache_dir: str = "") -> Path:
     """Returns a local path with the content of `path`: itself, or a copy of an object or folder.
 
-    Copies are stored in the user's cache folder. The processes of a machine share a copy, which one
-    of them makes.
+    Copies are stored in the cache folder (`disk_home`). The processes of a machine share a copy,
+    which one of them makes.
 
     Raises:
       FileNotFoundError: there is nothing at `path`.
@@ -49,7 +49,7 @@ def local_copy(path: Path) -> Path:
     """
     if not isinstance(path, StorePath):
         return path
-    folder = cache_home() / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+    folder = disk_home(cache_dir) / "objects" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", waiting=beat):
         _bring(path, folder)

@@ -150,7 +150,9 @@ def _encoder(
     """
     import jax
 
+    from cwcl_jax.training.checks import check_inputs
     from cwcl_jax.training.encode import imported_encoder, load_encoder, tower_sources
+    from cwcl_jax.training.state import with_sizes_of_files
 
     devices = jax.local_devices()
     if not workdir:
@@ -158,6 +160,7 @@ def _encoder(
             raise ConfigError(
                 "--step and --weights belong to --workdir: an imported model has one step"
             )
+        check_inputs(with_sizes_of_files(config))  # as training does, before weights are read
         return imported_encoder(config, devices=devices)
     encoder, _ = load_encoder(to_path(workdir), step, weights=weights, devices=devices)
     return encoder, tower_sources(to_path(workdir))

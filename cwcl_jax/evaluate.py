@@ -144,7 +144,7 @@ def _typed_classes(classes: str) -> list[str]:
     """Returns the names in `--classes`, or in the file that it names; at least two are needed."""
     from cwcl_jax.evaluation.class_names import read_class_names
 
-    if "," not in classes and not Path(classes).expanduser().is_file():
+    if "," not in classes and not to_path(classes).expanduser().is_file():
         raise ConfigError(
             f"--classes={classes}: this is one class and not a file; give two or more, separated "
             "by commas, or a file with one a line"

@@ -26,6 +26,16 @@ _S3_RETRIES = {"retries": {"mode": "standard", "total_max_attempts": 6}}
 _CHUNK = 1 << 20
 # The package that a scheme needs, and the extra of this package that installs it.
 _CLIENTS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "gcs": ("gcsfs", "gs")}
+_OF_S3 = (
+    "credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, from ~/.aws (AWS_PROFILE), "
+    "or from the role of the machine"
+)
+_OF_GOOGLE = (
+    "credentials come from GOOGLE_APPLICATION_CREDENTIALS, from `gcloud auth application-default "
+    "login`, or from the service account of the machine"
+)
+# Where the clients find credentials.
+_CREDENTIALS = {"s3": _OF_S3, "gs": _OF_GOOGLE, "gcs": _OF_GOOGLE}
 # Schemes for checkpoints: those for which tensorstore has drivers.
 CHECKPOINT_SCHEMES = ("s3", "gs")
 # Errors that another attempt cannot repair.
@@ -363,14 +373,22 @@ def _retried(action: Callable[[], Any], name: str) -> Any:
     for wait in (*_WAITS, None):
         try:
             return action()
+        except PermissionError as error:
+            raise _refused(name, str(error)) from error
         except _FINAL:
             raise
         except Exception as error:
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             if "redential" in told:
-                raise PermissionError(f"{name}: {told}") from error
+                raise _refused(name, told) from error
             if wait is None or "PreconditionFailed" in told or "pre-condition" in told.lower():
                 raise StoreError(f"{name} cannot be reached: {told}") from error
             print(f"{name}: {told}; trying again", file=sys.stderr, flush=True)
             time.sleep(wait)
     raise AssertionError
+
+
+def _refused(name: str, told: str) -> PermissionError:
+    """Returns the error for missing or invalid credentials, which says where they come from."""
+    source = _CREDENTIALS.get(name.partition("://")[0], "")
+    return PermissionError(f"{name}: {told}" + (f"; {source}" if source else ""))

@@ -37,18 +37,18 @@ def main(options: Namespace) -> int:
     # Imported here, so that flags and settings are checked before the slow imports.
     from cwcl_jax.training.distributed import initialize, run_main
     from cwcl_jax.training.run import train
-    from cwcl_jax.training.workdir import check_place, make_folder
+    from cwcl_jax.training.workdir import check_place, made_folder
 
     check_place(workdir, config)
     # before the processes meet, so that each can report a problem with the folder
-    make_folder(workdir)
-    initialize(config.distributed)
-    return run_main(
-        lambda watchdog: train(config, workdir, watchdog),
-        config.distributed,
-        code_of=cli.exit_code,
-        logs=None if is_url(workdir) else workdir / "logs",  # a process's output is appended
-    )
+    with made_folder(workdir):
+        initialize(config.distributed)
+        return run_main(
+            lambda watchdog: train(config, workdir, watchdog),
+            config.distributed,
+            code_of=cli.exit_code,
+            logs=None if is_url(workdir) else workdir / "logs",  # a process's output is appended
+        )
 
 
 if __name__ == "__main__":

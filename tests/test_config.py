@@ -41,6 +41,17 @@ def test_all_that_is_wrong_is_told_at_once():
     told = str(refused.value)
     assert len(told.splitlines()) == 5, told
     assert all(name in told for name in ("'tne'", "'dtpe'", "config.seed", "'learnin_", "clip_n"))
+    plain = config_module.to_plain(toy_config())
+    plain |= {"dtpe": "float32", "total_steps": 0}
+    plain["data"] |= {"imge": {}, "threads": "x"}
+    with pytest.raises(ConfigError) as refused:
+        config_module.from_config_dict(plain)
+    told = str(refused.value)
+    assert len(told.splitlines()) == 3, told  # contradictions need values of the right types
+    assert all(name in told for name in ("'dtpe'", "'imge'", "config.data.threads"))
+    del plain["data"]["threads"]
+    with pytest.raises(ConfigError, match=r"(?s)total_steps must be at least 1.*'dtpe'"):
+        config_module.from_config_dict(plain)
     with pytest.raises(ConfigError) as refused:
         toy_config(total_steps=0, dtype="float61", profile="x", precision="most")
     lines = str(refused.value).splitlines()

@@ -14,10 +14,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cwcl_jax import files, paths
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, with_tasks
 from cwcl_jax.copies import local_copy, writing
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
 from cwcl_jax.data.sources import open_source
+from cwcl_jax.evaluation.class_names import read_class_names
+from cwcl_jax.evaluation.prompts import load_templates
 from cwcl_jax.files import InUse, locked, replacing, write_text
 from cwcl_jax.paths import StoreError, StorePath, to_path
 from cwcl_jax.training.growing import Growing
@@ -239,6 +241,10 @@ def test_embeds_and_arrays(bucket, tmp_path):
     (bucket / "a.npz").write_bytes(buffer.getvalue())
     _same(open_source(f"embeddings:{tmp_path}/e"), open_source(f"embeddings:{bucket}/e"))
     assert locate(f"{bucket}/a.npz").read_bytes() == buffer.getvalue()
+    mine = tmp_path / "mine"
+    _same(open_source(f"embeddings:{bucket}/e", cache_dir=str(mine)),
+          open_source(f"embeddings:{tmp_path}/e"))  # fmt: skip
+    assert [*mine.glob("objects/*/e/description.json")]
 
 
 def test_a_copy_is_made_once_and_again_after_a_change(bucket, requests):
@@ -284,3 +290,31 @@ def test_what_a_store_cannot_hold_is_refused_at_the_start(bucket):
         open_source(f"folder:{bucket}/pictures")
     with pytest.raises(ValueError, match="foo:// is no scheme that fsspec knows"):
         to_path("foo://bucket/a").exists()
+
+
+def test_texts_of_evaluations_are_read(bucket):
+    (bucket / "names.txt").write_text("cat\ndog\n")
+    (bucket / "templates.txt").write_text("a {c}\n")
+    (bucket / "tasks.json").write_text('{"pairs": {"kind": "retrieval", "source": "scenes:test"}}')
+    assert read_class_names(f"{bucket}/names.txt") == ["cat", "dog"]
+    assert load_templates(f"{bucket}/templates.txt") == ("a {c}",)
+    config = with_tasks(toy_config(), f"{bucket}/tasks.json")
+    assert [*config.evaluation.tasks] == ["pairs"]
+    with pytest.raises(ConfigError, match=f"--tasks={bucket}/none.json: there is no such file"):
+        with_tasks(toy_config(), f"{bucket}/none.json")
+
+
+def test_missing_credentials_are_a_mistake_that_says_where_they_come_from(monkeypatch):
+    class NoCredentials:
+        def info(self, path):
+            raise RuntimeError("Unable to locate credentials")
+
+    monkeypatch.setattr(paths, "client", lambda scheme: NoCredentials())
+    for store, remedy in (("s3", "AWS_ACCESS_KEY_ID"), ("gs", "gcloud auth")):
+        place = to_path(f"{store}://b/run")
+        with pytest.raises(ConfigError) as refused:
+            check_place(place, toy_config())
+        told = str(refused.value)
+        assert told.startswith(f"--workdir={store}://b/run: RuntimeError: Unable to locate")
+        assert remedy in told
+        assert "\n" not in told

@@ -10,6 +10,8 @@ import pytest
 
 from cwcl_jax import train
 from cwcl_jax.cli import BAD_CONFIG, DONE, PREEMPTED
+from cwcl_jax.config import ConfigError
+from cwcl_jax.training.workdir import made_folder, only_user
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +71,17 @@ def test_each_wrong_setting_is_a_line(capsys):
     assert [line[:16] for line in lines] == ["error: config.to", "error: config.dt"]
 
 
+def test_unknown_overrides_do_not_hide_what_else_is_wrong(capsys):
+    wrong = ["--config.dtpe=float32", "--config.total_steps=0", "--config.seed", "x",
+             "--config.optimizer.lr=1"]  # fmt: skip
+    assert train.main(["--config=configs/lit_cwcl.py", *wrong]) == BAD_CONFIG
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 4, lines
+    assert all(line.startswith("error: ") for line in lines)
+    for name in ("dtpe", "seed", "optimizer.lr", "total_steps"):
+        assert sum(f"config.{name}" in line for line in lines) == 1, (name, lines)
+
+
 def is_told(arguments, message, capsys):
     assert train.main(arguments) == BAD_CONFIG
     said = capsys.readouterr().err
@@ -119,11 +132,29 @@ def test_one_process_may_read_several_command_lines(capsys):
 
 
 def test_paper_recipe_without_its_data_names_path_and_option(tmp_path, capsys):
-    code = train.main(["--config=configs/lit_cwcl.py:paper", f"--workdir={tmp_path}"])
+    workdir = tmp_path / "runs" / "paper"
+    code = train.main(["--config=configs/lit_cwcl.py:paper", f"--workdir={workdir}"])
     assert code == BAD_CONFIG
     said = capsys.readouterr().err
     assert "/data/cc12m/00000.tar" in said
     assert "--config.data.train=" in said
+    assert list(tmp_path.iterdir()) == []  # neither the folder nor its parent is left
+
+
+def test_a_refused_start_removes_no_folder_that_is_not_its_own(tmp_path):
+    before, new = tmp_path / "before", tmp_path / "new"
+    before.mkdir()
+
+    def refused(file):
+        file.write_text("mine")
+        raise ConfigError("wrong")
+
+    with pytest.raises(ConfigError), made_folder(before), only_user(before):
+        raise ConfigError("wrong")
+    with pytest.raises(ConfigError), made_folder(new), only_user(new):
+        refused(new / "notes")
+    assert (before / "lock").exists()
+    assert (new / "notes").exists()
 
 
 def test_short_default_run_with_overrides(tmp_path, capsys):

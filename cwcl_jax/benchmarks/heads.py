@@ -61,8 +61,8 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--tasks", default="", help="names, or a JSON file; default: all tasks of the config")
     add("--baseline", default="contrastive", help="loss that the gains are measured against")
     about = "file of all results; an existing one is continued"
-    add("--output", type=Path, default=Path("heads.json"), help=about)
-    add("--figure", type=Path, help="PNG of the metrics over the training length")
+    add("--output", type=cli.file, default="heads.json", help=about)
+    add("--figure", type=cli.file, help="PNG of the metrics over the training length")
     about = "metrics of the figure; default: the first of the table"
     add("--plotted", type=cli.words, default=[], help=about)
 

@@ -9,7 +9,7 @@ several from which training draws (`data.views`); evaluation uses the first.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,13 @@ from cwcl_jax.paths import to_path
 
 _VERSION = 1
 _DESCRIPTION = "description.json"
+# Differing fields that a message tells.
+_TOLD = 4
+# Fields that hold hashes, which name nothing.
+_HASHES = {
+    "source": " (a hash of the examples and their order)",
+    "weights": " (a hash of the tower's files, or of a run's settings, and its step)",
+}
 _AGAIN = "delete the folder and make the embeddings again"
 DTYPES: dict[str, Any] = {
     "float16": np.float16,
@@ -105,15 +112,16 @@ class EmbeddingDescription:
         raise ValueError(f"{file} was written by another version; make the embeddings again.")
 
     def require(self, folder: str | Path, **expected: Any) -> None:
-        """Raises ValueError if a field of this description is not as expected."""
+        """Raises ValueError if fields of this description are not as expected, and tells which."""
         actual = {"draws": {}} | json.loads(self.to_json())
-        for name, value in expected.items():
-            wanted = json.loads(json.dumps(value))
-            if actual[name] != wanted:
-                raise ValueError(
-                    f"The embeddings in {folder} are stale: {name} is {actual[name]!r} there and "
-                    f"{wanted!r} here. Make them again in another folder, or delete this one."
-                )
+        wanted = json.loads(json.dumps(expected))
+        found = [x for name in wanted for x in _differences(actual[name], wanted[name], name)]
+        if found:
+            more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+            raise ValueError(
+                f"The embeddings in {folder} are stale: {'; '.join(found[:_TOLD])}{more}. Make "
+                "them again in another folder, or delete this one."
+            )
 
     @property
     def shards(self) -> int:
@@ -125,6 +133,18 @@ class EmbeddingDescription:
     def rows(self, shard: int) -> range:
         """Returns the rows of the examples whose vectors a file holds."""
         return range(shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size))
+
+
+def _differences(there: Any, here: Any, name: str) -> Iterator[str]:
+    """Yields name and both values of each field in which two values differ, in a mapping by path.
+
+    What is a hash is said to be one.
+    """
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted({*there, *here}):
+            yield from _differences(there.get(key), here.get(key), f"{name}.{key}")
+    elif there != here:
+        yield f"{name}{_HASHES.get(name, '')} is {there!r} there and {here!r} here"
 
 
 class EmbeddingWriter:
@@ -245,10 +265,11 @@ def missing_files(folder: str | Path, description: EmbeddingDescription) -> list
 class EmbeddingStore:
     """Reads a complete folder: `store[i]` is the id and the float32 vector, None if unusable.
 
-    Of several vectors it is the one that evaluation uses. Nothing is held in memory.
+    Of several vectors it is the one that evaluation uses. Nothing is held in memory. A folder on an
+    object store is copied into the cache folder, `cache_dir` or the user's.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, cache_dir: str = ""):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.folder = to_path(folder)
@@ -259,7 +280,7 @@ class EmbeddingStore:
                 f"The embeddings in {folder} are not complete ({len(missing)} of "
                 f"{self.description.shards} files are missing); run the same embed command again."
             )
-        local = local_copy(self.folder)  # array_record can read only local files
+        local = local_copy(self.folder, cache_dir)  # array_record can read only local files
         paths = [str(self.description.shard_path(local, s)) for s in range(self.description.shards)]
         try:
             self._records = ArrayRecordDataSource(paths)

@@ -39,11 +39,12 @@ def shared_examples(train: Source, other: Source, fields: Collection[str]) -> st
 
 def _fingerprints(source: Source) -> Iterator[str]:
     yield source.fingerprint()
-    for part in source.parts:
-        yield from _fingerprints(part)
     inner = getattr(source, "source", None)
     if isinstance(inner, Source) and len(inner) == len(source):
         yield from _fingerprints(inner)
+        return
+    for part in source.parts:
+        yield from _fingerprints(part)
 
 
 def _ids(source: Source, limit: int) -> Iterator[tuple[int, str]]:

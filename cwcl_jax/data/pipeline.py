@@ -13,14 +13,20 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.buckets import BucketedOrder
-from cwcl_jax.data.composers import ComposedOrder, Composition, compose
+from cwcl_jax.data.composers import (
+    ComposedOrder,
+    ComposerError,
+    Composition,
+    check_settings,
+    compose,
+)
 from cwcl_jax.data.cuts import counting_cuts
 from cwcl_jax.data.eval_pipeline import EvalBatches, eval_batches
 from cwcl_jax.data.options import DataConfig, features_name
 from cwcl_jax.data.order import GlobalOrder
 from cwcl_jax.data.processing import Batch, Processor, collect, join
 from cwcl_jax.data.reader import CHUNK, ChunkedReader, reader_threads
-from cwcl_jax.data.skipping import BadExample, SkipCounter
+from cwcl_jax.data.skipping import BadExample, SkipCounter, TooManyBadExamples
 from cwcl_jax.data.sources import Source, check_training_line, open_source
 from cwcl_jax.data.sources.base import require_fields
 
@@ -70,6 +76,7 @@ class TrainBatches:
         self._local_size = global_batch_size // process_count
         self._first_row = process_index * self._local_size
         self._check_epoch(config, length)
+        self.check_composed(config)
         self._order = _order(config, self.source, global_batch_size, seed)
         self.examples_per_epoch = self._order.per_epoch
         self.steps_per_epoch = self.examples_per_epoch // global_batch_size
@@ -115,12 +122,6 @@ class TrainBatches:
                 f"has {', '.join(self.source.embedded) or 'none'}); add them in the source line, "
                 f"features={config.guide}:COLUMN or features_from={config.guide}:FILE."
             )
-        if config.batches and self._processor.with_lengths:
-            tower = self._processor.with_lengths
-            raise ValueError(
-                f"data.batches={config.batches} and data.{tower}.buckets cannot be combined: "
-                "buckets put examples of similar length into a batch."
-            )
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"An epoch of {self.examples_per_epoch} examples (data.examples_per_epoch="
@@ -136,16 +137,32 @@ class TrainBatches:
                 f"{config.train!r}, joined by ::."
             )
         mixed = self.source.weights is not None or tempered
-        if mixed and config.batches:
-            raise ValueError(
-                f"data.batches={config.batches} uses every example at most once per epoch: leave "
-                "out weight= and data.mixture_temperature."
-            )
         if config.examples_per_epoch > length and not mixed:
             raise ValueError(
                 f"data.examples_per_epoch={config.examples_per_epoch} exceeds the {length} "
                 f"examples of {config.train!r}; use 0 for all of them."
             )
+
+    def check_composed(self, config: DataConfig) -> None:
+        """Checks what can be checked of `config.batches` before its features exist.
+
+        Raises:
+          ValueError: other settings, or the source, allow no composed batches.
+          ComposerError: its options are wrong.
+        """
+        if not config.batches:
+            return
+        if tower := self._processor.with_lengths:
+            raise ValueError(
+                f"data.batches={config.batches} and data.{tower}.buckets cannot be combined: "
+                "buckets put examples of similar length into a batch."
+            )
+        if self.source.weights is not None or config.mixture_temperature != 1:
+            raise ValueError(
+                f"data.batches={config.batches} uses every example at most once per epoch: leave "
+                "out weight= and data.mixture_temperature."
+            )
+        check_settings(config.batches, self._global_size)
 
     def __iter__(self) -> "TrainBatches":
         return self
@@ -202,9 +219,10 @@ class TrainBatches:
         """Returns number and inputs of a position's example, or of its first usable replacement.
 
         Raises:
-          RuntimeError: too many replacements in a row are unusable.
+          TooManyBadExamples: too many replacements in a row are unusable.
+          ComposerError: no other example can replace it in a composed batch.
         """
-        fields = self._processor.fields()
+        fields, unusable = self._processor.fields(), None
         for attempt in range(1, _MAX_REPLACEMENTS + 1):
             name = f"example {index}"
             try:
@@ -215,11 +233,24 @@ class TrainBatches:
                 return index, self._processor.train_example(example, *key, length=length)
             except BadExample as error:
                 self._counter.add_skipped(name, error, index)
-            index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
-        raise RuntimeError(
+                unusable = unusable or (index, str(error))
+            try:
+                index = int(self._order.indices(epoch, np.array([position]), attempt)[0])
+            except ComposerError as error:
+                first, why = unusable
+                told = f"{self._told(first)} is unusable ({why}), and {error}"
+                raise ComposerError(told) from error
+        raise TooManyBadExamples(
             f"{_MAX_REPLACEMENTS} examples in a row were unusable at position {position} of epoch "
             f"{epoch}: {dict(self.skipped)}. Repair the data."
         )
+
+    def _told(self, index: int) -> str:
+        """Returns an example's number with its id, if that can be read."""
+        try:
+            return f"example {index} ({self.source.read(index, ())['id']})"
+        except BadExample:
+            return f"example {index}"
 
     @property
     def skipped(self) -> Mapping[str, int]:

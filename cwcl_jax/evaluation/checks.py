@@ -1,8 +1,8 @@
 """Checks tasks before anything is trained or encoded."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
+from cwcl_jax.evaluation.files import user_file
 from cwcl_jax.evaluation.options import EvaluationConfig
 from cwcl_jax.evaluation.robustness import fit_line, read_baselines
 from cwcl_jax.evaluation.tasks.classification import Classification
@@ -27,7 +27,7 @@ def check_tasks(config: EvaluationConfig, *, towers: Collection[str], cache_dir:
             raise ValueError(f"evaluation.tasks.{name}: {reason}") from error
     if config.robustness_baselines:
         try:
-            baselines = read_baselines(Path(config.robustness_baselines).expanduser())
+            baselines = read_baselines(user_file(config.robustness_baselines))
         except (ValueError, FileNotFoundError) as error:
             reason = str(error).rstrip(".")
             raise ValueError(f"evaluation.robustness_baselines: {reason}") from error

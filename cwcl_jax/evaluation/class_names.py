@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int
 
-from cwcl_jax.evaluation.files import read_json, read_text
+from cwcl_jax.evaluation.files import read_json, read_text, user_file
 
 if TYPE_CHECKING:
     from cwcl_jax.evaluation.tasks.labelled import Labelled
@@ -164,7 +164,7 @@ def read_class_names(spec: str) -> list[str] | dict[str, tuple[str, ...]]:
     A mapping goes from the source's name of a class (such as the folder `n01440764`) to the name or
     names that are used in prompts.
     """
-    path = Path(spec).expanduser()
+    path = user_file(spec)
     if not path.is_file():
         if "," in spec:
             return [name.strip() for name in spec.split(",")]
@@ -203,7 +203,7 @@ def _are_names(value: object) -> bool:
 
 
 def _read_subset(spec: str) -> set[str]:
-    path = Path(spec).expanduser()
+    path = user_file(spec)
     if not path.is_file():
         raise FileNotFoundError(
             f"class_subset={spec!r} is not a file; give one class name or index per line."

@@ -4,6 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from cwcl_jax.files import parse_json
+from cwcl_jax.paths import to_path
+
+
+def user_file(name: str) -> Path:
+    """Returns the path of a file that settings name; `~` is the home folder, `://` a store."""
+    return to_path(name).expanduser()
 
 
 def read_text(path: Path) -> str:

@@ -5,9 +5,8 @@ The placeholder is `{c}`, as in CLIP_benchmark's files; `{}` and `{ }` mean the 
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from cwcl_jax.evaluation.files import read_json, read_text
+from cwcl_jax.evaluation.files import read_json, read_text, user_file
 
 # Table 3, in its order: k = 1 uses the first one, k = 5 the first five.
 SIMPLE = (
@@ -88,7 +87,7 @@ def load_templates(spec: str) -> tuple[str, ...]:
     """
     if spec in NAMED:
         return NAMED[spec]
-    path = Path(spec).expanduser()
+    path = user_file(spec)
     if not path.is_file():
         raise FileNotFoundError(
             f"templates={spec!r} is neither a named list {sorted(NAMED)} nor a file; give the path "

@@ -10,6 +10,7 @@ import numpy as np
 
 from cwcl_jax.evaluation.alignment import write_matrix
 from cwcl_jax.evaluation.compare import draw_matrices
+from cwcl_jax.evaluation.files import user_file
 from cwcl_jax.evaluation.plots import plot_effective_robustness, plot_template_robustness
 from cwcl_jax.evaluation.results import TaskResult
 from cwcl_jax.evaluation.robustness import (
@@ -29,7 +30,7 @@ def all_tables(results: Sequence[TaskResult], *, baselines_file: str = "") -> li
     """Returns all tables of the results, including robustness against baseline models."""
     tables = result_tables(results)
     if any(result.in_distribution for result in results):
-        baselines = read_baselines(Path(baselines_file).expanduser()) if baselines_file else None
+        baselines = read_baselines(user_file(baselines_file)) if baselines_file else None
         if (robustness := robustness_table(results, baselines)) is not None:
             tables.append(robustness)
     return tables

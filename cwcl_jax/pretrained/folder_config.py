@@ -7,7 +7,7 @@ a wrong preset is reported as such, and so is a setting that changes the numbers
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.paths import is_url
 from cwcl_jax.pretrained.folder import DESCRIPTION, read_description
-from cwcl_jax.weights.failures import WeightsMismatch
+from cwcl_jax.weights.failures import WeightsMismatch, WrongSettings
 from cwcl_jax.weights.locate import locate
 from cwcl_jax.weights.sentence_folder import (
     SentenceFolder,
@@ -204,15 +204,13 @@ def complete(config: TowerConfig) -> TowerConfig:
 
 def explain_sizes(path: Path, config: TowerConfig) -> str:
     """Returns where a folder's settings differ from the tower, and the presets that would fit."""
+    found = settings_of_folder(path, config.encoder)
     choices = {"pooling", "end_token", *_FRONT_END}
-    sizes = {
-        name: value
-        for name, value in settings_of_folder(path, config.encoder).items()
-        if name not in choices
-    }
+    sizes = {name: value for name, value in found.items() if name not in choices}
     different = _different(sizes, config)
     if not different:
         return ""
+    different |= _different(_front_end(found, config), config)
     presets: Mapping[str, Any] = ENCODERS[config.encoder].presets
     fitting = [
         name
@@ -227,18 +225,31 @@ def check_settings(path: Path, config: TowerConfig) -> None:
     """Compares settings that no shape shows with the folder's files.
 
     Raises:
-      WeightsMismatch: the tower would compute something other than the weights' own model.
+      WrongSettings: the tower would compute something other than the weights' own model; it tells
+        all differences.
     """
-    _check_sentence_parts(path, config)
+    parts = [part for pair in _disagreements(path, config) for part in pair]
+    if parts:
+        raise WrongSettings(str(path), "; ".join(parts[:-1]), remedy=parts[-1])
+
+
+def _disagreements(path: Path, config: TowerConfig) -> Iterator[tuple[str, str]]:
+    """Yields each difference and its remedy."""
+    yield from _of_sentence_parts(path, config)
     found = settings_of_folder(path, config.encoder)
-    names = [*_UNSEEN, *(name for name in _FRONT_END if name not in config.overrides)]
-    different = _different({name: found[name] for name in names if name in found}, config)
+    unseen = {name: found[name] for name in _UNSEEN if name in found}
+    different = _different(unseen | _front_end(found, config), config)
     if different:
-        raise WeightsMismatch(
-            str(path),
+        yield (
             f"fits the tower in shape, but its {_named_by(path)} has {_listed(different)}",
-            remedy="set these in the tower's overrides; an empty preset takes all from the file",
+            "set these in the tower's overrides; an empty preset takes all from the file",
         )
+
+
+def _front_end(found: Mapping[str, Any], config: TowerConfig) -> dict[str, Any]:
+    """Returns a folder's settings of the inputs, without those that the tower overrides."""
+    names = [name for name in _FRONT_END if name in found and name not in config.overrides]
+    return {name: found[name] for name in names}
 
 
 def check_kind(path: Path, encoder: str) -> None:
@@ -264,32 +275,26 @@ def check_kind(path: Path, encoder: str) -> None:
     )
 
 
-def _check_sentence_parts(path: Path, config: TowerConfig) -> None:
-    """Compares a text tower with the other parts of the sentence-transformers model around it.
-
-    Raises:
-      WeightsMismatch: pooling or dense layers differ.
-    """
+def _of_sentence_parts(path: Path, config: TowerConfig) -> Iterator[tuple[str, str]]:
+    """Yields where pooling and dense layers of the sentence-transformers model around it differ."""
     if config.encoder not in ENCODERS:
         return
     theirs, ours = sentence_parts(path, config), config.encoder_settings()
     missing = _sentence_settings(path, config).get("dense", "")
     if missing and missing != ours.dense:
-        raise WeightsMismatch(
-            str(path),
+        yield (
             f"has dense layers {missing!r} behind its pooling, as its modules.json "
             f"says, and {_settings_name(config)} has {ours.dense!r}",
-            remedy="set dense in the tower's overrides to the folder's, or to '' on purpose",
+            "set dense in the tower's overrides to the folder's, or to '' on purpose",
         )
     on_purpose = config.overrides.get("pooling") == getattr(ours, "pooling", None)
     if theirs.pooling and theirs.pooling != ours.pooling and not on_purpose:
         name = f"pooling={config.pooling!r}" if config.pooling else _settings_name(config)
-        raise WeightsMismatch(
-            str(path),
+        yield (
             f"pools by {theirs.pooling!r}, as its {theirs.pooling_file.parent.name} says, and "
             f"{name} by {ours.pooling!r}",
-            remedy=f"set the tower's pooling to {theirs.pooling!r}; put "
-            "a different one on purpose into its overrides",
+            f"set the tower's pooling to {theirs.pooling!r}; put a different one on purpose into "
+            "its overrides",
         )
 
 

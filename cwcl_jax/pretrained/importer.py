@@ -22,7 +22,7 @@ from cwcl_jax.pretrained.folder_config import (
 from cwcl_jax.weights.failures import WeightsMismatch
 from cwcl_jax.weights.locate import locate, sha256_of
 from cwcl_jax.weights.readers import Weights, open_weights
-from cwcl_jax.weights.rules import Layout, Rule, fill, make_plan
+from cwcl_jax.weights.rules import Layout, Plan, Rule, fill, make_plan
 from cwcl_jax.weights.sentence_folder import WithDense, encoder_folder
 from cwcl_jax.weights.views import unstacked, without_prefix
 
@@ -51,11 +51,60 @@ def import_tower(
     """Returns the leaves of one tower, read from `config.weights`.
 
     Args:
+      config, modality, abstract: as for `planned_import`.
+      put: as for `PlannedImport.read`.
+
+    Raises:
+      WeightsMismatch: the file does not fit the tower.
+    """
+    return planned_import(config, modality, abstract).read(put)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedImport:
+    """An import that was checked and has read no array yet."""
+
+    weights: Weights
+    view: Weights
+    plan: Plan
+    paths: tuple[Path, ...]
+    """The files or folders that the arrays come from."""
+    prefix: str
+    leaves: Mapping[str, Any]
+    """Shapes and dtypes by path below the prefix."""
+
+    def read(self, put: Callable[[str, np.ndarray], jax.Array] | None = None) -> ImportedTower:
+        """Returns the leaves.
+
+        Args:
+          put: places one array at its path, for example with its sharding; by default on the
+              default device. It is called leaf by leaf, so that only one array is in memory twice.
+        """
+        digest = sha256_of(*self.paths)
+        place = put if put is not None else _on_default_device
+        result = {}
+        # All layers of one kind in sequence, so that an array of stacked layers is read once.
+        for assignment in sorted(self.plan.assignments, key=lambda x: _any_layer(x.target)):
+            path = self.prefix + assignment.target
+            result[path] = place(path, fill(self.view, assignment, self.leaves[assignment.target]))
+        return ImportedTower(
+            leaves=result,
+            source=self.weights.source,
+            sha256=digest,
+            initialised=tuple(self.prefix + p for p in self.plan.initialised),
+            ignored=self.plan.ignored,
+        )
+
+
+def planned_import(
+    config: TowerConfig, modality: str, abstract: Mapping[str, Any]
+) -> PlannedImport:
+    """Returns how the leaves of one tower come from `config.weights`.
+
+    Args:
       config: the tower, whose `weights` names a file, a folder or a hub id.
       modality: the tower's name, which starts its paths.
       abstract: shapes and dtypes of the model's leaves by full path; other towers' are skipped.
-      put: places one array at its path, for example with its sharding; by default on the default
-          device. It is called leaf by leaf, so that only one array is in memory twice.
 
     Raises:
       WeightsMismatch: the file does not fit the tower.
@@ -79,20 +128,7 @@ def import_tower(
         raise error.explained(explain_sizes(path, config)) from None
     if not is_reference(config.encoder):
         check_settings(path, config)
-    digest = sha256_of(path, *dense)
-    place = put if put is not None else _on_default_device
-    result = {}
-    # All layers of one kind in sequence, so that an array of stacked layers is read once.
-    for assignment in sorted(plan.assignments, key=lambda item: _any_layer(item.target)):
-        array = fill(view, assignment, leaves[assignment.target])
-        result[prefix + assignment.target] = place(prefix + assignment.target, array)
-    return ImportedTower(
-        leaves=result,
-        source=weights.source,
-        sha256=digest,
-        initialised=tuple(prefix + p for p in plan.initialised),
-        ignored=plan.ignored,
-    )
+    return PlannedImport(weights, view, plan, (path, *dense), prefix, leaves)
 
 
 # The dense layers of a sentence-transformers model, in addition to the encoder's own names.

@@ -75,13 +75,15 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
     data = config.data
     if features_read(data.batches) in locked:
         data = dataclasses.replace(data, batches="", validation_composed=False)
-    train_batches(
+    batches = train_batches(
         data,
         config.tower_names,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
         source=source,
-    ).close()
+    )
+    batches.check_composed(config.data)
+    batches.close()
     parts = source.parts or [source]
     for part in parts:
         _check_draws(config, locked, part)

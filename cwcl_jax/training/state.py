@@ -18,16 +18,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.config import ConfigError, ExperimentConfig, each
 from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.lora import Adapter, dense_kernels, find_adapters
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
-from cwcl_jax.pretrained import complete, folder_of, import_tower, logits_of
+from cwcl_jax.pretrained import PlannedImport, complete, folder_of, logits_of, planned_import
 from cwcl_jax.training import ema, sharding
 from cwcl_jax.training.optimizer import make_optimizer
+from cwcl_jax.weights.failures import WrongSettings
 
 Leaves = dict[str, Any]
 
@@ -182,7 +183,7 @@ def make_blueprint(
     """
     if check_batch:
         _check_batch(config, mesh)
-    config = _with_sizes_of_files(config)
+    config = with_sizes_of_files(config)
     try:
         model_def, abstract = abstract_split(lambda: build_model(config, nnx.Rngs(0)))
         fixed = model_def.statistics | model_def.constants
@@ -229,7 +230,7 @@ def _refuse_statistics(model_def: ModelDef, adapters: Sequence[Adapter]) -> None
             )
 
 
-def _with_sizes_of_files(config: ExperimentConfig) -> ExperimentConfig:
+def with_sizes_of_files(config: ExperimentConfig) -> ExperimentConfig:
     """Returns the config with tower sizes from files, for towers with weights but no preset."""
     towers = {}
     for modality, tower in config.towers.items():
@@ -306,16 +307,15 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
     def put(path: str, value: np.ndarray) -> jax.Array:
         return sharding.put_leaf(blueprint.mesh, value.astype(blueprint.abstract[path].dtype))
 
-    own = {path: blueprint.abstract[path] for path in blueprint.model_def.plain.paths}
     imported: Leaves = {}
     sources = {}
+    planned = _planned_imports(blueprint)
     for modality, tower in blueprint.config.towers.items():
-        if not tower.weights:
+        if modality not in planned:
             sources[modality] = TowerSource("initialised", "")
             continue
         with _weights_errors(modality, tower):
-            result = import_tower(tower, modality, own, put=put)
-        _check_inputs_of_files(blueprint.config, modality)
+            result = planned.pop(modality).read(put)  # one open file at a time
         imported |= result.leaves
         sources[modality] = TowerSource(result.source, result.sha256, result.initialised)
         _check_filled(blueprint, modality, result.initialised)
@@ -323,12 +323,33 @@ def import_towers(blueprint: Blueprint) -> tuple[Leaves, dict[str, TowerSource]]
     return imported, sources
 
 
-def _check_inputs_of_files(config: ExperimentConfig, tower: str) -> None:
+def _planned_imports(blueprint: Blueprint) -> dict[str, PlannedImport]:
+    """Returns the checked imports by tower; raises one ConfigError for all that is wrong."""
+    own = {path: blueprint.abstract[path] for path in blueprint.model_def.plain.paths}
+
+    def of_tower(name: str) -> PlannedImport:
+        tower = blueprint.config.towers[name]
+        try:
+            with _weights_errors(name, tower):
+                planned = planned_import(tower, name, own)
+        except ConfigError as error:
+            # Weights of another kind imply other inputs, too, which are not the cause.
+            if isinstance(error.__cause__, WrongSettings):
+                _check_inputs_of_files(blueprint.config, name, before=f"{error}\n")
+            raise
+        _check_inputs_of_files(blueprint.config, name)
+        return planned
+
+    return each(of_tower, [name for name, x in blueprint.config.towers.items() if x.weights])
+
+
+def _check_inputs_of_files(config: ExperimentConfig, tower: str, *, before: str = "") -> None:
+    """Raises ConfigError, with `before` in front, if the files require other inputs."""
     folder = folder_of(config.towers[tower].weights)
     try:
         config.data.inputs_of(tower).check_files(folder, f"config.data.{tower}")
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{before}{error}") from error
 
 
 def _check_filled(blueprint: Blueprint, modality: str, initialised: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from cwcl_jax.config import ExperimentConfig
 from cwcl_jax.data.sources import Source
 from cwcl_jax.data.sources.base import columns_taken
+from cwcl_jax.models.augment import SpeechAugment
 from cwcl_jax.training.best import Best
 from cwcl_jax.training.distributed import is_primary
 from cwcl_jax.training.evaluator import Evaluator
@@ -38,6 +40,7 @@ def before_training(
     for told in columns_taken(source):
         say(f"training data: {told}")
     of_weights(blueprint, state)
+    of_locked(blueprint)
     for told in evaluator.compare_with(source):
         say(f"warning: {told}")
     if warning := unused_gpu(os.environ):
@@ -57,6 +60,25 @@ def of_weights(blueprint: Blueprint, state: TrainState) -> None:
         if leaves and trains <= blueprint.low_rank and not tower.weights:
             part = "does not train" if not trains else "trains its low-rank additions only"
             say(f"warning: the {name} tower has no weights and {part}: it stays random")
+
+
+# Settings of encoders that have an effect only in training.
+_OF_TRAINING = (
+    "dropout",
+    *(field.name for field in dataclasses.fields(SpeechAugment) if not field.default),
+)
+
+
+def of_locked(blueprint: Blueprint) -> None:
+    """Reports settings that a locked encoder, which computes as in evaluation, does not use."""
+    for name, tower in blueprint.config.towers.items():
+        unused = {x: tower.overrides[x] for x in _OF_TRAINING if tower.overrides.get(x)}
+        if unused and blueprint.features_are_locked(name):
+            told = ", ".join(f"{setting}={value}" for setting, value in unused.items())
+            say(
+                f"warning: without effect in config.towers.{name}.overrides: {told}, because the "
+                f"encoder is locked (tune={tower.tune!r})"
+            )
 
 
 def of_validation(

@@ -20,9 +20,10 @@ import errno
 import importlib.metadata
 import json
 import platform
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ from cwcl_jax.config import (
     to_plain,
 )
 from cwcl_jax.evaluation.options import EvaluationConfig
+from cwcl_jax.exit_codes import MISTAKES
 from cwcl_jax.extension import is_missing_code
 from cwcl_jax.files import InUse, locked, parse_json, write_text
-from cwcl_jax.paths import CHECKPOINT_SCHEMES, StorePath
+from cwcl_jax.paths import CHECKPOINT_SCHEMES, StorePath, is_url
 from cwcl_jax.training.changes import changed_fields, tell_changes
 from cwcl_jax.training.state import TowerSource
 
@@ -111,21 +113,50 @@ def check_place(workdir: Path, config: ExperimentConfig) -> None:
         workdir.exists()
         (workdir / "place").write_bytes(b"A run is or was begun here.\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--workdir={workdir}: {error}") from error
+        reason = str(error).removeprefix(f"{workdir}: ")
+        raise ConfigError(f"--workdir={workdir}: {reason}") from error
 
 
-def make_folder(workdir: Path) -> None:
-    """Creates the folder of a run.
+@contextmanager
+def made_folder(workdir: Path) -> Iterator[None]:
+    """Creates the folder of a run, and removes it again if the start is refused.
+
+    Only folders that did not exist before are removed, and only if nothing was written into them
+    but the lock. On an object store nothing is removed.
 
     Raises:
       ConfigError: it cannot be created.
     """
+    new = _make(workdir)
     try:
+        yield
+    except MISTAKES:
+        if new:
+            _remove(new)
+        raise
+
+
+def _remove(new: Sequence[Path]) -> None:
+    """Removes a run's folder and parents, the deepest first, if there is no file but the lock."""
+    lock = new[0] / "lock"
+    # The lock, because another run may have begun in the folder meanwhile.
+    with suppress(OSError, InUse), locked(lock):
+        if not any(path != lock and not path.is_dir() for path in new[0].rglob("*")):
+            shutil.rmtree(new[0])
+            for folder in new[1:]:
+                folder.rmdir()
+
+
+def _make(workdir: Path) -> list[Path]:
+    """Creates the folder and its parents; returns those that did not exist, the deepest first."""
+    try:
+        new = [p for p in (workdir, *workdir.parents) if not (is_url(p) or p.exists())]
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise ConfigError(
             f"--workdir={workdir} cannot be created: {error.strerror}; give another --workdir"
         ) from error
+    return new
 
 
 @contextmanager
@@ -136,7 +167,7 @@ def only_user(workdir: Path) -> Iterator[None]:
       ConfigError: another run is using it, or nothing can be written there. On a file system that
         is mounted read-only nobody writes, and a complete run can be shown.
     """
-    make_folder(workdir)
+    _make(workdir)
     path = workdir / "lock"
     with ExitStack() as stack:
         try:

@@ -34,7 +34,8 @@ class WeightsMismatch(ValueError):
     def explained(self, reason: str) -> "WeightsMismatch":
         """Returns the same error with a more precise remedy, if `reason` is not empty."""
         source, what, remedy = self._arguments
-        return WeightsMismatch(
+        kind = WrongSettings if reason else WeightsMismatch
+        return kind(
             source,
             what,
             missing=self.missing,
@@ -42,3 +43,7 @@ class WeightsMismatch(ValueError):
             wrong=self.wrong,
             remedy=reason or remedy,
         )
+
+
+class WrongSettings(WeightsMismatch):
+    """The files next to the weights name other settings than the tower."""

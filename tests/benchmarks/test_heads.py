@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cwcl_jax.benchmarks import heads
 from cwcl_jax.benchmarks.head_figure import curves, plot_lengths
 from cwcl_jax.benchmarks.head_runs import (
     Features,
@@ -18,6 +19,7 @@ from cwcl_jax.benchmarks.head_runs import (
     nearest_rows,
 )
 from cwcl_jax.benchmarks.heads import compare, headline, read_records, wanted_heads
+from cwcl_jax.cli import BAD_CONFIG
 from cwcl_jax.config import ConfigError, with_tasks
 from cwcl_jax.training import sharding
 from cwcl_jax.training.options import MeshConfig
@@ -177,6 +179,14 @@ def test_a_file_that_cannot_be_written_or_continued_is_told_before_any_head(tmp_
     for file in (tmp_path / "cut.json", tmp_path / "cut.json" / "heads.json", tmp_path):
         with pytest.raises(ConfigError, match=r"--output=.* cannot be continued"):
             read_records(file, "abc")
+
+
+def test_results_on_a_store_are_refused_in_one_line(capsys):
+    assert heads.main(["--output=s3://bucket/heads.json"]) == BAD_CONFIG
+    assert capsys.readouterr().err == (
+        "error: --output: 's3://bucket/heads.json' is on an object store; name a file of this "
+        "machine; see --help\n"
+    )
 
 
 def test_heads_train_and_are_evaluated_on_kept_features(tmp_path):

@@ -14,7 +14,7 @@ from cwcl_jax.data.held_out import hold_out
 from cwcl_jax.data.options import DataConfig
 from cwcl_jax.data.order import permute_each
 from cwcl_jax.data.pipeline import TrainBatches
-from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.skipping import BadExample, TooManyBadExamples
 from cwcl_jax.data.sources import Mixture, Source, open_source
 
 
@@ -358,6 +358,18 @@ def test_two_bad_examples_of_one_pack_get_different_replacements():
     assert len(set(batch)) == 6
 
 
+def test_an_example_that_nothing_can_replace_is_a_mistake_in_the_data():
+    batches = _batches(Items(np.arange(6), bad=[4]), "groups:group", 6, max_skipped_share=0.5)
+    told = r"^example 4 \(4\) is unusable \(text unreadable: made bad\), and no other example can "
+    with pytest.raises(ComposerError, match=told + "take its place in batch 0 of epoch 0"):
+        _indices(batches, 1)
+    batches.close()
+    batches = _batches(Items(np.arange(6), bad=range(6)), "", 6, max_skipped_share=1.0)
+    with pytest.raises(TooManyBadExamples, match="200 examples in a row"):
+        _indices(batches, 1)
+    batches.close()
+
+
 def test_near_replaces_by_what_the_batch_does_not_have():
     line, source = CASES["near"]
     (first,) = _indices(_batches(source, line, 8), 1)
@@ -369,6 +381,21 @@ def test_near_replaces_by_what_the_batch_does_not_have():
     (batch,) = _indices(batches, 1)
     assert len(set(batch)) == 8
     assert not set(batch) & set(bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": "near:image?size=17"}, "size=17 neighbours .* make no cell"),
+        ({"batches": "near:image?sise=4"}, "has no option 'sise'"),
+        ({"batches": "near:image", "mixture_temperature": 2.0}, "at most once per epoch"),
+    ],
+)
+def test_near_is_checked_before_its_features_exist(options, message):
+    batches = _batches(Mixture([Items(np.arange(16)), Items(np.arange(16))]), "", 16)
+    batches.check_composed(DataConfig(batches="near:image"))
+    with pytest.raises(ValueError, match=message):
+        batches.check_composed(DataConfig(**options))
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,23 @@ def test_an_interrupted_run_continues_with_what_is_missing(tmp_path):
 )
 def test_a_folder_made_from_anything_else_is_refused(tmp_path, change):
     _write(tmp_path)
-    with pytest.raises(ValueError, match=f"stale: {next(iter(change))} is"):
+    with pytest.raises(ValueError, match=rf"stale: {next(iter(change))}[. ]"):
         EmbeddingWriter(tmp_path, _description(**change))
+
+
+def test_what_differs_is_told_by_field_with_both_values(tmp_path):
+    made = {"weights": "abc", "preprocessing": {"tower": {"depth": 2, "width": 8}, "size": 16}}
+    EmbeddingWriter(tmp_path, _description(**made))
+    wanted = {"tower": {"depth": 3, "width": 8}, "size": 16, "mean": 0.5}
+    there = EmbeddingDescription.read(tmp_path)
+    with pytest.raises(ValueError, match="are stale") as refused:
+        there.require(tmp_path, weights="def", preprocessing=wanted)
+    assert str(refused.value) == (
+        f"The embeddings in {tmp_path} are stale: weights (a hash of the tower's files, or of a "
+        "run's settings, and its step) is 'abc' there and 'def' here; preprocessing.mean is None "
+        "there and 0.5 here; preprocessing.tower.depth is 2 there and 3 here. Make them again in "
+        "another folder, or delete this one."
+    )
 
 
 def test_a_source_that_changed_is_refused(tmp_path):

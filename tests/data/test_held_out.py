@@ -8,8 +8,11 @@ import pytest
 from cwcl_jax.data.cuts import counting_cuts
 from cwcl_jax.data.held_out import hold_out, shared_with_neighbours
 from cwcl_jax.data.options import DataConfig
-from cwcl_jax.data.pipeline import train_batches
+from cwcl_jax.data.overlap import shared_examples
+from cwcl_jax.data.pipeline import order_of_source, train_batches
 from cwcl_jax.data.sources import Mixture, Source
+from cwcl_jax.data.sources.base import columns_taken
+from cwcl_jax.data.sources.beside import Beside
 from cwcl_jax.modalities.text import TextInputs
 
 
@@ -63,6 +66,24 @@ def test_lengths_and_vectors_are_those_of_the_examples():
         np.testing.assert_array_equal(part.durations, numbers)
         places = np.array([7, 0, 3])
         np.testing.assert_array_equal(part.vectors(places)["features"][:, 0], numbers[places])
+
+
+def test_features_beside_a_mixture_leave_it_its_parts(tmp_path):
+    """Such as those of a user's kind of source that returns a mixture, or of `spoken:`."""
+    parts = [Numbers(100, name="a"), Numbers(300, name="b")]
+    parts[0].taken = {"image": "picture"}
+    np.save(tmp_path / "rows.npy", np.arange(800.0).reshape(400, 2))
+    source = Beside(Mixture(parts, [3.0, 1.0]), "guide", str(tmp_path / "rows.npy"))
+    assert [ids(part) for part in source.parts] == [ids(part) for part in parts]
+    assert source.parts[1].read(7, {"features"})["features"]["guide"].tolist() == [214, 215]
+    assert columns_taken(source) == ["image from picture"]
+    order = order_of_source(source, 400, per_epoch=0, seed=0, shuffle=True)
+    assert order.quotas == (300, 100)
+    held = hold_out(source, 0.1, 2)[1]
+    assert [len(part) for part in held.parts] == [10, 30]
+    assert held.weights == [3.0, 1.0]
+    assert {*held.read(0, {"features"})["features"]} == {"guide"}
+    assert shared_examples(source, parts[1], ("image",)).startswith("its source is (a part of)")
 
 
 def test_each_part_of_a_mixture_gives_its_share():

@@ -9,6 +9,8 @@ from cwcl_jax.models.encoders import ENCODERS, encoder_config
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.pretrained import WeightsMismatch, complete, import_tower
 from cwcl_jax.pretrained.folder import ModelDescription, save_folder
+from cwcl_jax.pretrained.folder_config import check_settings
+from cwcl_jax.weights.failures import WrongSettings
 from cwcl_jax.weights.writers import write_safetensors
 from tests.models.builders import one_tower, two_towers
 from tests.pretrained.test_readers import bert_arrays
@@ -282,6 +284,18 @@ def test_a_preset_does_not_pool_otherwise_than_the_folder_says(tmp_path):
     preset = TowerConfig("bert", "tiny", overrides=overrides, weights=weights)
     with pytest.raises(WeightsMismatch, match=r"pools by 'mean'.*preset 'tiny' by 'cls'"):
         load(preset)
+
+
+def test_all_settings_that_disagree_are_told_at_once(tmp_path):
+    weights = folder(tmp_path)
+    write_json(tmp_path / "1_Pooling" / "config.json", MEAN)
+    config = complete(TowerConfig("bert", weights=weights, overrides={"pooling": "cls"}))
+    overrides = {k: v for k, v in config.overrides.items() if k != "pooling"}
+    overrides |= {"heads": 1, "activation": "relu"}
+    preset = TowerConfig("bert", "tiny", overrides=overrides, weights=weights)
+    told = r"pools by 'mean'.*; fits the tower in shape, but its config.json has heads=2, activ"
+    with pytest.raises(WrongSettings, match=told):
+        check_settings(tmp_path, preset)
 
 
 def test_a_sentence_encoder_with_a_layer_that_is_not_read_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import jax.numpy as jnp
 import pytest
@@ -13,7 +14,7 @@ from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.modalities import SpeechInputs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training import sharding, telling
-from cwcl_jax.training.state import TrainState, make_blueprint
+from cwcl_jax.training.state import Blueprint, TrainState, make_blueprint
 from tests.training.toy import toy_config
 
 
@@ -32,6 +33,19 @@ def test_the_examples_skipped_in_a_run_are_summed_up(capsys):
     assert said.startswith("3 training examples were unusable and skipped (image unreadable: 1, ")
     telling.skipped_examples({}, "training")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("locked", "warned"), [(True, True), (False, False)])
+def test_what_a_locked_encoder_does_not_use_is_warned_of(capsys, locked, warned):
+    overrides = {"time_masks": 2, "noise_db": 0.0, "dropout": 0.1, "width": 16}
+    towers = {"speech": TowerConfig("conv_speech", "tiny", overrides, tune="head")}
+    blueprint = mock.Mock(spec=Blueprint, config=mock.Mock(towers=towers))
+    blueprint.features_are_locked.return_value = locked
+    telling.of_locked(blueprint)
+    assert capsys.readouterr().out == warned * (
+        "warning: without effect in config.towers.speech.overrides: dropout=0.1, time_masks=2, "
+        "because the encoder is locked (tune='head')\n"
+    )
 
 
 @pytest.mark.parametrize(("tune", "warned"), [("none", True), ("all", False)])

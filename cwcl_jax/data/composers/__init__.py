@@ -5,12 +5,13 @@ format of a source line. `base` describes what a composer returns.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cwcl_jax.data.composers.base import ComposedOrder, ComposerError, Composition
 from cwcl_jax.data.composers.groups import compose_groups
-from cwcl_jax.data.composers.near import compose_near
+from cwcl_jax.data.composers.near import check_cells, compose_near
 from cwcl_jax.data.composers.own import Own
 from cwcl_jax.data.sources.base import (
     Source,
@@ -21,8 +22,8 @@ from cwcl_jax.data.sources.base import (
 from cwcl_jax.extension import CodeError, import_named
 
 __all__ = [
-    "COMPOSERS", "ComposedOrder", "ComposerError", "Composition", "compose", "features_read",
-    "own_composer",
+    "COMPOSERS", "ComposedOrder", "ComposerError", "Composition", "check_settings", "compose",
+    "features_read", "own_composer",
 ]  # fmt: skip
 
 COMPOSERS: dict[str, Callable[..., Composition]] = {"groups": compose_groups, "near": compose_near}
@@ -35,14 +36,29 @@ def compose(line: str, source: Source, batch_size: int, seed: int) -> Compositio
       ComposerError: there is no such composer or option, or the batches cannot be composed from
         this source.
     """
-    try:
+    shared = {"source": source, "batch_size": batch_size, "seed": seed}
+    with _composer_errors():
         parsed = _parsed(line)
         if parsed.kind not in COMPOSERS:
-            function = _function(parsed.kind)
-            return Own(function, parsed, source=source, batch_size=batch_size, seed=seed)
-        shared = {"source": source, "batch_size": batch_size, "seed": seed}
+            return Own(_function(parsed.kind), parsed, **shared)
         made = COMPOSERS[parsed.kind]
         return call_with_options(made, parsed.path, parsed, shared, what="composer", further=())
+
+
+def check_settings(line: str, batch_size: int) -> None:
+    """Raises ComposerError for options of `near:` that no features can make right."""
+    with _composer_errors():
+        parsed = _parsed(line)
+        if parsed.kind == "near":
+            shared = {"batch_size": batch_size}
+            call_with_options(check_cells, parsed.path, parsed, shared, what="composer", further=())
+
+
+@contextmanager
+def _composer_errors() -> Iterator[None]:
+    """Converts errors about a line's options to ComposerErrors."""
+    try:
+        yield
     except ComposerError:
         raise
     except ValueError as error:

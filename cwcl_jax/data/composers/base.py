@@ -132,7 +132,7 @@ class ComposedOrder:
         """Returns the example numbers at `positions` of an epoch, or their replacements.
 
         Raises:
-          RuntimeError: no replacement is left for an unusable example.
+          ComposerError: no replacement is left for an unusable example.
         """
         steps, rows = np.divmod(positions, self._size)
         if not attempt:
@@ -164,9 +164,10 @@ class ComposedOrder:
         )
         for example in possible:
             return int(numbers[example]) if numbers.size else example
-        raise RuntimeError(
-            f"No replacement is left for the unusable example in row {row} of batch {step} of "
-            f"epoch {epoch} that keeps the batch as composed. Repair the data."
+        raise ComposerError(
+            f"no other example can take its place in batch {step} of epoch {epoch}, which has to "
+            "stay as composed: repair the example or leave it out of the data, or lower "
+            "config.global_batch_size, so that more batches can give one"
         )
 
     def taken(self, epoch: int, step: int) -> list[list[int]]:

@@ -52,15 +52,21 @@ def compose_near(
             "features_from=NAME:FILE or a folder of python -m cwcl_jax.embed, or compute those of "
             "a locked tower by config.data.keep_locked_features=True"
         )
+    check_cells(features, share=share, size=size, batch_size=batch_size)
+    rows, usable = whole_vectors(source, features)
+    return Near(
+        rows, usable, share=share, size=size, batch_size=batch_size, seed=seed, features=features
+    )
+
+
+def check_cells(features: str, *, share: float = 0.5, size: int = 8, batch_size: int) -> None:
+    """Raises ComposerError if cells do not fit into the batch, whatever the features are."""
+    del features
     if not 2 <= size <= batch_size or not 0 < share <= 1 or round(share * batch_size / size) < 1:
         raise ComposerError(
             f"size={size} neighbours and share={share} of a batch of {batch_size} make no cell: "
             "size must be at least 2, share above 0 and at most 1, and share * batch at least size"
         )
-    rows, usable = whole_vectors(source, features)
-    return Near(
-        rows, usable, share=share, size=size, batch_size=batch_size, seed=seed, features=features
-    )
 
 
 class Near(Composition):

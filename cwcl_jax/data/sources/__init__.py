@@ -178,7 +178,7 @@ def _open_one(line: SourceLine, cache_dir: str) -> Source:
     if len(source) == 0:
         raise ValueError(f"The source {line.kind}:{line.path} has no examples.")
     places = line.options.get("features_from")
-    source = features_beside(places, source) if places else source
+    source = features_beside(places, source, cache_dir) if places else source
     columns = line.options.get("columns_from")
     return columns_beside(columns, source) if columns else source
 

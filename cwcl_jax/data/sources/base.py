@@ -167,6 +167,23 @@ class SourceAround(Source):
         return self.source.read(index, fields)
 
 
+class SameExamples(SourceAround):
+    """A `SourceAround` with the same examples in the same order, so with the parts of a mixture."""
+
+    @property
+    def weights(self) -> Sequence[float] | None:
+        return self.source.weights
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        """The examples of each part of a mixture, as this source changes them."""
+        from cwcl_jax.data.sources.subset import Subset  # it derives from a class of this module
+
+        ends = np.cumsum([len(part) for part in self.source.parts]).tolist()
+        starts = [0, *ends]
+        return [Subset(self, range(*pair)) for pair in zip(starts, ends, strict=False)]
+
+
 @dataclass(frozen=True)
 class SourceLine:
     """One part of a source line."""
@@ -296,6 +313,8 @@ def require_fields(source: Source, fields: Collection[str], name: str) -> None:
 
 def columns_taken(source: Source) -> list[str]:
     """Returns the origin of each field, "image from filepath, text from title", for every part."""
+    if isinstance(source, SourceAround):
+        return columns_taken(source.source)
     told = [", ".join(f"{field} from {column}" for field, column in source.taken.items())]
     return [*filter(None, told), *(line for part in source.parts for line in columns_taken(part))]
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
-from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
+from cwcl_jax.data.sources.base import Example, SameExamples, Source, fingerprint_of
 from cwcl_jax.data.sources.named import feature_vector, usable_rows
 from cwcl_jax.paths import to_path
 
 _IDS = ("id", "ids")
 
 
-class Beside(SourceAround):
+class Beside(SameExamples):
     """A source whose examples also have features NAME: row i of a file belongs to example i.
 
     Args:
@@ -98,7 +98,7 @@ class Beside(SourceAround):
         return summaries({self._name: self._rows})
 
 
-class ColumnBeside(SourceAround):
+class ColumnBeside(SameExamples):
     """A source whose column NAME comes from a file: entry i belongs to example i.
 
     Args:

@@ -9,8 +9,8 @@ from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.base import (
     Example,
+    SameExamples,
     Source,
-    SourceAround,
     fingerprint_of,
 )
 from cwcl_jax.data.sources.beside import Beside, ColumnBeside
@@ -25,11 +25,12 @@ def named_place(text: str) -> tuple[str, str]:
     return (name, path) if named else ("", text)
 
 
-def features_beside(text: str, source: Source) -> Source:
+def features_beside(text: str, source: Source, cache_dir: str = "") -> Source:
     """Returns the source with the features of `features_from=`: folders, and named files of arrays.
 
     Args:
       text: PATH or NAME:PATH, several separated by commas.
+      cache_dir: for copies of folders on an object store; "" for the user's cache.
     """
     folders, files = [], []
     for entry in text.split(","):
@@ -40,7 +41,7 @@ def features_beside(text: str, source: Source) -> Source:
         else:
             folders.append(f"{name}:{path}" if name else path)
     if folders:  # innermost, because they store the fingerprint of the source itself
-        source = Embedded(source, folders)
+        source = Embedded(source, folders, cache_dir)
     for name, path in files:
         source = Beside(source, name, path)
     return source
@@ -56,19 +57,19 @@ def columns_beside(text: str, source: Source) -> Source:
     return source
 
 
-class Embedded(SourceAround):
+class Embedded(SameExamples):
     """A source whose examples have "features"; the towers of the folders need no raw inputs.
 
     Folders that were made from another source are refused, by its fingerprint. NAME:FOLDER renames
     the features, whose default name is their tower's.
     """
 
-    def __init__(self, source: Source, folders: Sequence[str]):
+    def __init__(self, source: Source, folders: Sequence[str], cache_dir: str = ""):
         super().__init__(source)
         self._stores: dict[str, EmbeddingStore] = {}
         for text in folders:
             name, folder = named_place(text)
-            store = EmbeddingStore(folder)
+            store = EmbeddingStore(folder, cache_dir=cache_dir)
             expected = source.fingerprint()
             store.description.require(folder, source=expected, count=len(source))
             self._stores[name or store.description.tower] = store
@@ -153,6 +154,6 @@ def _add_variants(example: Example, name: str, vectors: np.ndarray) -> np.ndarra
     return vectors[0]
 
 
-def open_embeddings(path: str) -> EmbeddingsOnly:
+def open_embeddings(path: str, *, cache_dir: str = "") -> EmbeddingsOnly:
     """Opens `embeddings:/folder`, as written by `python -m cwcl_jax.embed`."""
-    return EmbeddingsOnly(EmbeddingStore(path))
+    return EmbeddingsOnly(EmbeddingStore(path, cache_dir=cache_dir))

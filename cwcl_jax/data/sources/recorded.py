@@ -30,7 +30,7 @@ from jaxtyping import Float64, Int16
 from cwcl_jax.copies import disk_home
 from cwcl_jax.data.audio import resample
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Example, Source, SourceAround
+from cwcl_jax.data.sources.base import Example, SameExamples, Source
 from cwcl_jax.files import locked, replacing
 from cwcl_jax.progress import beat
 
@@ -40,7 +40,7 @@ _VERSION = 3  # 1: bytes were not reproducible; 2: 256 examples in one file
 _AUDIBLE = 30  # of 32767
 
 
-class Recorded(SourceAround):
+class Recorded(SameExamples):
     """The examples of a synthesised source, with recordings from `folder`.
 
     Opening it costs nothing: missing recordings are synthesised when a recording or a length is

@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import Example, Source, SourceAround, fingerprint_of
+from cwcl_jax.data.sources.base import Example, SameExamples, Source, fingerprint_of
 from cwcl_jax.data.sources.recorded import Recorded, default_folder
 from cwcl_jax.synthetic.espeak import VOICE_SETS, VOICES, random_voice, speak
 
 
-class Spoken(SourceAround):
+class Spoken(SameExamples):
     """The examples of `source`, each with its first non-empty caption as "audio"."""
 
     def __init__(self, source: Source, *, voices: Sequence[str] = VOICES, seed: int = 0):
