@@ -1,6 +1,6 @@
-"""EEG-like arrays beside a locked sentence encoder: a modality and an encoder of one's own.
+"""Aligns EEG-like arrays with a locked sentence encoder; defines its own modality and encoder.
 
-Copy this file into a folder of your own, start there, and put your data in place of `make`:
+Copy this file into a folder of your own, start there, and replace `make` by your data:
 
     python eeg.py                                               writes train.npz and test.npz
     python -m cwcl_jax.train --config=eeg.py --workdir=run
@@ -21,7 +21,7 @@ from cwcl_jax.models.tower import TowerConfig
 STATES = np.array(["deep sleep", "drowsy rest", "closed eyes", "hard thinking"])
 
 
-def make(file: str, count: int):  # eight channels of 128 samples; each state has its rhythm
+def make(file: str, count: int):  # eight channels of 128 samples; each state has a rhythm
     rng, label = np.random.default_rng(count), np.arange(count) % len(STATES)
     time = rng.random((count, 1, 1)) + np.arange(128) / 128
     wave = np.sin(2 * np.pi * (3 + 4 * label[:, None, None]) * time) * rng.random((count, 8, 1))
@@ -31,7 +31,7 @@ def make(file: str, count: int):  # eight channels of 128 samples; each state ha
 
 @dataclasses.dataclass(frozen=True)
 class EegInputs(Modality):
-    field: str = "eeg"  # the array that it reads
+    field: str = "eeg"  # name of the array in an example
     samples: int = 128  # an option: --config.data.eeg.samples=64
 
     def arrays(self):

@@ -1,7 +1,7 @@
-"""Any two modalities of which features exist already: only heads train (users like CellCLIP's).
+"""Trains heads on existing features of any two modalities, as CellCLIP's users do.
 
---config=configs/features_cwcl.py                      features that the package makes; a minute
---config=configs/features_cwcl.py:loss=contrastive     the baseline CL, everything else equal
+--config=configs/features_cwcl.py                      features made by the package; a minute
+--config=configs/features_cwcl.py:loss=contrastive     the CL baseline; all else is equal
 --config=configs/features_cwcl.py:loss=cellclip        CellCLIP's variant of the loss
 --config=configs/features_cwcl.py:weights=relu2        another weight function of the cosine
 --config=configs/features_cwcl.py:projection=trained   a trained projection of u too, which gives
@@ -38,7 +38,7 @@ def get_config(argument: str = "") -> ConfigDict:
     options = parse_argument(argument, **OPTIONS)
     u, v = options["u"], options["v"]
     if not options["data"] and ((u, v) != ("u", "v") or options["test"]):
-        raise ConfigError("u and v name arrays of data=FILE, and test=FILE goes with it: name data")
+        raise ConfigError("u, v and test=FILE need data=FILE: add it")
     name = experiment_name("features_cwcl", options, OPTIONS)
     config = defaults(name=name, total_steps=1500, global_batch_size=256)
 
@@ -46,8 +46,8 @@ def get_config(argument: str = "") -> ConfigDict:
     widths = widths_of(options["data"], (u, v)) if options["data"] else {"u": 64, "v": 96}
     test = f"arrays:{options['test']}" if options["test"] else "made:test?n=1000"
 
-    # The shared space has U's width, so that U can do without a projection; with a trained one
-    # any other width can be set.
+    # The shared space has U's width, so that U needs no projection; with a trained projection it
+    # can have any other width.
     config.embed_dim = widths[u]
     config.towers[u] = tower(widths[u], head="none", tune="none")
     config.towers[v] = tower(widths[v], head="mlp", tune="head")
@@ -65,7 +65,7 @@ def get_config(argument: str = "") -> ConfigDict:
             Task, kind="retrieval", source=test, tower=u, partner=v
         )
     if not options["data"]:
-        # Does the trained side know the classes that were never named to it?
+        # Does the trained side know the classes, although training never named them?
         config.evaluation.tasks.classes = defaults(
             Task,
             kind="few_shot",
@@ -78,14 +78,14 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def tower(width: int, head: str, tune: str) -> ConfigDict:
-    """Features from a file, then a head."""
+    """Returns the settings of a tower of precomputed features with a head."""
     return defaults(
         TowerConfig, encoder="precomputed", overrides={"width": width}, head=head, tune=tune
     )
 
 
 def widths_of(path: str, names: tuple[str, str]) -> dict[str, Any]:
-    """Widths of two arrays of an .npz, from their headers."""
+    """Returns the widths of two arrays in an .npz file, read from their headers."""
     if not Path(path).is_file() or not zipfile.is_zipfile(path):
         raise ConfigError(f"data={path}: there is no .npz file of that name")
     with zipfile.ZipFile(path) as archive:

@@ -1,15 +1,15 @@
-"""Image-text: a locked image tower, a text tower trained with CWCL (paper, section 4.1 and A.2).
+"""Trains a text tower against a locked image tower with CWCL (paper, sections 4.1 and A.2).
 
---config=configs/lit_cwcl.py                      scenes made by the package; any laptop
---config=configs/lit_cwcl.py:loss=contrastive     the baseline CL, everything else equal
---config=configs/lit_cwcl.py:weights=relu2        other weights than the paper's, `affine`
+--config=configs/lit_cwcl.py                      scenes drawn by the package; any laptop
+--config=configs/lit_cwcl.py:loss=contrastive     the CL baseline; all else is equal
+--config=configs/lit_cwcl.py:weights=relu2        other weights than the paper's `affine`
 --config=configs/lit_cwcl.py:projection=trained   a linear projection on the locked side trains too
 --config=configs/lit_cwcl.py:paper                the paper's recipe; needs its data and weights
 --config=configs/lit_cwcl.py:paper,text=bert      with a pretrained BERT as text tower
 
-The image encoder is locked in all of them. Above it stands no projection here (LiT's way), and a
-trained one in the paper's recipe, which is probably how the paper was run; README.md, "The locked
-side's projection", has the evidence.
+The image encoder is always locked. By default it has no projection above it (LiT's way). The
+paper's recipe has a trained one, because the paper was probably run so: the evidence is in
+README.md, "The locked side's projection".
 """
 
 from typing import Any
@@ -35,7 +35,7 @@ def get_config(argument: str = "") -> ConfigDict:
     options = parse_argument(argument, **OPTIONS)
     require("text", options["text"], TEXTS)
     if options["text"] != "scratch" and not options["paper"]:
-        raise ConfigError(f"text={options['text']} goes with the paper's recipe: paper,text=...")
+        raise ConfigError(f"text={options['text']} needs the paper's recipe: paper,text=...")
     config = defaults(name=experiment_name("lit_cwcl", options, OPTIONS))
     config.loss.weights_from = "image"
     set_loss(config, options)
@@ -49,7 +49,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def scenes(config: Any) -> None:
-    """Pictures of coloured shapes, drawn as they are read; under three minutes on two cores."""
+    """Sets pictures of coloured shapes, drawn as they are read; under 3 minutes on two cores."""
     config.total_steps = 200
     config.global_batch_size = 256
 
@@ -87,7 +87,7 @@ def scenes(config: Any) -> None:
 
 
 def paper(config: Any, text: str) -> None:
-    """70 epochs, each of 6 million pairs drawn anew from CC12M and YFCC15M; 4 A100."""
+    """Sets 70 epochs, each of 6 million pairs drawn anew from CC12M and YFCC15M; for 4 A100."""
     config.global_batch_size = 16_000
     config.data.examples_per_epoch = 6_000_000
     config.total_steps = 70 * 6_000_000 // 16_000
@@ -119,8 +119,8 @@ def paper(config: Any, text: str) -> None:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.weight_decay = 1e-4
-    # Ours: the paper names no warm-up for image-text, nor the clipping at norm 1 that is our
-    # default; clip_norm=0 turns it off.
+    # Our choice, because the paper names no warm-up for image-text. Nor does it name the clipping
+    # at norm 1, which is our default; clip_norm=0 turns it off.
     config.optimizer.warmup_steps = 1_000
     config.mesh.fsdp = 1
 

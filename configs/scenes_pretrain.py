@@ -1,4 +1,4 @@
-"""Pretrains both towers on scenes: the source of the locked image tower in the package.
+"""Pretrains both towers on scenes; the package's locked image tower comes from this run.
 
     python -m cwcl_jax.train --config=configs/scenes_pretrain.py --workdir=runs/scenes_pretrain
     python -m cwcl_jax.export --source=runs/scenes_pretrain --format=npz \\
@@ -17,11 +17,11 @@ def get_config(argument: str = "") -> ConfigDict:
         raise ConfigError(f"configs/scenes_pretrain.py takes no argument, got {argument!r}")
     config = defaults(name="scenes_pretrain", total_steps=5000, global_batch_size=128)
 
-    # Half of the pictures show one thing and are described by little else than its shape and
-    # colour: with more to tell pictures apart by, shape is the last cue to be learnt.
+    # Half of the pictures show one object, and their captions name little but its shape and colour.
+    # If other cues distinguish the pictures, shape is learnt last.
     config.data.train = "scenes:train?objects=1&detail=0.1::scenes:train"
 
-    # No head on the image tower: its features must be the embedding that is shipped.
+    # The image tower has no head, because the exported embedding must be its features.
     config.embed_dim = 96
     config.towers.image = defaults(
         TowerConfig, encoder="vit", preset="tiny", head="none", pooling="mean"

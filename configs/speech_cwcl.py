@@ -1,8 +1,8 @@
-"""Speech-text: a speech encoder trained against a locked text encoder (paper, A.3, Tables 5-9).
+"""Trains a speech encoder against a locked text encoder (paper, A.3, Tables 5-9).
 
---config=configs/speech_cwcl.py                        commands of the package's grammar, spoken
-                                                       by espeak-ng; five minutes on two cores
---config=configs/speech_cwcl.py:loss=contrastive       the baseline CL, everything else equal
+--config=configs/speech_cwcl.py                        commands of the package's grammar, from
+                                                       espeak-ng; five minutes on two cores
+--config=configs/speech_cwcl.py:loss=contrastive       the CL baseline; all else is equal
 --config=configs/speech_cwcl.py:weights=relu2          another weight function: affine, uniform0.53
                                                        (the control without similarities),
                                                        centred, relu2, relu4, exp0.1,
@@ -14,8 +14,8 @@
                                                        speech, both or none
 --config=configs/speech_cwcl.py:init=runs/first        Table 5: the speech encoder of another run,
                                                        exported into runs/first/export
---config=configs/speech_cwcl.py:batch=64               Table 7: as many examples, learning rate in
-                                                       proportion
+--config=configs/speech_cwcl.py:batch=64               Table 7: the same number of examples, the
+                                                       learning rate scales with the batch
 --config=configs/speech_cwcl.py:head,init=runs/first   a new head on the features of that run,
                                                        in seconds: ablations over losses
 --config=configs/speech_cwcl.py:text=FOLDER            another locked sentence encoder
@@ -25,9 +25,10 @@
 --config=configs/speech_cwcl.py:paper,init=FOLDER      another Whisper, or init=random; data=FOLDER:
                                                        another Common Voice
 
-Projections train also above locked encoders. The speech side always has one; the text side none
-(LiT's way), but for lock=both, where only the projections train, and for the paper's recipe: so the
-paper was probably run. README.md, "The locked side's projection", has the evidence.
+Projections also train above locked encoders. The speech side always has one. The text side has none
+(LiT's way), with two exceptions: lock=both, where only the projections train, and the paper's
+recipe, because the paper was probably run so. The evidence is in README.md, "The locked side's
+projection".
 """
 
 from pathlib import Path
@@ -87,7 +88,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def exported(init: str) -> str:
-    """The weights of a first run: its folder `export`, or what `init` itself names."""
+    """Returns the folder `export` of a run, or `init` itself if it is not a run."""
     folder = Path(init)
     if not init or not (folder / "checkpoints").is_dir():
         return init
@@ -100,7 +101,7 @@ def exported(init: str) -> str:
 
 
 def lock_encoders(config: Any, options: dict[str, Any]) -> None:
-    """Locks encoders, and decides whether the text side has a projection."""
+    """Locks the chosen encoders, and decides whether the text side has a projection."""
     lock, head = options["lock"] or "text", options["head"]
     require("lock", lock, LOCKS)
     if head and options["lock"]:
@@ -124,35 +125,35 @@ def lock_encoders(config: Any, options: dict[str, Any]) -> None:
 
 
 def only_head(config: Any) -> None:
-    """A new head on the speech encoder of another run; with projection=trained two heads."""
+    """Trains a new head on another run's speech encoder; with projection=trained, two heads."""
     if not config.towers.speech.weights:
         raise ConfigError("head needs init=WORKDIR, the run whose speech encoder gives features")
     config.data.keep_locked_features = True
-    config.towers.speech.head = "mlp"  # the first run's is linear: this one starts anew
+    config.towers.speech.head = "mlp"  # the other run has a linear head, so this one starts anew
     config.total_steps = 2400
     config.optimizer.warmup_steps = 100
     config.logging.every_steps = 100
 
 
 def of_locked_speech(config: Any, augment: str) -> None:
-    """A locked speech encoder hears plain recordings, the same in every epoch."""
-    if augment not in ("masks", "none"):  # the default need not be taken back
+    """Gives a locked speech encoder plain recordings, the same in every epoch."""
+    if augment not in ("masks", "none"):  # masks is the default and has no effect here
         raise ConfigError(
             f"a locked speech encoder gives features of plain recordings, which augment={augment} "
             "does not reach: leave it out"
         )
-    # Of a recording longer than max_seconds the beginning is taken, as in every evaluation, so
-    # that its features can be kept. Where the encoder trains the window is drawn.
+    # A recording longer than max_seconds is cut to its beginning, as in every evaluation, so that
+    # its features can be kept. If the encoder trains, a random window is drawn instead.
     if config.data.keep_locked_features:
         config.data.speech.random_crop = False
 
 
 def small(config: Any, options: dict[str, Any]) -> None:
-    """A convolutional encoder from scratch, MiniLM locked, sentences spoken by espeak-ng."""
+    """Sets a convolutional encoder from scratch, locked MiniLM, and speech from espeak-ng."""
     config.total_steps = 700
     config.global_batch_size = 128
 
-    # Few lengths: the step is compiled for each of them, ten seconds of one core.
+    # Few lengths, because the step is compiled for each of them: ten seconds of one core.
     config.data.speech.max_seconds = 3.6
     config.data.speech.buckets = (1.4, 1.9, 2.5)
     config.data.speech.bucket_window = 16
@@ -194,7 +195,7 @@ def small(config: Any, options: dict[str, Any]) -> None:
 
 
 def commands(config: Any) -> None:
-    """The package's own grammar: held-out voices, held-out sentences, held-out classes."""
+    """Sets the package's grammar, with held-out voices, sentences and classes in the tests."""
     config.data.train = "spoken:commands:train?n=12000&voices=train&keep=auto"
     spoken = "spoken:commands:test?task={task}&n={n}&voices=test&keep=auto"
     tasks = config.evaluation.tasks
@@ -218,7 +219,7 @@ def commands(config: Any) -> None:
 
 
 def sentences(config: Any, root: Path) -> None:
-    """Sentences of a file, spoken; tested on held-out ones, and on SLURP and spoken digits."""
+    """Sets synthesised sentences of a file; tests on held-out ones, SLURP and spoken digits."""
     inside = root / "sentences" if (root / "sentences").is_dir() else root
     chosen = f"max_chars=50&held_out=1000&words=2000&without_words={DIGITS}"
     line = f"spoken:sentences:{inside}?{chosen}&keep=auto"
@@ -242,7 +243,7 @@ def sentences(config: Any, root: Path) -> None:
 
 
 def paper(config: Any, options: dict[str, Any]) -> None:
-    """20 epochs of Common Voice 13 in batches of 20; one A100."""
+    """Sets 20 epochs of Common Voice 13 in batches of 20; for one A100."""
     utterances, epochs = 1_013_630, 20
     config.global_batch_size = 20
     config.total_steps = epochs * utterances // 20
@@ -257,8 +258,8 @@ def paper(config: Any, options: dict[str, Any]) -> None:
     config.data.max_skipped_share = 0.02
 
     config.embed_dim = 1024
-    # Presets of the paper's own towers, so that they can be planned without their files; a folder
-    # of the user's brings its own sizes.
+    # The paper's towers have presets, so that they can be planned without their files. A user's
+    # folder brings its own sizes.
     encoder, preset, weights = {
         "": ("roberta", "RoBERTa-large", "/data/all-roberta-large-v1"),
         "bart": ("bart", "BART-large", "/data/bart-large-mnli-yahoo-answers"),

@@ -323,9 +323,11 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--embeds", type=_embeds, help=".npz with u, v and, optionally, p and logit_scale")
     where = "runs/compare_torch"
     add("--output", type=cli.folder, default=where, help="folder for the results")
-    add("--losses", type=cli.names(losses), default=losses)
-    add("--forms", type=cli.names(["pytorch", *FORMS]), default=["pytorch", *FORMS])
-    add("--dtypes", type=cli.names(list(TOLERANCES)), default=dtypes)
+    add("--losses", type=cli.names(losses), default=losses, help="names; default: all")
+    forms = ["pytorch", *FORMS]
+    add("--forms", type=cli.names(forms), default=forms, help="forms of the loss; default: all")
+    about = "dtypes; default: those that the device supports"
+    add("--dtypes", type=cli.names(list(TOLERANCES)), default=dtypes, help=about)
     add("--sizes", type=cli.sizes, help="N x d, comma-separated; default: 256x64")
     add("--inverse_temperatures", type=cli.positives, help="1 / tau; default: 14.3,100")
     devices = len(jax.devices())

@@ -218,7 +218,7 @@ def test_features_without_a_width_are_an_error(tmp_path, shape):
     ("file", "argument", "message"),
     [
         (LIT, "paper,text=brt", "use one of scratch, bert"),
-        (LIT, "text=bert", "goes with the paper's recipe: paper,text"),
+        (LIT, "text=bert", "needs the paper's recipe: paper,text"),
         ("configs/scenes_pretrain.py", "loss=cwcl", "takes no argument"),
         (FEATURES, "u=profile,v=compound", "u and v name arrays of data=FILE"),
         (FEATURES, "test=held_out.npz", "name data"),

@@ -162,10 +162,11 @@ def _blocks(text: str) -> Iterator[tuple[int, int]]:
 
 def _define(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--chips", type=cli.names(list(CHIPS)), default="h100")
-    add("--losses", type=cli.names(list(PRESETS)), default="cwcl")
+    add("--chips", type=cli.names(list(CHIPS)), default="h100", help="chips to compile for")
+    add("--losses", type=cli.names(list(PRESETS)), default="cwcl", help="names of losses")
     add("--sizes", type=cli.sizes, default="16384x768", help="N x d, comma-separated")
-    add("--dtypes", type=cli.names(["float32", "bfloat16"]), default="bfloat16,float32")
+    dtypes = cli.names(["float32", "bfloat16"])
+    add("--dtypes", type=dtypes, default="bfloat16,float32", help="dtypes of the embeddings")
     add("--tiles", default="default", help="rows x columns, or default, comma-separated")
 
 

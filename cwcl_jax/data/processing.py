@@ -77,8 +77,8 @@ class Processor:
         found = [tower for tower, modality in self.raw.items() if modality.lengths]
         if len(found) > 1:
             raise ValueError(
-                f"config.data.{found[0]} and config.data.{found[1]} both ask for batches of "
-                "several lengths; only one tower's can be sorted by length."
+                f"config.data.{found[0]} and config.data.{found[1]} both set buckets, but batches "
+                "can be sorted by the length of only one tower's inputs."
             )
         return found[0] if found else ""
 

@@ -19,7 +19,10 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Run B against run A on the same items. `p_value` is two-sided."""
+    """The result of a paired test: run B is compared with run A on the same items.
+
+    `difference` is B minus A, with its `interval`. `p_value` is two-sided.
+    """
 
     mean_a: float
     mean_b: float

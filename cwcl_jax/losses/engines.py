@@ -15,7 +15,10 @@ from cwcl_jax.losses.tiles import Side, Stats, Tiling
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs the two sweeps over global arrays; must be hashable."""
+    """Runs the forward and the backward sweep over all pairs of rows and columns.
+
+    The arrays are global. An engine must be hashable.
+    """
 
     def forward(
         self, tiling: Tiling, rows: Side, columns: Side, scalars: Stats

@@ -313,8 +313,8 @@ def _check_targets_are_used(frame: Frame) -> None:
     """Raises if the caller's targets, or the gradient through them, would silently be ignored."""
     if frame.weights.name == "identity" or frame.kind == "none" or frame.weighted == "own":
         raise ValueError(
-            f"name={frame.config.name!r}, weighted={frame.weighted!r} has no weights for targets "
-            "to replace; leave targets out."
+            f"name={frame.config.name!r}, weighted={frame.weighted!r} uses no weights that "
+            "targets could replace; leave targets out."
         )
     if not frame.detach_weights and frame.config.form != "dense":
         raise ValueError(

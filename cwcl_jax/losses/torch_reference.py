@@ -48,7 +48,11 @@ def sigmoid(u: Tensor, v: Tensor, p: Tensor, logit_scale: Tensor, bias: float = 
 
 
 def cellclip(u: Tensor, v: Tensor, profiles: Tensor, logit_scale: Tensor) -> Tensor:
-    """Returns CellCLIP's loss: raw profiles (n, channels, features), row sums + 1e-8."""
+    """Returns CellCLIP's loss with weights from raw profiles (n, channels, features).
+
+    The similarity of two profiles is the mean cosine over their channels. Weights are divided by
+    their row sums + 1e-8.
+    """
     normed = profiles / (profiles.norm(dim=-1, keepdim=True) + 1e-8)
     channels = profiles.shape[1]
     similarity = torch.stack([normed[:, c] @ normed[:, c].T for c in range(channels)]).mean(dim=0)

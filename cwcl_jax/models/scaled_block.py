@@ -37,10 +37,11 @@ class ScaledStack(TransformerConfig):
 
 
 def patch_angles(side: int, size: int, base: float) -> Float[Array, "s k"]:
-    """Returns angles of `side`^2 patches for heads of `size`.
+    """Returns the rotary angles of `side`^2 patches, for attention heads of width `size`.
 
-    A quarter each is for rows and columns, and this half is repeated. Centres of patches run from
-    -1 to 1 for any picture size (DINOv3, arXiv 2508.10104).
+    The first `size` / 4 angles of a patch encode its row, the next `size` / 4 its column; the
+    second half repeats the first. Patch centres lie between -1 and 1 at any picture size (DINOv3,
+    arXiv 2508.10104).
     """
     periods = base ** (jnp.arange(size // 4, dtype=jnp.float32) * 4 / size)
     centres = 2 * (jnp.arange(side, dtype=jnp.float32) + 0.5) / side - 1

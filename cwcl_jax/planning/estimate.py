@@ -192,7 +192,7 @@ class Planner:
 
 
 def step_work(blueprint: Blueprint, batch: AbstractBatch) -> Work:
-    """Returns one device's work: gradients of its part of the batch, and the optimizer's."""
+    """Returns one device's work in a step: gradients of its examples, and the optimizer update."""
     arguments = (
         blueprint.abstract_params,
         {**blueprint.abstract_locked, **blueprint.abstract_statistics},

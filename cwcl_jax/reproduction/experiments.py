@@ -20,7 +20,7 @@ def _joined(*entries: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One number: of a run (any seed), a task and a metric; see `measures.measure`."""
+    """One cell of a table: a metric of a task, measured in all seeds of a run."""
 
     run: Run
     task: str

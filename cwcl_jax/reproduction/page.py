@@ -81,7 +81,7 @@ def _interval(change: Spread) -> str:
 
 
 def conclusion(experiment: Experiment, numbers: Numbers) -> str:
-    """Returns what can be concluded from the differences, also if CWCL does not win."""
+    """Returns a paragraph on what the differences show, even if CWCL does not win."""
     pairs = [p for p in _pairs(experiment, numbers) if p[0].startswith(("CWCL", "affine"))]
     if not pairs:
         return ""

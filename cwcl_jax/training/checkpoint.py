@@ -317,7 +317,7 @@ def _check_seal(metadata: Any) -> None:
         raise ValueError("the position of the data is missing")
     content = {name: value for name, value in metadata.items() if name != "crc32"}
     if metadata != {"data": metadata["data"]} and metadata.get("crc32") != _crc32(content):
-        raise ValueError("its metadata are not those that were saved")
+        raise ValueError("its metadata have changed since they were saved")
 
 
 def _check_digests(loaded: dict[str, Any], saved: Mapping[str, int] | None) -> None:

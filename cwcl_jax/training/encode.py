@@ -101,13 +101,13 @@ class Encoder:
     def encode(
         self, modality: str, inputs: Mapping[str, np.ndarray], *, output: str = "embeds"
     ) -> np.ndarray:
-        """Returns embeddings (b, d), float32, of one batch.
+        """Returns the embeddings (b, d) of one batch, float32.
 
-        With `output="features"` these are features (b, f).
+        With `output="features"`, returns the features (b, f) before the head.
 
         Args:
-          modality: a tower's name.
-          inputs: that tower's inputs, each (b, ...), complete on every process.
+          modality: name of the tower.
+          inputs: the tower's inputs, each (b, ...); every process has the whole batch.
         """
         self.on_batch()
         if not only_features(inputs):

@@ -104,7 +104,7 @@ def training_source(config: ExperimentConfig, beat: Callable[[], None] = lambda:
 
 
 def composer_refused(config: ExperimentConfig, error: ComposerError) -> str:
-    """Returns why batches cannot be composed, with the setting that asks for it."""
+    """Returns an error message that names `config.data.batches` and why it cannot be used."""
     return f"config.data.batches={config.data.batches!r}: {error}"
 
 

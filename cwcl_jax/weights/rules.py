@@ -141,7 +141,10 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """One leaf: the names it is filled from (several for stacked layers), and how."""
+    """How one leaf is filled: from which names of the file, and by which transform.
+
+    Stacked layers need several names.
+    """
 
     target: str
     names: tuple[str, ...]

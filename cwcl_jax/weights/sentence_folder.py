@@ -131,7 +131,7 @@ def read_sentence_folder(folder: Path, *, pooling_is_chosen: bool = False) -> Se
 def _modules(file: Path) -> list[Mapping[str, Any]]:
     content = parse_json(file.read_bytes())
     if not isinstance(content, list) or not all(isinstance(m, Mapping) for m in content):
-        raise ValueError(f"{file}: is not a list of modules: fetch it again")
+        raise ValueError(f"{file} does not hold a list of modules; fetch it again")
     return content
 
 

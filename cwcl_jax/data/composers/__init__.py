@@ -85,7 +85,10 @@ def own_composer(line: str) -> list[str]:
 
 
 def features_read(line: str) -> str:
-    """Returns the name of the features that a line's composer reads; "" if it reads none."""
+    """Returns the name of the features that a line of `config.data.batches` reads, or "".
+
+    Only `near:` reads features.
+    """
     try:
         parsed = _parsed(line)
     except ValueError:

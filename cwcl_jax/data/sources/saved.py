@@ -34,8 +34,8 @@ def open_saved(
 
     Args:
       split: split of a DatasetDict; not needed if there is only one.
-      named: the uses of the columns.
-      root: the folder that paths in the rows are relative to; by default the data set's.
+      named: what each column is used for.
+      root: folder that paths in the rows are relative to; by default the data set's own.
     """
     from cwcl_jax.data.sources.arrow_columns import choose_columns
     from cwcl_jax.data.sources.arrow_rows import ArrowRows
