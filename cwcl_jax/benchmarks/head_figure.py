@@ -77,5 +77,6 @@ def plot_lengths(records: Sequence[dict[str, Any]], metrics: Sequence[str], path
             panel.set_xlabel(f"steps of {records[0]['head']['batch']} pairs")
         if column == 0:
             panel.set_ylabel(f"{metrics[row]}, %", fontsize=9)
-    grid[0, 0].legend(fontsize=8)
+    lines = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, fontsize=9, ncols=len(losses), loc="outside lower center", frameon=False)
     figure.savefig(path, format="png", dpi=110)
