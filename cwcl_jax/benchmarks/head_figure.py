@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -57,8 +57,9 @@ def plot_lengths(records: Sequence[dict[str, Any]], metrics: Sequence[str], path
     figure = Figure(figsize=(4.2 * len(sides), 3.1 * len(metrics)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(metrics), len(sides), squeeze=False, sharex=True, sharey="row")
-    for (row, column), panel in np.ndenumerate(grid):
-        for loss, lengths in curves(records, sides[column], metrics[row]).items():
+    for (row, metric), (column, side) in itertools.product(enumerate(metrics), enumerate(sides)):
+        panel = grid[row, column]
+        for loss, lengths in curves(records, side, metric).items():
             place = losses.index(loss) % len(_COLOURS)
             panel.errorbar(
                 list(lengths),
@@ -72,11 +73,11 @@ def plot_lengths(records: Sequence[dict[str, Any]], metrics: Sequence[str], path
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3)
         if row == 0:
-            panel.set_title(_SIDE[sides[column]], fontsize=10)
+            panel.set_title(_SIDE[side], fontsize=10)
         if row == len(metrics) - 1:
             panel.set_xlabel(f"steps of {records[0]['head']['batch']} pairs")
         if column == 0:
-            panel.set_ylabel(f"{metrics[row]}, %", fontsize=9)
+            panel.set_ylabel(f"{metric}, %", fontsize=9)
     lines = grid[0, 0].get_legend_handles_labels()
     figure.legend(*lines, fontsize=9, ncols=len(losses), loc="outside lower center", frameon=False)
     figure.savefig(path, format="png", dpi=110)
