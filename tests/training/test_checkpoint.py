@@ -105,6 +105,17 @@ def unfinished_coroutines():
     }
 
 
+def await_coroutines(before):
+    """Waits until only the coroutines of `before` are unfinished: reads under way hold others back.
+
+    Called where their warnings are expected. Otherwise they come at the end of the session.
+    """
+    deadline = time.monotonic() + 300
+    while unfinished_coroutines() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # orbax leaves work of its own undone when it fails.
 @pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -126,11 +137,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(saved, pattern):
     assert len(told) == 1
     assert re.search(message, told[0])
     assert sorted(path.name for path in (saved.parent / "damaged").iterdir()) == ["4"]
-    # Here, where their warnings are expected; reads under way hold them back.
-    deadline = time.monotonic() + 300
-    while unfinished_coroutines() - before:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    await_coroutines(before)
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:
         checkpoints.save(4, state, {"position": 4})
     with Checkpoints(saved, CheckpointConfig()) as checkpoints:
@@ -155,6 +162,7 @@ def changed_at_random(folder, rng):
 def test_no_flipped_bit_is_restored_in_silence(two_saved, state, tmp_path, count):
     target = blueprint().abstract_state()
     rng = np.random.default_rng(count)
+    before = unfinished_coroutines()
     for number in range(count):
         folder = tmp_path / str(number)
         shutil.copytree(two_saved / "4", folder / "4")
@@ -166,6 +174,7 @@ def test_no_flipped_bit_is_restored_in_silence(two_saved, state, tmp_path, count
                 continue
         assert data_state == {"position": 4}
         jax.tree.map(np.testing.assert_array_equal, restored, state)
+    await_coroutines(before)
 
 
 def test_a_checkpoint_without_digests_is_restored(tmp_path, state, monkeypatch):
