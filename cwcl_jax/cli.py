@@ -35,7 +35,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from cwcl_jax.config import ConfigError, ExperimentConfig, from_config_dict
-from cwcl_jax.conversion import USUAL_NAMES, all_told
+from cwcl_jax.conversion import USUAL_NAMES, all_told, refuse
 
 # Entry files refer to the exit codes through this module.
 from cwcl_jax.exit_codes import (  # noqa: F401
@@ -190,12 +190,10 @@ def _read_config(argv: list[str], parser: ArgumentParser) -> ExperimentConfig:
     if not is_config:
         raise ConfigError(f"--config={path}: get_config() must return a config, got {value!r}")
     _make_importable(Path(path).resolve().parent)
-
-    def refuse() -> None:
-        if wrong:
-            raise ConfigError("\n".join(wrong))
-
-    _, config = all_told(refuse, lambda: from_config_dict(with_settings(value.to_dict(), settings)))
+    _, config = all_told(
+        lambda: refuse(wrong),
+        lambda: from_config_dict(with_settings(value.to_dict(), settings)),
+    )
     return cast(ExperimentConfig, config)
 
 

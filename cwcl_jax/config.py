@@ -24,6 +24,7 @@ from cwcl_jax.conversion import (
     converted,
     each,
     made_of,
+    refuse,
     require_known,
     unknown_field,
     variant_of,
@@ -103,8 +104,7 @@ class ExperimentConfig:
 
 def check(config: ExperimentConfig) -> None:
     """Raises ConfigError with one line for each setting that contradicts another one."""
-    if problems := [*_contradictions(config)]:
-        raise ConfigError("\n".join(problems))
+    refuse([*_contradictions(config)])
 
 
 def _contradictions(config: ExperimentConfig) -> Iterator[str]:

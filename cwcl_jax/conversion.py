@@ -134,14 +134,9 @@ def with_all_unknown(function: Callable[[], T]) -> T:
       ConfigError: with a line for each mistake of `function`, and for each unknown field.
     """
     unknown: list[str] = []
-
-    def refuse() -> None:
-        if unknown:
-            raise ConfigError("\n".join(unknown))
-
     token = _UNKNOWN.set(unknown)
     try:
-        return typing.cast(T, all_told(function, refuse)[0])
+        return typing.cast(T, all_told(function, lambda: refuse(unknown))[0])
     finally:
         _UNKNOWN.reset(token)
 
@@ -152,7 +147,13 @@ def require_known(names: Iterable[str], known: Sequence[str], path: str) -> None
     collected = _UNKNOWN.get()
     if collected is not None:
         collected += problems
-    elif problems:
+    else:
+        refuse(problems)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises ConfigError with a line for each problem, if there are any."""
+    if problems:
         raise ConfigError("\n".join(problems))
 
 

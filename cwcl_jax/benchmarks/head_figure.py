@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cwcl_jax.evaluation.plots import save_figure
 from cwcl_jax.reproduction.measures import Spread
 
 _COLOURS = ("#0072B2", "#D55E00", "#7F7F7F", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,7 +38,7 @@ def curves(
 
 
 def plot_lengths(records: Sequence[dict[str, Any]], metrics: Sequence[str], path: Path) -> None:
-    """Writes a PNG: a row of panels for each metric, a column for each projection.
+    """Writes a picture: a row of panels for each metric, a column for each projection.
 
     Bars are 95 % intervals over three seeds or more. Panels of a row share their scale.
 
@@ -55,17 +55,17 @@ def plot_lengths(records: Sequence[dict[str, Any]], metrics: Sequence[str], path
     sides = [s for s in _SIDE if any(record["head"]["projection"] == s for record in records)]
     losses = list(dict.fromkeys(record["head"]["loss"] for record in records))
     figure = Figure(figsize=(4.2 * len(sides), 3.1 * len(metrics)), layout="constrained")
-    FigureCanvasAgg(figure)
+    shown: dict[str, Any] = {}
     grid = figure.subplots(len(metrics), len(sides), squeeze=False, sharex=True, sharey="row")
     for (row, metric), (column, side) in itertools.product(enumerate(metrics), enumerate(sides)):
         panel = grid[row, column]
         for loss, lengths in curves(records, side, metric).items():
             place = losses.index(loss) % len(_COLOURS)
-            panel.errorbar(
+            shown[loss] = panel.errorbar(
                 list(lengths),
                 [spread.mean for spread in lengths.values()],
                 [spread.half if len(spread.values) > 2 else 0 for spread in lengths.values()],
-                label=loss, color=_COLOURS[place], marker=_MARKERS[place], markersize=4, capsize=2,
+                color=_COLOURS[place], marker=_MARKERS[place], markersize=4, capsize=2,
             )  # fmt: skip
         panel.set_xscale("log")
         ticks = sorted({record["head"]["steps"] for record in records})
@@ -78,6 +78,12 @@ def plot_lengths(records: Sequence[dict[str, Any]], metrics: Sequence[str], path
             panel.set_xlabel(f"steps of {records[0]['head']['batch']} pairs")
         if column == 0:
             panel.set_ylabel(f"{metric}, %", fontsize=9)
-    lines = grid[0, 0].get_legend_handles_labels()
-    figure.legend(*lines, fontsize=9, ncols=len(losses), loc="outside lower center", frameon=False)
-    figure.savefig(path, format="png", dpi=110)
+    figure.legend(
+        shown.values(),
+        shown,
+        fontsize=9,
+        ncols=len(shown),
+        loc="outside lower center",
+        frameon=False,
+    )
+    save_figure(figure, path)

@@ -62,7 +62,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
     add("--baseline", default="contrastive", help="loss that the gains are measured against")
     about = "file of all results; an existing one is continued"
     add("--output", type=cli.file, default="heads.json", help=about)
-    add("--figure", type=cli.file, help="PNG of the metrics over the training length")
+    add("--figure", type=cli.file, help="picture (.png) of the metrics over the training length")
     about = "metrics of the figure; default: the first of the table"
     add("--plotted", type=cli.words, default=[], help=about)
 

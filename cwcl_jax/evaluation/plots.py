@@ -73,7 +73,7 @@ def plot_template_robustness(
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_matrices(
@@ -110,7 +110,7 @@ def plot_matrices(
     panels[0].set_ylabel(y_label)
     assert image is not None
     figure.colorbar(image, ax=list(panels), label="cosine similarity", shrink=0.8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_effective_robustness(
@@ -141,10 +141,11 @@ def plot_effective_robustness(
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure in the format of the path's suffix, and the folder; returns the path."""
     # Creates its own canvas, so that a program's own matplotlib backend is never touched.
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cwcl_jax.evaluation.plots import draw_item
+from cwcl_jax.evaluation.plots import draw_item, save_figure
 from cwcl_jax.losses.weights import affine, exponential, rectified_square
 from cwcl_jax.reproduction.measures import Spread
 
@@ -55,7 +54,7 @@ def plot_templates(
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("zero-shot top-1, %")
     panels[-1].legend(frameon=False, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_similarity(
@@ -99,7 +98,7 @@ def plot_similarity(
         "what CWCL's weights see, and CL calls negative alike",
         fontsize=10,
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _spread_out(cosines: Float[np.ndarray, " n"], anchor: int, count: int) -> list[int]:
@@ -113,10 +112,3 @@ def _wrapped(text: str, width: int = 22) -> str:
     import textwrap
 
     return "\n".join(textwrap.wrap(text, width))
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    return path

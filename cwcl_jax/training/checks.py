@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cwcl_jax.config import ConfigError, ExperimentConfig
+from cwcl_jax.config import ConfigError, ExperimentConfig, refuse
 from cwcl_jax.data.options import label_shape, reads_features
 from cwcl_jax.data.sources import Source, open_source
 from cwcl_jax.data.survey import shape_of_features
@@ -39,8 +39,7 @@ def check_inputs(config: ExperimentConfig) -> None:
             )
         except ValueError as error:
             problems.append(_wrong_weights(name, tower) or str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    refuse(problems)
 
 
 def check_patch_dropout(blueprint: Blueprint) -> None:

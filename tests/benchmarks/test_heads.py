@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cwcl_jax.benchmarks import heads
+from cwcl_jax.benchmarks import head_figure, heads
 from cwcl_jax.benchmarks.head_figure import curves, plot_lengths
 from cwcl_jax.benchmarks.head_runs import (
     Features,
@@ -146,8 +146,19 @@ def test_the_figures_lines_are_values_over_seeds_by_increasing_length(tmp_path):
     assert list(found) == ["contrastive", "affine"]
     assert list(found["affine"]) == [250, 1000]
     np.testing.assert_allclose(found["affine"][250].values, (2.5, 3.5))
-    plot_lengths(records_of(), ["intent/top1"], tmp_path / "heads.png")
-    assert (tmp_path / "heads.png").read_bytes().startswith(b"\x89PNG")
+    path = tmp_path / "figures" / "heads.png"
+    plot_lengths(records_of(), ["intent/top1"], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figures_legend_names_losses_that_one_projection_lacks(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(head_figure, "save_figure", lambda figure, path: drawn.append(figure))
+    absent = {"loss": "affine", "projection": "trained"}
+    records = [record for record in records_of() if not absent.items() <= record["head"].items()]
+    plot_lengths(records, ["intent/top1"], tmp_path / "heads.png")
+    (legend,) = drawn[0].legends
+    assert {text.get_text() for text in legend.get_texts()} == {"contrastive", "affine"}
 
 
 @pytest.mark.parametrize(

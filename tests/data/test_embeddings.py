@@ -97,7 +97,7 @@ def test_an_example_may_have_several_vectors(tmp_path):
         assert ("variants" in example) == (counts[index] > 1)
     assert opened.vectors(np.array([1, 2])) is None
     np.testing.assert_array_equal(opened.vectors(np.array([1, 5]))["image"], VECTORS[[1, 5]])
-    with pytest.raises(ValueError, match="stale: draws.variants is"):
+    with pytest.raises(ValueError, match=r"stale: draws\.variants is"):
         EmbeddingWriter(tmp_path, _description(shard_size=COUNT))
 
 

@@ -233,7 +233,7 @@ def test_classes_of_one_item_each_are_no_list(sources, tmp_path):
 def test_a_picture_names_its_run_and_shows_chance_and_intervals(monkeypatch, tmp_path):
     """What a slide needs, without the table beside it."""
     drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure) or path)
     plot_template_robustness(
         {"shape": {1: 0.2, 5: 0.4}}, tmp_path / "t.png", chance={"shape": 0.1},
         intervals={"shape": {1: (0.1, 0.3), 5: (0.3, 0.5)}}, title="toy: accuracy",
