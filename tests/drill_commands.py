@@ -43,6 +43,12 @@ EXEMPT = {
     r"=/data\b": "sentences or recordings of the user's",
     r"cwcl_jax/assets": "writes into the package",
 }
+# Pattern -> documented options that make a long command short, appended by `--short`.
+SHORTER = {
+    r"cwcl_jax\.train --config=configs/": "--config.total_steps=20",
+    r"benchmarks\.heads": "--seeds=1 --steps=50",
+    r"reproduce .*(--table=[45]|--ablation)": "--seeds=1 --steps=10",
+}
 # What runs in the suite: a few processor seconds each. (mine.py's trainings take 19, a comparison
 # with PyTorch more than 70.)
 QUICK = re.compile(r"^python eeg\.py$|reproduce --scale=paper")
@@ -60,6 +66,18 @@ class Done(NamedTuple):
 def exempt(command: str) -> str:
     """Why a command is not run; "" if it is."""
     return next((why for pattern, why in EXEMPT.items() if re.search(pattern, command)), "")
+
+
+def with_options(command: str, short: bool, append: str) -> str:
+    """The command with the options that make it short, if asked for, and those of one's own."""
+    if "scale=paper" in command:  # only prints
+        return command
+    more = [
+        options for pattern, options in SHORTER.items() if short and re.search(pattern, command)
+    ]
+    if append and "cwcl_jax.train" in command:
+        more.append(append)
+    return " ".join([command, *more])
 
 
 def run_folders(command: str) -> tuple[set[str], set[str]]:
@@ -141,6 +159,7 @@ def main() -> int:
     add("--folder", type=Path, required=True)
     add("--only", default="", help="a regular expression of commands")
     add("--quick", action="store_true", help="only the commands that the suite runs too")
+    add("--short", action="store_true", help="with the options of SHORTER")
     add("--append", default="", help="options that every training command gets")
     add("--timeout", type=float, default=7200.0, help="seconds of a command")
     add("--list", action="store_true", help="only says what would be run, and what not")
@@ -156,8 +175,7 @@ def main() -> int:
     for command in in_order([command for command in commands() if not exempt(command)]):
         if not pattern.search(command):
             continue
-        if "cwcl_jax.train" in command and options.append:
-            command += " " + options.append
+        command = with_options(command, options.short, options.append)
         if options.list or known.get(command, {}).get("code") == 0:
             print(f"{'would run' if options.list else 'done before'}: {command}")
             continue
