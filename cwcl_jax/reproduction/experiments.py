@@ -282,7 +282,7 @@ SCENE_WEIGHTS = {
     "calibrated0.5": "calibrated, positive pair half",
     "uniform": "uniform (no similarities)",
 }
-SPEECH_WEIGHTS = ("uniform0.53", "relu2", "calibrated_relu0.5")
+SPEECH_WEIGHTS = ("uniform0.53", "relu2", "calibrated0.5", "calibrated_relu0.5")
 _ABLATED = {
     **{task: (task, "rank@1") for task in SCENE_TASKS},
     **_retrieval("image", "text", (1,)),
