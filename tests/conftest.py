@@ -6,8 +6,11 @@ import gc
 import os
 import sys
 import tempfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 from unittest import mock
+
+from tests import xla_flags
 
 # Before the backend starts. Several CPU devices in one process can dead-lock with fewer
 # runtime threads than devices have work queued (README.md).
@@ -15,8 +18,8 @@ os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    ).strip()
+        f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.with_devices(4)}".strip()
+    )
 # Most of the suite's time is compilation of programs that several tests (and the processes that
 # they start) share; a loss that is called outside of `jax.jit` is two hundred small ones. A folder
 # of this session's own: nothing stale is ever read.
@@ -24,9 +27,9 @@ _CACHE = tempfile.TemporaryDirectory(prefix="cwcl_jax_compilation_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Toy programs run for milliseconds: half of the time of a compilation goes into optimising them.
-# JAX's own tests do so too.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Half of the time of a compilation goes into optimising. JAX's own tests do so too.
+if not xla_flags.OPTIMIZED:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402  after the variables above
@@ -35,6 +38,22 @@ import pytest  # noqa: E402
 import tests.typecheck  # noqa: E402, F401  named in pyproject.toml, where it must be loaded already
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+class _Unchecked:
+    """Imports what draws scenes and sentences without the type checker.
+
+    Its small functions are called 100,000 times in a toy run; checked, they took a third of it.
+    """
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.startswith(("cwcl_jax.data.draws", "cwcl_jax.synthetic.")):
+            return PathFinder.find_spec(name, path, target)
+        return None
+
+
+sys.meta_path.insert(0, _Unchecked)  # before jaxtyping's, which is there already
 # The same examples every time, however slow the machine: what fails in one run fails in the next.
 hypothesis.settings.register_profile(
     "tests",

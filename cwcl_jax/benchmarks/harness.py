@@ -221,7 +221,8 @@ def _place(rank: int, processes: int, port: int) -> dict[str, str]:
 def devices_of(rank: int, devices: int, platform: str) -> dict[str, str]:
     """Returns environment variables that give a process its CPU devices or its share of GPUs."""
     if platform == "cpu":
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        count = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
         threads = os.environ.get("PJRT_NPROC", "32")
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PJRT_NPROC": threads}
     share = range(rank * devices, (rank + 1) * devices)

@@ -15,6 +15,7 @@ from cwcl_jax.training.options import DistributedConfig
 from launch import local
 
 pytest.importorskip("yaml", reason="PyYAML is in the test extra")
+from tests import xla_flags
 from tests.launch.kubernetes import JOBSET, check_fields, documents, jobs, pods
 
 ROOT = Path(__file__).parent.parent.parent
@@ -148,7 +149,7 @@ def test_the_indexed_job_trains_as_local_processes(tmp_path, monkeypatch):
                 "PYTHONPATH": str(ROOT),
             }
             command = [sys.executable, "-m", "cwcl_jax.train", *settings]
-            environ.pop("XLA_FLAGS", None)
+            environ["XLA_FLAGS"] = xla_flags.with_devices(1)
             with (tmp_path / pod.host).open("w") as output:
                 children.append(
                     subprocess.Popen(

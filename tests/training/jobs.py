@@ -17,6 +17,7 @@ from cwcl_jax.config import ExperimentConfig, to_json
 from cwcl_jax.training.checkpoint import Checkpoints
 from cwcl_jax.training.metrics import read_json_lines
 from launch import local
+from tests import xla_flags
 
 ROOT = Path(__file__).parent.parent.parent
 CHILD = [sys.executable, "-m", "tests.training.faulty_child"]
@@ -63,7 +64,7 @@ class Job:
         self.processes = []
         for rank, output in enumerate(self.outputs):
             env = local.environment(options, port, rank)
-            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            env["XLA_FLAGS"] = xla_flags.with_devices(devices)
             env |= {"PYTHONPATH": str(ROOT), "FAULT": json.dumps(fault or {}), **(environ or {})}
             prefix = prefixes[rank] if prefixes else ()
             with output.open("a") as file:

@@ -24,6 +24,7 @@ from cwcl_jax.training.metrics import read_json_lines
 from cwcl_jax.training.options import DistributedConfig
 from cwcl_jax.training.run import _common_settings
 from launch import local
+from tests import xla_flags
 from tests.training.jobs import CHILD, Job, run_job, write_experiment
 from tests.training.toy import toy_config
 
@@ -155,11 +156,10 @@ def test_exit_codes():
 
 
 def launch(workdir, processes, devices, *command):
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     launcher = [sys.executable, str(ROOT / "launch/local.py"), "-n", str(processes)]
     return subprocess.run(
         ["timeout", "-s", "KILL", "600", *launcher, "-d", str(devices), "--", *command],
-        env=environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags.with_devices(devices)},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -208,7 +208,7 @@ def test_processes_that_the_settings_lay_out_run(tmp_path):
     command += ["--config=tests/training/toy_file.py"]
     command += ["--config.total_steps=2", "--config.evaluation.tasks={}", f"--workdir={tmp_path}"]
     command += ["--config.distributed.num_processes=2"]
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environ = os.environ | {"XLA_FLAGS": xla_flags.with_devices(1)}
     with local.held_port() as holder:
         address = f"127.0.0.1:{holder.getsockname()[1]}"
         command += [f"--config.distributed.coordinator_address={address}"]
