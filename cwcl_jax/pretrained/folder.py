@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from cwcl_jax.extension import CodeError, code_hash, is_missing_code, is_reference
 from cwcl_jax.files import parse_json, replacing
 from cwcl_jax.modalities import Modality, modality_class
 from cwcl_jax.models.encoders import modality_of
 from cwcl_jax.models.leaves import ModelDef, abstract_split
+from cwcl_jax.models.rngs import fresh_rngs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
 from cwcl_jax.weights.failures import WeightsMismatch
@@ -55,7 +55,7 @@ class ModelDescription:
                 inverse_temperature=1.0,
                 logit_bias=0.0 if self.logit_bias else None,
                 dtype=self.dtype,
-                rngs=nnx.Rngs(0),
+                rngs=fresh_rngs(0),
             )
         )
 

@@ -23,6 +23,7 @@ from cwcl_jax.losses.options import needs_bias
 from cwcl_jax.models.leaves import ModelDef, abstract_split, split
 from cwcl_jax.models.locking import decide
 from cwcl_jax.models.lora import Adapter, dense_kernels, find_adapters
+from cwcl_jax.models.rngs import fresh_rngs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import TwoTowers, build_two_towers
 from cwcl_jax.pretrained import PlannedImport, complete, folder_of, logits_of, planned_import
@@ -185,7 +186,7 @@ def make_blueprint(
         _check_batch(config, mesh)
     config = with_sizes_of_files(config)
     try:
-        model_def, abstract = abstract_split(lambda: build_model(config, nnx.Rngs(0)))
+        model_def, abstract = abstract_split(lambda: build_model(config, fresh_rngs(0)))
         fixed = model_def.statistics | model_def.constants
         free = {path: leaf for path, leaf in abstract.items() if path not in fixed}
         decisions = decide(free, config.towers)
@@ -391,7 +392,7 @@ def _initialise_leaves(blueprint: Blueprint, paths: list[str]) -> Leaves:
     dtypes = {path: blueprint.abstract[path].dtype for path in paths}
 
     def values(key: jax.Array) -> Leaves:
-        _, leaves = split(build_model(config, nnx.Rngs(key)))
+        _, leaves = split(build_model(config, fresh_rngs(key)))
         for adapter in blueprint.model_def.adapters:
             leaves |= adapter.initial(key)
         return {path: leaves[path].astype(dtypes[path]) for path in paths}

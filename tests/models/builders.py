@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from cwcl_jax.models.leaves import abstract_split
+from cwcl_jax.models.rngs import fresh_rngs
 from cwcl_jax.models.tower import Tower
 from cwcl_jax.models.two_towers import build_two_towers
 
@@ -24,7 +24,7 @@ def abstract_two(configs, **changes):
     options = {"embed_dim": 8, "inverse_temperature": 10.0, "logit_bias": None, "dtype": "float32"}
     options |= changes
     arrays = {name: arrays_of(config) for name, config in configs.items()}
-    return abstract_split(lambda: build_two_towers(configs, arrays, **options, rngs=nnx.Rngs(0)))
+    return abstract_split(lambda: build_two_towers(configs, arrays, **options, rngs=fresh_rngs(0)))
 
 
 def two_towers(configs, **changes):
@@ -42,7 +42,7 @@ def arrays_of(config):
 def abstract_tower(config, embed_dim, dtype="float32"):
     """Definition and shapes of a tower."""
     options = {"embed_dim": embed_dim, "dtype": dtype}
-    return abstract_split(lambda: Tower(config, arrays_of(config), **options, rngs=nnx.Rngs(0)))
+    return abstract_split(lambda: Tower(config, arrays_of(config), **options, rngs=fresh_rngs(0)))
 
 
 def one_tower(config, embed_dim=8, dtype="float32"):

@@ -6,9 +6,9 @@ The references are tiny, random, and saved by transformers itself; nothing is do
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from cwcl_jax.models.leaves import abstract_split
+from cwcl_jax.models.rngs import fresh_rngs
 from cwcl_jax.models.tower import Tower, TowerConfig
 from cwcl_jax.pretrained import complete, import_tower
 
@@ -31,7 +31,7 @@ def saved(model, folder, seed=0):
 def abstract(config, embed_dim):
     """Definition and shapes of a tower with the settings of its folder."""
     options = {"embed_dim": embed_dim, "dtype": "float32"}
-    return abstract_split(lambda: Tower(config, {}, **options, rngs=nnx.Rngs(0)))
+    return abstract_split(lambda: Tower(config, {}, **options, rngs=fresh_rngs(0)))
 
 
 def imported(encoder, folder, width, **changes):
