@@ -86,8 +86,13 @@ def tower(width: int, head: str, tune: str) -> ConfigDict:
 
 def widths_of(path: str, names: tuple[str, str]) -> dict[str, Any]:
     """Returns the widths of two arrays in an .npz file, read from their headers."""
-    if not Path(path).is_file() or not zipfile.is_zipfile(path):
-        raise ConfigError(f"data={path}: there is no .npz file of that name")
+    if not Path(path).is_file():
+        raise ConfigError(f"data={path}: there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise ConfigError(
+            f"data={path} is no .npz file, as numpy.savez writes it. Other arrays: `arrays:` in "
+            "configs/README.md"
+        )
     with zipfile.ZipFile(path) as archive:
         known = [name.removesuffix(".npy") for name in archive.namelist()]
         missing = [name for name in names if name not in known]

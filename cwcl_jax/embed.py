@@ -114,7 +114,7 @@ def embed(
     if not finished:
         print("stopped")
         return cli.PREEMPTED
-    has = f"{description.told()} in {output}{writer.told_rounding()}"
+    has = f"{description.told()} by the tower {tower!r} in {output}{writer.told_rounding()}"
     print(f"{len(source)} examples, each with {has}")
     return cli.DONE
 

@@ -19,27 +19,31 @@ ALLOWED = {
     "copies": {"files", "paths", "progress"},
     "progress": set(),
     "extension": set(),
+    "packages": set(),
     "compiling": set(),
     "conversion": {"extension"},
     "early": set(),
     "precision": set(),
     "losses": {"extension", "precision"},
-    "weights": {"files", "paths", "copies", "data.installed"},
+    "weights": {"files", "paths", "copies", "packages", "data.installed"},
     "models": {"extension", "precision", "weights"},
     # A modality stands on the functions that sources share; the pipeline stands on modalities.
     "modalities": {
-        "extension", "synthetic", "paths", "copies", "weights.sentence_folder", *_BELOW_MODALITIES,
+        "extension", "packages", "synthetic", "paths", "copies", "weights.sentence_folder",
+        *_BELOW_MODALITIES,
     },
     # What the package makes itself stands on hashes of integers alone.
-    "synthetic": {"data.draws"},
-    "data": {"files", "paths", "copies", "progress", "modalities", "extension", "synthetic"},
+    "synthetic": {"data.draws", "packages"},
+    "data": {
+        "files", "paths", "copies", "packages", "progress", "modalities", "extension", "synthetic",
+    },
     "pretrained": {"models", "modalities", "weights", "files", "paths", "copies", "extension"},
     "evaluation": {"losses", "data", "modalities", "files", "paths", "copies", "extension"},
     "config": {
         "losses", "models", "modalities", "data", "evaluation", "extension", "precision",
         "training.options", "conversion",
     },
-    "exit_codes": {"config", "early", "data.skipping"},
+    "exit_codes": {"config", "early", "packages", "data.skipping"},
     "cli": {"config", "conversion", "exit_codes"},
     "training": {
         "losses", "models", "modalities", "data", "weights", "pretrained", "evaluation", "config",

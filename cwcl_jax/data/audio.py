@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int16
 
 from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.packages import import_package
 
 # Lossy codecs exceed full scale slightly; floats far beyond it were never scaled to [-1, 1].
 _LOUDEST = 8.0
@@ -39,16 +40,4 @@ def resample(samples: Int16[np.ndarray, " n"], rate: int, wanted: int) -> Int16[
     """Returns the samples resampled from `rate` to `wanted`, in Hz."""
     if rate == wanted:
         return samples
-    return import_package("soxr").resample(samples, rate, wanted, quality="HQ")
-
-
-def import_package(name: str):
-    """Returns a package of the extra `speech`; the ImportError says how to install it."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"Audio needs the package {name!r}: pip install 'cwcl_jax[speech]'."
-        ) from error
+    return import_package("soxr", "speech", "Audio").resample(samples, rate, wanted, quality="HQ")

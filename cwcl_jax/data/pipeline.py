@@ -195,7 +195,6 @@ class TrainBatches:
             self._load_one(epoch, int(position), int(index), length)
             for position, index in zip(positions, indices, strict=True)
         ]
-        self._counter.add_read(len(loaded))
         with counting_cuts(self._counter.add_cut):
             self._processor.finish([inputs for _, inputs in loaded])
         return collect([inputs | {"index": np.int64(index)} for index, inputs in loaded])
@@ -230,7 +229,10 @@ class TrainBatches:
                 name = f"{name} ({example['id']})"
                 # Keyed by the position, so that the host and thread that read it have no effect.
                 key = (self._seed, 21, epoch, position) if self._random else ()
-                return index, self._processor.train_example(example, *key, length=length)
+                inputs = self._processor.train_example(example, *key, length=length)
+                # Counted one by one: a limit that is reached in this batch is one of these too.
+                self._counter.add_read(1)
+                return index, inputs
             except BadExample as error:
                 self._counter.add_skipped(name, error, index)
                 unusable = unusable or (index, str(error))

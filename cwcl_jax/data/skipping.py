@@ -86,7 +86,7 @@ class SkipCounter:
             if self._refusal is None and skipped > max(ALWAYS_ALLOWED, self.max_share * seen):
                 self._refusal = (
                     f"{skipped} of the {seen} examples read so far were unusable "
-                    f"({_summary(self._kinds)}; last: {name}: {error}), a larger share than "
+                    f"({summary(self._kinds)}; last: {name}: {error}), a larger share than "
                     f"data.max_skipped_share={self.max_share}. Repair the data, or raise this "
                     "limit."
                 )
@@ -100,5 +100,6 @@ class SkipCounter:
             raise TooManyBadExamples(refusal) from error
 
 
-def _summary(kinds: Mapping[str, int]) -> str:
+def summary(kinds: Mapping[str, int]) -> str:
+    """Returns the kinds with their numbers, as text for users."""
     return ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.label_sets import labels_of
-from cwcl_jax.data.skipping import BadExample
+from cwcl_jax.data.skipping import ALWAYS_ALLOWED, BadExample, summary
 from cwcl_jax.data.sources import Source
 from cwcl_jax.modalities import Modality
 
@@ -17,12 +17,13 @@ _LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class Loss:
-    """Some of the sampled examples are incomplete for a tower."""
+    """Some of the sampled examples are incomplete for a tower, or cannot be read at all."""
 
     tower: str
     remark: str
     count: int
     of: int
+    unreadable: bool = False
 
     @property
     def share(self) -> float:
@@ -91,26 +92,35 @@ def survey(source: Source, inputs: Mapping[str, Modality]) -> list[Loss]:
     """Returns what `inputs` lose of raw values, in a sample spread evenly over the source.
 
     Args:
-      source: the examples; unusable ones are left out.
+      source: the examples. Those that cannot be read are a loss of their own.
       inputs: the inputs of towers that read raw values, by name.
     """
-    losers = {tower: m for tower, m in inputs.items() if _says_something(m)}
-    counts: dict[str, Counter[str]] = {tower: Counter() for tower in losers}
+    counts, unreadable = ({tower: Counter[str]() for tower in inputs} for _ in range(2))
     looked_at = Counter[str]()
     for index in _sample(source):
-        for tower, modality in losers.items():
+        for tower, modality in inputs.items():
             try:
                 value = source.read(index, (modality.field,)).get(modality.field)
-                remarks = () if value is None else _remarks(modality, value)
-            except BadExample:
+                says = value is not None and _says_something(modality)
+                remarks = _remarks(modality, value) if says else ()
+            except BadExample as error:
+                unreadable[tower][error.kind] += 1
                 continue
             looked_at[tower] += value is not None
             counts[tower].update(remarks)
-    return [
+    losses = [
         Loss(tower, remark, count, looked_at[tower])
         for tower, remarks in counts.items()
         for remark, count in remarks.items()
     ]
+    return losses + [
+        Loss(
+            tower, f"unusable ({summary(kinds)})", kinds.total(),
+            looked_at[tower] + kinds.total(), unreadable=True,
+        )
+        for tower, kinds in unreadable.items()
+        if kinds
+    ]  # fmt: skip
 
 
 def _says_something(modality: Modality) -> bool:
@@ -130,4 +140,15 @@ def _remarks(modality: Modality, value: Any) -> list[str]:
 
 def too_much(losses: Collection[Loss], limit: float) -> Loss | None:
     """Returns the first loss that affects more than `limit` of the examples, or None."""
-    return next((loss for loss in losses if loss.share > limit), None)
+    return next((loss for loss in losses if not loss.unreadable and loss.share > limit), None)
+
+
+def too_few(losses: Collection[Loss], limit: float) -> Loss | None:
+    """Returns the first loss by which far more than `limit` of the examples are unusable, or None.
+
+    Twice the limit, because a sample can have more of them than the data; a run counts exactly.
+    """
+    for loss in losses:
+        if loss.unreadable and loss.count > max(ALWAYS_ALLOWED, 2 * limit * loss.of):
+            return loss
+    return None

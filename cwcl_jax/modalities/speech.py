@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int16
 
-from cwcl_jax.data.audio import as_int16, import_package, resample
+from cwcl_jax.data.audio import as_int16, resample
 from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ENDLESS, ArraySpec, Modality, check_views
+from cwcl_jax.packages import import_package
 
 Audio = bytes | tuple[np.ndarray, int]
 # Seconds beyond the ends of a window that the resampling filter gets to see.
@@ -225,7 +226,7 @@ def _opened(data: Audio) -> Iterator[tuple[int, int, Callable[[int, int], np.nda
         raise BadExample("audio empty", "no bytes")
     if missing := _missing_bytes(data):
         raise BadExample("audio cut off", f"{missing} bytes of its samples are missing")
-    soundfile = import_package("soundfile")
+    soundfile = import_package("soundfile", "speech", "Audio")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
 

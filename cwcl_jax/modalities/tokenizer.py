@@ -253,6 +253,8 @@ def _require_hub(kind: Any, name: str) -> None:
 
 def _from_folder_or_hub(name: str) -> tuple[Any, dict[str, str]]:
     """Returns the backend of a transformers tokenizer and its special tokens."""
+    # Without PyTorch it advises to install it, which only its models need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Imported here: it takes seconds, and the package's own tokenizer does not need it.
     from transformers import AutoTokenizer
 

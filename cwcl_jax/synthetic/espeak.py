@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int16
 
 from cwcl_jax.data.draws import Draws
+from cwcl_jax.packages import import_package
 
 VOICES = (
     "en",
@@ -76,14 +77,9 @@ class _Engine:
     """The loaded library; a process can have only one."""
 
     def __init__(self):
-        try:
-            import espeakng_loader
-        except ImportError as error:
-            raise ImportError(
-                "Synthesised speech needs espeak-ng: pip install 'cwcl_jax[speech]'."
-            ) from error
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path().encode()
+        loader = import_package("espeakng_loader", "speech", "Synthesised speech")
+        self._library = ctypes.CDLL(loader.get_library_path())
+        data = loader.get_data_path().encode()
         self.rate = self._library.espeak_Initialize(_SYNCHRONOUS, 0, data, _DO_NOT_EXIT)
         if self.rate <= 0:
             raise RuntimeError(f"espeak-ng did not start (code {self.rate}); its data: {data!r}.")

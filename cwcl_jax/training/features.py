@@ -24,7 +24,7 @@ from cwcl_jax.data.sources import (
     open_source,
     parse_source_line,
 )
-from cwcl_jax.data.survey import Loss, survey, survey_labels, too_much
+from cwcl_jax.data.survey import Loss, survey, survey_labels, too_few, too_much
 from cwcl_jax.data.views import kept_draws, with_several_variants
 from cwcl_jax.modalities import Modality
 from cwcl_jax.modalities.tokenizer import OUTSIDE_SCENES
@@ -109,10 +109,11 @@ def composer_refused(config: ExperimentConfig, error: ComposerError) -> str:
 
 
 def check_whole(config: ExperimentConfig, source: Source) -> None:
-    """Reports what share of the data is truncated on its way to the towers.
+    """Reports what share of the data is truncated on its way to the towers, or cannot be read.
 
     Raises:
-      ConfigError: it is more than `data.max_cut_share`, or a tokenizer cannot be read.
+      ConfigError: it is more than `data.max_cut_share`, or far more than `data.max_skipped_share`,
+        or a tokenizer cannot be read.
     """
     raw = {
         tower: inputs
@@ -127,6 +128,13 @@ def check_whole(config: ExperimentConfig, source: Source) -> None:
     losses = survey(source, raw)
     for loss in losses if is_primary() else ():
         print(f"warning: in a sample of the training data {loss}", flush=True)
+    bad = too_few(losses, config.data.max_skipped_share)
+    if bad:
+        raise ConfigError(
+            f"in a sample of config.data.train {bad}, a larger share than "
+            f"config.data.max_skipped_share={config.data.max_skipped_share}: repair the data, or "
+            "raise this limit"
+        )
     loss = too_much(losses, config.data.max_cut_share)
     if loss:
         raise ConfigError(

@@ -143,7 +143,8 @@ class LoggingConfig:
     """Which metrics are written, and where.
 
     Attributes:
-      every_steps: interval of lines in metrics.jsonl, TensorBoard and on the terminal.
+      every_steps: interval of lines in metrics.jsonl and TensorBoard. Where the output is no
+        terminal, at most one of them in five seconds is printed too.
       tensorboard: whether to write TensorBoard files.
       wandb_project: name of a Weights & Biases project; "" for none (extra: wandb).
     """

@@ -241,12 +241,20 @@ def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
         if not (path.startswith(_FREE) or path.endswith(_FREE_IN_TOWERS))
     }
     if changed:
-        refuse_change(
-            f"{workdir} holds a run with other settings ({tell_changes(changed)})",
+        told = f"{workdir} holds a run with other settings ({tell_changes(changed)})"
+        way_out = (
             "give another --workdir, or resume with the new settings by "
-            "--config.checkpoint.accept_changes=True",
-            config,
+            "--config.checkpoint.accept_changes=True"
         )
+        if not _has_saved(workdir):
+            told += " of which no step was saved"
+            way_out = f"delete it, {way_out.replace('resume', 'start')}"
+        refuse_change(told, way_out, config)
+
+
+def _has_saved(workdir: Path) -> bool:
+    folder = workdir / "checkpoints"
+    return folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir())
 
 
 def check_same_sources(

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cwcl_jax.files import matching, parse_json
+from cwcl_jax.packages import import_package
 
 _DAMAGE = (ValueError, EOFError, SyntaxError, TypeError, zipfile.BadZipFile, zlib.error)
 
@@ -239,13 +240,7 @@ class TorchFile:
     """A PyTorch state dict, memory-mapped by PyTorch if its format allows."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise ImportError(
-                f"{path} is a PyTorch file, which only PyTorch can read: pip install torch, or "
-                "convert the file to safetensors"
-            ) from error
+        torch = import_package("torch", "torch", f"{path}, a PyTorch file,")
         self.source = str(path)
         zipped = zipfile.is_zipfile(path)
         try:

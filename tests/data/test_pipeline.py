@@ -2,6 +2,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import time
 
 import numpy as np
@@ -290,6 +291,16 @@ def test_whichever_thread_passes_the_limit_the_words_are_the_same():
     assert len(words) == 3
     assert len(set(words)) == 1
     assert words[0].startswith("11 of the 11 examples read so far")
+
+
+def test_good_examples_of_the_batch_that_passes_the_limit_are_counted_too():
+    (batches,) = _numbers(60, 32, bad=range(0, 60, 2))
+    with pytest.raises(TooManyBadExamples) as error:
+        next(batches)
+    batches.close()
+    skipped, read = map(int, re.findall(r"(\d+) of the (\d+) examples read", str(error.value))[0])
+    assert skipped == 11
+    assert read > 11
 
 
 def test_every_kind_of_damage_in_a_tar_is_skipped_and_counted(tmp_path):

@@ -77,3 +77,18 @@ def test_silent_recordings_are_told_before_the_first_step(tmp_path):
     (tmp_path / "t.csv").write_text("audio,text\n" + rows)
     losses = survey(open_source(f"csv:{tmp_path}/t.csv"), {"speech": SpeechInputs()})
     assert [str(loss) for loss in losses] == ["1 of 3 speech inputs are silent"]
+
+
+def test_data_whose_files_are_not_there_is_refused_before_the_run(tmp_path):
+    """Few of them are left to the count of the run, which is exact."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+
+    def table(missing):
+        names = ["a.png"] * (100 - missing) + ["gone.png"] * missing
+        rows = "".join(f"{name}\ta red circle\n" for name in names)
+        (tmp_path / f"{missing}.tsv").write_text(f"filepath\ttitle\n{rows}")
+        return toy_config(**{"data.train": f"tsv:{tmp_path}/{missing}.tsv"})
+
+    with pytest.raises(ConfigError, match=r"40 of 100 image inputs are unusable \(.*: 40\)"):
+        training_source(table(40))
+    training_source(table(10))

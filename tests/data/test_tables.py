@@ -306,3 +306,13 @@ def test_a_file_of_another_kind_is_named(tmp_path, kind, content, message):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_source(f"{kind}:{tmp_path}/data")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("file;words\na;b\n", "add sep=semicolon"), ("", "It is empty")]
+)
+def test_a_wrong_separator_and_an_empty_table_are_told(text, words, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    for options in ("", "?text=words"):
+        with pytest.raises(ValueError, match=words):
+            open_source(f"csv:{tmp_path}/t.csv{options}")

@@ -106,6 +106,14 @@ def test_complete_run_says_so_and_does_nothing(finished, capsys):
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_a_run_that_saved_nothing_is_told_apart(finished, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    shutil.copy(finished / "config.json", workdir)
+    with pytest.raises(ConfigError, match="of which no step was saved; delete it, give"):
+        train(toy_config(**{"optimizer.learning_rate": 0.5}), workdir)
+
+
 def test_results_of_an_earlier_step_are_made_again(finished, tmp_path, monkeypatch, capsys):
     workdir = shutil.copytree(finished, tmp_path / "longer")
     longer = toy_config(**{"total_steps": 6, "checkpoint.accept_changes": True})

@@ -5,7 +5,6 @@ numpy. Members of an uncompressed .npz are memory-mapped, compressed ones are re
 """
 
 import functools
-import importlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ import numpy as np
 from cwcl_jax.copies import local_copy
 from cwcl_jax.data.sources.files import require
 from cwcl_jax.files import matching
+from cwcl_jax.packages import import_package
 
 # Smaller arrays are read whole, because their rows are then faster than from a file.
 _KEPT_BYTES = 64 << 20
@@ -33,7 +33,7 @@ def load_arrays(path: Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is nothing at `path`.
       ValueError: it is of another kind, damaged, or holds Python objects.
-      ImportError: its kind needs a package that is not installed.
+      MissingPackage: its kind needs a package that is not installed.
     """
     path = local_copy(require(path, "The file of arrays"))
     suffix = path.suffix.lower()
@@ -108,7 +108,7 @@ def _load_safetensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def _load_hdf5(file: Path) -> dict[str, Any]:
-    h5py = _extra("h5py", "hdf5")
+    h5py = import_package("h5py", "hdf5", "HDF5")
     found: dict[str, Any] = {}
 
     def visit(name: str, item: Any) -> None:
@@ -128,7 +128,7 @@ def _load_hdf5(file: Path) -> dict[str, Any]:
 
 
 def _load_zarr(folder: Path) -> dict[str, Any]:
-    zarr = _extra("zarr", "zarr")
+    zarr = import_package("zarr", "zarr", "Zarr")
     try:
         opened = zarr.open(str(folder), mode="r")
         if isinstance(opened, zarr.Array):
@@ -143,15 +143,6 @@ def _zarr_arrays(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + name, array
     for name, inner in group.groups():
         yield from _zarr_arrays(inner, f"{prefix}{name}/")
-
-
-def _extra(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(
-            f"Files of this kind need the package {package!r}: pip install 'cwcl_jax[{extra}]'."
-        ) from error
 
 
 def _small_in_memory(array: Any) -> Any:

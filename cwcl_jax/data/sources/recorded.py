@@ -198,7 +198,7 @@ def _watch(workers: list[subprocess.Popen], folder: Path, count: int, wanted: in
             lines = worker.communicate()[1].decode(errors="replace").strip().splitlines()
             message = lines[-1] if lines else str(worker.returncode)
             # A restart cannot repair settings: a run's exit code distinguishes them by this type.
-            settings = message.startswith(("ValueError:", "ImportError:"))
+            settings = message.startswith(("ValueError:", "cwcl_jax.packages.MissingPackage:"))
             raise (ValueError if settings else RuntimeError)(f"synthesis failed: {message}")
     seconds = time.perf_counter() - start
     end = "\r" if sys.stderr.isatty() else ""

@@ -51,9 +51,10 @@ def named_fields(
     if not fields:
         if unclear:
             raise ValueError(f"{path} {next(iter(unclear.values()))}.")
+        known = "; ".join(f"{field}: {', '.join(names)}" for field, names in _USUAL_NAMES.items())
         raise ValueError(
-            f"No column of {path} ({', '.join(columns)}) has a known name; name them with "
-            "image=, text=, audio= or label=."
+            f"No column of {path} has a known name ({known}); name them with image=, text=, "
+            f"audio= or label=.{_told(columns)}"
         )
     return fields, unclear
 
@@ -64,9 +65,18 @@ def require_column(name: str, columns: Sequence[str], path: str, option: str) ->
         close = difflib.get_close_matches(name, columns, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"{path} has no column {name!r} (asked for as {option}=).{hint} Its columns: "
-            f"{', '.join(columns)}."
+            f"{path} has no column {name!r} (asked for as {option}=).{hint}{_told(columns)}"
         )
+
+
+def _told(columns: Sequence[str]) -> str:
+    """Returns the columns as text for users, with the remedy for a wrong separator."""
+    if not columns:
+        return " It is empty."
+    marks = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "|"}
+    found = [name for mark, name in marks.items() if len(columns) == 1 and mark in columns[0]]
+    hint = f" Its fields may have another separator: add sep={found[0]}." if found else ""
+    return f" Its columns: {', '.join(columns)}.{hint}"
 
 
 def _type_of_files(column: str, rows: Iterable[Mapping[str, Any]]) -> str:
