@@ -21,7 +21,9 @@ def small():
     return dataclasses.replace(config, towers=towers, global_batch_size=8, embed_dim=8)
 
 
+@pytest.mark.slow
 def test_every_part_is_timed_in_both():
+    """Slow: a benchmark; its parts are compared with the towers below."""
     rows = peer.race(small(), 1)
     assert [row["part"] for row in rows][-1] == "step"
     assert all(row["seconds"] > 0 and row["torch_seconds"] > 0 for row in rows)

@@ -251,8 +251,10 @@ def test_processes_that_differ_are_named_and_end_with_2(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_process_that_does_not_come_is_named(tmp_path):
+    """Slow: waits for limits of time; test_watchdog.py has them in one process."""
     write_experiment(tmp_path, toy_config(**{"distributed.barrier_timeout": 3.0}))
     ending = run_job(
         tmp_path / "run", 2, fault={"place": "start", "action": "hang", "process": 1}, frozen=[1]

@@ -83,7 +83,9 @@ def faulty_job(tmp_path, fault, config=CONFIG, **options):
     return run_job(tmp_path / "run", 2, fault=fault, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_the_next_start_goes_on(tmp_path, undisturbed):
+    """Slow: three jobs of two processes; drill_kills kills runs anywhere."""
     ending = faulty_job(tmp_path, {"action": "kill", "process": 1, "step": 4})
     report("kill -9 of process 1", ending, 2)
     assert ending.codes[1] == -signal.SIGKILL

@@ -100,7 +100,9 @@ def test_gradients_are_those_of_the_sums_and_weights_those_of_the_unadapted_towe
     assert_same_gradients(found, gradient)
 
 
+@pytest.mark.slow
 def test_chunks_devices_fsdp_scan_and_remat_give_the_same_gradients():
+    """Slow: two deep programs; test_step.py has the same properties for whole kernels."""
     deep = LORA | {"towers.text.overrides.depth": DEPTH}
     # Gradients of keys are differences of nearly equal sums: what is left of them is rounded more.
     kernels = r"encoder/.*(query|value|up)/kernel"

@@ -258,8 +258,10 @@ sys.exit(run.train(from_json((workdir.parent / "experiment.json").read_text()), 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_killed_run_resumes_bit_for_bit(tmp_path):
+    """Slow: three whole runs; the suite resumes an interrupted one (above)."""
     config = toy_config(**{"total_steps": 20, "checkpoint.every_steps": 5}, **WATCHED)
     (tmp_path / "experiment.json").write_text(to_json(config))
     command = ["timeout", "-s", "KILL", "600", sys.executable, "-c", _CHILD]

@@ -121,9 +121,12 @@ def saved_at(checkpoint):
     return metadata["init_timestamp_nsecs"] / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
-    """By a day and an hour forward after the first step, and by as much back after the first save.
+    """Slow: runs under LD_PRELOAD.
+
+    By a day and an hour forward after the first step, and by as much back after the first save.
 
     All limits of time are far below that.
     """
