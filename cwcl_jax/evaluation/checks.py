@@ -17,14 +17,17 @@ def check_tasks(config: EvaluationConfig, *, towers: Collection[str], cache_dir:
       cache_dir: `data.cache_dir`.
 
     Raises:
-      ValueError: a task cannot run. The message names the task and, if there is one, the field.
+      ValueError: tasks cannot run. The message has a line for each of them, with its name and, if
+        there is one, the field.
     """
+    problems: list[tuple[str, Exception]] = []
     for name, task in config.tasks.items():
         try:
             task.check(towers, cache_dir)
         except (ValueError, FileNotFoundError) as error:
-            reason = str(error).rstrip(".")
-            raise ValueError(f"evaluation.tasks.{name}: {reason}") from error
+            problems.append((f"evaluation.tasks.{name}: {str(error).rstrip('.')}", error))
+    if problems:
+        raise ValueError("\n".join(line for line, _ in problems)) from problems[0][1]
     if config.robustness_baselines:
         try:
             baselines = read_baselines(user_file(config.robustness_baselines))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -61,8 +62,11 @@ def cwcl_loss(
       has no negatives.
 
     Raises:
-      ValueError: an argument is missing, or an argument would have no effect.
+      ValueError: an argument is missing, or an argument would have no effect. Outside of
+          `jax.jit`, where values are known, also rows of `u` or `v` that are not of unit norm, and
+          a `logit_scale` that must be the inverse temperature and not its log.
     """
+    _check_values(u, v, logit_scale)
     config, numbers = config or LossConfig(), exact_labels(labels)
     own = weight_function if callable(weight_function) else None
     if isinstance(weight_function, str) and weight_function:
@@ -83,6 +87,29 @@ def cwcl_loss(
     return loss_fn(
         u, v, weights_from, logit_scale, logit_bias, numbers, targets, v_weights_from, progress
     )
+
+
+# Rows looked at, the deviation that bfloat16 stays below, and the largest sensible 1 / tau.
+_ROWS, _DEVIATION, _LARGEST = 64, 0.05, 1e4
+
+
+def _check_values(u: Array, v: Array, logit_scale: Scalar) -> None:
+    """Raises ValueError for what gives a number, but not the loss; tracers tell no values."""
+    for name, rows in (("u", u), ("v", v)):
+        if isinstance(rows, Tracer) or not getattr(rows, "is_fully_addressable", True):
+            continue
+        norms = np.linalg.norm(np.asarray(rows[:_ROWS], np.float32), axis=-1)
+        far = np.abs(norms - 1) > _DEVIATION
+        if far.any():
+            raise ValueError(
+                f"row {np.argmax(far)} of {name} has norm {norms[far][0]:.3g}; rows must have unit "
+                f"norm: divide {name} by its norms, along the last axis."
+            )
+    if not isinstance(logit_scale, Tracer) and float(logit_scale) > np.log(_LARGEST):
+        raise ValueError(
+            f"logit_scale={float(logit_scale):.4g} is the log of 1 / tau; for an inverse "
+            f"temperature of {float(logit_scale):.4g} give its log."
+        )
 
 
 def refuse_unread(name: str, read: dict[str, tuple[object, bool]]) -> None:

@@ -38,9 +38,9 @@ class Evaluator:
             check_in_distribution(config.evaluation)
             check_tasks(config.evaluation, towers=config.towers, cache_dir=config.data.cache_dir)
         except ValueError as error:
+            told = "\n".join(f"config.{line}" for line in str(error).splitlines())
             raise ConfigError(
-                f"config.{error}; correct it, or leave out every task with "
-                "--config.evaluation.tasks={}"
+                f"{told}; correct it, or leave out every task with --config.evaluation.tasks={{}}"
             ) from error
 
     def run(self, encoder: Encoder) -> dict[str, float]:

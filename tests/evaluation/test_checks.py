@@ -43,6 +43,15 @@ def test_what_cannot_run_is_named_with_its_task(fields, message):
         check(**fields)
 
 
+def test_every_task_that_cannot_run_is_told():
+    tasks = {name: ZeroShot(source=SHAPE, class_names="a,b") for name in ("x", "y")}
+    words = r"(?s)^evaluation\.tasks\.x: .*2 names.*\nevaluation\.tasks\.y: .*2 names"
+    with pytest.raises(ValueError, match=words):
+        check_tasks(
+            EvaluationConfig(tasks=tasks | {"z": ZeroShot(source=SHAPE)}), towers=("image", "text")
+        )
+
+
 def test_what_can_run_passes():
     check()
     check(kind="retrieval", source="scenes:test?task=retrieval&n=9")

@@ -354,3 +354,14 @@ def test_a_loss_and_a_weight_function_by_module_and_name():
         make_loss(LossConfig(name=HERE + "not_a_scalar"))(u, v, p, 1.0)
     with pytest.raises(ValueError, match="your own loss, which does not read mix"):
         LossConfig(name=HERE + "ten_line_loss", mix=(0.5,))
+
+
+def test_values_that_are_known_are_checked_and_tracers_are_not():
+    u, v, p = (jnp.asarray(x, jnp.bfloat16) for x in oracle.embeds(0, 8, 5))
+    given = {"weights_from": p, "logit_scale": 2.0}
+    cwcl_loss(u, v, **given)
+    with pytest.raises(ValueError, match=r"row 2 of v has norm 3.*divide v by its norms"):
+        cwcl_loss(u, v.at[2].multiply(3), **given)
+    with pytest.raises(ValueError, match=r"of 14\.3 give its log"):
+        cwcl_loss(u, v, weights_from=p, logit_scale=14.3)
+    jax.jit(lambda u: cwcl_loss(u, v, **given)[0])(3 * u)
