@@ -199,8 +199,11 @@ def test_features_of_your_own_give_the_widths(tmp_path):
 
 
 def test_features_that_are_missing_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"no \.npz file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         load_experiment(FEATURES, f"data={tmp_path}/none.npz")
+    np.save(tmp_path / "one.npy", np.zeros((2, 3)))
+    with pytest.raises(ConfigError, match=r"is no \.npz file.*arrays:"):
+        load_experiment(FEATURES, f"data={tmp_path}/one.npy")
     np.savez(tmp_path / "a.npz", first=np.zeros((2, 3)))
     with pytest.raises(ConfigError, match="no array 'u', only first"):
         load_experiment(FEATURES, f"data={tmp_path}/a.npz")

@@ -5,8 +5,10 @@ import pytest
 from cwcl_jax.benchmarks import loss
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_every_measurement_is_written_down(tmp_path):
+    """Slow: a benchmark in fresh processes."""
     flags = ["--sizes=64x8", "--forms=fused cwcl;dense torch cwcl", "--seconds=0"]
     code = loss.main([*flags, f"--output={tmp_path}", "--dense-gb=0.00001"])
     assert code == 0

@@ -274,7 +274,9 @@ def test_it_trains_and_is_encoded_with_its_running_statistics(trained, own):
     np.testing.assert_allclose(encoder.encode("wave", {"signal": signal})[:1], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_cut_in_two_gives_the_losses_of_one(own, tmp_path, monkeypatch):
+    """Slow: two runs; test_run.py resumes one bit for bit."""
     made = config(**{"towers.wave.overrides": {"drop": 0.2}})
     assert train(made, tmp_path / "whole") == DONE
 

@@ -70,6 +70,7 @@ def test_a_table_with_gaps_is_refused_before_the_start(table, tmp_path, kind, co
             "data.train": line,
             "data.batches": f"groups:{column}",
             "data.max_cut_share": 1.0,
+            "data.max_skipped_share": 1.0,  # the pictures are not there
             "evaluation.tasks": {},
         }
     )

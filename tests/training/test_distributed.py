@@ -240,8 +240,10 @@ def test_sigterm_to_one_stops_all_while_features_are_made(tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_processes_that_differ_are_named_and_end_with_2(tmp_path):
+    """Slow: two processes; what they compare is tested above."""
     write_experiment(tmp_path, toy_config())
     fault = {"place": "start", "action": "differ", "process": 1, "linger": 2}
     ending = run_job(tmp_path / "run", 2, fault=fault)

@@ -139,7 +139,9 @@ def test_bfloat16_trains_and_only_kernels_that_are_summed_are_kept_wide():
     assert {str(leaf.dtype) for leaf in after.params.values()} == {"float32"}
 
 
+@pytest.mark.slow
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
+    """Slow: three runs; test_run.py has the same without LoRA."""
     blueprint, state, locked = setup(LORA)
     step = TrainStep(blueprint)
     batches = [sharding.put_batch(blueprint.mesh, x) for x in host_batches(blueprint.config, 3)]

@@ -93,7 +93,7 @@ def test_every_trained_leaf_moves():
         # Slow: parts of what the others are.
         pytest.param({}, 1, marks=pytest.mark.slow),
         pytest.param({"loss.name": "contrastive"}, 2, marks=pytest.mark.slow),
-        ({"loss.name": "supervised", "data.labels": "text"}, 2),
+        pytest.param({"loss.name": "supervised", "data.labels": "text"}, 2, marks=pytest.mark.slow),
         ({"optimizer.name": "muon"}, 4),
     ],
 )
@@ -272,8 +272,11 @@ def own_loss(u, v, q, logit_scale, labels, progress):
 @pytest.mark.parametrize(
     "loss",
     [
-        {"loss.name": "softclip", "loss.mix": (1.0, 0.3), "towers.image.tune": "all"},
-        # Slow: test_soft_targets.py compares s2l in chunks on a ring with the equations.
+        # Slow: test_soft_targets.py compares such losses in chunks on a ring with the equations.
+        pytest.param(
+            {"loss.name": "softclip", "loss.mix": (1.0, 0.3), "towers.image.tune": "all"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"loss.name": "s2l", "loss.weight_function": "distance30_0.1"}, marks=pytest.mark.slow
         ),

@@ -40,8 +40,10 @@ def steps(workdir):
     return [r["step"] for r in read_json_lines(workdir / "metrics.jsonl") if "loss" in r]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_run_goes_on_without_tensorboard(tmp_path, library):
+    """Slow: a run under LD_PRELOAD; the suite has the one whose metrics cannot be written."""
     done = train(tmp_path, library, PATH="/tensorboard/", CALLS="write", ERRNO=5, AFTER=300)
     assert done.returncode == DONE, done.stderr
     assert done.stderr.count("warning: TensorBoard's file (the run continues without it)") == 2
