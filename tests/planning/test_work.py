@@ -111,10 +111,8 @@ def test_cudnns_attention_counts_its_products_and_keeps_no_scores(tokens):
     [
         ({}, 1, 1),
         ({"accumulation_steps": 2, "towers.text.scan_layers": True}, 4, 2),
-        # Slow: the ring is counted in test_targets.py too; muon adds its own products.
-        pytest.param(
-            {"loss.form": "ring", "loss.weight_function": "exp"}, 4, 1, marks=pytest.mark.slow
-        ),
+        ({"loss.form": "ring", "loss.weight_function": "exp"}, 4, 1),
+        # Slow: 12 s for the products of an optimizer that few choose.
         pytest.param({"optimizer.name": "muon"}, 4, 1, marks=pytest.mark.slow),
     ],
     ids=["one device", "chunks, scanned, fsdp", "ring of weights", "muon"],
