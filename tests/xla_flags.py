@@ -8,7 +8,11 @@ CWCL_TEST_OPTIMIZED=1 compiles as users do.
 import os
 
 OPTIMIZED = os.environ.get("CWCL_TEST_OPTIMIZED", "0") not in ("", "0")
-_FAST = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# The first is no flag of its own in every version of jaxlib, and an unknown flag ends the process.
+_FAST = (
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def with_devices(count: int) -> str:
