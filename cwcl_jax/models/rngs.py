@@ -25,5 +25,5 @@ def fresh_rngs(seed: int | jax.Array) -> nnx.Rngs:
     """Returns `nnx.Rngs(seed)`, which gives the same keys, for building modules under a trace."""
     rngs = nnx.Rngs()
     with jax.ensure_compile_time_eval():
-        rngs.default = _Stream(seed, tag="default")
+        rngs.default = _Stream(seed, tag="default")  # pyright: ignore[reportAttributeAccessIssue]
     return rngs
