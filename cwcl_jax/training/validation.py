@@ -149,8 +149,12 @@ class Validation:
         """Returns the names of the values of `run`, as keys; reads a batch, for its shapes."""
         size = self._blueprint.config.global_batch_size
         self._batches.set_state({"step": 0})
+        # In the dtypes that they have on a device: example numbers are int64 here.
         batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), dict(next(self._batches))
+            lambda x: jax.ShapeDtypeStruct(
+                (size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
+            ),
+            dict(next(self._batches)),
         )
         self._batches.close()
         abstract = self._blueprint.abstract_state()

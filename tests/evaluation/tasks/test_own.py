@@ -89,7 +89,7 @@ def test_own_task_is_run_by_train_and_by_evaluate(folder):
         ({"kind": "mytask:"}, r"tasks\.own: .*'mytask:' must have the form 'module:name'"),
         ({"kind": "mytask:TaskResult"}, r"tasks\.own: .*does not name a class that derives from"),
         ({"kind": "bare:Bare"}, r"tasks\.own: .*decorate the class with @dataclass"),
-        ({"kind": "bare:NoRun"}, r"tasks\.own: .*abstract.* run"),
+        ({"kind": "bare:NoRun"}, r"tasks\.own: .*abstract.*run"),
         ({"kind": "bare:Odd", "pick": "a"}, r"tasks\.own\.pick is annotated typing\.Literal"),
         ({"kind": "bare:Absent", "pick": "a"}, r"tasks\.own: an annotation of Absent has no type"),
         ({"recall_k": (1,)}, r"tasks\.own: a mytask:Rank task has no field 'recall_k'"),
