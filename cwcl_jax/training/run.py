@@ -66,6 +66,7 @@ from cwcl_jax.training.workdir import (
     environment,
     is_evaluated,
     only_user,
+    steps_saved,
     withdraw_evaluated,
     write_evaluated,
     write_records,
@@ -108,7 +109,7 @@ def _train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog) -> int:
             data = _fingerprint(batches, held)
             check_same_data(workdir, data, config)
             validation = _open_validation(blueprint, held, watchdog, stack)
-            seems_complete = _steps_saved(workdir) >= config.total_steps
+            seems_complete = steps_saved(workdir) >= config.total_steps
             if not seems_complete:  # a complete run's results are shown without the tasks' data
                 evaluator.check_sources()
             # After everything that the user may have to correct: orbax's output would hide the
@@ -228,12 +229,6 @@ def _best_of(config: ExperimentConfig, checkpoints: Checkpoints, start: int) -> 
     if best.step is not None and best.step not in checkpoints.steps:
         say(f"warning: the best step so far, {best.told()}, is no longer stored")
     return best
-
-
-def _steps_saved(workdir: Path) -> int:
-    """Returns the last step that seems to have a checkpoint; 0 if there is none."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _facts(config: ExperimentConfig, data: Mapping[str, Any], start: int) -> dict[str, str]:

@@ -246,15 +246,16 @@ def check_same_run(workdir: Path, config: ExperimentConfig) -> None:
             "give another --workdir, or resume with the new settings by "
             "--config.checkpoint.accept_changes=True"
         )
-        if not _has_saved(workdir):
+        if not steps_saved(workdir):
             told += " of which no step was saved"
             way_out = f"delete it, {way_out.replace('resume', 'start')}"
         refuse_change(told, way_out, config)
 
 
-def _has_saved(workdir: Path) -> bool:
-    folder = workdir / "checkpoints"
-    return folder.exists() and any(entry.name.isdigit() for entry in folder.iterdir())
+def steps_saved(workdir: Path) -> int:
+    """Returns the last step that seems to have a checkpoint; 0 if there is none."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def check_same_sources(
