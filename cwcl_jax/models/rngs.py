@@ -11,7 +11,7 @@ class _Stream(nnx.RngStream):
 
     As a tracer the count costs time in proportion to the program so far at every key: flax asks it
     for its sharding, and JAX composes an error that describes where the tracer comes from. The
-    towers of the paper took 24 s to build, 22 of them in these messages.
+    towers of the paper took 12.9 s to build, and 2.4 s without these messages.
     """
 
     def __call__(self) -> jax.Array:
