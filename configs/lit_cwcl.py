@@ -4,6 +4,7 @@
 --config=configs/lit_cwcl.py:loss=contrastive     the CL baseline; all else is equal
 --config=configs/lit_cwcl.py:weights=relu2        other weights than the paper's `affine`
 --config=configs/lit_cwcl.py:projection=trained   a linear projection on the locked side trains too
+--config=configs/lit_cwcl.py:test_items=5000      items of each test, instead of 1,000
 --config=configs/lit_cwcl.py:paper                the paper's recipe; needs its data and weights
 --config=configs/lit_cwcl.py:paper,text=bert      with a pretrained BERT as text tower
 
@@ -27,6 +28,7 @@ OPTIONS = {
     "weights": "affine",
     "projection": "",  # the recipe's own
     "text": "scratch",
+    "test_items": 1000,
 }
 TEXTS = ("scratch", "bert")
 
@@ -36,19 +38,23 @@ def get_config(argument: str = "") -> ConfigDict:
     require("text", options["text"], TEXTS)
     if options["text"] != "scratch" and not options["paper"]:
         raise ConfigError(f"text={options['text']} needs the paper's recipe: paper,text=...")
+    if options["test_items"] < 1:
+        raise ConfigError(f"test_items={options['test_items']}: at least one item is tested")
+    if options["paper"] and options["test_items"] != OPTIONS["test_items"]:
+        raise ConfigError("test_items is for the drawn scenes; the paper's tests are data sets")
     config = defaults(name=experiment_name("lit_cwcl", options, OPTIONS))
     config.loss.weights_from = "image"
     set_loss(config, options)
     if options["paper"]:
         paper(config, options["text"])
     else:
-        scenes(config)
+        scenes(config, options["test_items"])
     recipe = "trained" if options["paper"] else "none"
     set_projection(config, "image", options["projection"] or recipe)
     return config
 
 
-def scenes(config: Any) -> None:
+def scenes(config: Any, test_items: int) -> None:
     """Sets pictures of coloured shapes, drawn as they are read; under 3 minutes on two cores."""
     config.total_steps = 200
     config.global_batch_size = 256
@@ -76,12 +82,12 @@ def scenes(config: Any) -> None:
         config.evaluation.tasks[task] = defaults(
             Task,
             kind="zero_shot",
-            source=f"scenes:test?task={task}&n=1000",
+            source=f"scenes:test?task={task}&n={test_items}",
             templates="simple",
             template_counts=(1, 5, 10),
         )
     config.evaluation.tasks.retrieval = defaults(
-        Task, kind="retrieval", source="scenes:test?task=retrieval&n=1000"
+        Task, kind="retrieval", source=f"scenes:test?task=retrieval&n={test_items}"
     )
     config.checkpoint.every_steps = 100
 

@@ -222,6 +222,8 @@ def test_features_without_a_width_are_an_error(tmp_path, shape):
     [
         (LIT, "paper,text=brt", "use one of scratch, bert"),
         (LIT, "text=bert", "needs the paper's recipe: paper,text"),
+        (LIT, "test_items=0", "at least one item"),
+        (LIT, "paper,test_items=5000", "is for the drawn scenes"),
         ("configs/scenes_pretrain.py", "loss=cwcl", "takes no argument"),
         (FEATURES, "u=profile,v=compound", "u, v and test=FILE need data=FILE"),
         (FEATURES, "test=held_out.npz", "need data=FILE"),
