@@ -1,4 +1,4 @@
-"""The planner's command: the whole plan in a fresh process, clear mistakes, full scale (slow)."""
+"""The planner's command: the whole plan in a fresh process, clear mistakes, full scale."""
 
 from __future__ import annotations
 
@@ -154,20 +154,11 @@ def test_attention_that_a_chip_does_not_have_is_refused(mesh, dtype):
         plan(config, mesh, compile_step=False)
 
 
-@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    ("config", "mesh", "overrides"),
-    [
-        ("configs/lit_cwcl.py:paper", "a100x4", []),
-        (
-            "configs/lit_cwcl.py:paper",
-            "h100x512",
-            ["--config.global_batch_size=1048576", "--config.accumulation_steps=1"],
-        ),
-    ],
-)
-def test_full_scale_is_planned(config, mesh, overrides):
-    result = run(f"--config={config}", f"--mesh={mesh}", "--nosearch", *overrides, timeout=1800)
+def test_a_batch_of_a_million_on_512_devices_is_planned():
+    result = run(
+        "--config=configs/lit_cwcl.py:paper", "--mesh=h100x512", "--nosearch",
+        "--config.global_batch_size=1048576", "--config.accumulation_steps=1", timeout=600,
+    )  # fmt: skip
     assert result.returncode == DONE, result.stderr
     assert "device-hours" in result.stdout

@@ -42,7 +42,7 @@ def of_embeds(embeds: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         rows = jax.lax.stop_gradient(rows).astype(jnp.float32)
         count = rows.shape[0]
         total = jnp.sum(rows, axis=0)
-        pairs = max(count * (count - 1), 1)
+        pairs = max(count * (count - 1.0), 1.0)  # a float: from 46,342 rows on no int32 holds it
         moment = jnp.matmul(rows.T, rows, precision="highest")
         found[f"mean_cosine/{tower}"] = (jnp.sum(total**2) - jnp.trace(moment)) / pairs
         found[f"effective_rank/{tower}"] = jnp.trace(moment) ** 2 / jnp.sum(moment**2)

@@ -402,6 +402,23 @@ def test_memory_is_linear_in_the_number_of_pairs():
     assert large < 8192 * 8192 * 4 / 8
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_numbers_of_pairs_beyond_int32_are_traced(name):
+    n = 2**17
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype),
+        data_of(CASES[name][1], n=6, dtype=jnp.float32),
+    )
+    loss_fn = make_loss(LossConfig(**CASES[name][0]))
+
+    def loss(u, v, p, labels, q):
+        return loss_fn(u, v, p, 2.66, -3.0, labels=labels, q=q)
+
+    value, diagnostics = jax.eval_shape(jax.grad(loss, argnums=(0, 1), has_aux=True), *shapes)
+    assert [x.shape for x in value] == [shapes[0].shape, shapes[1].shape]
+    assert all(x.shape == () for x in diagnostics.values())
+
+
 def test_the_same_under_checkpoint_and_inside_scan():
     u, v, p, _ = arrays(dtype=jnp.float32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,14 @@ def test_cosine_and_rank_are_those_of_all_pairs_and_of_the_eigenvalues():
     rank = eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
     np.testing.assert_allclose(found["mean_cosine/text"], mean, rtol=1e-5)
     np.testing.assert_allclose(found["effective_rank/text"], rank, rtol=1e-5)
+
+
+def test_more_pairs_than_an_int32_counts():
+    rows = unit(np.random.default_rng(0).normal(size=(70_000, 3)) + 1.0).astype(np.float32)
+    found = jax.jit(health.of_embeds)({"text": jnp.asarray(rows)})
+    total = rows.sum(axis=0, dtype=np.float64)
+    mean = (total @ total - 70_000) / (70_000 * 69_999)
+    np.testing.assert_allclose(found["mean_cosine/text"], mean, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
