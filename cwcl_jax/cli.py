@@ -229,7 +229,7 @@ def _is_named(argument: str, message: str) -> bool:
 
 
 def _found(named: str) -> str:
-    """FILE[:ARGUMENT] as it is, or with the package's own file where there is no such FILE.
+    """Returns FILE[:ARGUMENT], with the package's own file if FILE does not exist.
 
     The package carries configs/, so that an installed command works in any folder.
     """

@@ -152,7 +152,7 @@ def _contradictions(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _told(before: str, check: Callable[[Any], Any], value: Any) -> Iterator[str]:
-    """What the ValueError of a check says, behind these words; nothing where it raises none."""
+    """Yields `before` and the message of the ValueError, if the check raises one."""
     try:
         check(value)
     except ValueError as error:
@@ -256,7 +256,7 @@ def _from_plain(config: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def _with_data(towers: Any, data: Any) -> dict[str, Any]:
-    """The towers, and the data, whose options are as the towers' inputs have them."""
+    """Returns the converted fields `towers` and `data`; the towers decide the types of inputs."""
     made = convert(Mapping[str, TowerConfig], towers, "config.towers")
     inputs = _with_inputs(data, made)
     return {"towers": made, "data": convert(DataConfig, inputs, "config.data")}

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def visible_gpus() -> list[str]:
-    """Those that CUDA_VISIBLE_DEVICES names, else all for which the driver has a device file."""
+    """Returns the GPUs of CUDA_VISIBLE_DEVICES, or all that have a device file if it is not set."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if named:
         return named.split(",")
@@ -65,7 +65,7 @@ def visible_gpus() -> list[str]:
 
 
 def hosts() -> tuple[int, int]:
-    """How many machines the job has, and which one this is."""
+    """Returns the number of machines of the job, and the index of this one."""
     count = int(os.environ.get("CWCL_NUM_HOSTS") or 1)
     host = int(os.environ.get("CWCL_HOST_ID") or 0)
     if count > 1 and not (host < count and os.environ.get("JAX_COORDINATOR_ADDRESS")):
@@ -77,9 +77,9 @@ def hosts() -> tuple[int, int]:
 
 
 def held_port() -> socket.socket:
-    """A socket whose TCP port nobody else is given while it is open, but process 0 can listen on.
+    """Returns a socket that reserves a free TCP port, on which process 0 can still listen.
 
-    It takes seconds to start: a port that was only looked up may be another program's by then.
+    Process 0 needs seconds to start; a port that is not reserved may be taken by then.
     """
     holder = socket.socket()
     # The coordinator (gRPC) asks for the same, which is what lets both have the port.
@@ -89,30 +89,30 @@ def held_port() -> socket.socket:
 
 
 def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, str]:
-    """The variables of process `rank` of this machine."""
+    """Returns the environment of process `rank` of this machine."""
     count, host = hosts()
     address = os.environ["JAX_COORDINATOR_ADDRESS"] if count > 1 else f"127.0.0.1:{port}"
     env = os.environ | {
         "JAX_COORDINATOR_ADDRESS": address,
         "CWCL_NUM_PROCESSES": str(count * options.processes),
         "CWCL_PROCESS_ID": str(host * options.processes + rank),
-        # Reader threads are shared out by it.
+        # Divides the reader threads among the processes.
         "CWCL_LOCAL_PROCESSES": str(options.processes),
         "PYTHONUNBUFFERED": "1",
     }
     if options.gpus:
         return env | {
             "CUDA_VISIBLE_DEVICES": ",".join(gpus(options)[rank]),
-            # All of these: inside SLURM's variables jax would take one of them.
+            # All of them: with SLURM's variables set, jax would use only one.
             "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(options.devices))),
-            # A GPU that cannot be used is an error, and no run on the CPU.
+            # Without this, a GPU that cannot be used would mean a run on the CPU.
             "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda"),
         }
     flags = f"--xla_force_host_platform_device_count={options.devices}"
     return env | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
-        # With fewer threads than queued collectives, CPU devices can wait for each other for ever.
+        # With fewer threads than queued collectives, CPU devices can wait for each other forever.
         "PJRT_NPROC": os.environ.get("PJRT_NPROC", "32"),
         # Huge pages for what XLA allocates anew in every step: 7 % of a step's processor time.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
@@ -120,7 +120,7 @@ def environment(options: argparse.Namespace, port: int, rank: int) -> dict[str, 
 
 
 def gpus(options: argparse.Namespace) -> list[list[str]]:
-    """Each process's GPUs: the next of those that CUDA_VISIBLE_DEVICES names, else from 0 on."""
+    """Returns the GPUs of each process, in the order of CUDA_VISIBLE_DEVICES or from 0 on."""
     needed = options.processes * options.devices
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     visible = named.split(",") if named else [str(i) for i in range(needed)]
@@ -133,15 +133,15 @@ def gpus(options: argparse.Namespace) -> list[list[str]]:
 
 
 def ending(code: int) -> str:
-    """An exit code in words."""
+    """Returns an exit code in words."""
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 def first_failed(codes: Sequence[int | None]) -> tuple[int, int]:
-    """Rank and exit code of the process that failed first, of those that a look found failed.
+    """Returns rank and exit code of the process that counts as the first to fail.
 
-    Of several that ended between two looks, one with an exit code of its own comes before those
-    that a signal ended: jax aborts the others when one fails.
+    If several failed since the last look, one with an exit code of its own comes before those that
+    a signal ended: when one process fails, jax aborts the others.
     """
     failed = [(rank, code) for rank, code in enumerate(codes) if code]
     return min(failed, key=lambda found: found[1] < 0)
@@ -196,21 +196,21 @@ class Job:
             self.terminate()
 
     def terminate(self, *_: object) -> None:
-        """SIGTERM to all; SIGKILL follows after the grace time."""
+        """Sends SIGTERM to all processes; `wait` sends SIGKILL after the grace time."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._options.grace
         for process in self._processes:
             self._send(process, signal.SIGTERM)
 
     def _send(self, process: subprocess.Popen[str], number: signal.Signals) -> None:
-        """A signal to a process that has not ended, and to what it has started."""
+        """Sends a signal to a process that has not ended, and to its children."""
         if process.poll() is None:
             # As a signal handler this may come between the process's end and poll's own note of it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
     def wait(self) -> int:
-        """The job's exit code: of the process that failed first, 0 if none did."""
+        """Returns the exit code of the process that failed first; 0 if none failed."""
         first_failure = 0
         while True:
             # All of them: any() would not look at the processes after the first living one.
@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
     job = Job(parse(argv))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, job.terminate)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's wish
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         signal.signal(signal.SIGHUP, job.terminate)
     job.start()
     return job.wait()

@@ -75,7 +75,7 @@ def measure_near(examples: int, width: int, batch: int) -> None:
 
 
 def _mean_cosine(sets: np.ndarray) -> float:
-    """Of the pairs inside sets of unit vectors, (s, k, d)."""
+    """Returns the mean cosine of the pairs inside each of s sets of unit vectors, (s, k, d)."""
     upper = np.triu_indices(sets.shape[1], 1)
     return float((sets @ sets.transpose(0, 2, 1))[:, *upper].mean())
 

@@ -138,10 +138,10 @@ class EvalBatches:
         return batch
 
     def _any_usable(self) -> dict[str, Any]:
-        """Returns the inputs of the first usable example, to fill a block without any.
+        """Returns the inputs of the first usable example, to fill a block that has none.
 
-        The examples are counted when the pass reads them. A counter of its own stops this search
-        after as many unusable ones.
+        This search does not change the pass's counts. It has a counter of its own, with the same
+        limit of unusable examples.
 
         Raises:
           ValueError: no example is usable.

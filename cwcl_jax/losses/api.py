@@ -94,7 +94,7 @@ _ROWS, _DEVIATION, _LARGEST = 64, 0.05, 1e4
 
 
 def _check_values(u: Array, v: Array, logit_scale: Scalar) -> None:
-    """Raises ValueError for what gives a number, but not the loss; tracers tell no values."""
+    """Raises ValueError for values that would give a wrong loss; tracers, without values, pass."""
     for name, rows in (("u", u), ("v", v)):
         if isinstance(rows, Tracer) or not getattr(rows, "is_fully_addressable", True):
             continue

@@ -111,7 +111,7 @@ def _weights_by_name(frame: Frame, inputs: Inputs, features: Array | None, own: 
 
 
 def masked_pairs(frame: Frame, inputs: Inputs) -> Bool[Array, "n n"]:
-    """Which pairs row i leaves out."""
+    """Returns the pairs that each row leaves out."""
     own = jnp.eye(len(inputs.u), dtype=bool)
     if frame.duplicates == "masked":
         assert inputs.labels is not None

@@ -287,7 +287,7 @@ def _read_text(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _types(part: str) -> tuple[str, ...]:
-    """What a config.json calls these models; those of any shape are refused when it is read."""
+    """Returns the model types of config.json; NaFlex models share them and are refused later."""
     return ("siglip", f"siglip_{part}_model", "siglip2", f"siglip2_{part}_model")
 
 

@@ -144,7 +144,7 @@ def _ends_with(tokenizer: Any, end: int) -> bool:
 
 
 def clip_stack(settings: Any, kind: str) -> dict[str, Any]:
-    """The stack of a tower as the parts of CLIP's config.json name it."""
+    """Returns a tower's stack of blocks as CLIP's config.json writes it."""
     config = stack_config(settings) | {"model_type": kind, "attention_dropout": 0.0}
     del config["hidden_dropout_prob"], config["attention_probs_dropout_prob"]
     return config
@@ -156,7 +156,7 @@ def _layers(arrays: Arrays, leaves: Arrays, depth: int, part: str) -> Arrays:
 
 
 def clip_vision_arrays(settings: Any, leaves: Arrays) -> Arrays:
-    """The image tower's arrays without its projection, from its leaves by path below it."""
+    """Returns the image tower's arrays without its projection, from its leaves by path."""
     part = "vision_model"
     arrays = {
         f"{part}.embeddings.class_embedding": leaves["encoder/class_token"].reshape(-1),

@@ -333,7 +333,7 @@ _SHOWN = (
 
 
 def validation_line(step: int, values: Mapping[str, float]) -> str:
-    """Returns held-out loss, accuracy and R@1 in both directions after a step, also of averages."""
+    """Returns a line with held-out loss, accuracy and R@1, of the model and of its averages."""
     told = []
     for prefix, name in (("validation", "held-out"), ("validation_ema", "of the averages")):
         parts = [

@@ -207,9 +207,9 @@ def make_plan(weights: Weights, layout: Layout, leaves: Mapping[str, Any]) -> Pl
 
 
 def _match(name: str, layout: Layout, leaves: Mapping[str, Any]) -> tuple[str, Rule | None]:
-    """Returns target and rule of a name.
+    """Returns the leaf for an array of this name in a file, and the rule that names it.
 
-    The first rule wins whose target the tower has, else the first that matches.
+    Of the rules that match, the first whose leaf the tower has is used, or else the first.
     """
     found: tuple[str, Rule | None] = ("", None)
     for rule in layout.rules:

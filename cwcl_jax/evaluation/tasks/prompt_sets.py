@@ -65,7 +65,7 @@ def prompt_sets(
 
 
 def task_templates(task: "Classification", own: Sequence[str] = ()) -> tuple[str, tuple[str, ...]]:
-    """Returns the name of a task's templates, and the templates unless they are whole sentences.
+    """Returns the name of a task's templates, and the templates; () if they are whole sentences.
 
     Args:
       own: templates that come with the task's source; used if the task names none.
