@@ -42,9 +42,11 @@ def get_config(argument: str = "") -> ConfigDict:
     name = experiment_name("features_cwcl", options, OPTIONS)
     config = defaults(name=name, total_steps=1500, global_batch_size=256)
 
-    config.data.train = f"arrays:{options['data']}" if options["data"] else "made:train"
+    # Only these two: a row that is unusable in an array that no tower reads would be left out.
+    lines = {name: f"arrays:{options[name]}?features={u},{v}" for name in ("data", "test")}
+    config.data.train = lines["data"] if options["data"] else "made:train"
     widths = widths_of(options["data"], (u, v)) if options["data"] else {"u": 64, "v": 96}
-    test = f"arrays:{options['test']}" if options["test"] else "made:test?n=1000"
+    test = lines["test"] if options["test"] else "made:test?n=1000"
 
     # The shared space has U's width, so that U needs no projection; with a trained projection it
     # can have any other width.
@@ -100,7 +102,7 @@ def widths_of(path: str, names: tuple[str, str]) -> dict[str, Any]:
             raise ConfigError(f"data={path} has no array {missing[0]!r}, only {', '.join(known)}")
         shapes = {name: _shape(archive, name) for name in names}
     for name, shape in shapes.items():
-        if len(shape) < 2:
+        if len(shape) != 2:
             raise ConfigError(f"data={path}: {name!r} has shape {shape}, not (examples, width)")
     return {name: shape[-1] for name, shape in shapes.items()}
 

@@ -34,6 +34,10 @@ _HOME |= dict.fromkeys(("load_embeddings", "load_model"), "cwcl_jax.api")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("cwcl_jax")
     if name not in _HOME:
         raise AttributeError(f"module 'cwcl_jax' has no attribute {name!r}")
     import importlib

@@ -68,7 +68,7 @@ class Model:
 
     @property
     def towers(self) -> tuple[str, ...]:
-        """Names of the towers."""
+        """Names of the towers, in the loss's order."""
         return tuple(self.description.towers)
 
     @property
@@ -238,7 +238,10 @@ class Model:
     def similarity(
         self, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
     ) -> Float[np.ndarray, "n m"]:
-        """Returns the cosines between rows; `inverse_temperature` times them are the logits."""
+        """Returns the cosines between rows, which must have unit norm, as embeddings have.
+
+        Multiply them by `inverse_temperature` for the logits.
+        """
         return np.asarray(a, np.float32) @ np.asarray(b, np.float32).T
 
     @property

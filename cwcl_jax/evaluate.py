@@ -231,13 +231,24 @@ def _write(
     The comparison comes last, so that a failure in it cannot lose the results.
     """
     from cwcl_jax.evaluation.compare import compare_with
-    from cwcl_jax.evaluation.report import page_title, terminal_report, write_page, write_report
+    from cwcl_jax.evaluation.report import (
+        page_title,
+        tasks_beside,
+        terminal_report,
+        write_page,
+        write_report,
+    )
 
     baselines = config.evaluation.robustness_baselines
     name = to_path(options.workdir).resolve().name if options.workdir else f"{config.name}-imported"
     folder = to_path(options.output or to_path(options.workdir or f"runs/{name}") / "evaluation")
     averages = " (ema)" if options.weights == "ema" else ""
     weights = f"step {step}{averages}" if options.workdir else "imported"
+    if removed := tasks_beside(folder, results):
+        print(
+            f"the earlier results in {folder} are replaced, also those of {', '.join(removed)}; "
+            "--output=DIR keeps both"
+        )
     files = write_report(results, folder, model=name, pretrained=weights, baselines_file=baselines)
     print(terminal_report(results, baselines_file=baselines))
     if others:

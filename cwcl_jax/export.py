@@ -28,7 +28,7 @@ from cwcl_jax.pretrained.clip_folder import write_clip_folder
 from cwcl_jax.pretrained.dual_encoder import write_dual_encoder
 from cwcl_jax.pretrained.folder import below, save_folder
 from cwcl_jax.pretrained.image_folder import write_image_folder
-from cwcl_jax.pretrained.model_card import write_card
+from cwcl_jax.pretrained.model_card import is_card, write_card
 from cwcl_jax.pretrained.onnx_files import write_onnx
 from cwcl_jax.pretrained.sentence_folder import write_sentence_folder
 
@@ -76,6 +76,23 @@ def _write_card(model: Model, output: Path, options: Namespace) -> None:
     )
 
 
+def _check_output(output: Path, form: str) -> None:
+    """Raises ConfigError if `output` holds files that are not an earlier export's."""
+    if form == "npz":
+        if output.is_dir():
+            raise ConfigError(f"--output={output} is a folder; format npz writes a file")
+        return
+    if output.is_file():
+        raise ConfigError(f"--output={output} is a file; format {form} writes a folder")
+    card = output / "README.md"
+    names = sorted(path.name for path in output.glob("*")) if output.is_dir() else []
+    if names and not (card.is_file() and is_card(card.read_text("utf-8", "replace"))):
+        raise ConfigError(
+            f"--output={output} holds files of something else, or of an interrupted export, such "
+            f"as {names[0]}: give a new folder, or remove them"
+        )
+
+
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--source", required=True, help="workdir of a run, or an exported folder")
@@ -110,6 +127,7 @@ def main(options: Namespace) -> None:
             allow_code=allowed,
             interpolate=options.interpolate,
         )
+        _check_output(options.output, options.format)
         with writing(options.output) as output:
             export(model, output, options.format, dtype=options.dtype)
             _write_card(model, output, options)

@@ -85,7 +85,11 @@ def test_tasks_are_chosen_by_name_or_given_in_a_file(loaded, tmp_path, capsys):
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     output = str(tmp_path / "b")
     evaluate(Options(workdir="x", tasks=str(tmp_path / "tasks.json"), output=output))
-    assert "general (480)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "general (480)" in shown
+    assert "are replaced" not in shown
+    evaluate(Options(workdir="x", tasks="pairs", output=output))
+    assert "are replaced, also those of mine; --output=DIR" in capsys.readouterr().out
 
 
 def test_a_comparison_with_nothing_ends_before_the_evaluation(loaded, tmp_path):

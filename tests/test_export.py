@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import jax
@@ -219,11 +220,29 @@ def test_command_line_exports_and_reports_errors_in_one_line(tmp_path, capsys):
     source = f"--source={tmp_path / 'own'}"
     assert main([source, "--format=npz", f"--output={tmp_path / 'x.npz'}"]) == 0
     assert (tmp_path / "x.npz").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("mine")
+    for place, words in (("notes", "holds files of something else.*README.md"), ("x.npz", "file")):
+        assert main([source, f"--output={tmp_path / place}"]) == 2
+        assert re.search(words, capsys.readouterr().err)
+    assert (tmp_path / "notes" / "README.md").read_text() == "mine"
+    assert [main([source, f"--output={tmp_path / 'again'}"]) for _ in range(2)] == [0, 0]
     assert main([source, "--format=transformers", f"--output={tmp_path / 'y'}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the text tower (text, pooling 'mean') does not fit")
     assert main([source]) == 2
     assert "arguments are required: --output" in capsys.readouterr().err
+
+
+def test_damaged_weights_of_an_export_are_refused(tmp_path):
+    two = model()
+    save_folder(tmp_path / "own", two.description, two.leaves)
+    file = tmp_path / "own" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or was changed"):
+        load_model(tmp_path / "own")
 
 
 def test_onnx_files_give_equal_embeds_at_any_batch_size(tmp_path):

@@ -98,9 +98,12 @@ class EmbeddingDescription:
         """Returns the description of a folder."""
         file = to_path(folder) / _DESCRIPTION
         if not file.exists():
+            if not to_path(folder).exists():
+                what = "there is no such file or folder"
+            else:
+                what = f"{_DESCRIPTION} is missing"
             raise FileNotFoundError(
-                f"{folder} holds no embeddings ({_DESCRIPTION} is missing); make them with "
-                "python -m cwcl_jax.embed."
+                f"{folder} holds no embeddings ({what}); make them with python -m cwcl_jax.embed."
             )
         try:
             values = parse_json(file.read_bytes())

@@ -20,7 +20,7 @@ from cwcl_jax.evaluation.robustness import (
 )
 from cwcl_jax.evaluation.tables import Table, warning_lines
 from cwcl_jax.evaluation.tasks.base import KINDS, Task
-from cwcl_jax.files import replacing, side_output, write_text
+from cwcl_jax.files import parse_json, replacing, side_output, write_text
 
 # Number of classes of one task that results.md lists; the CSV has all of them.
 _SHOWN_CLASSES = 30
@@ -111,6 +111,17 @@ def write_report(
             title = f"{model}: robustness to distribution shift"
             files.append(plot_effective_robustness(points, path, title=title))
     return files
+
+
+def tasks_beside(folder: Path, results: Sequence[TaskResult]) -> list[str]:
+    """Returns the tasks with results in `folder` that did not run this time, sorted."""
+    path = folder / "results.json"
+    try:
+        records = parse_json(path.read_bytes()) if path.exists() else []
+        names = {record["name"] for record in records}
+    except (ValueError, TypeError, KeyError):  # not written by this version
+        return []
+    return sorted(names - {result.name for result in results})
 
 
 def page_title(model: str, pretrained: str) -> str:

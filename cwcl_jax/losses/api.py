@@ -1,7 +1,8 @@
 """The losses as functions of arrays. Each returns `(loss, diagnostics)`: a scalar and a dict."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax.core import Tracer
@@ -63,10 +64,10 @@ def cwcl_loss(
 
     Raises:
       ValueError: an argument is missing, or an argument would have no effect. Outside of
-          `jax.jit`, where values are known, also rows of `u` or `v` that are not of unit norm, and
-          a `logit_scale` that must be the inverse temperature and not its log.
+          `jax.jit`, where values are known, also rows of `u`, `v` or `weights_from` that must have
+          unit norm and have another one or NaN, and a `logit_scale` so large that it must be the
+          inverse temperature itself. (tau itself, such as 0.07, cannot be told from a log.)
     """
-    _check_values(u, v, logit_scale)
     config, numbers = config or LossConfig(), exact_labels(labels)
     own = weight_function if callable(weight_function) else None
     if isinstance(weight_function, str) and weight_function:
@@ -83,6 +84,8 @@ def cwcl_loss(
         "progress": (progress, frame.needs_progress),
     }
     refuse_unread(frame.config.name, read)
+    features = {"weights_from": weights_from, "v_weights_from": v_weights_from}
+    _check_values({"u": u, "v": v} | ({} if frame.raw_features else features), logit_scale)
     loss_fn = make_loss(config, mesh=mesh, axes=axes, weight_function=own)
     return loss_fn(
         u, v, weights_from, logit_scale, logit_bias, numbers, targets, v_weights_from, progress
@@ -93,19 +96,26 @@ def cwcl_loss(
 _ROWS, _DEVIATION, _LARGEST = 64, 0.05, 1e4
 
 
-def _check_values(u: Array, v: Array, logit_scale: Scalar) -> None:
-    """Raises ValueError for values that would give a wrong loss; tracers, without values, pass."""
-    for name, rows in (("u", u), ("v", v)):
+def _check_values(embeds: Mapping[str, Any], logit_scale: Scalar) -> None:
+    """Raises ValueError for values that would give a wrong loss; tracers, without values, pass.
+
+    Args:
+      embeds: name -> rows that must have unit norm. None and raw profiles (rank 3) are left out.
+    """
+    for name, rows in embeds.items():
         if isinstance(rows, Tracer) or not getattr(rows, "is_fully_addressable", True):
             continue
+        if np.ndim(rows) != 2:  # the loss itself checks shapes
+            continue
         norms = np.linalg.norm(np.asarray(rows[:_ROWS], np.float32), axis=-1)
-        far = np.abs(norms - 1) > _DEVIATION
+        far = ~(np.abs(norms - 1) <= _DEVIATION)  # NaN is far, too
         if far.any():
             raise ValueError(
                 f"row {np.argmax(far)} of {name} has norm {norms[far][0]:.3g}; rows must have unit "
                 f"norm: divide {name} by its norms, along the last axis."
             )
-    if not isinstance(logit_scale, Tracer) and float(logit_scale) > np.log(_LARGEST):
+    scalar = np.ndim(logit_scale) == 0 and not isinstance(logit_scale, Tracer)
+    if scalar and float(logit_scale) > np.log(_LARGEST):
         raise ValueError(
             f"logit_scale={float(logit_scale):.4g} is the log of 1 / tau; for an inverse "
             f"temperature of {float(logit_scale):.4g} give its log."

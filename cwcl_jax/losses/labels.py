@@ -14,12 +14,19 @@ def exact_labels(labels: Any) -> Any:
     """Returns labels that fit into 32 bits: larger integers are renumbered, -1 is kept.
 
     JAX truncates 64-bit integers to 32 bits, so two different large ids could become equal.
+
+    Raises:
+      ValueError: labels are words.
     """
     if labels is None or isinstance(labels, jax.Array):
         return labels
     array = np.asarray(labels)
+    if array.dtype.kind in "USO":
+        raise ValueError(f"labels must be integers, not {array.dtype}: number the names first.")
+    if array.dtype.kind not in "iu":  # floats are refused by the loss
+        return labels
     fits = not array.size or (array.min() >= _INT32.min and array.max() <= _INT32.max)
-    if array.dtype.kind not in "iu" or fits:
+    if fits:
         return labels
     numbers = np.unique(array, return_inverse=True)[1].reshape(array.shape)
     return np.where(array == -1, -1, numbers).astype(np.int32)

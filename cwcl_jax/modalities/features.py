@@ -10,6 +10,9 @@ from cwcl_jax.data.draws import Draws
 from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.modalities.base import ArraySpec, Modality, each
 
+# The square of the norm below which `normalise` of the training step no longer gives unit rows.
+_LEAST_SQUARE = 1e-24
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInputs(Modality):
@@ -30,13 +33,15 @@ class FeatureInputs(Modality):
 
     def prepare(self, value: Any, draws: Draws | None = None) -> dict[str, np.ndarray]:
         del draws
-        return {"features": _vector(value)}
+        return {"features": feature_vector(value)}
 
     def batch(self, items: Sequence[Any], *, first: int = 0) -> dict[str, np.ndarray]:
-        return {"features": np.stack(each(_vector, items, first))}
+        return {"features": np.stack(each(feature_vector, items, first))}
 
     def listed(self, items: Any) -> list[Any]:
         """Returns one vector or many as a list."""
+        if isinstance(items, (list, tuple)) and not items:
+            return []
         array = np.asarray(items)
         return [array] if array.ndim == max(1, len(self.shape)) else list(array)
 
@@ -49,14 +54,33 @@ class FeatureInputs(Modality):
         return {}  # the source's fingerprint covers everything
 
 
-def _vector(value: Any) -> np.ndarray:
-    """Returns features as float32; zero vectors are refused, because they have no cosine."""
+def feature_vector(value: Any, where: str = "") -> np.ndarray:
+    """Returns features of one example as float32, of any shape.
+
+    Args:
+      where: names the example in errors.
+
+    Raises:
+      BadExample: they hold NaN or infinity, only zeros, or numbers so large or small that float32
+          cannot hold their norm; such features have no cosine.
+    """
     vector = np.asarray(value, np.float32)
-    if not np.isfinite(vector).all():
-        raise BadExample("features not finite")
-    if not vector.any():
-        raise BadExample("features all zero")
+    if not usable_rows(vector[None]):
+        if not np.isfinite(vector).all():
+            raise BadExample("features not finite", where)
+        if not vector.any():
+            raise BadExample("features all zero", where)
+        largest = f"the largest number is {np.abs(vector).max():.3g}"
+        raise BadExample("features too large or too small", f"{where}: {largest}".lstrip(": "))
     return vector
+
+
+def usable_rows(rows: np.ndarray) -> bool:
+    """Returns whether every row (first axis) of a float32 array has a norm, and not 0."""
+    flat = rows.reshape(len(rows), -1)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        squares = np.einsum("ij,ij->i", flat, flat)
+    return bool(((squares > _LEAST_SQUARE) & (squares < np.inf)).all())
 
 
 def only_features(arrays: Mapping[str, Any]) -> bool:

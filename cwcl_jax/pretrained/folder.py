@@ -23,6 +23,7 @@ from cwcl_jax.models.rngs import fresh_rngs
 from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.models.two_towers import build_two_towers
 from cwcl_jax.weights.failures import WeightsMismatch
+from cwcl_jax.weights.locate import sha256_of, write_sha256
 from cwcl_jax.weights.readers import open_weights
 from cwcl_jax.weights.writers import write_safetensors
 
@@ -73,6 +74,7 @@ def save_folder(folder: Path, description: ModelDescription, leaves: Mapping[str
         for modality, tower in description.towers.items()
     }
     write_safetensors(folder / WEIGHTS, leaves, metadata={"format": "np"})
+    write_sha256(folder / WEIGHTS)
     written = dataclasses.replace(description, inputs=inputs, towers=towers)
     content = {"format": _FORMAT} | dataclasses.asdict(written)
     with replacing(folder / DESCRIPTION) as partial:
@@ -87,9 +89,11 @@ def load_folder(
     Raises:
       PermissionError: the model names a user's modules, and `allow_code` is False.
       WeightsMismatch: the weights do not fit the description.
+      ValueError: the weights are damaged.
     """
     description = read_description(folder, allow_code=allow_code)
     _, abstract = description.abstract()
+    sha256_of(folder / WEIGHTS)  # raises if the file was damaged since
     weights = open_weights(folder / WEIGHTS)
     wrong = [
         f"{path} (shape {weights.entries[path].shape}, expected {leaf.shape})"

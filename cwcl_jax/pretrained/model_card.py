@@ -30,6 +30,8 @@ _CITATION = """@inproceedings{srinivasa2023cwcl,
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2023}
 }"""
+# In every card; `is_card` knows a card by it.
+_MADE_WITH = "with cwcl_jax (Continuously Weighted Contrastive Loss)"
 _USE = {
     "sentence-transformers": """from sentence_transformers import SentenceTransformer
 
@@ -89,6 +91,11 @@ def write_card(
     write_text(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
+def is_card(text: str) -> bool:
+    """Returns whether a text is a card that `write_card` wrote."""
+    return _MADE_WITH in text
+
+
 def _base_models(description: ModelDescription) -> list[str]:
     """Returns the hub ids of the weights that the towers were initialised from."""
     found = [tower.weights.partition("@")[0] for tower in description.towers.values()]
@@ -113,7 +120,10 @@ def _yaml(text: str) -> str:
 def _about(description: ModelDescription, form: str) -> str:
     rows = []
     for name, tower in description.towers.items():
-        began = _shown(tower.weights) if tower.weights else "random numbers"
+        if tower.encoder == "precomputed":
+            began = "no parameters: features made elsewhere"
+        else:
+            began = _shown(tower.weights) if tower.weights else "random numbers"
         size = f" {tower.preset}" if tower.preset else ""
         tuned = {"none": "locked", "all": "trained"}.get(tower.tune, f"trained: `{tower.tune}`")
         inputs = description.inputs[name].name
@@ -129,9 +139,8 @@ def _about(description: ModelDescription, form: str) -> str:
     }.get(form, "")
     aligned = f"by the loss `{loss}` " if loss else ""
     return (
-        f"Two towers whose embeds were aligned {aligned}with cwcl_jax (Continuously Weighted "
-        f"Contrastive Loss). {held}Embeds have {description.embed_dim} numbers and unit length.\n\n"
-        + table
+        f"Two towers whose embeds were aligned {aligned}{_MADE_WITH}. {held}"
+        f"Embeds have {description.embed_dim} numbers and unit length.\n\n" + table
     )
 
 

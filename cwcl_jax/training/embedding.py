@@ -18,9 +18,15 @@ import numpy as np
 from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash, to_plain
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingStore, EmbeddingWriter
 from cwcl_jax.data.every_input import EveryInput, ExampleInputs
-from cwcl_jax.data.options import DataConfig, given_as_features, reads_features
+from cwcl_jax.data.options import (
+    DataConfig,
+    features_name,
+    given_as_features,
+    reads_features,
+)
 from cwcl_jax.data.skipping import TooManyBadExamples
 from cwcl_jax.data.sources import Source, Subset
+from cwcl_jax.data.survey import shape_of_features
 from cwcl_jax.data.views import kept_draws
 from cwcl_jax.extension import code_hash, is_reference
 from cwcl_jax.training import coordination
@@ -237,7 +243,9 @@ def check_features(
     step: int = 0,
     leaves: str = "trained",
 ) -> None:
-    """Raises ConfigError if a source has features that the tower's encoder would not compute.
+    """Raises ConfigError if a source's features are not those that a tower reads.
+
+    They must have the shape of the tower's inputs, or be what its encoder would compute.
 
     Args:
       towers: the towers whose features are read; by default all.
@@ -248,6 +256,7 @@ def check_features(
     config = blueprint.config
     for tower in towers or config.towers:
         if not from_cache(config, tower, source):
+            _check_shape(config, tower, source, what)
             continue
         stores = source.stores.get(tower, ())
         if not stores:
@@ -260,6 +269,25 @@ def check_features(
             )
         for store in stores:
             _check_store(blueprint, tower, store, sources, what, step, leaves)
+
+
+def _check_shape(config: ExperimentConfig, tower: str, source: Source, what: str) -> None:
+    """Raises ConfigError if the features that a tower reads as inputs have another shape."""
+    inputs = config.data.inputs_of(tower)
+    name = features_name(tower, inputs)
+    if not reads_features(inputs) or name not in source.embedded:
+        return
+    try:
+        shape = shape_of_features(source, name)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from error
+    wanted = inputs.arrays()["features"].shape
+    if wanted and shape != wanted:
+        raise ConfigError(
+            f"{what} has features {name!r} of shape {shape} in each example, the {tower} tower "
+            f"reads {wanted}: set config.towers.{tower}.overrides (a vector's width), or name "
+            "other features in the source line"
+        )
 
 
 def from_cache(config: ExperimentConfig, tower: str, source: Source) -> bool:

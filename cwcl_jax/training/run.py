@@ -14,7 +14,7 @@ from cwcl_jax.config import ConfigError, ExperimentConfig, config_hash
 from cwcl_jax.data.composers import ComposerError
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.skipping import TooManyBadExamples
-from cwcl_jax.data.sources import Source
+from cwcl_jax.data.sources import Source, WrongOrder
 from cwcl_jax.exit_codes import DONE, PREEMPTED
 from cwcl_jax.files import side_output
 from cwcl_jax.modalities import WrongInputs
@@ -84,7 +84,7 @@ def train(config: ExperimentConfig, workdir: Path, watchdog: Watchdog | None = N
     with only_user(workdir) if is_primary() else nullcontext():
         try:
             return _train(config, workdir, watchdog or unwatched())
-        except (TooManyBadExamples, WrongInputs) as error:
+        except (TooManyBadExamples, WrongInputs, WrongOrder) as error:
             raise ConfigError(str(error)) from error
         except ComposerError as error:  # also of a later epoch
             raise ConfigError(composer_refused(config, error)) from error

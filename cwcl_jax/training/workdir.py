@@ -284,7 +284,7 @@ def check_same_data(
 ) -> None:
     """Raises ConfigError if the training data is not what the run began with."""
     path = workdir / "data.json"
-    if not path.exists():
+    if not path.exists() or not steps_saved(workdir):  # nothing was learnt from other data
         return
     old = _of_today(read_record(path))
     changed = changed_fields(old, json.loads(json.dumps(fingerprint)), "data")

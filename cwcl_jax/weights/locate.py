@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cwcl_jax.copies import local_copy
 from cwcl_jax.data.installed import inside_package
+from cwcl_jax.files import write_text
 from cwcl_jax.paths import is_url, to_path
 from cwcl_jax.weights.readers import READERS, files_of
 
@@ -123,6 +124,13 @@ def sha256_of(*paths: Path) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def write_sha256(file: Path) -> None:
+    """Writes the hash of a file into NAME.sha256 next to it, as sha256sum does."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    write_text(file.with_name(f"{file.name}.sha256"), f"{digest}  {file.name}\n")
 
 
 def _promised_sha256(file: Path) -> tuple[str, str]:

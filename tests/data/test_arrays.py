@@ -203,6 +203,16 @@ def test_the_line_says_what_is_raw_and_what_is_features(tmp_path):
         open_source(line)
 
 
+def test_a_column_of_numbers_is_no_features(tmp_path):
+    source = _open(tmp_path, u=FEATURES, fold=np.arange(COUNT))
+    assert source.embedded == ("u",)
+    assert len([source.read(i, ("features",)) for i in range(COUNT)]) == COUNT  # fold 0 as well
+    with pytest.raises(ValueError, match="'fold' that the line does not use"):
+        require_fields(source, {"fold"}, "f.npz")
+    with pytest.raises(ValueError, match=r"'fold' of f\.npz has one number per example"):
+        open_source(f"arrays:{tmp_path}/f.npz?features=u,fold")
+
+
 def test_one_npy_is_called_as_the_line_says(tmp_path):
     np.save(tmp_path / "X_train.npy", EEG)
     source = open_source(f"arrays:{tmp_path}/X_train.npy?raw=eeg")
@@ -231,12 +241,16 @@ def test_labels_have_the_names_that_the_file_gives(tmp_path):
 def test_rows_that_cannot_be_used_are_bad_examples_by_id(tmp_path):
     features, waves = FEATURES.copy(), EEG.astype(np.float16)
     features[1], features[2, 0, 0], waves[3, 0, 0] = 0, np.inf, np.nan
+    features[4] *= 1e30  # the square of its norm is infinite in float32
+    features[5] *= 1e-30
     np.savez(tmp_path / "f.npz", u=features, eeg=waves, ids=IDS)
     source = open_source(f"arrays:{tmp_path}/f.npz?raw=eeg&features=u")
     for index, kind in (
         (1, "features all zero"),
         (2, "features not finite"),
         (3, "eeg not finite"),
+        (4, "features too large or too small"),
+        (5, "features too large or too small"),
     ):
         with pytest.raises(BadExample, match=f"{kind}: {IDS[index]}"):
             source.read(index, ("eeg", "features"))

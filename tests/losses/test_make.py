@@ -356,12 +356,24 @@ def test_a_loss_and_a_weight_function_by_module_and_name():
         LossConfig(name=HERE + "ten_line_loss", mix=(0.5,))
 
 
+def test_labels_that_are_words_are_refused():
+    u, v, _ = arrays()
+    words = np.array(["a", "b"] * (len(u) // 2) + ["c"] * (len(u) % 2))
+    with pytest.raises(ValueError, match="labels must be integers, not <U1"):
+        cwcl_loss(u, v, labels=words, logit_scale=2.0, config=LossConfig(name="supervised"))
+
+
 def test_values_that_are_known_are_checked_and_tracers_are_not():
     u, v, p = (jnp.asarray(x, jnp.bfloat16) for x in oracle.embeds(0, 8, 5))
     given = {"weights_from": p, "logit_scale": 2.0}
     cwcl_loss(u, v, **given)
     with pytest.raises(ValueError, match=r"row 2 of v has norm 3.*divide v by its norms"):
         cwcl_loss(u, v.at[2].multiply(3), **given)
+    with pytest.raises(ValueError, match="row 0 of weights_from has norm 4"):
+        cwcl_loss(u, v, weights_from=4 * p, logit_scale=2.0)
+    cwcl_loss(u, v, weights_from=4 * p, logit_scale=2.0, weight_function="distance")  # of raw rows
+    with pytest.raises(ValueError, match="row 1 of u has norm nan"):
+        cwcl_loss(u.at[1, 0].set(jnp.nan), v, **given)
     with pytest.raises(ValueError, match=r"of 14\.3 give its log"):
         cwcl_loss(u, v, weights_from=p, logit_scale=14.3)
     jax.jit(lambda u: cwcl_loss(u, v, **given)[0])(3 * u)

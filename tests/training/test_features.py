@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 
-from cwcl_jax.config import ConfigError
+from cwcl_jax.config import ConfigError, defaults, from_config_dict
 from cwcl_jax.data.embeddings import EmbeddingDescription, EmbeddingWriter
 from cwcl_jax.data.pipeline import train_batches
 from cwcl_jax.data.sources import Embedded, Source, open_source
+from cwcl_jax.models.tower import TowerConfig
 from cwcl_jax.training.encode import imported_encoder
 from cwcl_jax.training.feature_cache import cache_folder
 from cwcl_jax.training.features import _check_repeatable, training_source
+from cwcl_jax.training.run import train
 from cwcl_jax.training.validation import split_source
 from tests.data.making import jpeg, write_tar
 from tests.training.toy import toy_config
@@ -178,3 +180,34 @@ def test_random_windows_of_speech_are_refused_where_there_are_any(source, random
         return
     with pytest.raises(ConfigError, match="random_crop=True changes the windows"):
         _check_repeatable(config, ["speech"], source, "features_from=")
+
+
+def _of_features(tmp_path, line: str, width: int):
+    """Two towers of features a and b, both 4 wide in the file; b is said to be `width` wide."""
+    rows = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", a=rows, b=rows[::-1], id=np.arange(64))
+    config = defaults(name="features", total_steps=2, global_batch_size=16, embed_dim=4)
+    config.data.train = f"arrays:{tmp_path}/f.npz?features=a,b{line}"
+    for name, size, head in (("a", 4, "none"), ("b", width, "linear")):
+        settings = {"encoder": "precomputed", "overrides": {"width": size}, "head": head}
+        config.towers[name] = defaults(
+            TowerConfig, tune="head" if head != "none" else "none", **settings
+        )
+    config.loss.weights_from = "a"
+    return config
+
+
+def test_features_of_another_width_than_the_tower_s_end_before_the_first_step(tmp_path):
+    config = from_config_dict(_of_features(tmp_path, "", 5))
+    said = r"features 'b' of shape \(4,\) in each example, the b tower reads \(5,\)"
+    with pytest.raises(ConfigError, match=said):
+        train(config, tmp_path / "run")
+
+
+def test_rows_in_another_order_than_the_source_s_are_a_setting_to_correct(tmp_path):
+    rows = np.random.default_rng(1).standard_normal((64, 4)).astype(np.float32)
+    np.savez(tmp_path / "g.npz", g=rows, ids=np.arange(64)[::-1])
+    config = _of_features(tmp_path, f"&features_from=g:{tmp_path}/g.npz", 4)
+    config.loss.name, config.data.guide = "cellclip", "g"
+    with pytest.raises(ConfigError, match=r"Row \d+ of .*g\.npz belongs to .*the source's order"):
+        train(from_config_dict(config), tmp_path / "run")

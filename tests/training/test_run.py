@@ -29,7 +29,7 @@ from cwcl_jax.training.options import MeshConfig
 from cwcl_jax.training.run import train
 from cwcl_jax.training.state import make_blueprint
 from cwcl_jax.training.step import GradientFunction
-from cwcl_jax.training.workdir import load_config, only_user
+from cwcl_jax.training.workdir import check_same_data, load_config, only_user
 from tests.training.toy import toy_config
 
 
@@ -217,6 +217,8 @@ def test_other_data_is_refused(finished, tmp_path):
     data = json.loads((finished / "data.json").read_text())
     first = next(iter(data))
     (tmp_path / "data.json").write_text(json.dumps(data | {first: "something else"}))
+    check_same_data(tmp_path, data, config)  # no step was saved
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     with pytest.raises(ConfigError, match=rf"training data changed.*data\.{first}"):
         train(config, tmp_path)
 

@@ -13,6 +13,7 @@ from cwcl_jax.data.sources.base import (
     Example,
     Source,
     SourceLine,
+    WrongOrder,
     call_with_options,
     parse_source_line,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Mixture",
     "Source",
     "Subset",
+    "WrongOrder",
     "check_training_line",
     "open_source",
 ]

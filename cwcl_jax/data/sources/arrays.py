@@ -1,8 +1,9 @@
 """Users' arrays: raw inputs of any rank and features computed elsewhere, one row per example.
 
 `arrays:FILE?raw=eeg&features=image` provides `eeg` as a raw input of that name, in its own dtype,
-and `image` as features of the modality image. Without these options, every array other than ids,
-labels, captions and class names provides features of the modality of its name. Arrays have the
+and `image` as features of the modality image. Without these options, every array of rows other than
+ids, labels, captions and class names provides features of the modality of its name; an array of one
+number per example is not used. Arrays have the
 examples on their first axis, followed by any shape (CellCLIP's profiles are (samples, channels,
 features)).
 """
@@ -26,13 +27,12 @@ from cwcl_jax.data.sources.base import (
 )
 from cwcl_jax.data.sources.beside import values_of
 from cwcl_jax.data.sources.named import (
-    feature_vector,
     label_of,
     parse_names,
     raw_value,
-    usable_rows,
 )
 from cwcl_jax.data.sources.texts import clean
+from cwcl_jax.modalities.features import feature_vector, usable_rows
 from cwcl_jax.paths import to_path
 
 # Default names of these arrays.
@@ -51,7 +51,8 @@ class Arrays(Source):
     Args:
       arrays: name -> array; unnamed ones are ignored if others are named.
       name: name of the file in error messages.
-      raw, features: field or modality -> array. Without both, all remaining arrays are features.
+      raw, features: field or modality -> array. Without both, all remaining arrays are features,
+          except those of one number per example.
       given: "id", "label", "labels" (sets), "text" or "classes" -> array, if its name is not the
           default.
     """
@@ -68,11 +69,19 @@ class Arrays(Source):
         self._arrays, self.column_names = arrays, tuple(arrays)
         raw, features = dict(raw or {}), dict(features or {})
         roles = _roles(arrays, given or {}, {*raw.values(), *features.values()}, name)
-        if not raw and not features:
-            features = {key: key for key in arrays if key not in roles.values()}
         for option, named in (("raw", raw), ("features", features)):
             for key, array in named.items():
                 _require(arrays, array, f"{option}={key}:{array}", name)
+                found = arrays[array]
+                if option == "features" and found.ndim == 1 and found.dtype.kind in "biuf":
+                    raise ValueError(
+                        f"The array {array!r} of {name} has one number per example, which is no "
+                        f"vector of features ({option}={key}); reshape it to (examples, 1), or "
+                        "leave it out."
+                    )
+        if not raw and not features:
+            free = {key: array for key, array in arrays.items() if key not in roles.values()}
+            features = {key: key for key, array in free.items() if not _is_column(array, free)}
         self.raw = {key: arrays[array] for key, array in raw.items()}
         self.features = {key: arrays[array] for key, array in features.items()}
         special = {role: np.asarray(arrays[key]) for role, key in roles.items()}
@@ -131,7 +140,7 @@ class Arrays(Source):
                 example[key] = raw_value(key, _row(array, index, name), name)
         if "features" in fields and self.features:
             example["features"] = {
-                modality: feature_vector(_row(array, index, name), name)
+                modality: feature_vector(_row(array, index, name), f"{name}, features {modality!r}")
                 for modality, array in self.features.items()
             }
         if self._labels is not None and "label" in fields:
@@ -233,6 +242,13 @@ def _roles(
         if free:
             roles[role] = free[0]
     return roles
+
+
+def _is_column(array: Any, others: Mapping[str, Any]) -> bool:
+    """Returns whether an array has one number, such as a fold, for each row of another array."""
+    if array.ndim != 1 or array.dtype.kind not in "biuf":
+        return False
+    return any(other.ndim > 1 and len(other) == len(array) for other in others.values())
 
 
 def _require(arrays: Mapping[str, Any], array: str, option: str, name: str) -> str:

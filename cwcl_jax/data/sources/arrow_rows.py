@@ -15,8 +15,9 @@ from cwcl_jax.data.skipping import BadExample
 from cwcl_jax.data.sources.arrow_columns import Columns, plain_type, split_path
 from cwcl_jax.data.sources.base import ALL_FIELDS, Example, Source, as_column, fingerprint_of
 from cwcl_jax.data.sources.files import read_bytes
-from cwcl_jax.data.sources.named import feature_vector, label_of, raw_value, usable_rows
+from cwcl_jax.data.sources.named import label_of, raw_value
 from cwcl_jax.data.sources.texts import captions_of
+from cwcl_jax.modalities.features import feature_vector, usable_rows
 
 # pyarrow creates these functions at import, so type checkers do not see them.
 _COMPUTE: Any = pyarrow.compute

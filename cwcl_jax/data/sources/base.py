@@ -30,6 +30,11 @@ NO_CLASSES = (
     "has no classes; choose a source with classes, or data.labels='text' for equal captions"
 )
 
+
+class WrongOrder(ValueError):
+    """A row of a file beside a source belongs to another example than the source's."""
+
+
 # Remedy for labels that became floats.
 OF_FLOATS = (
     " pandas converts integers to floats if some are missing: convert them back (a column by "

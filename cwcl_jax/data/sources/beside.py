@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cwcl_jax.data.sources.array_files import load_arrays, summaries, take_rows
-from cwcl_jax.data.sources.base import Example, SameExamples, Source, fingerprint_of
-from cwcl_jax.data.sources.named import feature_vector, usable_rows
+from cwcl_jax.data.sources.base import Example, SameExamples, Source, WrongOrder, fingerprint_of
+from cwcl_jax.modalities.features import feature_vector, usable_rows
 from cwcl_jax.paths import to_path
 
 _IDS = ("id", "ids")
@@ -65,7 +65,7 @@ class Beside(SameExamples):
         if "features" in fields:
             name = str(example["id"])
             self._check_id(index, name)
-            vector = feature_vector(np.array(self._rows[index]), name)
+            vector = feature_vector(np.array(self._rows[index]), f"{name}, features {self._name!r}")
             example["features"] = {**(example.get("features") or {}), self._name: vector}
         return example
 
@@ -75,7 +75,7 @@ class Beside(SameExamples):
         known = self._ids[index]
         known = known.decode("utf-8", "replace") if isinstance(known, bytes) else str(known)
         if known != name:
-            raise ValueError(
+            raise WrongOrder(
                 f"Row {index} of {self._file} belongs to {known!r}, the source's example is "
                 f"{name!r}: write the rows in the source's order."
             )

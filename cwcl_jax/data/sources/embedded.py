@@ -7,14 +7,9 @@ import numpy as np
 
 from cwcl_jax.data.embeddings import EmbeddingStore
 from cwcl_jax.data.skipping import BadExample
-from cwcl_jax.data.sources.base import (
-    Example,
-    SameExamples,
-    Source,
-    fingerprint_of,
-)
+from cwcl_jax.data.sources.base import Example, SameExamples, Source, WrongOrder, fingerprint_of
 from cwcl_jax.data.sources.beside import Beside, ColumnBeside
-from cwcl_jax.data.sources.named import feature_vector
+from cwcl_jax.modalities.features import feature_vector
 from cwcl_jax.paths import to_path
 
 
@@ -89,7 +84,7 @@ class Embedded(SameExamples):
             for name_of_tower, store in self._stores.items():
                 name, vectors = store.variants(index)
                 if name != example["id"]:
-                    raise ValueError(
+                    raise WrongOrder(
                         f"Embedding {index} in {store.folder} belongs to {name!r}, the source's "
                         f"example is {example['id']!r}: make the embeddings again."
                     )

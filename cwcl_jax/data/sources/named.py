@@ -88,26 +88,6 @@ def raw_value(name: str, array: np.ndarray, example: str) -> Any:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def feature_vector(array: np.ndarray, example: str) -> np.ndarray:
-    """Returns features as float32.
-
-    Raises:
-      BadExample: they hold NaN or infinity, or only zeros, which have no direction.
-    """
-    vector = np.asarray(array, np.float32)
-    if not usable_rows(vector[None]):
-        kind = "features all zero" if np.isfinite(vector).all() else "features not finite"
-        raise BadExample(kind, example)
-    return vector
-
-
-def usable_rows(rows: np.ndarray) -> bool:
-    """Returns whether every row (first axis) is finite and not all zero."""
-    if not np.isfinite(rows).all():
-        return False
-    return bool(rows.reshape(len(rows), -1).any(axis=1).all())
-
-
 def label_of(value: Any, class_names: Sequence[str] | None, example: str) -> int:
     """Returns the label as an integer; with class names, a number out of range is unreadable."""
     label = int(value)
