@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import cwcl_jax
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -73,3 +75,7 @@ def undeclared(folder: str, requirements: list[str]) -> dict[str, list[str]]:
 def test_every_import_is_declared(folder, extras):
     requirements = PROJECT["dependencies"] + [one for name in extras for one in EXTRAS[name]]
     assert undeclared(folder, requirements) == {}
+
+
+def test_the_package_tells_its_version():
+    assert cwcl_jax.__version__ == PROJECT["version"]

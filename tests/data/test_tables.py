@@ -299,7 +299,11 @@ def test_a_line_that_is_nested_too_deeply_is_skipped(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"PAR1" + bytes(20), "is a Parquet file: write parquet:"), (b"\x1f\x8b\x08", "compressed")],
+    [
+        (b"PAR1" + bytes(20), "is a Parquet file: write parquet:"),
+        (b"\x1f\x8b\x08", "compressed"),
+        ("path,text\n".encode("utf-16"), "is UTF-16: save it as UTF-8"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_file_of_another_kind_is_named(tmp_path, kind, content, message):

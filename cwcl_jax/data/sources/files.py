@@ -96,6 +96,8 @@ def require_text_file(path: str | Path, what: str) -> Path:
         raise ValueError(f"{found} is a Parquet file: write parquet:{found}.")
     if start[:2] == b"\x1f\x8b" or start == b"PK\x03\x04":
         raise ValueError(f"{found} is compressed or a spreadsheet: write it as plain text first.")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{found} is UTF-16: save it as UTF-8 first.")
     return found
 
 
