@@ -3,9 +3,8 @@
 `arrays:FILE?raw=eeg&features=image` provides `eeg` as a raw input of that name, in its own dtype,
 and `image` as features of the modality image. Without these options, every array of rows other than
 ids, labels, captions and class names provides features of the modality of its name; an array of one
-number per example is not used. Arrays have the
-examples on their first axis, followed by any shape (CellCLIP's profiles are (samples, channels,
-features)).
+number per example is not used. Arrays have the examples on their first axis, followed by any shape
+(CellCLIP's profiles are (samples, channels, features)).
 """
 
 import functools
