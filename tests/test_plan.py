@@ -154,11 +154,16 @@ def test_attention_that_a_chip_does_not_have_is_refused(mesh, dtype):
         plan(config, mesh, compile_step=False)
 
 
+MILLION = ["--config.global_batch_size=1048576", "--config.accumulation_steps=1"]
+
+
 @pytest.mark.multiprocess
-def test_a_batch_of_a_million_on_512_devices_is_planned():
-    result = run(
-        "--config=configs/lit_cwcl.py:paper", "--mesh=h100x512", "--nosearch",
-        "--config.global_batch_size=1048576", "--config.accumulation_steps=1", timeout=600,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("mesh", "overrides"),
+    [pytest.param("a100x4", [], marks=pytest.mark.slow), ("h100x512", MILLION)],
+)
+def test_full_scale_is_planned(mesh, overrides):
+    config = "--config=configs/lit_cwcl.py:paper"
+    result = run(config, f"--mesh={mesh}", "--nosearch", *overrides, timeout=600)
     assert result.returncode == DONE, result.stderr
     assert "device-hours" in result.stdout

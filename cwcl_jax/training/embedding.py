@@ -274,9 +274,9 @@ def check_features(
 def _check_shape(config: ExperimentConfig, tower: str, source: Source, what: str) -> None:
     """Raises ConfigError if the features that a tower reads as inputs have another shape."""
     inputs = config.data.inputs_of(tower)
-    name = features_name(tower, inputs)
-    if not reads_features(inputs) or name not in source.embedded:
+    if not (reads_features(inputs) and given_as_features(tower, inputs, source.embedded)):
         return
+    name = features_name(tower, inputs)
     try:
         shape = shape_of_features(source, name)
     except ValueError as error:

@@ -113,8 +113,7 @@ def sha256_of(*paths: Path) -> str:
     """
     digests = []
     for file in (file for path in paths for file in files_of(path)):
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        digests.append(_digest(file))
         promised, where = _promised_sha256(file)
         if promised and promised != digests[-1]:
             raise ValueError(
@@ -128,9 +127,12 @@ def sha256_of(*paths: Path) -> str:
 
 def write_sha256(file: Path) -> None:
     """Writes the hash of a file into NAME.sha256 next to it, as sha256sum does."""
+    write_text(file.with_name(f"{file.name}.sha256"), f"{_digest(file)}  {file.name}\n")
+
+
+def _digest(file: Path) -> str:
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    write_text(file.with_name(f"{file.name}.sha256"), f"{digest}  {file.name}\n")
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _promised_sha256(file: Path) -> tuple[str, str]:
