@@ -188,10 +188,9 @@ def _of_features(tmp_path, line: str, width: int):
     np.savez(tmp_path / "f.npz", a=rows, b=rows[::-1], id=np.arange(64))
     config = defaults(name="features", total_steps=2, global_batch_size=16, embed_dim=4)
     config.data.train = f"arrays:{tmp_path}/f.npz?features=a,b{line}"
-    for name, size, head in (("a", 4, "none"), ("b", width, "linear")):
-        settings = {"encoder": "precomputed", "overrides": {"width": size}, "head": head}
+    for name, size, head, tune in (("a", 4, "none", "none"), ("b", width, "linear", "head")):
         config.towers[name] = defaults(
-            TowerConfig, tune="head" if head != "none" else "none", **settings
+            TowerConfig, encoder="precomputed", overrides={"width": size}, head=head, tune=tune
         )
     config.loss.weights_from = "a"
     return config
