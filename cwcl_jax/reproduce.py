@@ -3,8 +3,8 @@
 With `--scale=embedded`, the necessary runs are made on this machine with synthetic data (scenes;
 synthesised commands, which need the extra `speech`), several seeds each, resumed after a kill,
 reused if complete. `--output` gets one Markdown page with our numbers and intervals over seeds, the
-paper's numbers, the pictures, the commands, versions and time. `--scale=paper` prints the commands
-of the full-scale runs for a cluster.
+paper's numbers, the pictures, the commands, versions and time; and `results.json`, every metric of
+every run. `--scale=paper` prints the commands of the full-scale runs for a cluster.
 
 Tables 4 to 8, Figures 5 to 8, `--ablation=weights,speech_weights,batch`.
 """
@@ -12,6 +12,7 @@ Tables 4 to 8, Figures 5 to 8, `--ablation=weights,speech_weights,batch`.
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -53,6 +54,7 @@ def reproduce(
       ConfigError: an unknown table or figure, or invalid settings.
     """
     from cwcl_jax.reproduction import experiments, page
+    from cwcl_jax.reproduction.measures import recorded
     from cwcl_jax.reproduction.runs import RunMaker
     from cwcl_jax.reproduction.sections import Maker
 
@@ -73,6 +75,8 @@ def reproduce(
         sections.append(drawn[number]() if number in drawn else maker.alignment_figure(number))
     runner = maker.runner
     sections.append(page.closing_section(runner.commands, made_by, runner.seconds))
+    numbers = json.dumps(recorded(runner.folders), indent=1)
+    (output / "results.json").write_text(numbers + "\n", encoding="utf-8")
     path = output / "README.md"
     title = "# The paper's experiments at embedded scale"
     path.write_text("\n\n".join([title, *sections]) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from cwcl_jax.cli import BAD_CONFIG, DONE
 from cwcl_jax.config import ConfigError, to_json
 from cwcl_jax.reproduce import main, paper_commands, reproduce
 from cwcl_jax.reproduction.experiments import Scale
+from cwcl_jax.reproduction.measures import measure
 from cwcl_jax.reproduction.runs import load_experiment
 
 ROOT = Path(__file__).parent.parent
@@ -90,5 +92,10 @@ def test_command_makes_runs_and_page(tmp_path):
         assert part in text, part
     for name in ("figure5.png", "figure6.png"):
         assert (tmp_path / "page" / name).stat().st_size > 10_000
+    numbers = json.loads((tmp_path / "page" / "results.json").read_text())
+    assert set(numbers) == {path.name for path in (tmp_path / "runs").iterdir()}
+    shares = numbers["scenes-cl-seed1"]["retrieval"]
+    measured = measure(tmp_path / "runs/scenes-cl-seed1", "retrieval", "image_to_text_rank@1")
+    assert 100 * shares["text_retrieval_recall@1"] == pytest.approx(measured)
     again = run(*what, *folders)
     assert again.stdout.count("complete, reused") == 4

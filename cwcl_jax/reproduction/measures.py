@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,20 @@ def measure(folder: Path, task: str, metric: str) -> float:
     if name not in items[task]:
         raise ValueError(f"the task {task!r} in {folder} has no {name!r}: {sorted(items[task])}")
     return 100 * float(np.mean(items[task][name] <= int(limit)))
+
+
+def recorded(folders: Iterable[Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns all metrics that runs have recorded: run -> "task | prompts" -> metric -> value."""
+    found = {}
+    for folder in folders:
+        records = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        found[folder.name] = {
+            " | ".join(filter(None, (record["name"], record.get("prompts")))): {
+                metric: round(value, 6) for metric, value in record["metrics"].items()
+            }
+            for record in records
+        }
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,6 +78,11 @@ class RunMaker:
         self._done: dict[Path, float] = {}
 
     @property
+    def folders(self) -> list[Path]:
+        """Folders of all needed runs, in order."""
+        return list(self._done)
+
+    @property
     def seconds(self) -> float:
         """Seconds of all needed runs."""
         return sum(self._done.values())

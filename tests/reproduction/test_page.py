@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from cwcl_jax.evaluation.significance import seed_interval
 from cwcl_jax.reproduction import experiments, page
 from cwcl_jax.reproduction.experiments import Cell, Experiment, Scale
 from cwcl_jax.reproduction.figures import _spread_out
-from cwcl_jax.reproduction.measures import Spread, difference, measure, verdict
+from cwcl_jax.reproduction.measures import Spread, difference, measure, recorded, verdict
 from cwcl_jax.reproduction.paper import TABLES
 from cwcl_jax.reproduction.runs import Run, load_experiment
 
@@ -35,6 +37,24 @@ def test_block_diagonality_is_within_minus_between(tmp_path):
     matrix = np.asarray([[1.0, 0.5], [0.1, 0.9]])
     write_items(tmp_path, "alignment", matrix=matrix, matrix_classes=np.asarray(["a", "b"]))
     assert measure(tmp_path, "alignment", "block_diagonality") == pytest.approx(65)
+
+
+def test_the_record_of_all_runs_keeps_what_each_measured_under_its_prompts(tmp_path):
+    for name, share in (("cl-seed0", 0.25), ("cl-seed1", 0.5)):
+        records = [
+            {"name": "intent", "prompts": "dataset", "metrics": {"acc1": share}},
+            {"name": "intent", "prompts": "general", "metrics": {"acc1": share / 2}},
+            {"name": "retrieval", "metrics": {"text_retrieval_recall@1": 1 / 3}},
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(records))
+    made = recorded([tmp_path / "cl-seed0", tmp_path / "cl-seed1"])
+    assert list(made) == ["cl-seed0", "cl-seed1"]
+    assert made["cl-seed1"] == {
+        "intent | dataset": {"acc1": 0.5},
+        "intent | general": {"acc1": 0.25},
+        "retrieval": {"text_retrieval_recall@1": 0.333333},
+    }
 
 
 def test_intervals_are_students_over_seeds():
