@@ -135,6 +135,7 @@ def test_runs_of_equal_names_are_equal():
     made = [experiments.table(n, scale) for n in (4, 5, 6, 7, 8)]
     made += [experiments.ablation(kind, scale) for kind in ("weights", "speech_weights", "batch")]
     runs = {run for experiment in made for run in experiment.runs}
+    runs |= set(experiments.aligned_runs(scale).values())
     assert len({run.name for run in runs}) == len(runs)
 
 
@@ -145,6 +146,8 @@ def test_what_two_tables_show_is_trained_once():
     assert len(five & seven) == len(five & eight) == 2  # from scratch at the config's batch
     assert len(six) == 8
     assert len(seven) == 6
+    compared = set(experiments.ablation("speech_weights", Scale()).runs)
+    assert set(experiments.aligned_runs(Scale()).values()) <= compared
 
 
 def test_batches_keep_the_number_of_examples_also_of_the_warm_up():
