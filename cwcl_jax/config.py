@@ -371,6 +371,8 @@ def parse_argument(argument: str, **options: Any) -> dict[str, Any]:
         if kind is bool and not separator:
             result[name] = True
             continue
+        if not separator or (not text and options[name] != ""):
+            raise ConfigError(f"the config's argument {entry!r}: {name}=VALUE is expected")
         try:
             result[name] = {"true": True, "false": False}[text] if kind is bool else kind(text)
         except (KeyError, ValueError) as error:

@@ -25,9 +25,10 @@ from cwcl_jax.config import ConfigError
 
 def _define(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--table", type=cli.counts, default=[], help="numbers of tables, 4 to 8")
-    add("--figure", type=cli.counts, default=[], help="numbers of figures, 5 to 8")
-    add("--ablation", type=cli.words, default=[], help="weights, speech_weights, batch")
+    several = {"action": "extend", "default": []}
+    add("--table", type=cli.counts, **several, help="numbers of tables, 4 to 8")
+    add("--figure", type=cli.counts, **several, help="numbers of figures, 5 to 8")
+    add("--ablation", type=cli.words, **several, help="weights, speech_weights, batch")
     add("--scale", choices=["embedded", "paper"], default="embedded", help="which runs")
     add("--seeds", type=cli.at_least(1), default=3, help="number of seeds (0, 1, ...) per run")
     add("--steps", type=cli.at_least(0), default=0, help="steps per run; 0: the config's")
@@ -63,6 +64,7 @@ def reproduce(
         raise ConfigError(f"--figure={unknown[0]}: choose one of 5, 6, 7, 8")
     wanted = [experiments.table(number, scale) for number in tables]
     wanted += [experiments.ablation(kind, scale) for kind in ablations]
+    experiments.check(experiments.needs(wanted, figures, scale), scale)
     for option, folder in (("output", output), ("runs", runs)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,10 @@ def reproduce(
     (output / "results.json").write_text(numbers + "\n", encoding="utf-8")
     path = output / "README.md"
     title = "# The paper's experiments at embedded scale"
-    path.write_text("\n\n".join([title, *sections]) + "\n", encoding="utf-8")
+    changes = {"scenes": scale.scenes, "speech": scale.speech, "steps": scale.steps}
+    given = ", ".join(f"`--{name}={value}`" for name, value in changes.items() if value)
+    head = [title, f"All runs, also those called CWCL, with {given}."] if given else [title]
+    path.write_text("\n\n".join([*head, *sections]) + "\n", encoding="utf-8")
     return path
 
 

@@ -174,6 +174,9 @@ def test_config_argument_options():
     }
     with pytest.raises(ConfigError, match="did you mean 'loss'"):
         parse_argument("los=cwcl", **options)
+    for cut in ("loss", "loss=", "batch"):  # a bare word would leave the default without a word
+        with pytest.raises(ConfigError, match=f"'{cut}': {cut.rstrip('=')}=VALUE is expected"):
+            parse_argument(cut, **options)
     with pytest.raises(ConfigError, match="a whole number is expected"):
         parse_argument("batch=many", **options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from cwcl_jax.config import ConfigError
 from cwcl_jax.evaluation.tasks.spoken import Intent, Keywords
@@ -67,6 +67,7 @@ class Scale:
     def __post_init__(self):
         for option in ("scenes", "speech"):
             self.refuse(option, "loss", "every table compares CL with CWCL")
+            self.refuse(option, "paper", "--scale=paper prints the paper's runs")
 
     def refuse(self, option: str, name: str, why: str) -> None:
         """Raises ConfigError if the command line sets what an experiment sets in some rows."""
@@ -141,9 +142,46 @@ def aligned_runs(scale: Scale) -> dict[str, Run]:
     return {**speech_runs(scale), RECOMMENDED: _weighted(scale, RECOMMENDED)}
 
 
+def needs(
+    wanted: Iterable[Experiment], figures: Iterable[int], scale: Scale
+) -> dict[Run, set[str]]:
+    """Returns the runs of tables and figures, each with the tasks that are read from it."""
+    found: dict[Run, set[str]] = {}
+    cells = (cell for experiment in wanted for row in experiment.rows.values() for cell in row)
+    for cell in cells:
+        found.setdefault(cell.run, set()).add(cell.task)
+    drawn = {5: (scene_runs, SCENE_TASKS), 6: (scene_runs, ())}
+    for number in figures:
+        runs, tasks = drawn.get(number, (aligned_runs, ("alignment",)))
+        for run in runs(scale).values():
+            found.setdefault(run, set()).update(tasks)
+    return found
+
+
+def check(needed: Mapping[Run, Collection[str]], scale: Scale) -> None:
+    """Raises ConfigError, before anything runs, if settings are invalid, unused or lack a task."""
+    for option, file in (("scenes", SCENES), ("speech", SPEECH)):
+        given = f"--{option}={getattr(scale, option)}"
+        runs = [run for run in needed if run.file == file]
+        if getattr(scale, option) and not runs:
+            raise ConfigError(f"{given}: no table or figure of this command has such runs")
+        for run in runs:
+            # The encoder to start from does not exist yet.
+            argument = _joined(*(e for e in run.argument.split(",") if e != "init={init}"))
+            try:
+                tasks = load_experiment(file, argument).evaluation.tasks
+            except ConfigError as error:
+                raise ConfigError(f"{given}: {error}") from error
+            missing = sorted(set(needed[run]) - set(tasks))
+            if missing:
+                raise ConfigError(f"{given}: these settings have no task {missing[0]!r} to read")
+
+
 def pretrained_speech(scale: Scale) -> Run:
     """Returns the run whose speech encoder counts as pretrained: contrastive, from scratch."""
-    run = _speech(scale, "pretraining", "loss=contrastive")
+    # What is locked concerns the runs that start from it.
+    locked = ["lock=text"] if "lock=" in scale.speech else []
+    run = _speech(scale, "pretraining", "loss=contrastive", *locked)
     return dataclasses.replace(run, seed=PRETRAINING_SEED)
 
 

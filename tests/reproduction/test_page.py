@@ -206,3 +206,36 @@ def test_others_run_from_the_most_to_the_least_similar():
     assert chosen[:3] == [1, 2, 3]
     assert chosen[-1] == 49
     assert chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    ("tables", "figures", "given", "said"),
+    [
+        ([4], [7], {"speech": "bogus=1"}, "--speech=bogus=1: .*no field 'bogus'"),
+        ([], [7], {"speech": "head"}, "--speech=head: head needs init="),
+        ([], [7], {"speech": "data=/nowhere"}, "these settings have no task 'alignment'"),
+        ([4], [], {"speech": "projection=trained"}, "no table or figure of this command has such"),
+        ([5], [8], {"scenes": "projection=trained"}, "no table or figure of this command has such"),
+    ],
+)
+def test_settings_are_checked_before_the_first_run(tables, figures, given, said):
+    scale = Scale(**given)
+    wanted = [experiments.table(number, scale) for number in tables]
+    with pytest.raises(ConfigError, match=said):
+        experiments.check(experiments.needs(wanted, figures, scale), scale)
+
+
+def test_what_all_tables_and_figures_read_exists():
+    scale = Scale(scenes="projection=trained", speech="projection=trained")
+    wanted = [experiments.table(number, scale) for number in (4, 5, 6, 7, 8)]
+    wanted += [experiments.ablation(kind, scale) for kind in ("weights", "speech_weights", "batch")]
+    needed = experiments.needs(wanted, (5, 6, 7, 8), scale)
+    experiments.check(needed, scale)
+    assert {run for experiment in wanted for run in experiment.runs} == set(needed)
+
+
+def test_what_is_locked_does_not_concern_the_pretraining():
+    made = experiments.pretrained_speech(Scale(speech="lock=both"))
+    assert load_experiment(made.file, made.argument).towers["speech"].tune == "all"
+    with pytest.raises(ConfigError, match="leave paper out"):
+        Scale(speech="paper")
