@@ -54,6 +54,16 @@ def test_paper_scale_trains_every_experiment_once():
     assert {line.split()[-1] for line in shared} <= workdirs
 
 
+def test_tables_can_be_named_several_times(capsys):
+    assert main(["--scale=paper", "--table=4", "--table=5,6", "--seeds=1"]) == DONE
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("# Table")] == [
+        "# Table 4",
+        "# Table 5",
+        "# Table 6",
+    ]
+
+
 def test_mistakes_are_one_line(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     for arguments, message in (
