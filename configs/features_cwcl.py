@@ -43,10 +43,10 @@ def get_config(argument: str = "") -> ConfigDict:
     config = defaults(name=name, total_steps=1500, global_batch_size=256)
 
     # Only these two: a row that is unusable in an array that no tower reads would be left out.
-    arrays = f"arrays:{{}}?features={u},{v}".format
-    config.data.train = arrays(options["data"]) if options["data"] else "made:train"
+    read = f"?features={u},{v}"
+    config.data.train = f"arrays:{options['data']}{read}" if options["data"] else "made:train"
     widths = widths_of(options["data"], (u, v)) if options["data"] else {"u": 64, "v": 96}
-    test = arrays(options["test"]) if options["test"] else "made:test?n=1000"
+    test = f"arrays:{options['test']}{read}" if options["test"] else "made:test?n=1000"
 
     # The shared space has U's width, so that U needs no projection; with a trained projection it
     # can have any other width.

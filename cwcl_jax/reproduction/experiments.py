@@ -257,9 +257,6 @@ def _table5(scale: Scale) -> Experiment:
 
 def _table6(scale: Scale) -> Experiment:
     locks = {"none locked": "none", "speech": "speech", "text": "text", "both": "both"}
-    # checked now rather than hours later: some of them refuse other options
-    for lock in locks.values():
-        load_experiment(SPEECH, _joined(scale.speech, f"lock={lock}"))
     steps = (scale.steps or load_experiment(SPEECH, scale.speech).total_steps) // 4
     short = dataclasses.replace(scale, steps=max(1, steps))
     first = pretrained_speech(scale)

@@ -185,8 +185,9 @@ def test_what_rows_leave_to_the_config_cannot_be_set():
         Scale(scenes="loss=cellclip")
     with pytest.raises(ConfigError, match="--speech=init=x: Table 5"):
         experiments.table(5, Scale(speech="init=x"))
+    scale = Scale(speech="projection=none")
     with pytest.raises(ConfigError, match="leave projection=none out"):
-        experiments.table(6, Scale(speech="projection=none"))
+        experiments.check(experiments.needs([experiments.table(6, scale)], (), scale), scale)
     with pytest.raises(ConfigError, match="--scenes=weights=relu2: the ablation compares"):
         experiments.ablation("weights", Scale(scenes="weights=relu2"))
     with pytest.raises(ConfigError, match="leave weights out"):
