@@ -203,7 +203,8 @@ def main(options: argparse.Namespace) -> None:
         record = {"head": dataclasses.asdict(head), "seed": seed, "settings": settings}
         records.append(record | {"metrics": runs.run(head, seed)})
         with replacing(options.output) as partial:
-            partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
+            lines = ",\n".join(json.dumps(record) for record in records)
+            partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
         print(f"{head} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
     print(compare(records, headline(records), options.baseline).text())
     if options.figure:

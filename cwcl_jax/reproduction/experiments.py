@@ -256,6 +256,7 @@ def _table5(scale: Scale) -> Experiment:
 
 
 def _table6(scale: Scale) -> Experiment:
+    scale.refuse("speech", "lock", "Table 6 compares what is locked")
     locks = {"none locked": "none", "speech": "speech", "text": "text", "both": "both"}
     steps = (scale.steps or load_experiment(SPEECH, scale.speech).total_steps) // 4
     short = dataclasses.replace(scale, steps=max(1, steps))
