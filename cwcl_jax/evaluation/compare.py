@@ -106,9 +106,10 @@ def pair_up(
         if not np.array_equal(one, other):
             counts = f"{len(one)} and {len(other)}"
             common = _on_common_items(*pair)
-            if common is None:
+            if isinstance(common, str):
                 notes.append(
-                    f"{task}: not compared, since the two runs used different items ({counts})."
+                    f"{task}: not compared, since the two runs used different items ({counts}), "
+                    f"and {common}."
                 )
                 continue
             pair = common
@@ -118,16 +119,16 @@ def pair_up(
     return pairs, notes
 
 
-def _on_common_items(a: SavedItems, b: SavedItems) -> Pair | None:
-    """Returns both runs on their common items, or None if ranks depend on the set of items."""
+def _on_common_items(a: SavedItems, b: SavedItems) -> Pair | str:
+    """Returns both runs on their common items, or why they cannot be compared on these."""
     if "owner" in a or "matrix" in a:
-        return None
+        return "its ranks depend on the whole set"
     if any(len(set(side["ids"].tolist())) < len(side["ids"]) for side in (a, b)):
-        return None
+        return "some items share an id"
     place = {name: at for at, name in enumerate(b["ids"].tolist())}
     chosen = [(i, place[name]) for i, name in enumerate(a["ids"].tolist()) if name in place]
     if not chosen:
-        return None
+        return "no id is in both"
     cut = [
         {key: value if key.startswith(_ABOUT) else value[list(rows)] for key, value in side.items()}
         for side, rows in zip((a, b), zip(*chosen, strict=True), strict=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cwcl_jax.evaluation import plots
-from cwcl_jax.evaluation.compare import _values, compare_with, load_items
+from cwcl_jax.evaluation.compare import _values, compare_with, load_items, pair_up
 from cwcl_jax.evaluation.plots import draw_item, plot_matrices, plot_template_robustness
 from cwcl_jax.evaluation.report import clip_benchmark_records, terminal_report, write_report
 from cwcl_jax.evaluation.runner import run_task
@@ -141,11 +141,23 @@ def test_runs_on_other_items_are_compared_on_those_of_both(sources, tmp_path, mo
     assert "shape: on the 12 items that both have, of 15 and 12." in table.notes
     (left_out,) = [note for note in table.notes if note.startswith("pairs")]
     assert "not compared, since the two runs used different items (3 and 2)" in left_out
+    assert left_out.endswith("and its ranks depend on the whole set.")
     write_report([results_of(BAD)[0]], tmp_path / "both", model="old")
     expected = against([results_of(GOOD)[0]], tmp_path / "both", tmp_path / "new")[0]
     assert table.rows == expected.rows
     with pytest.raises(FileNotFoundError, match="evaluate that run first"):
         load_items(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [("aab", "ab", "and some items share an id."), ("ab", "cd", "and no id is in both.")],
+)
+def test_why_items_cannot_be_matched_is_said(one, other, said):
+    sides = [{"t": {"ids": np.array(list(ids))}} for ids in (one, other)]
+    pairs, (note,) = pair_up(*sides)
+    assert not pairs
+    assert note.endswith(said)
 
 
 def test_what_differs_beside_the_model_is_said(sources, tmp_path, monkeypatch):
